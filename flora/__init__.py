@@ -1,0 +1,40 @@
+"""LoRA for any Flax model, as a pure function: W + (alpha/rank)·A·B.
+
+    adapted = flora.init(key, config, model.apply, variables, x)
+    apply = flora.lora(model.apply)
+    loss, grads = flora.value_and_grad(loss_fn)(adapted, x)
+    plain = flora.merge(adapted)
+
+References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
+"""
+
+from flora import initializers
+from flora._adapt import init, join, merge, split, with_dropout
+from flora._config import LoraConfig
+from flora._errors import LoraError
+from flora._report import coverage, summary
+from flora._transform import lora
+from flora._weight import Layout, LoraWeight, Trained
+from flora.optim import mask, optimizer, value_and_grad
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Layout",
+    "LoraConfig",
+    "LoraError",
+    "LoraWeight",
+    "Trained",
+    "coverage",
+    "init",
+    "initializers",
+    "join",
+    "lora",
+    "mask",
+    "merge",
+    "optimizer",
+    "split",
+    "summary",
+    "value_and_grad",
+    "with_dropout",
+]

@@ -1,0 +1,155 @@
+"""Every difference between JAX versions, and every use of `jax.extend`.
+
+Differences are told apart by features, never by version numbers.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.extend.source_info_util as source_info_util
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives
+
+Eqn = Any
+Jaxpr = Any
+Literal = jex.Literal
+Primitive = jex.Primitive
+DropVar = jex.DropVar
+
+
+def _primitive_of(fn: Callable, *args: Any) -> Primitive:
+    """The primitive that a public function binds, for those with no public name."""
+    return jax.make_jaxpr(fn)(*args).eqns[0].primitive
+
+
+class P:
+    """The primitives that flora has rules for."""
+
+    dot_general = primitives.dot_general_p
+    conv_general_dilated = primitives.conv_general_dilated_p
+    gather = primitives.gather_p
+    transpose = primitives.transpose_p
+    reshape = primitives.reshape_p
+    broadcast_in_dim = primitives.broadcast_in_dim_p
+    squeeze = primitives.squeeze_p
+    slice = primitives.slice_p
+    dynamic_slice = primitives.dynamic_slice_p
+    rev = primitives.rev_p
+    convert_element_type = primitives.convert_element_type_p
+    reduce_precision = primitives.reduce_precision_p
+    copy = primitives.copy_p
+    device_put = primitives.device_put_p
+    sharding_constraint = primitives.sharding_constraint_p
+    checkpoint_name = primitives.name_p
+    stop_gradient = primitives.stop_gradient_p
+    optimization_barrier = _primitive_of(
+        lambda x: lax.optimization_barrier(x), jax.ShapeDtypeStruct((), jnp.float32)
+    )
+    mul = primitives.mul_p
+    div = primitives.div_p
+    neg = primitives.neg_p
+    jit = primitives.jit_p
+    remat = primitives.remat_p
+    scan = primitives.scan_p
+    while_ = primitives.while_p
+    cond = primitives.cond_p
+    custom_jvp_call = primitives.custom_jvp_call_p
+    custom_vjp_call = primitives.custom_vjp_call_p
+
+
+def open_jaxpr(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """`(jaxpr, consts)` of an open or closed jaxpr (one type from JAX 0.12)."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def eval_eqns(eqns: Sequence[Eqn], outvars: Sequence[Any], env: dict) -> list[Any]:
+    """Evaluates equations as JAX would, from the values that `env` holds.
+
+    The equations travel to `jax.core.eval_jaxpr` inside a small jaxpr of their own,
+    so that nothing is re-bound by hand and parameters, name stacks and source lines
+    survive.
+    """
+    defined: set[Any] = set()
+    invars: dict[Any, None] = {}
+    for eqn in eqns:
+        for v in eqn.invars:
+            if not isinstance(v, Literal) and v not in defined:
+                invars[v] = None
+        defined.update(eqn.outvars)
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    jaxpr = jex.Jaxpr((), list(invars), list(outvars), list(eqns), effects)
+    return jax.core.eval_jaxpr(jaxpr, (), *(env[v] for v in invars))
+
+
+def eval_eqn(eqn: Eqn, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation on other values, inside its already entered scope."""
+    env = {
+        v: x
+        for v, x in zip(eqn.invars, values, strict=True)
+        if not isinstance(v, Literal)
+    }
+    bare = eqn.source_info.replace(name_stack=source_info_util.new_name_stack())
+    return eval_eqns([eqn.replace(source_info=bare)], eqn.outvars, env)
+
+
+@contextlib.contextmanager
+def eqn_scope(eqn: Eqn) -> Iterator[None]:
+    """Gives what runs inside the equation's own name stack and source line."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack):
+        yield
+
+
+def source_line(eqn: Eqn) -> str:
+    """Where the user wrote the equation: 'model.py:41 (Block.__call__)'."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanParts:
+    """What a scan equation does, whatever its parameters are called."""
+
+    jaxpr: Jaxpr
+    num_consts: int
+    num_carry: int
+    options: dict[str, Any]
+
+
+_SCAN_OPTIONS = tuple(
+    name
+    for name in ("length", "reverse", "unroll", "_split_transpose")
+    if name in inspect.signature(lax.scan).parameters
+)
+
+
+def scan_parts(eqn: Eqn) -> ScanParts:
+    """Reads a scan equation (`num_consts`/`num_carry` became `ft_in` in JAX 0.11)."""
+    params = eqn.params
+    if "num_consts" in params:
+        consts, carry = params["num_consts"], params["num_carry"]
+    else:
+        consts, carry, _ = (len(list(part)) for part in params["ft_in"].unpack())
+    options = {k: params[k] for k in _SCAN_OPTIONS if k in params}
+    return ScanParts(params["jaxpr"], consts, carry, options)
+
+
+def jit_like(eqn: Eqn, fn: Callable) -> Callable:
+    """`fn` jitted with the name and options of a jit equation.
+
+    The caller adds shardings, since only it knows which arguments stayed plain.
+    """
+    fn.__name__ = fn.__qualname__ = eqn.params["name"]
+    options = {"inline": eqn.params["inline"]} if eqn.params["inline"] else {}
+    compiler = dict(eqn.params.get("compiler_options_kvs", ()))
+    return jax.jit(
+        fn,
+        keep_unused=eqn.params["keep_unused"],
+        compiler_options=compiler or None,
+        **options,
+    )

@@ -1,0 +1,134 @@
+"""What to adapt and how: `LoraConfig`."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from flora._errors import LoraTypeError, fail
+from flora._select import Matcher, Pattern, check_pattern
+from flora._weight import Layout
+from flora.initializers import Initializer, gaussian
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What to adapt and how.  ΔW = scale A B with scale = alpha/rank.
+
+    Patterns are globs on '/'-joined paths (`*` crosses '/'; the glob must match the end
+    of the path from the start of a segment), compiled regexes (of the whole path),
+    callables `(path, leaf) -> bool`, or lists of these.
+
+    Attributes:
+      rank: r, the rank of ΔW.
+      alpha: numerator of the scale.
+      target: leaves that get factors.  Those with fewer than 2 axes are passed over.
+      exclude: leaves that `target` selects and that stay frozen all the same.
+      rank_pattern: `{pattern: rank}`; the first that matches a leaf wins.
+      alpha_pattern: `{pattern: alpha}`, likewise.
+      layouts: `{pattern: Layout}` for leaves whose layout is not to be discovered.
+      train: leaves that train whole: heads, norms, biases.
+      rank_stabilized: scale = alpha/√rank (rsLoRA).
+      dropout: dropout rate on the input of the low-rank path, in [0, 1).
+      dtype: dtype of A and B, whatever the base's.
+      init: how A and B start, `flora.initializers`; by default A ~ N(0, 1/(3·in)), the
+        variance of PEFT, and B = 0.
+      fallback: 'error', or 'materialize' to form W + scale A B where an operation has
+        no factored rule.
+
+    Raises:
+      LoraError: a value is out of its range.
+
+    Example:
+      >>> LoraConfig(rank=16, alpha=32, target="attention/*/kernel").rank
+      16
+
+    References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
+      Kalajdzievski 2023 (rsLoRA). https://arxiv.org/abs/2312.03732
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    target: Pattern = "kernel"
+    exclude: Pattern = ()
+    rank_pattern: Mapping[Matcher, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[Matcher, float] = dataclasses.field(default_factory=dict)
+    layouts: Mapping[Matcher, Layout] = dataclasses.field(default_factory=dict)
+    train: Pattern = ()
+    rank_stabilized: bool = False
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+    init: Initializer = gaussian()
+    fallback: str = "error"
+
+    def __post_init__(self) -> None:
+        for name in ("target", "exclude", "train"):
+            check_pattern(name, getattr(self, name))
+        for name in ("rank_pattern", "alpha_pattern", "layouts"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise LoraTypeError(f"{name}={value!r}. Write a dict, {{pattern: value}}.")
+            for pattern in value:
+                check_pattern(f"{name} key", pattern)
+        fail([
+            *_rank_problems("rank", self.rank),
+            *(p for k, v in self.rank_pattern.items()
+              for p in _rank_problems(f"rank_pattern[{k!r}]", v)),
+            *_alpha_problems("alpha", self.alpha),
+            *(p for k, v in self.alpha_pattern.items()
+              for p in _alpha_problems(f"alpha_pattern[{k!r}]", v)),
+            *self._other_problems(),
+        ])
+
+    def _other_problems(self) -> list[str]:
+        found = []
+        for pattern, layout in self.layouts.items():
+            if not isinstance(layout, Layout):
+                found.append(f"layouts[{pattern!r}]={layout!r}. Write flora.Layout(...).")
+        if not _is_real(self.dropout) or not 0 <= self.dropout < 1:
+            found.append(f"dropout={self.dropout!r}. It must lie in [0, 1).")
+        if self.fallback not in ("error", "materialize"):
+            found.append(f"fallback={self.fallback!r}. Write 'error' or 'materialize'.")
+        if not callable(self.init):
+            found.append(f"init={self.init!r}. Write one of flora.initializers, such as "
+                         "flora.initializers.gaussian().")
+        try:
+            floating = jnp.issubdtype(self.dtype, jnp.inexact)
+        except TypeError:
+            floating = False
+        if not floating:
+            found.append(f"dtype={self.dtype!r}. Factors need a floating dtype, such as "
+                         "jnp.float32.")
+        return found
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
+def _rank_problems(name: str, rank: Any) -> list[str]:
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
+        return [f"{name}={rank!r}. The rank must be an int of at least 1."]
+    return []
+
+
+def _alpha_problems(name: str, alpha: Any) -> list[str]:
+    if not _is_real(alpha) or not math.isfinite(alpha) or alpha <= 0:
+        return [f"{name}={alpha!r}. alpha must be a finite number above 0, such as "
+                "2 * rank."]
+    return []
+
+
+def require_config(config: Any) -> LoraConfig:
+    """The config, or an error that says what to write."""
+    if isinstance(config, LoraConfig):
+        return config
+    raise LoraTypeError(
+        f"config is a {type(config).__name__}; expected flora.LoraConfig(...). The order "
+        "is flora.init(key, config, fn, tree, *args)."
+    )
+
+

@@ -1,0 +1,159 @@
+"""Finds the layout of each weight by following it to what consumes it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from flora._factored import Factored, from_weight, undiscovered
+from flora._interpreter import Context, Use, interpret
+from flora._rules import RULES
+from flora._trace import Staged, stage
+from flora._weight import Layout, LoraWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What a function does with one leaf.
+
+    Attributes:
+      uses: the operations that read the leaf, in order.
+      layout: the layout they imply, if they agree on one.
+      conflict: why there is no layout, or ''.
+      returned: whether the function returns the leaf itself.
+    """
+
+    uses: tuple[Use, ...]
+    layout: Layout | None
+    conflict: str = ""
+    returned: bool = False
+
+    @property
+    def dense(self) -> list[Use]:
+        return [use for use in self.uses if use.dense]
+
+    @property
+    def status(self) -> str:
+        """'unused', 'dense' or 'factored'."""
+        if not self.uses and not self.returned:
+            return "unused"
+        return "factored" if self.layout and not self.dense else "dense"
+
+
+def discover(fn: Callable, leaves: Sequence[Any], treedef: Any, args: Sequence[Any],
+             kwargs: Mapping[str, Any], paths: Mapping[int, str]) -> dict[str, Finding]:
+    """Follows the leaves `{position: path}` through one abstract trace of `fn`."""
+    staged = stage(fn, leaves, treedef, args, kwargs)
+    log, returned = _walk(staged, leaves, {
+        i: lambda base, path=path: undiscovered(base, path) for i, path in paths.items()
+    })
+    found = {}
+    for i, path in paths.items():
+        uses = tuple(use for use in log if use.path == path)
+        layout, conflict = _agree(uses, len(leaves[i].shape))
+        found[path] = Finding(uses, layout, conflict, path in returned)
+    return _verified(staged, leaves, paths, found)
+
+
+def _verified(staged: Staged, leaves: Sequence[Any], paths: Mapping[int, str],
+              found: dict[str, Finding]) -> dict[str, Finding]:
+    """Walks once more with the layouts found: some operations refuse some layouts."""
+
+    def with_layout(layout: Layout, path: str) -> Callable[[Any], Factored]:
+        def make(base: Any) -> Factored:
+            return _shape_only(from_weight(LoraWeight(base, None, None, layout=layout), path))
+        return make
+
+    log, _ = _walk(staged, leaves, {
+        i: with_layout(layout, path) for i, path in paths.items()
+        if (layout := found[path].layout) and not found[path].dense
+    })
+    dense: dict[str, list[Use]] = {}
+    for use in log:
+        if use.dense:
+            dense.setdefault(use.path, []).append(use)
+    return {
+        path: dataclasses.replace(f, uses=(*f.uses, *dense.get(path, ())))
+        for path, f in found.items()
+    }
+
+
+def _shape_only(w: Factored) -> Factored:
+    """Abstract factors of rank 1, enough to see which rules apply."""
+    stack, in_, out = ([d.size for d in w.dims(r)] for r in ("stack", "in", "out"))
+    ones = jax.numpy.ones
+    return dataclasses.replace(w, a=ones((*stack, *in_, 1)), b=ones((*stack, 1, *out)))
+
+
+def _walk(staged: Staged, leaves: Sequence[Any], make: Mapping[int, Callable[[Any], Any]]
+          ) -> tuple[dict[Use, None], set[str]]:
+    """Interprets the staged call abstractly, recording; also what leaves it raw."""
+    log: dict[Use, None] = {}
+    returned: set[str] = set()
+
+    def run(tree_arrays: list[Any], args: list[Any]) -> None:
+        values = list(tree_arrays)
+        for i, k in enumerate(staged.tree_inputs):
+            if k is not None and i in make:
+                values[k] = make[i](values[k])
+        outs = interpret(Context(RULES, log), staged.jaxpr, [*values, *args])
+        returned.update(x.site.path for x in outs if isinstance(x, Factored))
+
+    arrays = [x for x, k in zip(leaves, staged.tree_inputs, strict=True) if k is not None]
+    jax.eval_shape(run, arrays, list(staged.args))
+    return log, returned
+
+
+def _agree(uses: Sequence[Use], ndim: int) -> tuple[Layout | None, str]:
+    """The one layout that all uses imply, or why there is none."""
+    firm = [use for use in uses if use.roles and use.firm]
+    chosen: dict[int, str] = {}
+    first: Use | None = None
+    # Products name the axes better than lookups do: a tied embedding keeps attend's.
+    for use in sorted(firm, key=lambda use: use.primitive == "gather"):
+        roles, conflict = _of_one_use(use)
+        if conflict:
+            return None, conflict
+        if first is None:
+            first = use
+        elif not _compatible(chosen, roles):
+            return None, (
+                f"'{first.primitive}' at {first.source} reads it as {_shown(chosen)}, "
+                f"'{use.primitive}' at {use.source} as {_shown(roles)}"
+            )
+        chosen = roles | chosen
+    if first is None:
+        return None, ""
+    groups = {role: tuple(i for i in range(ndim) if chosen.get(i, "stack") == role)
+              for role in ("stack", "in", "out")}
+    if not groups["in"] or not groups["out"]:
+        missing = "in" if not groups["in"] else "out"
+        return None, (f"'{first.primitive}' at {first.source} reads it as "
+                      f"{_shown(chosen)}: there is no {missing} axis")
+    return Layout(groups["stack"], groups["in"], groups["out"]), ""
+
+
+def _of_one_use(use: Use) -> tuple[dict[int, str], str]:
+    roles: dict[int, str] = {}
+    for axis, role in use.roles:
+        if {roles.get(axis), role} == {"in", "out"}:
+            return {}, (f"'{use.primitive}' at {use.source} contracts one part of axis "
+                        f"{axis} and keeps another")
+        if roles.get(axis, "stack") == "stack":
+            roles[axis] = role
+    return roles, ""
+
+
+def _compatible(one: Mapping[int, str], other: Mapping[int, str]) -> bool:
+    """Whether both mean the same factors; swapping in and out does not matter."""
+    shared = one.keys() & other.keys()
+    swap = {"in": "out", "out": "in", "stack": "stack"}
+    same = all(one[i] == other[i] for i in shared)
+    return same or all(one[i] == swap[other[i]] for i in shared)
+
+
+def _shown(roles: Mapping[int, str]) -> str:
+    named = {r: [str(i) for i in sorted(roles) if roles[i] == r]
+             for r in ("stack", "in", "out")}
+    return " ".join(f"{r}={','.join(axes)}" for r, axes in named.items() if axes)

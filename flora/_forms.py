@@ -1,0 +1,147 @@
+"""How a factored product is computed.  Today: the direct form, y = x W + scale (x A) B.
+
+Arrays carry one label an axis, and `contract` sums over every label that is neither in
+the result nor needed later.  The order of the two thin products follows from sizes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flora._errors import Unfactorable
+from flora._factored import Factored, Views, views
+
+Labels = Sequence[Hashable]
+Segments = Sequence[Sequence[tuple[Hashable, int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """An operand with one label an axis; `weight` is set where it is factored."""
+
+    array: Any
+    labels: Labels
+    weight: tuple[Factored, Views] | None = None
+
+    @property
+    def sizes(self) -> dict[Hashable, int]:
+        return dict(zip(self.labels, self.array.shape, strict=True))
+
+
+def relabel(x: Any, segments: Segments) -> Labelled:
+    """x, an array or a weight, with its axes split and named as the segments say."""
+    flat = [pair for axis in segments for pair in axis]
+    labels, sizes = [label for label, _ in flat], [size for _, size in flat]
+    if not isinstance(x, Factored):
+        return Labelled(lax.reshape(x, sizes), labels)
+    if any(len(s) > 1 for s in segments) or x.base is None:
+        raise Unfactorable("a product of two weights with joined axes")
+    v = views(x, "x")
+    names = {
+        mine[0][0]: given[0][0]
+        for mine, given in zip(v.segments, segments, strict=True) if mine and given
+    }
+    if any(len(s) > 1 for s in v.segments) or len(names) != len(flat):
+        raise Unfactorable("a product of two weights with joined axes")
+    v = dataclasses.replace(
+        v, a_labels=tuple(names.get(n, ("x", n)) for n in v.a_labels),
+        b_labels=tuple(names.get(n, ("x", n)) for n in v.b_labels),
+    )
+    return Labelled(lax.reshape(x.base, sizes), labels, (x, v))
+
+
+def contract(u: Labelled, v: Labelled, out: Labels, *, precision: Any = None,
+             dtype: Any = None) -> Labelled:
+    """Sums u·v over the labels that `out` lacks.  u may be a weight, v is an array."""
+    shared = [x for x in u.labels if x in v.labels]
+    batch = [x for x in out if x in shared]
+    summed = [x for x in shared if x not in out]
+    free_u = [x for x in u.labels if x not in shared]
+    free_v = [x for x in v.labels if x not in shared]
+    first, second, labels = u, v, [*batch, *free_u, *free_v]
+    if list(out) == [*batch, *free_v, *free_u]:
+        first, second, labels = v, u, list(out)
+    dims = tuple(
+        tuple(tuple(side.labels.index(x) for x in group) for side in (first, second))
+        for group in (summed, batch)
+    )
+    y = lax.dot_general(first.array, second.array, dims, precision=precision,
+                        preferred_element_type=dtype)
+    y = lax.transpose(y, [labels.index(x) for x in out])
+    if u.weight:
+        y = y + low_rank_product(v, *u.weight, out, precision=precision, dtype=y.dtype)
+    return Labelled(y, out)
+
+
+def low_rank_product(x: Labelled, w: Factored, w_views: Views, out: Labels,
+                     *, precision: Any, dtype: Any) -> Any:
+    """scale (x A) B with whichever thin product first that costs less.
+
+    Args:
+      x: activations, labelled; shares labels with the axes of W that it meets.
+      w: the weight.
+      w_views: its labelled factors.
+      out: labels of the result.
+      precision: as of `lax.dot_general`.
+      dtype: dtype of the result.
+    """
+    thin = compute_dtype_of(x.array.dtype, dtype)
+    x = dataclasses.replace(x, array=x.array.astype(thin))
+    a = Labelled(w_views.a.astype(thin), w_views.a_labels)
+    b = Labelled(w_views.b.astype(thin), w_views.b_labels)
+    first, second = min(((a, b), (b, a)), key=lambda pair: _cost(x, pair, out))
+    z_labels = _kept(x.labels, first.labels, {*second.labels, *out})
+    z = contract(x, first, z_labels, precision=precision)
+    z = Labelled(z.array * jnp.asarray(w.site.scale, z.array.dtype), z_labels)
+    return contract(z, second, out, precision=precision, dtype=dtype).array
+
+
+def _kept(u: Labels, v: Labels, needed: set[Hashable]) -> Labels:
+    return [x for x in dict.fromkeys([*u, *v]) if x in needed]
+
+
+def _cost(x: Labelled, pair: tuple[Labelled, Labelled], out: Labels) -> int:
+    """Multiplications of (x first) second."""
+    first, second = pair
+    size = x.sizes | first.sizes | second.sizes
+    z = _kept(x.labels, first.labels, {*second.labels, *out})
+    steps = ({*x.labels, *first.labels}, {*z, *second.labels})
+    return sum(math.prod(size[n] for n in step) for step in steps)
+
+
+def compute_dtype_of(x: Any, result: Any) -> Any:
+    """The activations' dtype, unless it is an integer or narrower than 16 bits."""
+    for dtype in (x, result):
+        if jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize > 1:
+            return dtype
+    return jnp.float32
+
+
+def materialized(w: Factored) -> Any:
+    """W + scale A B as one dense array: the fallback, never taken silently."""
+    if w.a is None:
+        return w.base
+    seen = views(w, "w")
+    out = [label for runs in seen.segments for label, _ in runs]
+    dtype = jnp.float32 if w.base is None else jnp.promote_types(w.base.dtype, jnp.float32)
+    a = Labelled(seen.a.astype(dtype), seen.a_labels)
+    b = Labelled(seen.b.astype(dtype), seen.b_labels)
+    change = contract(a, b, out, precision=lax.Precision.HIGHEST).array
+    change = lax.reshape(change, w.shape) * jnp.asarray(w.site.scale, dtype)
+    if w.base is None:
+        return change
+    return (w.base.astype(dtype) + change).astype(w.base.dtype)
+
+
+def drop(x: Any, w: Factored, salt: int) -> Any:
+    """Dropout on the input of the low-rank path; x itself without keys."""
+    if w.key is None or isinstance(x, Factored):
+        return x
+    key = jax.random.fold_in(w.key.reshape(-1)[0], salt)
+    keep = jax.random.bernoulli(key, 1.0 - w.site.dropout, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - w.site.dropout, x.dtype), 0)

@@ -1,0 +1,157 @@
+"""Walks a jaxpr: hands untouched equations back to JAX, the others to the rules."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flora import _compat
+from flora._errors import LoraError, Unfactorable, human_bytes
+from flora._factored import Factored
+from flora._forms import materialized
+
+Rule = Callable[..., Sequence[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One operation that reads a weight.
+
+    Attributes:
+      path: the leaf.
+      primitive: what reads it, such as 'dot_general'.
+      source: where the user wrote that.
+      roles: `(axis of the stored weight, role)` pairs that the operation implies.
+      firm: whether the roles bind; indexing only suggests 'stack'.
+      dense: why there is no factored form; '' where there is one.
+      bytes: what forming the dense weight there costs, in bytes.
+    """
+
+    path: str
+    primitive: str
+    source: str
+    roles: tuple[tuple[int, str], ...] = ()
+    firm: bool = True
+    dense: str = ""
+    bytes: int = 0
+
+    def __str__(self) -> str:
+        where = f"'{self.primitive}' at {self.source} reads '{self.path}'"
+        return f"{where} and flora has no factored rule for it ({self.dense})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a rule needs besides its operands.
+
+    Attributes:
+      rules: the table.
+      log: where uses are recorded, as keys, in order; `None` while computing.
+      salt: tells apart the dropout masks of a weight that is used more than once.
+    """
+
+    rules: Mapping[Any, Rule]
+    log: dict[Use, None] | None = None
+    salt: int = 0
+
+    def claim(self, w: Any, eqn: Any, roles: Mapping[int, str], firm: bool = True
+              ) -> None:
+        """Records what an operation says of the axes of a weight."""
+        if self.log is None or not isinstance(w, Factored):
+            return
+        found = {(d.at[0], role) for i, role in roles.items() for d in w.axes[i]}
+        if found:
+            use = Use(w.site.path, eqn.primitive.name, _compat.source_line(eqn),
+                      tuple(sorted(found)), firm)
+            self.log.setdefault(use)
+
+    def dense(self, w: Factored, eqn: Any, reason: str) -> Any:
+        """The materialized weight, where that is allowed or only being recorded."""
+        size = w.shape
+        count = 1
+        for n in size:
+            count *= n
+        itemsize = 4 if w.base is None else w.base.dtype.itemsize
+        use = Use(w.site.path, eqn.primitive.name, _compat.source_line(eqn),
+                  dense=reason, bytes=count * itemsize)
+        if self.log is not None:
+            self.log.setdefault(use)
+        elif w.site.fallback != "materialize":
+            raise LoraError(f"{use}. {remedy(use)}")
+        return materialized(w)
+
+
+def remedy(use: Use) -> str:
+    """What to write when a use has no factored form."""
+    return (
+        f"Exclude '{use.path}', or pass fallback=\"materialize\" (forms W + scale·A·B, "
+        f"{human_bytes(use.bytes)})"
+    )
+
+
+def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+    """Evaluates a jaxpr of whose inputs some are `Factored`.
+
+    Outputs can be `Factored` too.  Runs of equations that touch no weight are
+    evaluated by JAX itself.
+    """
+    jaxpr, consts = _compat.open_jaxpr(jaxpr)
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, _compat.Literal) else env[v]
+
+    last_use: dict[Any, int] = {}
+    for i, eqn in enumerate([*jaxpr.eqns, jaxpr]):
+        for v in eqn.outvars if eqn is jaxpr else eqn.invars:
+            if not isinstance(v, _compat.Literal):
+                last_use[v] = i
+
+    touched = {v for v, x in env.items() if isinstance(x, Factored)}
+    untouched: list[Any] = []
+
+    def flush(before: int) -> None:
+        outs = [v for e in untouched for v in e.outvars if last_use.get(v, -1) >= before]
+        env.update(zip(outs, _compat.eval_eqns(untouched, outs, env), strict=True))
+        untouched.clear()
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        if not any(v in touched for v in eqn.invars
+                   if not isinstance(v, _compat.Literal)):
+            untouched.append(eqn)
+            continue
+        flush(i)
+        outs = _apply_rule(ctx, i, eqn, [read(v) for v in eqn.invars])
+        for v, x in zip(eqn.outvars, outs, strict=True):
+            env[v] = x
+            if isinstance(x, Factored):
+                touched.add(v)
+    flush(len(jaxpr.eqns))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _apply_rule(ctx: Context, i: int, eqn: Any, values: list[Any]) -> Sequence[Any]:
+    ctx = dataclasses.replace(ctx, salt=zlib.crc32(f"{ctx.salt}/{i}".encode()))
+    with _compat.eqn_scope(eqn):
+        rule = ctx.rules.get(eqn.primitive)
+        try:
+            if rule is None:
+                raise Unfactorable("no rule for this primitive")
+            return rule(ctx, eqn, *values)
+        except Unfactorable as reason:
+            dense = [settle(ctx, eqn, x, str(reason)) for x in values]
+            return _compat.eval_eqn(eqn, dense)
+
+
+def settle(ctx: Context, eqn: Any, x: Any, reason: str) -> Any:
+    """A plain array for x.  Rows that an index looked up are activations already."""
+    if not isinstance(x, Factored):
+        return x
+    if x.base is not None and any(d.looked_up for axis in x.axes for d in axis):
+        ctx.claim(x, eqn, {
+            i: "in" if any(d.looked_up for d in axis) else "out"
+            for i, axis in enumerate(x.axes)
+        })
+        return materialized(x)
+    return ctx.dense(x, eqn, reason)

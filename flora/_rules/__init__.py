@@ -1,0 +1,43 @@
+"""The table of rules: one function a primitive.
+
+A rule takes `(ctx, eqn, *values)`, at least one value being a `Factored`, and returns
+the equation's outputs.  It calls public transforms only.  Where it has no factored form
+it raises `Unfactorable`.
+"""
+
+from flora._compat import P
+from flora._rules import control, conv, dot, gather, structure
+
+RULES = {
+    # products: W meets activations
+    P.dot_general: dot.dot_general,
+    P.conv_general_dilated: conv.conv_general_dilated,
+    P.gather: gather.gather,
+    # structure: W changes its looks
+    P.transpose: structure.transpose,
+    P.reshape: structure.reshape,
+    P.broadcast_in_dim: structure.broadcast_in_dim,
+    P.squeeze: structure.squeeze,
+    P.slice: structure.slice_,
+    P.dynamic_slice: structure.dynamic_slice,
+    P.rev: structure.rev,
+    P.mul: structure.mul,
+    P.div: structure.div,
+    P.neg: structure.neg,
+    P.convert_element_type: structure.convert_element_type,
+    P.reduce_precision: structure.on_base,
+    P.copy: structure.on_base,
+    P.device_put: structure.on_base,
+    P.sharding_constraint: structure.on_base,
+    P.checkpoint_name: structure.on_base,
+    P.stop_gradient: structure.stop_gradient,
+    P.optimization_barrier: structure.optimization_barrier,
+    # control: W enters a function
+    P.jit: control.jit,
+    P.remat: control.remat,
+    P.scan: control.scan,
+    P.while_: control.while_,
+    P.cond: control.cond,
+    P.custom_jvp_call: control.custom_jvp_call,
+    P.custom_vjp_call: control.custom_vjp_call,
+}

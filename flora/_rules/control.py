@@ -1,0 +1,291 @@
+"""Rules for functions inside the function: rebuilt with JAX's public transforms."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flora import _compat
+from flora._errors import Unfactorable
+from flora._factored import RANK, Dim, Factored, per_dim, sole_dim, views
+from flora._forms import Labelled, contract
+from flora._interpreter import Context, interpret, settle
+
+
+def jit(ctx: Context, eqn: Any, *args: Any) -> Any:
+    """An inner jit keeps its name, shardings and options."""
+    inner = eqn.params["jaxpr"]
+
+    def fn(*args: Any) -> list[Any]:
+        return _constrained(interpret(ctx, inner, args), eqn.params["out_shardings"])
+
+    args = _constrained(args, eqn.params["in_shardings"])
+    return _compat.jit_like(eqn, fn)(*args)
+
+
+def _constrained(values: Sequence[Any], shardings: Any) -> list[Any]:
+    def constrain(x: Any, sharding: Any) -> Any:
+        if not isinstance(sharding, jax.sharding.Sharding):
+            return x
+        if not isinstance(x, Factored):
+            return lax.with_sharding_constraint(x, sharding)
+        if x.base is None:
+            return x
+        return dataclasses.replace(x, base=lax.with_sharding_constraint(x.base, sharding))
+
+    return [constrain(x, s) for x, s in zip(values, shardings, strict=True)]
+
+
+def remat(ctx: Context, eqn: Any, *args: Any) -> Any:
+    p = eqn.params
+
+    def fn(*args: Any) -> list[Any]:
+        return interpret(ctx, p["jaxpr"], args)
+
+    return jax.checkpoint(fn, prevent_cse=p["prevent_cse"], policy=p["policy"])(*args)
+
+
+def scan(ctx: Context, eqn: Any, *args: Any) -> Any:
+    """Weights are constants of the loop, or stacks of which each step takes a slice."""
+    parts = _compat.scan_parts(eqn)
+    first = parts.num_consts
+    last = first + parts.num_carry
+    consts, init, xs = list(args[:first]), list(args[first:last]), list(args[last:])
+    inner, _ = _compat.open_jaxpr(parts.jaxpr)
+    fixed = _loop_invariant(ctx, eqn, init, inner.invars[first:last],
+                            inner.outvars[:parts.num_carry])
+    slots = [_scanned(ctx, eqn, x) for x in xs]
+
+    def body(carry: Any, step: Any) -> Any:
+        i, state = carry
+        weights = [_at_step(w, i) for w in consts]
+        state = [_at_step(fixed[k], i) if k in fixed else x for k, x in enumerate(state)]
+        rows = [_at_step(rebuild(x), i) for (_, rebuild), x in zip(slots, step, strict=True)]
+        outs = interpret(ctx, parts.jaxpr, [*weights, *state, *rows])
+        state, ys = outs[:parts.num_carry], outs[parts.num_carry:]
+        state = [None if k in fixed else settle(ctx, eqn, x, "a weight as a loop's result")
+                 for k, x in enumerate(state)]
+        ys = [settle(ctx, eqn, y, "a weight as a loop's output") for y in ys]
+        return (None if i is None else i + 1, state), ys
+
+    keyed = any(isinstance(x, Factored) and x.key is not None for x in args)
+    start = jnp.int32(0) if keyed else None
+    init = [None if k in fixed else x for k, x in enumerate(init)]
+    (_, state), ys = lax.scan(body, (start, init), [x for x, _ in slots], **parts.options)
+    return [fixed.get(k, x) for k, x in enumerate(state)] + ys
+
+
+def while_(ctx: Context, eqn: Any, *args: Any) -> Any:
+    p = eqn.params
+    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+    cond_consts, body_consts = args[:n_cond], args[n_cond:n_cond + n_body]
+    init = list(args[n_cond + n_body:])
+    inner, _ = _compat.open_jaxpr(p["body_jaxpr"])
+    fixed = _loop_invariant(ctx, eqn, init, inner.invars[n_body:], inner.outvars)
+
+    def filled(i: Any, state: Any) -> list[Any]:
+        return [_at_step(fixed[k], i) if k in fixed else x for k, x in enumerate(state)]
+
+    def cond(carry: Any) -> Any:
+        i, state = carry
+        weights = [_at_step(w, i) for w in cond_consts]
+        (go,) = interpret(ctx, p["cond_jaxpr"], [*weights, *filled(i, state)])
+        return go
+
+    def body(carry: Any) -> Any:
+        i, state = carry
+        weights = [_at_step(w, i) for w in body_consts]
+        outs = interpret(ctx, p["body_jaxpr"], [*weights, *filled(i, state)])
+        outs = [None if k in fixed else settle(ctx, eqn, x, "a weight as a loop's result")
+                for k, x in enumerate(outs)]
+        return None if i is None else i + 1, outs
+
+    keyed = any(isinstance(x, Factored) and x.key is not None for x in args)
+    start = jnp.int32(0) if keyed else None
+    init = [None if k in fixed else x for k, x in enumerate(init)]
+    _, state = lax.while_loop(cond, body, (start, init))
+    return [fixed.get(k, x) for k, x in enumerate(state)]
+
+
+def cond(ctx: Context, eqn: Any, index: Any, *args: Any) -> Any:
+    index = settle(ctx, eqn, index, "a weight as a branch index")
+
+    def branch(jaxpr: Any) -> Callable:
+        def fn(*args: Any) -> list[Any]:
+            outs = interpret(ctx, jaxpr, args)
+            return [settle(ctx, eqn, x, "a weight as a branch's result") for x in outs]
+        return fn
+
+    return lax.switch(index, [branch(b) for b in eqn.params["branches"]], *args)
+
+
+def _loop_invariant(ctx: Context, eqn: Any, init: list[Any], ins: Any, outs: Any
+                    ) -> dict[int, Factored]:
+    """The carried weights that every step hands on unchanged; others settle."""
+    fixed = {}
+    for k, x in enumerate(init):
+        if isinstance(x, Factored):
+            if ins[k] is outs[k]:
+                fixed[k] = x
+            else:
+                init[k] = settle(ctx, eqn, x, "a weight that a loop changes")
+    return fixed
+
+
+def _scanned(ctx: Context, eqn: Any, w: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """What `lax.scan` slices, and how a step puts its slice together again."""
+    if not isinstance(w, Factored):
+        return w, lambda x: x
+    ctx.claim(w, eqn, {0: "stack"}, firm=False)
+    if w.shape[0] != 1 or w.axes[0]:
+        dim = sole_dim(w, 0)
+    else:
+        dim = Dim((0,), 1)
+    leading = per_dim(w, w.base, w.axes, lambda array, at: _to_front(array, at, dim))
+    held = {
+        name for name, roles in (("a", ("stack", "in")), ("b", ("stack", "out")),
+                                 ("key", ("stack",)))
+        if dim in w.dims(*roles) and getattr(w, name) is not None
+    }
+    sliced = {"base": w.base} | {name: getattr(leading, name) for name in held}
+
+    def rebuild(step: dict[str, Any]) -> Factored:
+        return dataclasses.replace(w, axes=w.axes[1:], **step)
+
+    return sliced, rebuild
+
+
+def _to_front(array: Any, at: dict[int, Dim], dim: Dim) -> Any:
+    where = [i for i, d in at.items() if d == dim]
+    return jnp.moveaxis(array, where[0], 0) if where else array
+
+
+def _at_step(w: Any, i: Any) -> Any:
+    """Every step of a loop draws its own dropout mask."""
+    if not isinstance(w, Factored) or w.key is None:
+        return w
+    keys = w.key.reshape(-1)
+    folded = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys).reshape(w.key.shape)
+    return dataclasses.replace(w, key=folded)
+
+
+def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
+    """The user's rule, differentiated at W with the tangent scale (dA B + A dB)."""
+    jaxpr = eqn.params["call_jaxpr"]
+    if ctx.log is not None:
+        return interpret(ctx, jaxpr, args)
+    flat, tree = jax.tree.flatten(args)
+
+    @jax.custom_jvp
+    def call(*flat: Any) -> list[Any]:
+        outs = interpret(ctx, jaxpr, jax.tree.unflatten(tree, flat))
+        return [settle(ctx, eqn, x, "a weight as the result") for x in outs]
+
+    @call.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        args = jax.tree.unflatten(tree, primals)
+        moved = jax.tree.unflatten(tree, tangents)
+        at = [i for i, v in enumerate(eqn.invars) if _differentiable(v.aval)]
+
+        def both(primals: Any, tangents: Any) -> Any:
+            def fn(*some: Any) -> Any:
+                full = list(primals)
+                for i, x in zip(at, some, strict=True):
+                    full[i] = x
+                return _compat.eval_eqn(eqn, full)
+            return jax.jvp(fn, [primals[i] for i in at], tangents)
+
+        avals = [_like(v.aval) for v in eqn.invars]
+        rule = jax.make_jaxpr(both)(avals, [avals[i] for i in at])
+        outs = interpret(ctx, rule, [*args, *(_tangent(args[i], moved[i]) for i in at)])
+        outs = [settle(ctx, eqn, x, "a weight as the result") for x in outs]
+        return outs[:len(outs) // 2], outs[len(outs) // 2:]
+
+    return call(*flat)
+
+
+def _tangent(x: Any, dx: Any) -> Any:
+    """d(A B) = [dA | A] · [B ; dB]."""
+    if not isinstance(x, Factored):
+        return dx
+    rank_of_b = len(x.dims("stack"))
+    a = jnp.concatenate([dx.a, x.a], axis=-1)
+    b = jnp.concatenate([x.b, dx.b], axis=rank_of_b)
+    return dataclasses.replace(x, base=None, a=a, b=b, key=None)
+
+
+def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
+    """The user's forward and backward, whose dW becomes dA and dB."""
+    jaxpr = eqn.params["call_jaxpr"]
+    if ctx.log is not None:
+        return interpret(ctx, jaxpr, args)
+    flat, tree = jax.tree.flatten(args)
+    at = [i for i, v in enumerate(eqn.invars) if _differentiable(v.aval)]
+    avals = [_like(v.aval) for v in eqn.invars]
+    pullback: list[Any] = []
+
+    def forward(*full: Any) -> Any:
+        def fn(*some: Any) -> Any:
+            values = list(full)
+            for i, x in zip(at, some, strict=True):
+                values[i] = x
+            return _compat.eval_eqn(eqn, values)
+        outs, vjp = jax.vjp(fn, *(full[i] for i in at))
+        residuals, vjp_tree = jax.tree.flatten(vjp)
+        pullback[:] = [vjp_tree, [_like(jax.typeof(r)) for r in residuals]]
+        return outs, residuals
+
+    @jax.custom_vjp
+    def call(*flat: Any) -> list[Any]:
+        outs = interpret(ctx, jaxpr, jax.tree.unflatten(tree, flat))
+        return [settle(ctx, eqn, x, "a weight as the result") for x in outs]
+
+    def fwd(*flat: Any) -> Any:
+        args = jax.tree.unflatten(tree, flat)
+        outs = interpret(ctx, jax.make_jaxpr(forward)(*avals), args)
+        n = len(eqn.outvars)
+        ys = [settle(ctx, eqn, x, "a weight as the result") for x in outs[:n]]
+        return ys, (outs[n:], args)
+
+    def bwd(saved: Any, cotangents: Any) -> Any:
+        residuals, args = saved
+        vjp_tree, like = pullback
+        outs = [_like(v.aval) for v in eqn.outvars]
+        rule = jax.make_jaxpr(
+            lambda res, cts: jax.tree.unflatten(vjp_tree, res)(cts)
+        )(like, outs)
+        grads = interpret(ctx, rule, [*residuals, *cotangents])
+        of_arg = dict(zip(at, grads, strict=True))
+        return tuple(ct for i, x in enumerate(args) for ct in _cotangent(x, of_arg.get(i)))
+
+    call.defvjp(fwd, bwd)
+    return call(*flat)
+
+
+def _cotangent(x: Any, g: Any) -> list[Any]:
+    """The cotangents of x's leaves; dA, dB as the gradient of ⟨dW, scale A B⟩."""
+    if not isinstance(x, Factored):
+        return [g]
+
+    def inner(a: Any, b: Any) -> Any:
+        v = views(dataclasses.replace(x, a=a, b=b), "w")
+        pairs = [pair for axis in v.segments for pair in axis]
+        labels = [label for label, _ in pairs]
+        dw = Labelled(g.astype(a.dtype).reshape([n for _, n in pairs]), labels)
+        kept = [n for n in labels if n in v.b_labels] + [RANK]
+        z = contract(dw, Labelled(v.a, v.a_labels), kept)
+        return x.site.scale * jnp.sum(contract(z, Labelled(v.b, v.b_labels), []).array)
+
+    da, db = jax.grad(inner, (0, 1))(x.a, x.b)
+    return [*([] if x.base is None else [None]), da, db, *([] if x.key is None else [None])]
+
+
+def _differentiable(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def _like(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)

@@ -1,0 +1,186 @@
+"""Rules for operations that only change how a weight looks."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from flora._compat import eval_eqn
+from flora._errors import Unfactorable
+from flora._factored import Dim, Factored, per_dim, relayout, sole_dim, split_axes
+
+
+def _base(eqn: Any, w: Factored, *rest: Any) -> Any:
+    return None if w.base is None else eval_eqn(eqn, [w.base, *rest])[0]
+
+
+def on_base(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
+    """Copies, casts, placements and names concern W alone."""
+    return [dataclasses.replace(w, base=_base(eqn, w))]
+
+
+def convert_element_type(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
+    """The factors keep their dtype until a product casts them to the activations'."""
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
+        raise Unfactorable(f"a cast to {eqn.params['new_dtype']}")
+    return on_base(ctx, eqn, w)
+
+
+def stop_gradient(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
+    stopped = dataclasses.replace(w, base=_base(eqn, w))
+    if w.a is None:
+        return [stopped]
+    a, b = lax.stop_gradient((w.a, w.b))
+    return [dataclasses.replace(stopped, a=a, b=b)]
+
+
+def optimization_barrier(ctx: Any, eqn: Any, *values: Any) -> list[Any]:
+    return list(lax.optimization_barrier(tuple(values)))
+
+
+def transpose(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
+    axes = tuple(w.axes[i] for i in eqn.params["permutation"])
+    return [dataclasses.replace(w, base=_base(eqn, w), axes=axes)]
+
+
+def reshape(ctx: Any, eqn: Any, w: Factored, *dynamic: Any) -> list[Factored]:
+    if dynamic or eqn.params.get("dimensions") is not None:
+        raise Unfactorable("a reshape of dynamic shape or other order")
+    return [relayout(w, _base(eqn, w), split_axes(w.axes, eqn.params["new_sizes"]))]
+
+
+def squeeze(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
+    gone = {d % len(w.axes) for d in eqn.params["dimensions"]}
+    _suggest_stack(ctx, eqn, w, gone)
+    axes = [axis for i, axis in enumerate(w.axes) if i not in gone]
+    return [relayout(w, _base(eqn, w), axes)]
+
+
+def broadcast_in_dim(ctx: Any, eqn: Any, w: Factored, *dynamic: Any) -> list[Factored]:
+    """`expand_dims`: axes of size 1 come in."""
+    shape, at = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    axes: list[tuple[Dim, ...]] = [()] * len(shape)
+    for i, axis in zip(at, w.axes, strict=True):
+        axes[i] = axis
+    new = dataclasses.replace(w, axes=tuple(axes))
+    if dynamic or new.shape != tuple(shape):
+        raise Unfactorable("a broadcast that repeats the weight")
+    return [dataclasses.replace(new, base=_base(eqn, w))]
+
+
+def slice_(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
+    p = eqn.params
+    strides = p["strides"] or (1,) * len(w.axes)
+    cuts = {}
+    for i, size in enumerate(w.shape):
+        cut = slice(p["start_indices"][i], p["limit_indices"][i], strides[i])
+        if cut != slice(0, size, 1):
+            cuts[i] = (cut, len(range(*cut.indices(size))))
+
+    def take(array: Any, positions: dict[int, Dim], chosen: dict[Dim, Any]) -> Any:
+        for at, dim in positions.items():
+            if dim in chosen:
+                cut = chosen[dim]
+                array = lax.slice_in_dim(array, cut.start, cut.stop, cut.step, at)
+        return array
+
+    return [_cut(ctx, eqn, w, _base(eqn, w), cuts, take)]
+
+
+def dynamic_slice(ctx: Any, eqn: Any, w: Any, *starts: Any) -> list[Factored]:
+    if not isinstance(w, Factored):
+        raise Unfactorable("a weight as an index")
+    sizes = eqn.params["slice_sizes"]
+    if len(starts) != len(sizes):
+        raise Unfactorable("a slice of dynamic shape")
+    cuts = {
+        i: ((starts[i], sizes[i]), sizes[i])
+        for i, size in enumerate(w.shape) if sizes[i] != size
+    }
+
+    def take(array: Any, positions: dict[int, Dim], chosen: dict[Dim, Any]) -> Any:
+        for at, dim in positions.items():
+            if dim in chosen:
+                array = lax.dynamic_slice_in_dim(array, *chosen[dim], axis=at)
+        return array
+
+    return [_cut(ctx, eqn, w, _base(eqn, w, *starts), cuts, take)]
+
+
+def _cut(ctx: Any, eqn: Any, w: Factored, base: Any, cuts: dict[int, Any], take: Any
+         ) -> Factored:
+    """Cuts axes: W's stack axes in both factors, in axes in A, out axes in B."""
+    chosen = {sole_dim(w, i): cut for i, (cut, _) in cuts.items()}
+    _suggest_stack(ctx, eqn, w, cuts)
+    axes = list(w.axes)
+    for i, (_, size) in cuts.items():
+        axes[i] = (dataclasses.replace(axes[i][0], size=size),)
+    return per_dim(w, base, axes, lambda array, at: take(array, at, chosen))
+
+
+def rev(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
+    flipped = [i for i in eqn.params["dimensions"] if w.shape[i] > 1]
+    dims = {sole_dim(w, i) for i in flipped}
+
+    def flip(array: Any, at: dict[int, Dim]) -> Any:
+        return lax.rev(array, [i for i, d in at.items() if d in dims])
+
+    return [per_dim(w, _base(eqn, w), w.axes, flip)]
+
+
+def mul(ctx: Any, eqn: Any, x: Any, y: Any) -> list[Factored]:
+    """c·W, where c varies along no axis, or along axes of one factor only."""
+    if isinstance(x, Factored) and isinstance(y, Factored):
+        raise Unfactorable("a product of two weights, element by element")
+    w, c = (x, y) if isinstance(x, Factored) else (y, x)
+    base = w.base
+    if base is not None:
+        (base,) = eval_eqn(eqn, [base if v is w else v for v in (x, y)])
+    return [_scaled(eqn, w, base, c, lax.mul)]
+
+
+def div(ctx: Any, eqn: Any, w: Any, c: Any) -> list[Factored]:
+    if not isinstance(w, Factored) or isinstance(c, Factored):
+        raise Unfactorable("a division by a weight")
+    return [_scaled(eqn, w, _base(eqn, w, c), c, lax.div)]
+
+
+def neg(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
+    scaled = dataclasses.replace(w, base=_base(eqn, w))
+    return [scaled if w.b is None else dataclasses.replace(scaled, b=-w.b)]
+
+
+def _scaled(eqn: Any, w: Factored, base: Any, c: Any, apply: Any) -> Factored:
+    """Scales A where c varies along in axes, else B."""
+    c = jnp.asarray(c)
+    if eqn.outvars[0].aval.shape != w.shape:
+        raise Unfactorable("a product that repeats the weight")
+    varies = [i for i, n in enumerate(c.shape) if n > 1]
+    if len(varies) > 1 and len(varies) == sum(n > 1 for n in w.shape):
+        raise Unfactorable("a factor for each element of the weight")
+    new = dataclasses.replace(w, base=base)
+    if w.a is None:
+        return new
+    dims = [d for i in varies for d in w.axes[i]]
+    c = lax.reshape(c, [d.size for d in dims])
+    if not any(d.role == "in" for d in dims):
+        held = [*w.dims("stack"), None, *w.dims("out")]
+        c = _spread(c, dims, held).astype(w.b.dtype)
+        return dataclasses.replace(new, b=apply(w.b, jnp.broadcast_to(c, w.b.shape)))
+    if not any(d.role == "out" for d in dims):
+        held = [*w.dims("stack", "in"), None]
+        c = _spread(c, dims, held).astype(w.a.dtype)
+        return dataclasses.replace(new, a=apply(w.a, jnp.broadcast_to(c, w.a.shape)))
+    raise Unfactorable("a factor that varies along in and out axes")
+
+
+def _spread(c: Any, dims: list[Dim], held: list[Dim | None]) -> Any:
+    """c with its axes moved to where a factor holds those dims."""
+    where = [held.index(d) for d in dims]
+    c = lax.transpose(c, sorted(range(len(where)), key=where.__getitem__))
+    return lax.expand_dims(c, [i for i in range(len(held)) if i not in where])
+
+
+def _suggest_stack(ctx: Any, eqn: Any, w: Factored, axes: Any) -> None:
+    ctx.claim(w, eqn, {i: "stack" for i in axes}, firm=False)

@@ -1,0 +1,134 @@
+"""`lora(fn)`: the unmodified function, run on an adapted tree."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from flora._errors import LoraError, LoraTypeError, fail
+from flora._factored import Factored, from_weight
+from flora._interpreter import Context, interpret
+from flora._rules import RULES
+from flora._select import named_leaves
+from flora._trace import is_array, stage
+from flora._weight import LoraWeight, Trained, is_node
+
+
+def lora(fn: Callable, *, fallback: str | None = None) -> Callable:
+    """The function that runs `fn` on adapted trees, with `fn`'s own signature.
+
+    y = x W + scale (x A) B wherever `fn` multiplies by an adapted weight W.  `fn` is
+    traced to a jaxpr, and only the equations that read an adapted weight change.  On a
+    tree with nothing adapted, `fn` itself is called.
+
+    Leaves that are neither factors nor named in `LoraConfig.train` are frozen: their
+    gradients are zero.  Call the result inside `jax.jit`; outside, each call traces anew.
+
+    Args:
+      fn: any function of a parameter tree first: `model.apply`, an NNX state's merge and
+        call, a loss.  Its other arguments can be anything.
+      fallback: 'materialize' forms W + scale A B where an operation has no factored
+        rule, 'error' refuses; by default what `LoraConfig.fallback` said.
+
+    Returns:
+      A function of `(tree, *args, **kwargs)` with the outputs of `fn`.
+
+    Raises:
+      LoraError: an operation reads an adapted weight and has no factored rule, or the
+        tree's factors do not fit its weights, or `fn` returns an adapted weight.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flora
+      >>> def fn(params, x):
+      ...     return x @ params["kernel"]
+      >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
+      >>> config = flora.LoraConfig(rank=2)
+      >>> adapted = flora.init(jax.random.key(0), config, fn, params, x)
+      >>> bool((flora.lora(fn)(adapted, x) == fn(params, x)).all())
+      True
+
+    References: Hu et al. 2021, eq. 3. https://arxiv.org/abs/2106.09685
+    """
+    if not callable(fn):
+        raise LoraTypeError(
+            f"lora() got a {type(fn).__name__}; expected the function to run, such as "
+            "model.apply."
+        )
+    if fallback not in (None, "error", "materialize"):
+        raise LoraError(f"fallback={fallback!r}. Write 'error' or 'materialize'.")
+
+    @functools.wraps(fn)
+    def run_on_adapted(tree: Any, *args: Any, **kwargs: Any) -> Any:
+        named, treedef = named_leaves(tree)
+        if not any(is_node(leaf) for _, leaf in named):
+            return fn(tree, *args, **kwargs)
+        fail(p for path, leaf in named for p in weight_problems(path, leaf))
+        values = [_value(path, leaf, fallback) for path, leaf in named]
+        plain = [x.base if isinstance(x, Factored) else x for x in values]
+        staged = stage(fn, plain, treedef, args, kwargs)
+        inputs = [x for x, k in zip(values, staged.tree_inputs, strict=True)
+                  if k is not None]
+        outs = interpret(Context(RULES), staged.jaxpr, [*inputs, *staged.args])
+        return staged.finish([
+            _settled(x, path) for x, path in zip(outs, staged.outputs, strict=True)
+        ])
+
+    return run_on_adapted
+
+
+def _value(path: str, leaf: Any, fallback: str | None) -> Any:
+    """What enters the interpreter for a leaf.  All but factors and `Trained` freeze."""
+    if isinstance(leaf, Trained):
+        return leaf.value
+    if isinstance(leaf, LoraWeight):
+        leaf = dataclasses.replace(
+            leaf, base=lax.stop_gradient(leaf.base), fallback=fallback or leaf.fallback
+        )
+        return from_weight(leaf, path)
+    if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return lax.stop_gradient(leaf)
+    return leaf
+
+
+def _settled(x: Any, path: str) -> Any:
+    if isinstance(x, Factored):
+        raise LoraError(returned_raw(x.site.path, path))
+    return x
+
+
+def returned_raw(path: str, output: str = "") -> str:
+    """The message for a function that hands out an adapted weight."""
+    where = f" as output {output}" if output else ""
+    return (
+        f"The function returns the weight '{path}' itself{where}; it has no factored "
+        "form there. Return only what the call computes or changes, or call it on "
+        "flora.merge(tree)."
+    )
+
+
+def weight_problems(path: str, leaf: Any) -> list[str]:
+    """What is wrong with a `LoraWeight` that a function is about to run on."""
+    if not isinstance(leaf, LoraWeight):
+        return []
+    if leaf.base is None:
+        return [f"'{path}' is an adapter without its base. Write flora.join(base, adapter)."]
+    shapes = [getattr(x, "shape", None) for x in (leaf.base, leaf.a, leaf.b)]
+    if None in shapes:
+        return [f"'{path}' is a LoraWeight that holds no arrays. Pass the tree that "
+                "flora.init or flora.join returned."]
+    base, a, b = shapes
+    axes = sorted((*leaf.layout.stack, *leaf.layout.in_, *leaf.layout.out))
+    if axes != list(range(len(base))):
+        return [f"'{path}' has shape {base}, but its layout is for {len(axes)} axes "
+                f"({leaf.layout}). Pass the tree with the shapes that flora.init saw."]
+    wanted = leaf.layout.factor_shapes(base, leaf.rank)
+    if (a, b) != wanted:
+        return [
+            f"'{path}' has base {base}, a {a} and b {b}; layout {leaf.layout} and rank "
+            f"{leaf.rank} ask for a {wanted[0]} and b {wanted[1]}. Pass base and adapter "
+            "of the same flora.init."
+        ]
+    return []

@@ -1,0 +1,141 @@
+"""The node that stands where a weight stood: `LoraWeight`, its `Layout`, `Trained`."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axes of a weight are stacked, contracted and produced.
+
+    Attributes:
+      stack: axes that index independent matrices (nn.scan, nn.vmap, experts).
+      in_: axes contracted with activations (indexed, for an embedding).
+      out: axes that the product keeps.
+    """
+
+    stack: tuple[int, ...] = ()
+    in_: tuple[int, ...] = (0,)
+    out: tuple[int, ...] = (1,)
+
+    def role(self, axis: int) -> str:
+        """'stack', 'in' or 'out'."""
+        if axis in self.stack:
+            return "stack"
+        return "in" if axis in self.in_ else "out"
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The sizes of the stack, in and out axes of a weight of that shape."""
+        return tuple(
+            tuple(shape[i] for i in axes) for axes in (self.stack, self.in_, self.out)
+        )
+
+    def factor_shapes(
+        self, shape: tuple[int, ...], rank: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of `a` `[*stack, *in, rank]` and `b` `[*stack, rank, *out]`."""
+        stack, in_, out = self.sizes(shape)
+        return (*stack, *in_, rank), (*stack, rank, *out)
+
+    def __str__(self) -> str:
+        named = (("stack", self.stack), ("in", self.in_), ("out", self.out))
+        return " ".join(f"{n}={','.join(map(str, a))}" for n, a in named if a)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraWeight:
+    """A frozen weight and its low-rank factors: W + scale A B.
+
+    A pytree node.  It checks nothing, so that it can hold `None`, labels, gradients,
+    `ShapeDtypeStruct`s and tracers; `flora.init` and `flora.lora` check.
+
+    Attributes:
+      base: the frozen weight W, `[...]`; `None` in an adapter.
+      a: A, `[*stack, *in, rank]`.
+      b: B, `[*stack, rank, *out]`.
+      key: dropout keys `[*stack]` of one step, or `None`.
+      layout: the roles of W's axes.
+      rank: the rank of A B.
+      alpha: the numerator of the scale.
+      rank_stabilized: whether scale is alpha/√rank instead of alpha/rank.
+      dropout: dropout rate on the input of the low-rank path.
+      fallback: 'error' or 'materialize', for uses that have no factored rule.
+
+    References: Hu et al. 2021, eq. 3. https://arxiv.org/abs/2106.09685
+      Kalajdzievski 2023 (rank-stabilized). https://arxiv.org/abs/2312.03732
+    """
+
+    base: Any
+    a: Any
+    b: Any
+    key: Any = None
+    layout: Layout = Layout()
+    rank: int = 1
+    alpha: float = 1.0
+    rank_stabilized: bool = False
+    dropout: float = 0.0
+    fallback: str = "error"
+
+    @property
+    def scale(self) -> float:
+        """alpha/rank, or alpha/√rank."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+jax.tree_util.register_dataclass(
+    LoraWeight,
+    data_fields=["base", "a", "b", "key"],
+    meta_fields=[
+        "layout",
+        "rank",
+        "alpha",
+        "rank_stabilized",
+        "dropout",
+        "fallback",
+    ],
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Marks a leaf that trains whole (`LoraConfig.train`)."""
+
+    value: Any
+
+
+jax.tree_util.register_dataclass(Trained, data_fields=["value"], meta_fields=[])
+
+
+def is_node(x: Any) -> bool:
+    """Whether x is a node of flora's in an adapted tree."""
+    return isinstance(x, LoraWeight | Trained)
+
+
+def compute_dtype(*dtypes: Any) -> Any:
+    """The widest of the dtypes, float32 at least (or its complex twin)."""
+    return jnp.result_type(jnp.float32, *(d for d in dtypes if jnp.dtype(d).itemsize > 1))
+
+
+def delta(weight: LoraWeight) -> jax.Array:
+    """scale A B in W's shape, in float32 or wider."""
+    layout, shape = weight.layout, weight.base.shape
+    stack, in_, out = (math.prod(s) for s in layout.sizes(shape))
+    dtype = compute_dtype(weight.a.dtype, weight.b.dtype, weight.base.dtype)
+    a = weight.a.astype(dtype).reshape(stack, in_, -1)
+    b = weight.b.astype(dtype).reshape(stack, -1, out)
+    dims = (((2,), (1,)), ((0,), (0,)))
+    ab = lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST)
+    order = (*layout.stack, *layout.in_, *layout.out)
+    ab = ab.reshape([shape[i] for i in order])
+    return weight.scale * ab.transpose([order.index(i) for i in range(len(shape))])
+
+
+def materialize(weight: LoraWeight) -> jax.Array:
+    """W + scale A B, summed in float32 or wider and rounded once to W's dtype."""
+    change = delta(weight)
+    return (weight.base.astype(change.dtype) + change).astype(weight.base.dtype)

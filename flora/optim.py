@@ -1,0 +1,129 @@
+"""Training only the adapter: mask, optimizer, value_and_grad."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora._adapt import join, require_adapted, split
+from flora._errors import LoraTypeError
+from flora._weight import LoraWeight, Trained, is_node
+
+
+def mask(adapted: Any) -> Any:
+    """True at the leaves that train (A, B and `Trained`), False at all others.
+
+    Args:
+      adapted: an adapted tree, or gradients of one.
+
+    Returns:
+      A tree of bools of the same structure, for `optax.masked` and the like.
+      `optax.masked` hands the gradients of other leaves on unchanged; `flora.lora`
+      makes them zero, and `flora.optimizer` freezes them whatever they are.
+
+    Raises:
+      LoraError: the tree is not adapted.
+    """
+    require_adapted(adapted, "mask")
+    return _labels(adapted, True, False)
+
+
+def _labels(tree: Any, train: Any, freeze: Any) -> Any:
+    def label(leaf: Any) -> Any:
+        if isinstance(leaf, LoraWeight):
+            return dataclasses.replace(
+                leaf,
+                base=None if leaf.base is None else freeze,
+                a=train,
+                b=train,
+                key=None if leaf.key is None else freeze,
+            )
+        return Trained(train) if isinstance(leaf, Trained) else freeze
+
+    return jax.tree.map(label, tree, is_leaf=is_node)
+
+
+def optimizer(tx: optax.GradientTransformation, adapted: Any
+              ) -> optax.GradientTransformation:
+    """`tx` on A, B and `Trained` leaves; all other leaves stay bit for bit.
+
+    Args:
+      tx: any optax transformation, weight decay and all.
+      adapted: the adapted tree, or the adapter alone.
+
+    Returns:
+      A transformation for the whole tree.  It keeps no state for frozen leaves.
+
+    Raises:
+      LoraError: the tree is not adapted.
+    """
+    if not hasattr(tx, "init") or not hasattr(tx, "update"):
+        raise LoraTypeError(f"optimizer: tx is a {type(tx).__name__}; expected an optax "
+                            "transformation, such as optax.adamw(1e-4).")
+    require_adapted(adapted, "optimizer")
+    return optax.multi_transform(
+        {"train": tx, "freeze": _freeze()}, lambda tree: _labels(tree, "train", "freeze")
+    )
+
+
+def _freeze() -> optax.GradientTransformation:
+    """Updates of -0.0: p + -0.0 is p bit for bit, -0.0 included; p + 0.0 is not."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return jax.tree.map(_no_change, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _no_change(g: Any) -> Any:
+    if jnp.issubdtype(g.dtype, jnp.inexact):
+        return jnp.full(g.shape, -0.0, g.dtype)
+    return jnp.zeros(g.shape, jnp.int8 if g.dtype == jax.dtypes.float0 else g.dtype)
+
+
+def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
+    """Differentiates a function of an adapted tree by the adapter alone.
+
+    The base is no input of the differentiation, so it can be of integers and the tree
+    can hold dropout keys.
+
+    Args:
+      fn: `fn(adapted, *args, **kwargs)`, a scalar loss, or `(loss, aux)`.
+      has_aux: whether `fn` returns `(loss, aux)`.
+
+    Returns:
+      A function of the same arguments that returns `(value, gradients)`; the gradients
+      have the structure of `flora.split(adapted)[1]`.
+
+    Raises:
+      LoraError: the tree is not adapted.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flora
+      >>> fn = flora.lora(lambda p, x: jnp.sum(x @ p["kernel"]))
+      >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
+      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2), fn, params, x)
+      >>> loss, grads = flora.value_and_grad(fn)(adapted, x)
+      >>> grads["kernel"].base is None, bool((grads["kernel"].a == 0).all())
+      (True, True)
+    """
+
+    def differentiated(adapted: Any, *args: Any, **kwargs: Any) -> Any:
+        base, adapter = split(adapted)
+
+        def loss(adapter: Any) -> Any:
+            return fn(_same_keys(join(base, adapter), adapted), *args, **kwargs)
+
+        return jax.value_and_grad(loss, has_aux=has_aux)(adapter)
+
+    return differentiated
+
+
+def _same_keys(joined: Any, adapted: Any) -> Any:
+    def attach(x: Any, old: Any) -> Any:
+        return dataclasses.replace(x, key=old.key) if isinstance(x, LoraWeight) else x
+
+    return jax.tree.map(attach, joined, adapted, is_leaf=is_node)

@@ -6,6 +6,7 @@ Differences are told apart by features, never by version numbers.
 import contextlib
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,9 +24,10 @@ Primitive = jex.Primitive
 DropVar = jex.DropVar
 
 
-def _primitive_of(fn: Callable, *args: Any) -> Primitive:
+def _primitive_of(fn: Callable) -> Primitive:
     """The primitive that a public function binds, for those with no public name."""
-    return jax.make_jaxpr(fn)(*args).eqns[0].primitive
+    x = jax.ShapeDtypeStruct((2,), jnp.float32)
+    return jax.make_jaxpr(fn)(x).eqns[0].primitive
 
 
 class P:
@@ -38,6 +40,7 @@ class P:
     reshape = primitives.reshape_p
     broadcast_in_dim = primitives.broadcast_in_dim_p
     squeeze = primitives.squeeze_p
+    reduce_sum = primitives.reduce_sum_p
     slice = primitives.slice_p
     dynamic_slice = primitives.dynamic_slice_p
     rev = primitives.rev_p
@@ -48,9 +51,8 @@ class P:
     sharding_constraint = primitives.sharding_constraint_p
     checkpoint_name = primitives.name_p
     stop_gradient = primitives.stop_gradient_p
-    optimization_barrier = _primitive_of(
-        lambda x: lax.optimization_barrier(x), jax.ShapeDtypeStruct((), jnp.float32)
-    )
+    optimization_barrier = _primitive_of(lambda x: lax.optimization_barrier(x))
+    split = _primitive_of(lambda x: lax.split(x, (1, 1)))
     mul = primitives.mul_p
     div = primitives.div_p
     neg = primitives.neg_p
@@ -82,8 +84,11 @@ def eval_eqns(eqns: Sequence[Eqn], outvars: Sequence[Any], env: dict) -> list[An
             if not isinstance(v, Literal) and v not in defined:
                 invars[v] = None
         defined.update(eqn.outvars)
+    if not eqns:
+        return []
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
-    jaxpr = jex.Jaxpr((), list(invars), list(outvars), list(eqns), effects)
+    names = jex.DebugInfo("flora", "flora", ("",) * len(invars), ("",) * len(outvars))
+    jaxpr = jex.Jaxpr((), list(invars), list(outvars), list(eqns), effects, names)
     return jax.core.eval_jaxpr(jaxpr, (), *(env[v] for v in invars))
 
 
@@ -106,9 +111,25 @@ def eqn_scope(eqn: Eqn) -> Iterator[None]:
         yield
 
 
+# Frames of these packages are not where the user wrote something.
+_LIBRARIES = tuple(
+    os.sep + os.path.join("site-packages", name) + os.sep
+    for name in ("jax", "flax", "haiku", "equinox")
+) + (os.path.dirname(__file__) + os.sep, "<string>", "contextlib.py")
+
+
 def source_line(eqn: Eqn) -> str:
     """Where the user wrote the equation: 'model.py:41 (Block.__call__)'."""
-    return source_info_util.summarize(eqn.source_info)
+    trace = eqn.source_info.traceback
+    frame = trace and trace.as_python_traceback()
+    found = ""
+    while frame is not None:  # from the outermost frame inwards
+        code = frame.tb_frame.f_code
+        if not any(name in code.co_filename for name in _LIBRARIES):
+            file = os.path.basename(code.co_filename)
+            found = f"{file}:{frame.tb_lineno} ({code.co_qualname})"
+        frame = frame.tb_next
+    return found or source_info_util.summarize(eqn.source_info)
 
 
 @dataclasses.dataclass(frozen=True)

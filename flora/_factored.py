@@ -29,13 +29,11 @@ class Dim:
       at: `(axis, ...)`, which axis it came from and where in it; sorts in row order.
       size: its length.
       role: 'stack', 'in', 'out', or '' while it is being discovered.
-      looked_up: whether an index array of a gather chose its rows.
     """
 
     at: tuple[int, ...]
     size: int
     role: str = ""
-    looked_up: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +48,18 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Factored:
-    """W + scale A B inside the interpreter.  `base` is `None` for a pure A B."""
+    """W + scale A B inside the interpreter.
+
+    Attributes:
+      base: W; `None` for a pure A B.
+      a: A, or `None` during discovery.
+      b: B, likewise.
+      key: dropout keys `[*stack]`, or `None`.
+      axes: the dims that each axis is made of.
+      site: path and settings.
+      chosen: axes of the stored weight of which indices chose rows; such a value can
+        pass for activations.
+    """
 
     base: Any
     a: Any
@@ -58,6 +67,7 @@ class Factored:
     key: Any
     axes: tuple[tuple[Dim, ...], ...]
     site: Site
+    chosen: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,12 +78,9 @@ class Factored:
         found = [d for axis in self.axes for d in axis]
         return [d for r in roles for d in sorted(d for d in found if d.role == r)]
 
-    def on_factors(self, fn: Callable, a: Any, b: Any) -> tuple[Any, Any]:
-        return (None, None) if self.a is None else (fn(self.a, a), fn(self.b, b))
-
 
 jax.tree_util.register_dataclass(
-    Factored, data_fields=["base", "a", "b", "key"], meta_fields=["axes", "site"]
+    Factored, data_fields=["base", "a", "b", "key"], meta_fields=["axes", "site", "chosen"]
 )
 
 
@@ -205,11 +212,14 @@ def views(w: Factored, name: Any) -> Views:
     def view(array: Any, before: str, after: str, rank_at: int):
         runs = [run for role in (before, after) for run in every if run[1] == role]
         held = w.dims(before, after)
-        perm = [i + (i >= rank_at) for i in (held.index(d) for r in runs for d in r[2])]
-        labels, sizes = [r[0] for r in runs], [math.prod(d.size for d in r[2]) for r in runs]
+        perm = [held.index(d) for run in runs for d in run[2]]
+        perm = [i + (i >= rank_at) for i in perm]
+        perm.insert(rank_at, rank_at)
+        labels = [run[0] for run in runs]
+        sizes = [math.prod(d.size for d in run[2]) for run in runs]
         at = len(runs) if rank_at == len(held) else sum(r[1] == before for r in runs)
-        for rows, value in ((perm, rank_at), (labels, RANK), (sizes, array.shape[rank_at])):
-            rows.insert(at, value)
+        labels.insert(at, RANK)
+        sizes.insert(at, array.shape[rank_at])
         return lax.reshape(lax.transpose(array, perm), sizes), tuple(labels)
 
     a, a_labels = view(w.a, "stack", "in", len(w.dims("stack", "in")))

@@ -57,10 +57,14 @@ class Context:
     def claim(self, w: Any, eqn: Any, roles: Mapping[int, str], firm: bool = True
               ) -> None:
         """Records what an operation says of the axes of a weight."""
-        if self.log is None or not isinstance(w, Factored):
-            return
-        found = {(d.at[0], role) for i, role in roles.items() for d in w.axes[i]}
-        if found:
+        if isinstance(w, Factored):
+            found = {(d.at[0], role) for i, role in roles.items() for d in w.axes[i]}
+            self.record(w, eqn, found, firm)
+
+    def record(self, w: Factored, eqn: Any, found: set[tuple[int, str]], firm: bool = True
+               ) -> None:
+        """Records roles of the stored weight's axes."""
+        if self.log is not None and found:
             use = Use(w.site.path, eqn.primitive.name, _compat.source_line(eqn),
                       tuple(sorted(found)), firm)
             self.log.setdefault(use)
@@ -148,10 +152,8 @@ def settle(ctx: Context, eqn: Any, x: Any, reason: str) -> Any:
     """A plain array for x.  Rows that an index looked up are activations already."""
     if not isinstance(x, Factored):
         return x
-    if x.base is not None and any(d.looked_up for axis in x.axes for d in axis):
-        ctx.claim(x, eqn, {
-            i: "in" if any(d.looked_up for d in axis) else "out"
-            for i, axis in enumerate(x.axes)
-        })
+    if x.chosen and x.base is not None:
+        rest = {d.at[0] for axis in x.axes for d in axis} - {*x.chosen}
+        ctx.record(x, eqn, {(i, "in") for i in x.chosen} | {(i, "out") for i in rest})
         return materialized(x)
     return ctx.dense(x, eqn, reason)

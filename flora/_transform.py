@@ -10,6 +10,7 @@ from jax import lax
 
 from flora._errors import LoraError, LoraTypeError, fail
 from flora._factored import Factored, from_weight
+from flora._forms import materialized
 from flora._interpreter import Context, interpret
 from flora._rules import RULES
 from flora._select import named_leaves
@@ -94,6 +95,8 @@ def _value(path: str, leaf: Any, fallback: str | None) -> Any:
 
 
 def _settled(x: Any, path: str) -> Any:
+    if isinstance(x, Factored) and x.chosen:
+        return materialized(x)
     if isinstance(x, Factored):
         raise LoraError(returned_raw(x.site.path, path))
     return x

@@ -103,7 +103,7 @@ def _gather_factor(eqn: Any, array: Any, labels: Any, indices: Any) -> Labelled:
     n = indices.ndim - 1
     y = lax.gather(
         array,
-        indices[..., jnp.array(components, int)] if components else indices[..., :0],
+        _select_last(indices, components),
         lax.GatherDimensionNumbers(
             offset_dims=tuple(range(n, n + len(own))),
             collapsed_slice_dims=tuple(at[i] for i in dn.collapsed_slice_dims if i in at),
@@ -121,19 +121,27 @@ def _gather_factor(eqn: Any, array: Any, labels: Any, indices: Any) -> Labelled:
     return Labelled(y, (*(("i", k) for k in range(n)), *own))
 
 
+def _select_last(indices: Any, components: list[int]) -> Any:
+    """The components of each index vector that a factor has axes for."""
+    if components == list(range(indices.shape[-1])):
+        return indices
+    chosen = [lax.slice_in_dim(indices, k, k + 1, axis=-1) for k in components]
+    return lax.concatenate(chosen, indices.ndim - 1) if chosen else indices[..., :0]
+
+
 def _restack(ctx: Any, eqn: Any, w: Factored, base: Any, indices: Any, plan: _Plan
              ) -> Factored:
     """The weight that the indices choose from a stack."""
     if len(plan.chosen) > 1 and indices.ndim > 1:
         raise Unfactorable("a stack indexed along several axes at once")
-    old = [d for i in plan.chosen for d in w.axes[i]]
+    old = [d for i in plan.chosen or plan.cut for d in w.axes[i]]
     out_shape = eqn.outvars[0].aval.shape
     axes: list[tuple[Dim, ...]] = []
     for label, size in zip(plan.out, out_shape, strict=True):
         if label[0] == "i":
             dim = old[0] if old else Dim((0,), 1)
             at = (*dim.at, label[1])
-            axes.append((Dim(at, size, dim.role, looked_up=True),))
+            axes.append((Dim(at, size, dim.role),))
         else:
             axis = w.axes[label[1]]
             if label[1] in plan.cut:
@@ -141,7 +149,8 @@ def _restack(ctx: Any, eqn: Any, w: Factored, base: Any, indices: Any, plan: _Pl
                     raise Unfactorable("a window of several joined axes")
                 axis = (dataclasses.replace(axis[0], size=size),)
             axes.append(axis)
-    new = dataclasses.replace(w, base=base, axes=tuple(axes))
+    chosen = tuple(sorted({*w.chosen, *(d.at[0] for d in old)}))
+    new = dataclasses.replace(w, base=base, axes=tuple(axes), chosen=chosen)
     if w.a is None:
         return new
     v = views(w, "w")

@@ -51,7 +51,18 @@ def reshape(ctx: Any, eqn: Any, w: Factored, *dynamic: Any) -> list[Factored]:
 
 
 def squeeze(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
-    gone = {d % len(w.axes) for d in eqn.params["dimensions"]}
+    return _without(ctx, eqn, w, eqn.params["dimensions"])
+
+
+def reduce_sum(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
+    """Einsum sums axes of size 1 away."""
+    if any(w.shape[i] != 1 for i in eqn.params["axes"]):
+        raise Unfactorable("a sum over the weight")
+    return _without(ctx, eqn, w, eqn.params["axes"])
+
+
+def _without(ctx: Any, eqn: Any, w: Factored, dimensions: Any) -> list[Factored]:
+    gone = {d % len(w.axes) for d in dimensions}
     _suggest_stack(ctx, eqn, w, gone)
     axes = [axis for i, axis in enumerate(w.axes) if i not in gone]
     return [relayout(w, _base(eqn, w), axes)]
@@ -77,15 +88,21 @@ def slice_(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
         cut = slice(p["start_indices"][i], p["limit_indices"][i], strides[i])
         if cut != slice(0, size, 1):
             cuts[i] = (cut, len(range(*cut.indices(size))))
+    return [_cut(ctx, eqn, w, _base(eqn, w), cuts, _take)]
 
-    def take(array: Any, positions: dict[int, Dim], chosen: dict[Dim, Any]) -> Any:
-        for at, dim in positions.items():
-            if dim in chosen:
-                cut = chosen[dim]
-                array = lax.slice_in_dim(array, cut.start, cut.stop, cut.step, at)
-        return array
 
-    return [_cut(ctx, eqn, w, _base(eqn, w), cuts, take)]
+def split(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
+    axis, start, pieces = eqn.params["axis"], 0, []
+    bases = len(eqn.outvars) * [None] if w.base is None else eval_eqn(eqn, [w.base])
+    for base, size in zip(bases, eqn.params["sizes"], strict=True):
+        cut = {axis: (slice(start, start + size, 1), size)}
+        pieces.append(_cut(ctx, eqn, w, base, cut, _take))
+        start += size
+    return pieces
+
+
+def _take(array: Any, cut: slice, at: int) -> Any:
+    return lax.slice_in_dim(array, cut.start, cut.stop, cut.step, at)
 
 
 def dynamic_slice(ctx: Any, eqn: Any, w: Any, *starts: Any) -> list[Factored]:
@@ -99,13 +116,14 @@ def dynamic_slice(ctx: Any, eqn: Any, w: Any, *starts: Any) -> list[Factored]:
         for i, size in enumerate(w.shape) if sizes[i] != size
     }
 
-    def take(array: Any, positions: dict[int, Dim], chosen: dict[Dim, Any]) -> Any:
-        for at, dim in positions.items():
-            if dim in chosen:
-                array = lax.dynamic_slice_in_dim(array, *chosen[dim], axis=at)
-        return array
+    def take(array: Any, cut: tuple[Any, int], at: int) -> Any:
+        return lax.dynamic_slice_in_dim(array, *cut, axis=at)
 
-    return [_cut(ctx, eqn, w, _base(eqn, w, *starts), cuts, take)]
+    new = _cut(ctx, eqn, w, _base(eqn, w, *starts), cuts, take)
+    if sum(n > 1 for i, n in enumerate(w.shape) if i not in cuts) <= 1:
+        rows = {d.at[0] for i in cuts for d in w.axes[i]}
+        new = dataclasses.replace(new, chosen=tuple(sorted({*w.chosen, *rows})))
+    return [new]
 
 
 def _cut(ctx: Any, eqn: Any, w: Factored, base: Any, cuts: dict[int, Any], take: Any
@@ -116,7 +134,14 @@ def _cut(ctx: Any, eqn: Any, w: Factored, base: Any, cuts: dict[int, Any], take:
     axes = list(w.axes)
     for i, (_, size) in cuts.items():
         axes[i] = (dataclasses.replace(axes[i][0], size=size),)
-    return per_dim(w, base, axes, lambda array, at: take(array, at, chosen))
+
+    def cut_factor(array: Any, positions: dict[int, Dim]) -> Any:
+        for at, dim in positions.items():
+            if dim in chosen:
+                array = take(array, chosen[dim], at)
+        return array
+
+    return per_dim(w, base, axes, cut_factor)
 
 
 def rev(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:

@@ -1,0 +1,216 @@
+"""The contract that every rule keeps, checked against the merged model and NumPy."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flora._compat import P, open_jaxpr
+from flora._select import named_leaves
+from jax.extend.core import jaxprs_in_params
+
+import flora
+
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
+
+# What may have the shape of a weight: the weight itself, seen otherwise.
+VIEWS = {
+    P.stop_gradient, P.transpose, P.reshape, P.squeeze, P.reduce_sum, P.broadcast_in_dim, P.slice,
+    P.dynamic_slice, P.split, P.rev, P.convert_element_type, P.copy, P.jit, P.remat, P.scan,
+    P.while_, P.cond, P.optimization_barrier, P.sharding_constraint, P.checkpoint_name,
+    P.gather,
+}  # fmt: skip
+
+
+def array(*shape, seed=0, dtype=jnp.float64):
+    """Normal numbers; float64 needs the `x64` fixture."""
+    values = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(values, dtype)
+
+
+def adapt(fn, params, *args, key=0, **config):
+    """An adapted tree; every leaf of two axes or more is a target unless told."""
+    settings = {"rank": 2, "alpha": 6.0, "target": "*"} | config
+    return flora.init(
+        jax.random.key(key), flora.LoraConfig(**settings), fn, params, *args
+    )
+
+
+def randomized(adapted, key=1, size=0.3):
+    """The adapted tree with A and B random, as if trained."""
+    leaves, treedef = jax.tree.flatten(adapted, is_leaf=is_weight)
+    keys = iter(jax.random.split(jax.random.key(key), 2 * len(leaves)))
+
+    def draw(x):
+        return (size * jax.random.normal(next(keys), x.shape)).astype(x.dtype)
+
+    return treedef.unflatten([
+        dataclasses.replace(x, a=draw(x.a), b=draw(x.b)) if is_weight(x) else x
+        for x in leaves
+    ])
+
+
+def is_weight(x):
+    return isinstance(x, flora.LoraWeight)
+
+
+def weights(tree):
+    found = jax.tree.leaves(tree, is_leaf=is_weight)
+    return [x for x in found if is_weight(x)]
+
+
+def close(actual, expected, tolerance=None):
+    """Same structure, shapes and dtypes; values within tolerance of max|expected|."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        tol = tolerance or TOLERANCE.get(str(y.dtype), 0)
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tol * max(np.abs(y).max(), 1e-30))
+
+
+def scalar(out):
+    """A loss whose gradient touches every output differently."""
+    total = jnp.zeros(())
+    for i, y in enumerate(jax.tree.leaves(out)):
+        if jnp.issubdtype(y.dtype, jnp.inexact):
+            y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+            wave = jnp.cos(jnp.arange(y.size, dtype=y.dtype) + i).reshape(y.shape)
+            total = total + jnp.sum(wave * y + 0.1 * y * y)
+    return total
+
+
+def factor_gradients(weight, dw):
+    """∂L/∂A = scale ∂L/∂ΔW Bᵀ and ∂L/∂B = scale Aᵀ ∂L/∂ΔW, in NumPy, float64."""
+    layout, shape = weight.layout, weight.base.shape
+    order = [*layout.stack, *layout.in_, *layout.out]
+    dims = [int(np.prod([shape[i] for i in g])) for g in
+            (layout.stack, layout.in_, layout.out)]  # fmt: skip
+    g = np.asarray(dw, np.float64).transpose(order).reshape(dims)
+    a = np.asarray(weight.a, np.float64).reshape(dims[0], dims[1], -1)
+    b = np.asarray(weight.b, np.float64).reshape(dims[0], -1, dims[2])
+    da = weight.scale * np.einsum("sio,sro->sir", g, b)
+    db = weight.scale * np.einsum("sir,sio->sro", a, g)
+    return da.reshape(weight.a.shape), db.reshape(weight.b.shape)
+
+
+def gradients(fn, adapted, *args):
+    """`{path: (∂L/∂A, ∂L/∂B)}` of the factored model, and `{path: ∂L/∂W}` merged."""
+    apply = flora.lora(fn)
+    _, grads = flora.value_and_grad(lambda t: scalar(apply(t, *args)))(adapted)
+    dense = jax.grad(lambda t: scalar(fn(t, *args)), allow_int=True)(
+        flora.merge(adapted)
+    )
+    dense = dict(named_leaves(dense)[0])
+    pairs = {p: (w.a, w.b) for p, w in named_leaves(grads)[0] if is_weight(w)}
+    return pairs, {p: dense[p] for p in pairs}
+
+
+def close_to_formula(adapted, pairs, dense, tolerance=None):
+    """The gradients of A and B are those that the merged model's dW implies."""
+    for path, w in named_leaves(adapted)[0]:
+        if is_weight(w):
+            tol = tolerance or TOLERANCE[str(w.base.dtype)]
+            wanted = factor_gradients(w, dense[path])
+            for got, want in zip(pairs[path], wanted, strict=True):
+                got, atol = np.asarray(got, np.float64), tol * np.abs(want).max()
+                np.testing.assert_allclose(got, want, rtol=0, atol=max(atol, 1e-30))
+
+
+def close_to_merged(fn, adapted, *args):
+    """Outputs and gradients in float64, in one compiled program."""
+
+    @jax.jit
+    def both(t, args):
+        outs = flora.lora(fn)(t, *args), fn(flora.merge(t), *args)
+        return outs, gradients(fn, t, *args)
+
+    outs, grads = both(adapted, args)
+    close(*outs, 1e-12)
+    close_to_formula(adapted, *grads, tolerance=1e-12)
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of those inside."""
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+def dense_arrays(fn, shapes, *args, views=()):
+    """Equations that make an array of one of the shapes, and are no mere views."""
+    jaxpr = jax.make_jaxpr(fn)(*args)
+    return [
+        eqn
+        for eqn in equations(jaxpr)
+        for v in eqn.outvars
+        if eqn.primitive not in {*VIEWS, *views} and getattr(v.aval, "shape", None) in shapes
+    ]
+
+
+def check(
+    fn, params, *args, tolerance=None, jit_exact=True, views=(), **config
+):
+    """The whole contract for `fn(params, *args)`; returns the adapted tree.
+
+    `jit_exact=False` is for functions whose products XLA lays out anew once something
+    is added to them: compiled, they start within rounding of the base model.  `views` are primitives
+    by which the function itself makes other arrays of a weight's shape.
+    """
+    adapted = adapt(fn, params, *args, **config)
+    apply = flora.lora(fn)
+    plain = fn(params, *args)
+    chex.assert_trees_all_equal(apply(adapted, *args), plain)
+    both = (jax.jit(apply)(adapted, *args), jax.jit(fn)(params, *args))
+    if jit_exact:
+        chex.assert_trees_all_equal(*both)
+    else:
+        close(*both, 1e-6)
+    adapted = randomized(adapted)
+    got = jax.jit(lambda t, args: _everything(fn, t, args))(adapted, args)
+    expected = got.pop("merged")
+    differs = jax.tree.map(lambda x, y: not np.array_equal(x, y), expected, plain)
+    assert any(jax.tree.leaves(differs)), "the factors change nothing"
+    pairs, dense = got.pop("gradients")
+    close_to_formula(adapted, pairs, dense, tolerance)
+    for w in weights(got.pop("whole")):
+        assert not np.any(np.asarray(w.base)), "the base received a gradient"
+    for name, out in got.items():
+        close(out, expected, tolerance)
+        assert name
+    assert dense_arrays_of_step(fn, adapted, *args, views=views) == []
+    return adapted
+
+
+def _everything(fn, adapted, args):
+    """The function in every transformation of the contract, as one program."""
+    apply = flora.lora(fn)
+    base, adapter = flora.split(adapted)
+    two = jax.tree.map(lambda x: jnp.stack([x, 0 * x]), adapter)
+
+    def run(one):
+        return apply(flora.join(base, one), *args)
+
+    def first(out):
+        return jax.tree.map(lambda y: y[0], out)
+
+    return {
+        "merged": fn(flora.merge(adapted), *args),
+        "factored": apply(adapted, *args),
+        "remat": jax.checkpoint(apply)(adapted, *args),
+        "inner jit": flora.lora(jax.jit(fn))(adapted, *args),
+        "vmap": first(jax.vmap(run)(two)),
+        "scan": first(jax.lax.scan(lambda c, one: (c, run(one)), 0, two)[1]),
+        "gradients": gradients(fn, adapted, *args),
+        "whole": jax.grad(lambda t: scalar(apply(t, *args)), allow_int=True)(adapted),
+    }
+
+
+def dense_arrays_of_step(fn, adapted, *args, views=()):
+    """What has a weight's shape in the gradient step's jaxpr, but is not a weight."""
+    apply = flora.lora(fn)
+    base, adapter = flora.split(adapted)
+    step = jax.grad(lambda a, b: scalar(apply(flora.join(b, a), *args)))
+    shapes = {w.base.shape for w in weights(adapted)}
+    return dense_arrays(step, shapes, adapter, base, views=views)

@@ -18,7 +18,6 @@ References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
 
 import argparse
 import dataclasses
-import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -52,7 +51,7 @@ TOLERANCE = 1e-5  # merged against adapted logits in float32, relative to max|y|
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large a run is; `images` cuts the data set, `None` takes all of it."""
+    """How large a run is; `images=None` takes the whole data set."""
 
     width: int = 96
     depth: int = 3
@@ -71,12 +70,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[batch, tokens, width]` to the same shape."""
-        width = x.shape[-1]
         h = nn.LayerNorm()(x)
         x = x + nn.MultiHeadDotProductAttention(4, name="attention")(h)
         h = nn.LayerNorm()(x)
-        h = nn.gelu(nn.Dense(2 * width, name="mlp_up")(h))
-        return x + nn.Dense(width, name="mlp_down")(h)
+        h = nn.gelu(nn.Dense(2 * x.shape[-1], name="mlp_up")(h))
+        return x + nn.Dense(x.shape[-1], name="mlp_down")(h)
 
 
 class VisionTransformer(nn.Module):
@@ -90,8 +88,7 @@ class VisionTransformer(nn.Module):
         """`[batch, 8, 8]` to logits `[batch, 10]`."""
         x = images.reshape(-1, 2, 4, 2, 4).transpose(0, 1, 3, 2, 4).reshape(-1, 4, 16)
         x = nn.Dense(self.width, name="patch")(x)
-        position = nn.initializers.normal(0.02)
-        x = x + self.param("position", position, (4, self.width))
+        x = x + self.param("position", nn.initializers.normal(0.02), (4, self.width))
         for i in range(self.depth):
             x = Block(name=f"block_{i}")(x)
         return nn.Dense(10, name="head")(nn.LayerNorm(name="norm")(x).mean(axis=1))
@@ -109,13 +106,13 @@ class Domain:
 
 def domains(size: int | None) -> tuple[Domain, Domain]:
     """The upright digits and the same digits turned by 90 degrees."""
-    digits = load_digits()
+    digits: Any = load_digits()
     images = (digits.images[:size] / 8 - 1).astype(np.float32)
     labels = digits.target[:size].astype(np.int32)
     parts = train_test_split(images, labels, test_size=0.3, random_state=0)
     x, x_test, y, y_test = map(jnp.asarray, parts)
-    turn = functools.partial(jnp.rot90, axes=(1, 2))
-    return Domain(x, y, x_test, y_test), Domain(turn(x), y, turn(x_test), y_test)
+    turned, turned_test = (jnp.rot90(part, axes=(1, 2)) for part in (x, x_test))
+    return Domain(x, y, x_test, y_test), Domain(turned, y, turned_test, y_test)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +123,7 @@ class Arm:
     """
 
     name: str
-    apply: Callable[[Any, jax.Array], jax.Array]
+    apply: Callable[..., Any]
     join: Callable[[Any, Any], Any]
     frozen: Any
     trained: Any
@@ -149,13 +146,10 @@ class Run:
         return self.arm.join(self.arm.frozen, self.trained)
 
     def cost(self) -> tuple[int, int, float]:
-        """Trained parameters, bytes of optimizer state, seconds a step.
-
-        The seconds are the median over epochs; the first compiles and does not count.
-        """
+        """Trained parameters, bytes of optimizer state, median seconds a step."""
         trained, opt_state = map(jax.tree.leaves, (self.trained, self.opt_state))
         sizes = sum(x.size for x in trained), sum(x.nbytes for x in opt_state)
-        return *sizes, statistics.median(self.seconds[1:])
+        return *sizes, statistics.median(self.seconds[1:])  # the first epoch compiles
 
 
 def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
@@ -166,9 +160,6 @@ def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
 def epoch_function(arm: Arm, tx: optax.GradientTransformation) -> Callable:
     """One epoch as one compiled function: a scan over the minibatches."""
 
-    # The trained leaves and the optimizer state are overwritten in place; the frozen
-    # ones must survive the call, so they are not donated.
-    @functools.partial(jax.jit, donate_argnums=(1, 2))
     def epoch(frozen, trained, opt_state, x, y, batches):
         def step(carry, batch):
             def loss(trained):
@@ -183,7 +174,9 @@ def epoch_function(arm: Arm, tx: optax.GradientTransformation) -> Callable:
         (trained, opt_state), losses = jax.lax.scan(step, (trained, opt_state), batches)
         return trained, opt_state, losses
 
-    return epoch
+    # The trained leaves and the optimizer state are overwritten in place; the frozen
+    # ones must survive the call, so they are not donated.
+    return jax.jit(epoch, donate_argnums=(1, 2))
 
 
 def start(arm: Arm, steps: int) -> Run:
@@ -242,11 +235,7 @@ def probe_arm(model: nn.Module, variables: Any) -> Arm:
     """The head trains."""
     body = dict(variables["params"])
     head = {"head": body.pop("head")}
-
-    def join(frozen: Any, trained: Any) -> Any:
-        return {"params": {**frozen, **trained}}
-
-    return Arm("linear probe", model.apply, join, body, head)
+    return Arm("linear probe", model.apply, lambda f, t: {"params": f | t}, body, head)
 
 
 def lora_arm(model: nn.Module, variables: Any, x: jax.Array) -> Arm:
@@ -300,9 +289,7 @@ def prove(base_bytes: int, off_bytes: int, merge_error: float) -> None:
         raise RuntimeError(f"The proof fails. {'; '.join(broken)}.")
 
 
-def held_out_logits(
-    model: nn.Module, before: Any, runs: Sequence[Run], x: jax.Array
-) -> dict[str, jax.Array]:
+def held_out_logits(model: nn.Module, before: Any, runs: Sequence[Run], x) -> dict:
     """What each arm, LoRA switched off, and LoRA merged say of images `[n, 8, 8]`."""
     probe, lora, full = (run.tree for run in runs)
     base, _ = flora.split(lora)
@@ -322,12 +309,7 @@ def held_out_logits(
 def judge(model: nn.Module, before: Any, runs: Sequence[Run], x, y) -> Results:
     """Tests every arm in both domains and proves what the run stands on.
 
-    Args:
-      model: the plain model.
-      before: the pretrained variables, copied before the arms trained.
-      runs: probe, LoRA and full fine-tuning, trained.
-      x: held-out images `[2, n, 8, 8]`, upright and turned.
-      y: their labels `[n]`.
+    x: held-out images `[2, n, 8, 8]`, upright and turned; y: their labels `[n]`.
     """
     out = held_out_logits(model, before, runs, x.reshape(-1, 8, 8))
     costs = {run.arm.name: run.cost() for run in runs}
@@ -335,11 +317,11 @@ def judge(model: nn.Module, before: Any, runs: Sequence[Run], x, y) -> Results:
     for name, logits in out.items():
         hits = (logits.reshape(2, len(y), -1).argmax(-1) == y).mean(axis=1)
         rows.append(Row(name, *hits.tolist(), *costs.get(name, ())))
-    adapted, merged = out["LoRA"], out["LoRA, merged"]
+    apart = jnp.abs(out["LoRA, merged"] - out["LoRA"]).max()
     facts = (
         bytes_changed(before, flora.split(runs[1].tree)[0]),
         bytes_changed(out["frozen model"], out["LoRA, off"]),
-        float(jnp.abs(merged - adapted).max() / jnp.abs(adapted).max()),
+        float(apart / jnp.abs(out["LoRA"]).max()),
     )
     prove(*facts)
     return Results(tuple(rows), *facts)
@@ -370,7 +352,7 @@ def plot(runs: Sequence[Run], frozen_loss: float, rows: Sequence[Row], path: str
         losses.plot(run.losses, color=color, alpha=0.25, linewidth=0.8)
         losses.plot(centers, means, color=color, linewidth=2, label=run.arm.name)
     losses.set(xlabel="step", ylabel="cross-entropy (nats)", yscale="log")
-    losses.set_title("Training loss on digits turned by 90° (bold: mean of an epoch)")
+    losses.set(title="Training loss on digits turned by 90° (bold: mean of an epoch)")
     losses.legend()
     losses.grid(alpha=0.3)
     places = np.arange(len(rows))
@@ -380,33 +362,28 @@ def plot(runs: Sequence[Run], frozen_loss: float, rows: Sequence[Row], path: str
         bars.bar_label(drawn, fmt="%.0f", fontsize=9)
     bars.set_xticks(places, [r.name.replace(" ", "\n", 1) for r in rows])
     bars.set(ylabel="accuracy (%)", ylim=(0, 118), yticks=range(0, 101, 20))
-    bars.set_title("Held-out accuracy in the old domain and the new")
+    bars.set(title="Held-out accuracy in the old domain and the new")
     bars.legend(loc="upper center", ncols=2)
     figure.savefig(path, dpi=130)
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """Pretrains, fine-tunes the arms, proves, reports."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="LoRA against three others.")
     parser.add_argument("--out", default="finetune_digits.png", help="the picture")
     parser.add_argument("--smoke", action="store_true", help="seconds, at tiny size")
     args = parser.parse_args(argv)
     sizes = SMOKE if args.smoke else Sizes()
     upright, turned = domains(sizes.images)
     model = VisionTransformer(sizes.width, sizes.depth)
-
     scratch = jax.jit(model.init)(jax.random.key(0), upright.x[:1])
-    arm = full_arm("pretraining", model, scratch)
-    (run,) = fit([arm], upright, sizes.pretrain_epochs, sizes.batch_size)
-    pretrained = run.tree
+    arms = [full_arm("pretraining", model, scratch)]
+    (run,) = fit(arms, upright, sizes.pretrain_epochs, sizes.batch_size)
     # A copy outside of JAX: nothing that the arms do can reach it.
-    before = jax.tree.map(np.array, pretrained)
-
-    arms = [
-        probe_arm(model, pretrained),
-        lora_arm(model, pretrained, upright.x[:1]),
-        full_arm("full fine-tuning", model, pretrained),
-    ]
+    before = jax.tree.map(np.array, run.tree)
+    lora = lora_arm(model, run.tree, upright.x[:1])
+    full = full_arm("full fine-tuning", model, run.tree)
+    arms = [probe_arm(model, run.tree), lora, full]
     runs = fit(arms, turned, sizes.epochs, sizes.batch_size)
     print(flora.summary(runs[1].tree))
     x_test = jnp.stack([upright.x_test, turned.x_test])

@@ -30,6 +30,13 @@ def _primitive_of(fn: Callable) -> Primitive:
     return jax.make_jaxpr(fn)(x).eqns[0].primitive
 
 
+def _sole_primitive_of(fn: Callable) -> Primitive | None:
+    """The same, or `None` where this version of JAX needs several primitives."""
+    x = jax.ShapeDtypeStruct((2,), jnp.float32)
+    eqns = jax.make_jaxpr(fn)(x).eqns
+    return eqns[0].primitive if len(eqns) == 1 else None
+
+
 class P:
     """The primitives that flora has rules for."""
 
@@ -44,6 +51,7 @@ class P:
     slice = primitives.slice_p
     dynamic_slice = primitives.dynamic_slice_p
     rev = primitives.rev_p
+    concatenate = primitives.concatenate_p
     convert_element_type = primitives.convert_element_type_p
     reduce_precision = primitives.reduce_precision_p
     copy = primitives.copy_p
@@ -53,6 +61,7 @@ class P:
     stop_gradient = primitives.stop_gradient_p
     optimization_barrier = _primitive_of(lambda x: lax.optimization_barrier(x))
     split = _primitive_of(lambda x: lax.split(x, (1, 1)))
+    stack = _sole_primitive_of(lambda x: jnp.stack([x, x]))
     mul = primitives.mul_p
     div = primitives.div_p
     neg = primitives.neg_p

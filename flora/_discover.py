@@ -98,7 +98,10 @@ def _walk(staged: Staged, leaves: Sequence[Any], make: Mapping[int, Callable[[An
             if k is not None and i in make:
                 values[k] = make[i](values[k])
         outs = interpret(Context(RULES, log), staged.jaxpr, [*values, *args])
-        returned.update(x.site.path for x in outs if isinstance(x, Factored))
+        returned.update(
+            p for x in outs if isinstance(x, Factored) and not x.chosen
+            for p in x.site.paths
+        )
 
     arrays = [x for x, k in zip(leaves, staged.tree_inputs, strict=True) if k is not None]
     jax.eval_shape(run, arrays, list(staged.args))

@@ -38,12 +38,23 @@ class Dim:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """What stays the same about a weight wherever it travels."""
+    """What stays the same about a weight wherever it travels.
 
-    path: str
+    Attributes:
+      paths: the leaf; several where a function concatenates weights.
+      scale: of A B.
+      dropout: the rate.
+      fallback: 'error' or 'materialize'.
+    """
+
+    paths: tuple[str, ...]
     scale: float = 1.0
     dropout: float = 0.0
     fallback: str = "error"
+
+    @property
+    def path(self) -> str:
+        return "' and '".join(self.paths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +101,7 @@ def from_weight(weight: LoraWeight, path: str) -> Factored:
         (Dim((i,), size, weight.layout.role(i)),)
         for i, size in enumerate(weight.base.shape)
     )
-    site = Site(path, weight.scale, weight.dropout, weight.fallback)
+    site = Site((path,), weight.scale, weight.dropout, weight.fallback)
     key = weight.key if weight.dropout else None
     return Factored(weight.base, weight.a, weight.b, key, axes, site)
 
@@ -98,7 +109,7 @@ def from_weight(weight: LoraWeight, path: str) -> Factored:
 def undiscovered(base: Any, path: str) -> Factored:
     """A weight whose layout is still to be found."""
     axes = tuple((Dim((i,), size),) for i, size in enumerate(base.shape))
-    return Factored(base, None, None, None, axes, Site(path))
+    return Factored(base, None, None, None, axes, Site((path,)))
 
 
 def relayout(w: Factored, base: Any, axes: Sequence[tuple[Dim, ...]]) -> Factored:

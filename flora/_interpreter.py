@@ -1,6 +1,7 @@
 """Walks a jaxpr: hands untouched equations back to JAX, the others to the rules."""
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -58,30 +59,33 @@ class Context:
               ) -> None:
         """Records what an operation says of the axes of a weight."""
         if isinstance(w, Factored):
-            found = {(d.at[0], role) for i, role in roles.items() for d in w.axes[i]}
+            found = {
+                (d.at[0], role) for i, role in roles.items() for d in w.axes[i]
+                if d.at[0] >= 0
+            }
             self.record(w, eqn, found, firm)
 
     def record(self, w: Factored, eqn: Any, found: set[tuple[int, str]], firm: bool = True
                ) -> None:
         """Records roles of the stored weight's axes."""
         if self.log is not None and found:
-            use = Use(w.site.path, eqn.primitive.name, _compat.source_line(eqn),
-                      tuple(sorted(found)), firm)
-            self.log.setdefault(use)
+            self._log(w, eqn, roles=tuple(sorted(found)), firm=firm)
+
+    def _log(self, w: Factored, eqn: Any, **what: Any) -> None:
+        source = _compat.source_line(eqn)
+        for path in w.site.paths:
+            self.log.setdefault(Use(path, eqn.primitive.name, source, **what))
 
     def dense(self, w: Factored, eqn: Any, reason: str) -> Any:
         """The materialized weight, where that is allowed or only being recorded."""
-        size = w.shape
-        count = 1
-        for n in size:
-            count *= n
         itemsize = 4 if w.base is None else w.base.dtype.itemsize
-        use = Use(w.site.path, eqn.primitive.name, _compat.source_line(eqn),
-                  dense=reason, bytes=count * itemsize)
+        size = math.prod(w.shape) * itemsize
         if self.log is not None:
-            self.log.setdefault(use)
+            self._log(w, eqn, dense=reason, bytes=size)
         elif w.site.fallback != "materialize":
-            raise LoraError(f"{use}. {remedy(use)}")
+            source = _compat.source_line(eqn)
+            use = Use(w.site.path, eqn.primitive.name, source, dense=reason, bytes=size)
+            raise LoraError(f"{use}. {remedy(use)}.")
         return materialized(w)
 
 
@@ -153,7 +157,7 @@ def settle(ctx: Context, eqn: Any, x: Any, reason: str) -> Any:
     if not isinstance(x, Factored):
         return x
     if x.chosen and x.base is not None:
-        rest = {d.at[0] for axis in x.axes for d in axis} - {*x.chosen}
+        rest = {d.at[0] for axis in x.axes for d in axis if d.at[0] >= 0} - {*x.chosen}
         ctx.record(x, eqn, {(i, "in") for i in x.chosen} | {(i, "out") for i in rest})
         return materialized(x)
     return ctx.dense(x, eqn, reason)

@@ -17,7 +17,7 @@ TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-
 # What may have the shape of a weight: the weight itself, seen otherwise.
 VIEWS = {
     P.stop_gradient, P.transpose, P.reshape, P.squeeze, P.reduce_sum, P.broadcast_in_dim, P.slice,
-    P.dynamic_slice, P.split, P.rev, P.convert_element_type, P.copy, P.jit, P.remat, P.scan,
+    P.dynamic_slice, P.split, P.rev, P.concatenate, P.stack, P.convert_element_type, P.copy, P.jit, P.remat, P.scan,
     P.while_, P.cond, P.optimization_barrier, P.sharding_constraint, P.checkpoint_name,
     P.gather,
 }  # fmt: skip

@@ -7,6 +7,7 @@ it raises `Unfactorable`.
 
 from flora._compat import P
 from flora._rules import control, conv, dot, gather, structure
+from flora._rules.concatenate import concatenate, stack
 
 RULES = {
     # products: W meets activations
@@ -23,6 +24,7 @@ RULES = {
     P.dynamic_slice: structure.dynamic_slice,
     P.split: structure.split,
     P.rev: structure.rev,
+    P.concatenate: concatenate,
     P.mul: structure.mul,
     P.div: structure.div,
     P.neg: structure.neg,
@@ -43,3 +45,5 @@ RULES = {
     P.custom_jvp_call: control.custom_jvp_call,
     P.custom_vjp_call: control.custom_vjp_call,
 }
+if P.stack is not None:
+    RULES[P.stack] = stack

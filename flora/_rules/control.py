@@ -173,7 +173,7 @@ def _at_step(w: Any, i: Any) -> Any:
 
 
 def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
-    """The user's rule, differentiated at W with the tangent scale (dA B + A dB)."""
+    """The user's rule at W, along the tangent scale (dA B + A dB)."""
     jaxpr = eqn.params["call_jaxpr"]
     if ctx.log is not None:
         return interpret(ctx, jaxpr, args)
@@ -200,21 +200,30 @@ def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
 
         avals = [_like(v.aval) for v in eqn.invars]
         rule = jax.make_jaxpr(both)(avals, [avals[i] for i in at])
-        outs = interpret(ctx, rule, [*args, *(_tangent(args[i], moved[i]) for i in at)])
-        outs = [settle(ctx, eqn, x, "a weight as the result") for x in outs]
-        return outs[:len(outs) // 2], outs[len(outs) // 2:]
+
+        def along(part: Callable[[Any, Any], Any]) -> list[Any]:
+            outs = interpret(ctx, rule, [*args, *(part(args[i], moved[i]) for i in at)])
+            return [settle(ctx, eqn, x, "a weight as the result") for x in outs]
+
+        # Linear in the tangents, so that it can be transposed: dA B first, then A dB.
+        first, second = along(_along_a), along(_along_b)
+        n = len(eqn.outvars)
+        rest = zip(first[n:], second[n:], strict=True)
+        return first[:n], [jnp.add(dy, more) for dy, more in rest]
 
     return call(*flat)
 
 
-def _tangent(x: Any, dx: Any) -> Any:
-    """d(A B) = [dA | A] · [B ; dB]."""
+def _along_a(x: Any, dx: Any) -> Any:
     if not isinstance(x, Factored):
         return dx
-    rank_of_b = len(x.dims("stack"))
-    a = jnp.concatenate([dx.a, x.a], axis=-1)
-    b = jnp.concatenate([x.b, dx.b], axis=rank_of_b)
-    return dataclasses.replace(x, base=None, a=a, b=b, key=None)
+    return dataclasses.replace(x, base=None, a=dx.a, key=None)
+
+
+def _along_b(x: Any, dx: Any) -> Any:
+    if not isinstance(x, Factored):
+        return jnp.zeros_like(dx)
+    return dataclasses.replace(x, base=None, b=dx.b, key=None)
 
 
 def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:

@@ -39,7 +39,7 @@ import flora
 
 RANK, ALPHA = 4, 8
 TARGET = "block_*/kernel"  # query, key, value, out, mlp_up and mlp_down of each block
-# Of three tried for each arm, the one with the lowest training loss.
+# Of three tried an arm, that of the lowest training loss; pretraining had no search.
 LEARNING_RATES = {
     "pretraining": 1e-3,
     "linear probe": 1e-1,

@@ -1,7 +1,5 @@
 """LoRA on an NNX model: digits learned upright, then turned by 90 degrees."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,11 +35,10 @@ def pretrain(x: jax.Array, y: jax.Array, steps: int) -> nnx.Module:
 
 def main(steps: int = 200) -> dict[str, float]:
     """Pretrains on upright digits, adapts to turned ones, merges."""
-    digits: Any = load_digits()
-    images = digits.images / 8 - 1
-    turned = np.rot90(images, axes=(1, 2)).reshape(-1, 64)
-    images = images.reshape(-1, 64)
-    parts = train_test_split(images, turned, digits.target, random_state=0)
+    pixels, labels = load_digits(return_X_y=True)
+    images = pixels / 8 - 1
+    turned = np.rot90(images.reshape(-1, 8, 8), axes=(1, 2)).reshape(-1, 64)
+    parts = train_test_split(images, turned, labels, random_state=0)
     upright, _, x, x_test, y, y_test = map(jnp.asarray, parts)
     graphdef, state = nnx.split(pretrain(upright, y, steps))
 

@@ -1,6 +1,7 @@
 """The verbs on trees: init, split, join, merge, with_dropout."""
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -72,6 +73,7 @@ def init(key: Any, config: LoraConfig, fn: Callable, tree: Any, *args: Any,
     ranks = {p: _pick(config.rank_pattern, config.rank, p, leaf)
              for p, leaf in named if p in layouts}
     fail(_rank_problems(dict(named), layouts, ranks))
+    root = _consumed(key)
 
     def adapt(path: str, leaf: Any) -> Any:
         if path in trained:
@@ -79,7 +81,7 @@ def init(key: Any, config: LoraConfig, fn: Callable, tree: Any, *args: Any,
         if path not in layouts:
             return leaf
         alpha = _pick(config.alpha_pattern, config.alpha, path, leaf)
-        a, b = _draw(key, config, path, leaf, layouts[path], ranks[path])
+        a, b = _draw(root, config, path, leaf, layouts[path], ranks[path])
         return LoraWeight(
             leaf, a, b, layout=layouts[path], rank=int(ranks[path]), alpha=float(alpha),
             rank_stabilized=config.rank_stabilized, dropout=float(config.dropout),
@@ -113,9 +115,9 @@ def _selection(config: LoraConfig, named: Named) -> tuple[set[str], set[str]]:
     hit = [(p, x) for p, x in named if matches(config.target, p, x)]
     chosen = [(p, x) for p, x in hit if not matches(config.exclude, p, x)]
     trained = {p for p, x in named if matches(config.train, p, x)}
-    if not hit:
+    if not hit and (config.target or not config.train):
         raise LoraError(nothing_selected("target", config.target, paths))
-    if not chosen:
+    if hit and not chosen:
         raise LoraError(f"exclude={config.exclude!r} takes out all of the {len(hit)} leaves "
                         f"that target={config.target!r} selects. Narrow exclude.")
     if config.train and not trained:
@@ -124,7 +126,7 @@ def _selection(config: LoraConfig, named: Named) -> tuple[set[str], set[str]]:
     fail([
         *(f"'{p}' is named in both target and train. Name it in one of them."
           for p, _ in wide if p in trained),
-        *(() if wide else [_too_few_axes(p, x) for p, x in chosen]),
+        *([] if wide else [_too_few_axes(p, x) for p, x in chosen]),
         *(f"'{p}' is {_kind(x)}; LoRA needs a floating weight. Exclude it."
           for p, x in wide if not _floating(x)),
         *(f"'{p}' is {_kind(x)} and cannot train. Take it out of train=."
@@ -206,20 +208,34 @@ def _rank_problems(leaves: dict[str, Any], layouts: Mapping[str, Layout],
                    f"write rank_pattern={{'{path}': {min(in_, out)}}}.")
 
 
-def _draw(key: Any, config: LoraConfig, path: str, leaf: Any, layout: Layout, rank: int
+def _draw(root: Any, config: LoraConfig, path: str, leaf: Any, layout: Layout, rank: int
           ) -> tuple[Any, Any]:
     """A and B of one leaf; `ShapeDtypeStruct`s where the base is one."""
-    stack, in_, out = (math.prod(s) for s in layout.sizes(tuple(leaf.shape)))
-    a_shape, b_shape = layout.factor_shapes(tuple(leaf.shape), rank)
+    shape = tuple(leaf.shape)
+    stack, in_, out = (math.prod(s) for s in layout.sizes(shape))
+    draw = functools.partial(
+        _draw_stack, init=config.init, dtype=jnp.dtype(config.dtype), stack=stack,
+        sizes=(in_, rank, out), shapes=layout.factor_shapes(shape, rank),
+    )
+    salt = jnp.uint32(_path_salt(path))
+    if isinstance(leaf, jax.ShapeDtypeStruct) or isinstance(root, jax.ShapeDtypeStruct):
+        return jax.eval_shape(draw, root, salt)
+    return draw(root, salt)
 
-    def draw(key: Any) -> tuple[jax.Array, jax.Array]:
-        keys = jax.random.split(jax.random.fold_in(key, _path_salt(path)), stack)
-        a, b = jax.vmap(lambda k: config.init(k, (in_, rank), (rank, out), config.dtype))(keys)
-        return a.reshape(a_shape), b.reshape(b_shape)
 
-    if isinstance(leaf, jax.ShapeDtypeStruct) or isinstance(key, jax.ShapeDtypeStruct):
-        return jax.eval_shape(draw, key)
-    return draw(key)
+@functools.partial(jax.jit, static_argnames=("init", "dtype", "stack", "sizes", "shapes"))
+def _draw_stack(root: Any, salt: Any, *, init: Any, dtype: Any, stack: int, sizes: Any,
+                shapes: Any) -> tuple[jax.Array, jax.Array]:
+    """One pair for each matrix of a stack; compiled once for leaves of one shape."""
+    in_, rank, out = sizes
+    keys = jax.random.split(jax.random.fold_in(root, salt), stack)
+    a, b = jax.vmap(lambda k: init(k, (in_, rank), (rank, out), dtype))(keys)
+    return a.reshape(shapes[0]), b.reshape(shapes[1])
+
+
+def _consumed(key: Any) -> Any:
+    """A key derived from `key`, which JAX's key-reuse checker then counts as used."""
+    return key if isinstance(key, jax.ShapeDtypeStruct) else jax.random.split(key, 1)[0]
 
 
 def _path_salt(path: str) -> int:
@@ -392,7 +408,7 @@ def with_dropout(adapted: Any, key: Any) -> Any:
         raise LoraError("with_dropout: no leaf has a dropout rate. Write "
                         "flora.LoraConfig(dropout=0.1, ...) at init.")
     _, treedef = named_leaves(adapted)
-    root = jax.random.fold_in(key, _path_salt("dropout"))
+    root = jax.random.fold_in(_consumed(key), _path_salt("dropout"))
 
     def attach(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, LoraWeight) or not leaf.dropout:

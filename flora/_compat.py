@@ -128,7 +128,7 @@ _LIBRARIES = tuple(
 
 
 def source_line(eqn: Eqn) -> str:
-    """Where the user wrote the equation: 'model.py:41 (Block.__call__)'."""
+    """Where the user wrote the equation: 'model.py:41 (__call__)'."""
     trace = eqn.source_info.traceback
     frame = trace and trace.as_python_traceback()
     found = ""
@@ -136,7 +136,7 @@ def source_line(eqn: Eqn) -> str:
         code = frame.tb_frame.f_code
         if not any(name in code.co_filename for name in _LIBRARIES):
             file = os.path.basename(code.co_filename)
-            found = f"{file}:{frame.tb_lineno} ({code.co_qualname})"
+            found = f"{file}:{frame.tb_lineno} ({code.co_name})"
         frame = frame.tb_next
     return found or source_info_util.summarize(eqn.source_info)
 

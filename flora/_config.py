@@ -26,6 +26,7 @@ class LoraConfig:
       rank: r, the rank of ΔW.
       alpha: numerator of the scale.
       target: leaves that get factors.  Those with fewer than 2 axes are passed over.
+        `()` together with `train` makes a linear probe.
       exclude: leaves that `target` selects and that stay frozen all the same.
       rank_pattern: `{pattern: rank}`; the first that matches a leaf wins.
       alpha_pattern: `{pattern: alpha}`, likewise.

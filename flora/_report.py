@@ -59,14 +59,25 @@ class Summary:
 
     def __rich__(self) -> Any:
         share = 100 * self.trained / max(self.parameters, 1)
+        shown = [r for r in self.rows if r.role != "frozen"] or list(self.rows)
+        cells = [
+            (r.path, r.role, str(r.shape), r.dtype, str(r.layout or ""), str(r.rank or ""),
+             "" if r.alpha is None else f"{r.alpha:g}", f"{r.parameters:,}",
+             f"{r.trained:,}", human_bytes(r.bytes)) for r in shown
+        ]
+        rest = [r for r in self.rows if r not in shown]
+        if rest:
+            cells.append((
+                f"{len(rest)} other leaves", "frozen", "", "", "", "", "",
+                f"{sum(r.parameters for r in rest):,}", "0",
+                human_bytes(sum(r.bytes for r in rest)),
+            ))
         return _table(
             f"{self.trained:,} of {self.parameters:,} parameters train ({share:.2f} %); "
             f"{human_bytes(self.bytes)}, of them {human_bytes(self.trained_bytes)} trained",
-            ("leaf", "role", "shape", "dtype", "layout", "rank", "alpha", ">parameters",
+            ("leaf", "role", "shape", "dtype", "layout", ">rank", ">alpha", ">parameters",
              ">trained", ">bytes"),
-            [(r.path, r.role, str(r.shape), r.dtype, str(r.layout or ""), str(r.rank or ""),
-              "" if r.alpha is None else f"{r.alpha:g}", f"{r.parameters:,}",
-              f"{r.trained:,}", human_bytes(r.bytes)) for r in self.rows],
+            cells,
         )
 
     def __str__(self) -> str:
@@ -75,6 +86,8 @@ class Summary:
 
 def summary(tree: Any) -> Summary:
     """Leaf by leaf: role, shape, layout, rank, parameters and bytes.
+
+    The table shows the leaves that train and sums up the others; `.rows` has them all.
 
     Args:
       tree: an adapted or plain tree, of arrays or `ShapeDtypeStruct`s.
@@ -222,13 +235,14 @@ def _covered(path: str, leaf: Any, finding: Finding) -> LeafCoverage:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in columns:
         table.add_column(name.lstrip(">"), justify="right" if name[0] == ">" else "left",
-                         no_wrap=name in ("leaf", "role", "status"))
+                         no_wrap=name[0] == ">", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
@@ -238,5 +252,8 @@ def _plain(report: Any) -> str:
     from rich.console import Console
 
     out = io.StringIO()
-    Console(file=out, width=160).print(report)
-    return out.getvalue().rstrip()
+    Console(file=out, width=_WIDE).print(report)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
+
+
+_WIDE = 240  # a table takes the columns that it needs, and these at most

@@ -75,6 +75,9 @@ def nothing_selected(name: str, pattern: Any, paths: Sequence[str]) -> str:
             near += _nearest(text, paths)
     near = list(dict.fromkeys(near)) or list(paths[:3])
     message += f" Closest: {', '.join(map(repr, near[:3]))}."
+    for part in _parts(pattern):
+        if isinstance(part, str) and any(matches(f"{part}/*", p, None) for p in paths):
+            message += f" To select what is below, write '{part}/*'."
     if "weight" in str(shown):
         message += " Flax names linear weights 'kernel'."
     return message

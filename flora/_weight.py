@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flora._errors import LoraTypeError
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -85,6 +87,22 @@ class LoraWeight:
     def scale(self) -> float:
         """alpha/rank, or alpha/√rank."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def __repr__(self) -> str:
+        base = "adapter" if self.base is None else _shown(self.base)
+        return f"LoraWeight({base}, {self.layout}, rank={self.rank}, scale={self.scale:g})"
+
+    def __jax_array__(self) -> Any:
+        raise LoraTypeError(f"{self!r} was used as an array. Run the function through "
+                            "flora.lora(fn), or on flora.merge(tree).")
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__jax_array__()
+
+
+def _shown(x: Any) -> str:
+    shape = ",".join(map(str, getattr(x, "shape", ())))
+    return f"{x.dtype}[{shape}]" if hasattr(x, "dtype") else repr(x)
 
 
 jax.tree_util.register_dataclass(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from flora._adapt import join, require_adapted, split
-from flora._errors import LoraTypeError
+from flora._errors import LoraError, LoraTypeError
 from flora._weight import LoraWeight, Trained, is_node
 
 
@@ -55,7 +55,10 @@ def optimizer(tx: optax.GradientTransformation, adapted: Any
       adapted: the adapted tree, or the adapter alone.
 
     Returns:
-      A transformation for the whole tree.  It keeps no state for frozen leaves.
+      A transformation for the whole tree; `update` takes gradients of the tree, or of
+      the adapter alone as `value_and_grad` returns them, together with the tree.  It keeps no state for frozen leaves.  (Only
+      subnormal numbers can change, to zero, where updates are applied outside of jit:
+      XLA's additions flush them.)
 
     Raises:
       LoraError: the tree is not adapted.
@@ -64,9 +67,35 @@ def optimizer(tx: optax.GradientTransformation, adapted: Any
         raise LoraTypeError(f"optimizer: tx is a {type(tx).__name__}; expected an optax "
                             "transformation, such as optax.adamw(1e-4).")
     require_adapted(adapted, "optimizer")
-    return optax.multi_transform(
+    inner = optax.multi_transform(
         {"train": tx, "freeze": _freeze()}, lambda tree: _labels(tree, "train", "freeze")
     )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        return inner.update(_whole(updates, params), state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _whole(grads: Any, params: Any) -> Any:
+    """Gradients of the adapter alone, with the frozen leaves as placeholders."""
+    if params is None or jax.tree.structure(grads) == jax.tree.structure(params):
+        return grads
+
+    def fill(leaf: Any, g: Any) -> Any:
+        if isinstance(leaf, LoraWeight) and isinstance(g, LoraWeight):
+            return dataclasses.replace(leaf, a=g.a, b=g.b)
+        return leaf if g is None else g
+
+    try:
+        return jax.tree.map(fill, params, grads, is_leaf=_is_node_or_none)
+    except ValueError as error:
+        raise LoraError("optimizer: gradients and parameters have other structures. Pass "
+                        "the gradients of the adapted tree, or of its adapter.") from error
+
+
+def _is_node_or_none(x: Any) -> bool:
+    return x is None or is_node(x)
 
 
 def _freeze() -> optax.GradientTransformation:

@@ -1,0 +1,162 @@
+"""How long the adapted transformer takes to trace, against the base model.
+
+`flora.lora(fn)` traces `fn` to a jaxpr and then walks it, so it costs one trace and one
+walk.  Base and adapted model are timed in pairs, one right after the other, with
+JAX's caches cleared before each, and the median of the pairs' ratios is reported:
+what else the machine does then cancels.  Arrays are `ShapeDtypeStruct`s throughout.
+
+    python examples/benchmarks/tracing.py --layers 24 --pairs 7 --compile
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jaxlib
+from rich.console import Console
+from rich.table import Table
+
+import flora
+
+
+class Block(nn.Module):
+    """One pre-norm block: causal attention and an MLP."""
+
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """`[batch, tokens, d]` to the same shape."""
+        h = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(self.heads)(h, mask=mask)
+        h = nn.gelu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x)))
+        return x + nn.Dense(x.shape[-1])(h)
+
+
+class Decoder(nn.Module):
+    """Embedding, unrolled blocks, head."""
+
+    layers: int
+    d: int = 64
+    vocab: int = 256
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """`[batch, tokens]` to logits `[batch, tokens, vocab]`."""
+        x, mask = nn.Embed(self.vocab, self.d)(ids), nn.make_causal_mask(ids)
+        for i in range(self.layers):
+            x = Block(name=f"block_{i}")(x, mask)
+        return nn.Dense(self.vocab, name="head")(nn.LayerNorm()(x))
+
+
+Work = Callable[[], Any]
+
+
+def works(layers: int) -> dict[str, tuple[Work, Work]]:
+    """`{what: (base, adapted)}`: the calls that are timed."""
+    model = Decoder(layers)
+    ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    tree = jax.eval_shape(model.init, jax.random.key(0), ids)
+    config = flora.LoraConfig(rank=4, alpha=8)
+    adapted = flora.init(jax.random.key(0), config, model.apply, tree, ids)
+    apply = flora.lora(model.apply)
+
+    def base_loss(tree: Any, ids: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(model.apply(tree, ids)))
+
+    def lora_loss(tree: Any, ids: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(apply(tree, ids)))
+
+    base_step, lora_step = jax.value_and_grad(base_loss), flora.value_and_grad(lora_loss)
+    return {
+        "trace": (lambda: jax.make_jaxpr(model.apply)(tree, ids),
+                  lambda: jax.make_jaxpr(apply)(adapted, ids)),
+        "trace_step": (lambda: jax.make_jaxpr(base_step)(tree, ids),
+                       lambda: jax.make_jaxpr(lora_step)(adapted, ids)),
+        "compile": (lambda: jax.jit(model.apply).lower(tree, ids).compile(),
+                    lambda: jax.jit(apply).lower(adapted, ids).compile()),
+    }
+
+
+def seconds(work: Work) -> float:
+    """How long it takes with nothing cached."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def paired(base: Work, adapted: Work, pairs: int) -> dict[str, float]:
+    """Medians of `pairs` paired runs, after one that is thrown away."""
+    runs = [(seconds(base), seconds(adapted)) for _ in range(pairs + 1)][1:]
+    ratios = [slow / fast for fast, slow in runs]
+    return {
+        "base_seconds": statistics.median(fast for fast, _ in runs),
+        "adapted_seconds": statistics.median(slow for _, slow in runs),
+        "ratio": statistics.median(ratios),
+        "min_ratio": min(ratios),
+        "max_ratio": max(ratios),
+    }
+
+
+def measure(*, layers: int = 24, pairs: int = 7, compile: bool = False
+            ) -> dict[str, dict[str, float]]:
+    """Seconds and ratios of tracing the forward pass and the training step.
+
+    Args:
+      layers: depth of the decoder, unrolled.
+      pairs: paired runs; one more warms up.
+      compile: whether to time trace, lowering and compilation together, too.
+
+    Returns:
+      `{"trace" | "trace_step" | "compile": {"base_seconds", "adapted_seconds", "ratio",
+      "min_ratio", "max_ratio"}}`; ratios are adapted/base of a pair.  The base model's
+      step differentiates by all its parameters, the adapted one's by the adapter.
+    """
+    return {
+        name: paired(*pair, pairs)
+        for name, pair in works(layers).items() if compile or name != "compile"
+    }
+
+
+TITLES = {
+    "trace": "trace, forward",
+    "trace_step": "trace, forward + gradient",
+    "compile": "trace + lower + compile, forward",
+}
+
+
+def table(results: dict[str, dict[str, float]], layers: int, pairs: int) -> Table:
+    """What was timed as rows."""
+    result = Table(title=f"Decoder of {layers} layers, medians of {pairs} pairs",
+                   title_justify="left")
+    result.add_column("what")
+    for name in ("base s", "adapted s", "ratio", "min", "max"):
+        result.add_column(name, justify="right")
+    for name, x in results.items():
+        result.add_row(TITLES[name], f"{x['base_seconds']:.3f}",
+                       f"{x['adapted_seconds']:.3f}", f"{x['ratio']:.2f}",
+                       f"{x['min_ratio']:.2f}", f"{x['max_ratio']:.2f}")
+    return result
+
+
+def main() -> None:
+    """Parses the options, measures, prints."""
+    parser = argparse.ArgumentParser(description="Tracing time, adapted against base.")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="compile as well")
+    args, console = vars(parser.parse_args()), Console()
+    console.print(f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, flax "
+                  f"{flax.__version__} on {jax.default_backend()}; {args}", highlight=False)
+    console.print(table(measure(**args), args["layers"], args["pairs"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
-import jax.extend.source_info_util as source_info_util
+import jax.core
+import jax.extend.core as jex  # noqa: TID251
+import jax.extend.source_info_util as source_info_util  # noqa: TID251
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import primitives
+from jax.extend.core import primitives  # noqa: TID251
 
 Eqn = Any
 Jaxpr = Any
@@ -35,6 +36,22 @@ def _sole_primitive_of(fn: Callable) -> Primitive | None:
     x = jax.ShapeDtypeStruct((2,), jnp.float32)
     eqns = jax.make_jaxpr(fn)(x).eqns
     return eqns[0].primitive if len(eqns) == 1 else None
+
+
+def _pvary() -> Primitive:
+    """What marks a value inside `shard_map` as varying over a mesh axis."""
+    mesh = jax.sharding.AbstractMesh((1,), ("i",))
+    spec = jax.sharding.PartitionSpec
+    fn = jax.shard_map(lambda x: lax.pcast(x, "i", to="varying"), mesh=mesh,
+                       in_specs=spec(), out_specs=spec("i"))
+    x = jax.ShapeDtypeStruct((2,), jnp.float32)
+    inner, _ = open_jaxpr(jax.make_jaxpr(fn)(x).eqns[0].params["jaxpr"])
+    return inner.eqns[0].primitive
+
+
+def open_jaxpr(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """`(jaxpr, consts)` of an open or closed jaxpr (one type from JAX 0.12)."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
 class P:
@@ -58,6 +75,7 @@ class P:
     device_put = primitives.device_put_p
     sharding_constraint = primitives.sharding_constraint_p
     checkpoint_name = primitives.name_p
+    pvary = _pvary()
     stop_gradient = primitives.stop_gradient_p
     optimization_barrier = _primitive_of(lambda x: lax.optimization_barrier(x))
     split = _primitive_of(lambda x: lax.split(x, (1, 1)))
@@ -72,11 +90,6 @@ class P:
     cond = primitives.cond_p
     custom_jvp_call = primitives.custom_jvp_call_p
     custom_vjp_call = primitives.custom_vjp_call_p
-
-
-def open_jaxpr(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
-    """`(jaxpr, consts)` of an open or closed jaxpr (one type from JAX 0.12)."""
-    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
 def eval_eqns(eqns: Sequence[Eqn], outvars: Sequence[Any], env: dict) -> list[Any]:
@@ -121,10 +134,7 @@ def eqn_scope(eqn: Eqn) -> Iterator[None]:
 
 
 # Frames of these packages are not where the user wrote something.
-_LIBRARIES = tuple(
-    os.sep + os.path.join("site-packages", name) + os.sep
-    for name in ("jax", "flax", "haiku", "equinox")
-) + (os.path.dirname(__file__) + os.sep, "<string>", "contextlib.py")
+_LIBRARIES = (*tuple(os.sep + os.path.join("site-packages", name) + os.sep for name in ("jax", "flax", "haiku", "equinox")), os.path.dirname(__file__) + os.sep, "<string>", "contextlib.py")
 
 
 def source_line(eqn: Eqn) -> str:

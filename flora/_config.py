@@ -13,6 +13,8 @@ from flora._select import Matcher, Pattern, check_pattern
 from flora._weight import Layout
 from flora.initializers import Initializer, gaussian
 
+_GAUSSIAN = gaussian()  # one function object, so that drawing compiles once
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
@@ -62,7 +64,7 @@ class LoraConfig:
     rank_stabilized: bool = False
     dropout: float = 0.0
     dtype: Any = jnp.float32
-    init: Initializer = gaussian()
+    init: Initializer = _GAUSSIAN
     fallback: str = "error"
 
     def __post_init__(self) -> None:

@@ -66,9 +66,13 @@ def contract(u: Labelled, v: Labelled, out: Labels, *, precision: Any = None,
     first, second, labels = u, v, [*batch, *free_u, *free_v]
     if list(out) == [*batch, *free_v, *free_u]:
         first, second, labels = v, u, list(out)
-    dims = tuple(
-        tuple(tuple(side.labels.index(x) for x in group) for side in (first, second))
-        for group in (summed, batch)
+
+    def axes_of(side: Labelled, group: Sequence[Hashable]) -> list[int]:
+        return [side.labels.index(x) for x in group]
+
+    dims = (
+        (axes_of(first, summed), axes_of(second, summed)),
+        (axes_of(first, batch), axes_of(second, batch)),
     )
     y = lax.dot_general(first.array, second.array, dims, precision=precision,
                         preferred_element_type=dtype)
@@ -80,7 +84,7 @@ def contract(u: Labelled, v: Labelled, out: Labels, *, precision: Any = None,
 
 def low_rank_product(x: Labelled, w: Factored, w_views: Views, out: Labels,
                      *, precision: Any, dtype: Any) -> Any:
-    """scale (x A) B with whichever thin product first that costs less.
+    """Scale (x A) B with whichever thin product first that costs less.
 
     Args:
       x: activations, labelled; shares labels with the axes of W that it meets.

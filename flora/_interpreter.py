@@ -68,13 +68,15 @@ class Context:
     def record(self, w: Factored, eqn: Any, found: set[tuple[int, str]], firm: bool = True
                ) -> None:
         """Records roles of the stored weight's axes."""
-        if self.log is not None and found:
+        if found:
             self._log(w, eqn, roles=tuple(sorted(found)), firm=firm)
 
     def _log(self, w: Factored, eqn: Any, **what: Any) -> None:
+        if (log := self.log) is None:
+            return
         source = _compat.source_line(eqn)
         for path in w.site.paths:
-            self.log.setdefault(Use(path, eqn.primitive.name, source, **what))
+            log.setdefault(Use(path, eqn.primitive.name, source, **what))
 
     def dense(self, w: Factored, eqn: Any, reason: str) -> Any:
         """The materialized weight, where that is allowed or only being recorded."""

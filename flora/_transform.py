@@ -118,11 +118,10 @@ def weight_problems(path: str, leaf: Any) -> list[str]:
         return []
     if leaf.base is None:
         return [f"'{path}' is an adapter without its base. Write flora.join(base, adapter)."]
-    shapes = [getattr(x, "shape", None) for x in (leaf.base, leaf.a, leaf.b)]
-    if None in shapes:
+    if not all(hasattr(x, "shape") for x in (leaf.base, leaf.a, leaf.b)):
         return [f"'{path}' is a LoraWeight that holds no arrays. Pass the tree that "
                 "flora.init or flora.join returned."]
-    base, a, b = shapes
+    base, a, b = (tuple(x.shape) for x in (leaf.base, leaf.a, leaf.b))
     axes = sorted((*leaf.layout.stack, *leaf.layout.in_, *leaf.layout.out))
     if axes != list(range(len(base))):
         return [f"'{path}' has shape {base}, but its layout is for {len(axes)} axes "

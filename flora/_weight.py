@@ -140,7 +140,7 @@ def compute_dtype(*dtypes: Any) -> Any:
 
 
 def delta(weight: LoraWeight) -> jax.Array:
-    """scale A B in W's shape, in float32 or wider."""
+    """Scale A B in W's shape, in float32 or wider."""
     layout, shape = weight.layout, weight.base.shape
     stack, in_, out = (math.prod(s) for s in layout.sizes(shape))
     dtype = compute_dtype(weight.a.dtype, weight.b.dtype, weight.base.dtype)

@@ -6,11 +6,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flora._compat import P, open_jaxpr
-from flora._select import named_leaves
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import jaxprs_in_params  # noqa: TID251
 
 import flora
+from flora._compat import P, open_jaxpr
+from flora._select import named_leaves
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
 

@@ -108,13 +108,13 @@ def test_split_and_join():
     assert adapter["mlp"]["up"]["bias"] is None
     assert len(jax.tree.leaves(adapter)) == 5
     chex.assert_trees_all_equal(flora.join(base, adapter), adapted)
-    with pytest.raises(flora.LoraError, match="other structures.*only the base has 'scale'"):
+    with pytest.raises(flora.LoraError, match=r"other structures.*only the base has 'scale'"):
         flora.join(base, {k: v for k, v in adapter.items() if k != "scale"})
     with pytest.raises(flora.LoraError, match="holds no trained leaf"):
         flora.join(adapter, jax.tree.map(lambda x: None, base))
+    wrong = params() | {"scale": None}
+    wrong["mlp"]["up"]["kernel"] = jnp.ones((8, 11))
     with pytest.raises(flora.LoraError, match="'mlp/up/kernel' has base"):
-        wrong = params() | {"scale": None}
-        wrong["mlp"]["up"]["kernel"] = jnp.ones((8, 11))
         flora.join(wrong, adapter)
     with pytest.raises(flora.LoraError, match="'scale' trains whole"):
         flora.join(params(), adapter)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+
 from flora._select import check_pattern, matches, named_leaves, nothing_selected
 
 PATHS = [

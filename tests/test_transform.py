@@ -1,4 +1,3 @@
-import functools
 
 import contract
 import flax.linen as nn

@@ -13,13 +13,12 @@ import argparse
 import resource
 import sys
 import time
+from importlib import metadata
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jaxlib
 from rich.console import Console
 from rich.table import Table
 
@@ -54,7 +53,8 @@ class Attention(nn.Module):
             return nn.DenseGeneral(shape, use_bias=False, name=name, **DTYPES)(x)
 
         q = rotate(project("q_proj", self.kv_heads, groups))
-        k, v = rotate(project("k_proj", self.kv_heads)), project("v_proj", self.kv_heads)
+        k = rotate(project("k_proj", self.kv_heads))
+        v = project("v_proj", self.kv_heads)
         scores = jnp.einsum("qhgd,khd->hgqk", q, k) * (d // self.heads) ** -0.5
         seen = jnp.tril(jnp.ones((tokens, tokens), bool))
         weights = nn.softmax(jnp.where(seen, scores, -jnp.inf))
@@ -98,7 +98,7 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
 
-def measure(*, rank: int = 16, tokens: int = 4096, **sizes: int) -> dict[str, float]:
+def measure(*, rank: int = 16, tokens: int = 4096, **sizes: Any) -> dict[str, float]:
     """Time and memory of planning, and what the plan says.
 
     Args:
@@ -146,6 +146,12 @@ def table(plan: dict[str, float]) -> Table:
     return result
 
 
+def versions() -> str:
+    """What the numbers hold for."""
+    found = ", ".join(f"{x} {metadata.version(x)}" for x in ("jax", "jaxlib", "flax"))
+    return f"{found} on {jax.default_backend()}"
+
+
 def main() -> None:
     """Parses the sizes, measures, prints."""
     parser = argparse.ArgumentParser(description="Plans LoRA on a 70B Llama.")
@@ -153,10 +159,9 @@ def main() -> None:
              "vocab": 128256, "tokens": 4096, "rank": 16}
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
-    args, console = vars(parser.parse_args()), Console()
-    console.print(f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, flax "
-                  f"{flax.__version__} on {jax.default_backend()}; {args}", highlight=False)
-    console.print(table(measure(**args)))
+    args, console = parser.parse_args(), Console()
+    console.print(f"{versions()}; {vars(args)}", highlight=False)
+    console.print(table(measure(**vars(args))))
 
 
 if __name__ == "__main__":

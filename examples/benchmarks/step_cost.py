@@ -14,12 +14,11 @@ same backward.  The model is a gated MLP, layers unrolled, float32.
 
 import argparse
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
-import jaxlib
 import optax
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +29,7 @@ Costs = dict[str, float]
 
 
 def gated_mlp(params: Any, x: jax.Array) -> jax.Array:
-    """x + (silu(x W_gate) * (x W_up)) W_down, layer after layer."""
+    """The model: x + (silu(x W_gate) * (x W_up)) W_down, layer after layer."""
     for layer in params:
         gate, up = x @ layer["gate"]["kernel"], x @ layer["up"]["kernel"]
         x = x + (jax.nn.silu(gate) * up) @ layer["down"]["kernel"]
@@ -175,16 +174,21 @@ def table(costs: dict[str, Costs]) -> Table:
     return result
 
 
+def versions() -> str:
+    """What the numbers hold for."""
+    found = ", ".join(f"{x} {metadata.version(x)}" for x in ("jax", "jaxlib", "flax"))
+    return f"{found} on {jax.default_backend()}"
+
+
 def main() -> None:
     """Parses the sizes, measures, prints."""
     parser = argparse.ArgumentParser(description="FLOPs and memory of one step.")
     sizes = {"tokens": 2048, "d": 1024, "ff": 2816, "layers": 2, "rank": 8}
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
-    args, console = vars(parser.parse_args()), Console()
-    console.print(f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, flax "
-                  f"{flax.__version__} on {jax.default_backend()}; {args}", highlight=False)
-    console.print(table(measure(**args)))
+    args, console = parser.parse_args(), Console()
+    console.print(f"{versions()}; {vars(args)}", highlight=False)
+    console.print(table(measure(**vars(args))))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ what else the machine does then cancels.  Arrays are `ShapeDtypeStruct`s through
 """
 
 import argparse
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jaxlib
 from rich.console import Console
 from rich.table import Table
 
@@ -68,12 +68,14 @@ def works(layers: int) -> dict[str, tuple[Work, Work]]:
     apply = flora.lora(model.apply)
 
     def base_loss(tree: Any, ids: jax.Array) -> jax.Array:
-        return jnp.mean(jnp.square(model.apply(tree, ids)))
+        logits: Any = model.apply(tree, ids)
+        return jnp.mean(jnp.square(logits))
 
     def lora_loss(tree: Any, ids: jax.Array) -> jax.Array:
         return jnp.mean(jnp.square(apply(tree, ids)))
 
-    base_step, lora_step = jax.value_and_grad(base_loss), flora.value_and_grad(lora_loss)
+    base_step = jax.value_and_grad(base_loss)
+    lora_step = flora.value_and_grad(lora_loss)
     return {
         "trace": (lambda: jax.make_jaxpr(model.apply)(tree, ids),
                   lambda: jax.make_jaxpr(apply)(adapted, ids)),
@@ -87,6 +89,7 @@ def works(layers: int) -> dict[str, tuple[Work, Work]]:
 def seconds(work: Work) -> float:
     """How long it takes with nothing cached."""
     jax.clear_caches()
+    gc.collect()
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -105,24 +108,24 @@ def paired(base: Work, adapted: Work, pairs: int) -> dict[str, float]:
     }
 
 
-def measure(*, layers: int = 24, pairs: int = 7, compile: bool = False
+def measure(*, layers: int = 24, pairs: int = 7,
+            what: Sequence[str] = ("trace", "trace_step")
             ) -> dict[str, dict[str, float]]:
     """Seconds and ratios of tracing the forward pass and the training step.
 
     Args:
       layers: depth of the decoder, unrolled.
       pairs: paired runs; one more warms up.
-      compile: whether to time trace, lowering and compilation together, too.
+      what: 'trace' (forward pass), 'trace_step' (loss and gradient; the base model's by
+        all its parameters, the adapted one's by the adapter) and 'compile' (trace,
+        lower and compile the forward pass).
 
     Returns:
-      `{"trace" | "trace_step" | "compile": {"base_seconds", "adapted_seconds", "ratio",
-      "min_ratio", "max_ratio"}}`; ratios are adapted/base of a pair.  The base model's
-      step differentiates by all its parameters, the adapted one's by the adapter.
+      `{what: {"base_seconds", "adapted_seconds", "ratio", "min_ratio", "max_ratio"}}`,
+      ratios being adapted/base of a pair.
     """
-    return {
-        name: paired(*pair, pairs)
-        for name, pair in works(layers).items() if compile or name != "compile"
-    }
+    timed = works(layers)
+    return {name: paired(*timed[name], pairs) for name in what}
 
 
 TITLES = {
@@ -146,16 +149,23 @@ def table(results: dict[str, dict[str, float]], layers: int, pairs: int) -> Tabl
     return result
 
 
+def versions() -> str:
+    """What the numbers hold for."""
+    found = ", ".join(f"{x} {metadata.version(x)}" for x in ("jax", "jaxlib", "flax"))
+    return f"{found} on {jax.default_backend()}"
+
+
 def main() -> None:
     """Parses the options, measures, prints."""
     parser = argparse.ArgumentParser(description="Tracing time, adapted against base.")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="compile as well")
-    args, console = vars(parser.parse_args()), Console()
-    console.print(f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, flax "
-                  f"{flax.__version__} on {jax.default_backend()}; {args}", highlight=False)
-    console.print(table(measure(**args), args["layers"], args["pairs"]))
+    args, console = parser.parse_args(), Console()
+    console.print(f"{versions()}; {vars(args)}", highlight=False)
+    what = [name for name in TITLES if args.compile or name != "compile"]
+    results = measure(layers=args.layers, pairs=args.pairs, what=what)
+    console.print(table(results, args.layers, args.pairs))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ RULES = {
     P.device_put: structure.on_base,
     P.sharding_constraint: structure.on_base,
     P.checkpoint_name: structure.on_base,
+    P.pvary: structure.on_base,
     P.stop_gradient: structure.stop_gradient,
     P.optimization_barrier: structure.optimization_barrier,
     # control: W enters a function

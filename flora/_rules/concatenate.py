@@ -78,7 +78,7 @@ def _joined(eqn: Any, at: int, parts: tuple[Any, ...]) -> Factored:
 
 
 def _with_dim(w: Factored, at: int) -> Factored:
-    """w with a stack dim of size 1 where axis `at` was added to it."""
+    """W with a stack dim of size 1 where axis `at` was added to it."""
     if w.axes[at]:
         return w
     every = [d for axis in w.axes for d in axis]

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora import _compat
-from flora._errors import Unfactorable
 from flora._factored import RANK, Dim, Factored, per_dim, sole_dim, views
 from flora._forms import Labelled, contract
 from flora._interpreter import Context, interpret, settle
@@ -22,8 +21,8 @@ def jit(ctx: Context, eqn: Any, *args: Any) -> Any:
     def fn(*args: Any) -> list[Any]:
         return _constrained(interpret(ctx, inner, args), eqn.params["out_shardings"])
 
-    args = _constrained(args, eqn.params["in_shardings"])
-    return _compat.jit_like(eqn, fn)(*args)
+    placed = _constrained(args, eqn.params["in_shardings"])
+    return _compat.jit_like(eqn, fn)(*placed)
 
 
 def _constrained(values: Sequence[Any], shardings: Any) -> list[Any]:
@@ -140,10 +139,7 @@ def _scanned(ctx: Context, eqn: Any, w: Any) -> tuple[Any, Callable[[Any], Any]]
     if not isinstance(w, Factored):
         return w, lambda x: x
     ctx.claim(w, eqn, {0: "stack"}, firm=False)
-    if w.shape[0] != 1 or w.axes[0]:
-        dim = sole_dim(w, 0)
-    else:
-        dim = Dim((0,), 1)
+    dim = sole_dim(w, 0) if w.shape[0] != 1 or w.axes[0] else Dim((0,), 1)
     leading = per_dim(w, w.base, w.axes, lambda array, at: _to_front(array, at, dim))
     held = {
         name for name, roles in (("a", ("stack", "in")), ("b", ("stack", "out")),

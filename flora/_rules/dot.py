@@ -10,7 +10,7 @@ from flora._forms import drop, low_rank_product, relabel
 
 
 def dot_general(ctx: Any, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
-    """y = x W + scale (x A) B for any dimension numbers and either side.
+    """Y = x W + scale (x A) B for any dimension numbers and either side.
 
     With weights on both sides, W₁ W₂ = base₁ W₂ + scale₁ A₁ (B₁ W₂) and so on.
     """

@@ -201,7 +201,7 @@ def _scaled(eqn: Any, w: Factored, base: Any, c: Any, apply: Any) -> Factored:
 
 
 def _spread(c: Any, dims: list[Dim], held: list[Dim | None]) -> Any:
-    """c with its axes moved to where a factor holds those dims."""
+    """C with its axes moved to where a factor holds those dims."""
     where = [held.index(d) for d in dims]
     c = lax.transpose(c, sorted(range(len(where)), key=where.__getitem__))
     return lax.expand_dims(c, [i for i in range(len(held)) if i not in where])

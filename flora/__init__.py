@@ -9,10 +9,12 @@ References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
 """
 
 from flora import initializers
-from flora._adapt import init, join, merge, split, with_dropout
+from flora._adapt import join, merge, split, with_dropout
 from flora._config import LoraConfig
+from flora._coverage import coverage
 from flora._errors import LoraError
-from flora._report import coverage, summary
+from flora._init import init
+from flora._summary import summary
 from flora._transform import lora
 from flora._weight import Layout, LoraWeight, Trained
 from flora.optim import mask, optimizer, value_and_grad

@@ -42,8 +42,12 @@ def _pvary() -> Primitive:
     """What marks a value inside `shard_map` as varying over a mesh axis."""
     mesh = jax.sharding.AbstractMesh((1,), ("i",))
     spec = jax.sharding.PartitionSpec
-    fn = jax.shard_map(lambda x: lax.pcast(x, "i", to="varying"), mesh=mesh,
-                       in_specs=spec(), out_specs=spec("i"))
+    fn = jax.shard_map(
+        lambda x: lax.pcast(x, "i", to="varying"),
+        mesh=mesh,
+        in_specs=spec(),
+        out_specs=spec("i"),
+    )
     x = jax.ShapeDtypeStruct((2,), jnp.float32)
     inner, _ = open_jaxpr(jax.make_jaxpr(fn)(x).eqns[0].params["jaxpr"])
     return inner.eqns[0].primitive
@@ -134,7 +138,15 @@ def eqn_scope(eqn: Eqn) -> Iterator[None]:
 
 
 # Frames of these packages are not where the user wrote something.
-_LIBRARIES = (*tuple(os.sep + os.path.join("site-packages", name) + os.sep for name in ("jax", "flax", "haiku", "equinox")), os.path.dirname(__file__) + os.sep, "<string>", "contextlib.py")
+_LIBRARIES = (
+    *tuple(
+        os.sep + os.path.join("site-packages", name) + os.sep
+        for name in ("jax", "flax", "haiku", "equinox")
+    ),
+    os.path.dirname(__file__) + os.sep,
+    "<string>",
+    "contextlib.py",
+)
 
 
 def source_line(eqn: Eqn) -> str:

@@ -73,38 +73,54 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern", "layouts"):
             value = getattr(self, name)
             if not isinstance(value, Mapping):
-                raise LoraTypeError(f"{name}={value!r}. Write a dict, {{pattern: value}}.")
+                raise LoraTypeError(
+                    f"{name}={value!r}. Write a dict, {{pattern: value}}."
+                )
             for pattern in value:
                 check_pattern(f"{name} key", pattern)
-        fail([
-            *_rank_problems("rank", self.rank),
-            *(p for k, v in self.rank_pattern.items()
-              for p in _rank_problems(f"rank_pattern[{k!r}]", v)),
-            *_alpha_problems("alpha", self.alpha),
-            *(p for k, v in self.alpha_pattern.items()
-              for p in _alpha_problems(f"alpha_pattern[{k!r}]", v)),
-            *self._other_problems(),
-        ])
+        fail(
+            [
+                *_rank_problems("rank", self.rank),
+                *(
+                    p
+                    for k, v in self.rank_pattern.items()
+                    for p in _rank_problems(f"rank_pattern[{k!r}]", v)
+                ),
+                *_alpha_problems("alpha", self.alpha),
+                *(
+                    p
+                    for k, v in self.alpha_pattern.items()
+                    for p in _alpha_problems(f"alpha_pattern[{k!r}]", v)
+                ),
+                *self._other_problems(),
+            ]
+        )
 
     def _other_problems(self) -> list[str]:
         found = []
         for pattern, layout in self.layouts.items():
             if not isinstance(layout, Layout):
-                found.append(f"layouts[{pattern!r}]={layout!r}. Write flora.Layout(...).")
+                found.append(
+                    f"layouts[{pattern!r}]={layout!r}. Write flora.Layout(...)."
+                )
         if not _is_real(self.dropout) or not 0 <= self.dropout < 1:
             found.append(f"dropout={self.dropout!r}. It must lie in [0, 1).")
         if self.fallback not in ("error", "materialize"):
             found.append(f"fallback={self.fallback!r}. Write 'error' or 'materialize'.")
         if not callable(self.init):
-            found.append(f"init={self.init!r}. Write one of flora.initializers, such as "
-                         "flora.initializers.gaussian().")
+            found.append(
+                f"init={self.init!r}. Write one of flora.initializers, such as "
+                "flora.initializers.gaussian()."
+            )
         try:
             floating = jnp.issubdtype(self.dtype, jnp.inexact)
         except TypeError:
             floating = False
         if not floating:
-            found.append(f"dtype={self.dtype!r}. Factors need a floating dtype, such as "
-                         "jnp.float32.")
+            found.append(
+                f"dtype={self.dtype!r}. Factors need a floating dtype, such as "
+                "jnp.float32."
+            )
         return found
 
 
@@ -120,8 +136,10 @@ def _rank_problems(name: str, rank: Any) -> list[str]:
 
 def _alpha_problems(name: str, alpha: Any) -> list[str]:
     if not _is_real(alpha) or not math.isfinite(alpha) or alpha <= 0:
-        return [f"{name}={alpha!r}. alpha must be a finite number above 0, such as "
-                "2 * rank."]
+        return [
+            f"{name}={alpha!r}. alpha must be a finite number above 0, such as "
+            "2 * rank."
+        ]
     return []
 
 
@@ -133,5 +151,3 @@ def require_config(config: Any) -> LoraConfig:
         f"config is a {type(config).__name__}; expected flora.LoraConfig(...). The order "
         "is flora.init(key, config, fn, tree, *args)."
     )
-
-

@@ -41,13 +41,24 @@ class Finding:
         return "factored" if self.layout and not self.dense else "dense"
 
 
-def discover(fn: Callable, leaves: Sequence[Any], treedef: Any, args: Sequence[Any],
-             kwargs: Mapping[str, Any], paths: Mapping[int, str]) -> dict[str, Finding]:
+def discover(
+    fn: Callable,
+    leaves: Sequence[Any],
+    treedef: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    paths: Mapping[int, str],
+) -> dict[str, Finding]:
     """Follows the leaves `{position: path}` through one abstract trace of `fn`."""
     staged = stage(fn, leaves, treedef, args, kwargs)
-    log, returned = _walk(staged, leaves, {
-        i: lambda base, path=path: undiscovered(base, path) for i, path in paths.items()
-    })
+    log, returned = _walk(
+        staged,
+        leaves,
+        {
+            i: lambda base, path=path: undiscovered(base, path)
+            for i, path in paths.items()
+        },
+    )
     found = {}
     for i, path in paths.items():
         uses = tuple(use for use in log if use.path == path)
@@ -56,19 +67,31 @@ def discover(fn: Callable, leaves: Sequence[Any], treedef: Any, args: Sequence[A
     return _verified(staged, leaves, paths, found)
 
 
-def _verified(staged: Staged, leaves: Sequence[Any], paths: Mapping[int, str],
-              found: dict[str, Finding]) -> dict[str, Finding]:
+def _verified(
+    staged: Staged,
+    leaves: Sequence[Any],
+    paths: Mapping[int, str],
+    found: dict[str, Finding],
+) -> dict[str, Finding]:
     """Walks once more with the layouts found: some operations refuse some layouts."""
 
     def with_layout(layout: Layout, path: str) -> Callable[[Any], Factored]:
         def make(base: Any) -> Factored:
-            return _shape_only(from_weight(LoraWeight(base, None, None, layout=layout), path))
+            return _shape_only(
+                from_weight(LoraWeight(base, None, None, layout=layout), path)
+            )
+
         return make
 
-    log, _ = _walk(staged, leaves, {
-        i: with_layout(layout, path) for i, path in paths.items()
-        if (layout := found[path].layout) and not found[path].dense
-    })
+    log, _ = _walk(
+        staged,
+        leaves,
+        {
+            i: with_layout(layout, path)
+            for i, path in paths.items()
+            if (layout := found[path].layout) and not found[path].dense
+        },
+    )
     dense: dict[str, list[Use]] = {}
     for use in log:
         if use.dense:
@@ -86,8 +109,9 @@ def _shape_only(w: Factored) -> Factored:
     return dataclasses.replace(w, a=ones((*stack, *in_, 1)), b=ones((*stack, 1, *out)))
 
 
-def _walk(staged: Staged, leaves: Sequence[Any], make: Mapping[int, Callable[[Any], Any]]
-          ) -> tuple[dict[Use, None], set[str]]:
+def _walk(
+    staged: Staged, leaves: Sequence[Any], make: Mapping[int, Callable[[Any], Any]]
+) -> tuple[dict[Use, None], set[str]]:
     """Interprets the staged call abstractly, recording; also what leaves it raw."""
     log: dict[Use, None] = {}
     returned: set[str] = set()
@@ -99,11 +123,15 @@ def _walk(staged: Staged, leaves: Sequence[Any], make: Mapping[int, Callable[[An
                 values[k] = make[i](values[k])
         outs = interpret(Context(RULES, log), staged.jaxpr, [*values, *args])
         returned.update(
-            p for x in outs if isinstance(x, Factored) and not x.chosen
+            p
+            for x in outs
+            if isinstance(x, Factored) and not x.chosen
             for p in x.site.paths
         )
 
-    arrays = [x for x, k in zip(leaves, staged.tree_inputs, strict=True) if k is not None]
+    arrays = [
+        x for x, k in zip(leaves, staged.tree_inputs, strict=True) if k is not None
+    ]
     jax.eval_shape(run, arrays, list(staged.args))
     return log, returned
 
@@ -128,12 +156,16 @@ def _agree(uses: Sequence[Use], ndim: int) -> tuple[Layout | None, str]:
         chosen = roles | chosen
     if first is None:
         return None, ""
-    groups = {role: tuple(i for i in range(ndim) if chosen.get(i, "stack") == role)
-              for role in ("stack", "in", "out")}
+    groups = {
+        role: tuple(i for i in range(ndim) if chosen.get(i, "stack") == role)
+        for role in ("stack", "in", "out")
+    }
     if not groups["in"] or not groups["out"]:
         missing = "in" if not groups["in"] else "out"
-        return None, (f"'{first.primitive}' at {first.source} reads it as "
-                      f"{_shown(chosen)}: there is no {missing} axis")
+        return None, (
+            f"'{first.primitive}' at {first.source} reads it as "
+            f"{_shown(chosen)}: there is no {missing} axis"
+        )
     return Layout(groups["stack"], groups["in"], groups["out"]), ""
 
 
@@ -141,8 +173,10 @@ def _of_one_use(use: Use) -> tuple[dict[int, str], str]:
     roles: dict[int, str] = {}
     for axis, role in use.roles:
         if {roles.get(axis), role} == {"in", "out"}:
-            return {}, (f"'{use.primitive}' at {use.source} contracts one part of axis "
-                        f"{axis} and keeps another")
+            return {}, (
+                f"'{use.primitive}' at {use.source} contracts one part of axis "
+                f"{axis} and keeps another"
+            )
         if roles.get(axis, "stack") == "stack":
             roles[axis] = role
     return roles, ""
@@ -157,6 +191,8 @@ def _compatible(one: Mapping[int, str], other: Mapping[int, str]) -> bool:
 
 
 def _shown(roles: Mapping[int, str]) -> str:
-    named = {r: [str(i) for i in sorted(roles) if roles[i] == r]
-             for r in ("stack", "in", "out")}
+    named = {
+        r: [str(i) for i in sorted(roles) if roles[i] == r]
+        for r in ("stack", "in", "out")
+    }
     return " ".join(f"{r}={','.join(axes)}" for r, axes in named.items() if axes)

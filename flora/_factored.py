@@ -91,7 +91,9 @@ class Factored:
 
 
 jax.tree_util.register_dataclass(
-    Factored, data_fields=["base", "a", "b", "key"], meta_fields=["axes", "site", "chosen"]
+    Factored,
+    data_fields=["base", "a", "b", "key"],
+    meta_fields=["axes", "site", "chosen"],
 )
 
 
@@ -130,8 +132,12 @@ def relayout(w: Factored, base: Any, axes: Sequence[tuple[Dim, ...]]) -> Factore
 _ROLES = ("stack", "in", "out")
 
 
-def per_dim(w: Factored, base: Any, axes: Sequence[tuple[Dim, ...]],
-            fn: Callable[[Any, dict[int, Dim]], Any]) -> Factored:
+def per_dim(
+    w: Factored,
+    base: Any,
+    axes: Sequence[tuple[Dim, ...]],
+    fn: Callable[[Any, dict[int, Dim]], Any],
+) -> Factored:
     """The same weight after `fn(array, {position: old dim})` acted on each array."""
     new = dataclasses.replace(w, base=base, axes=tuple(axes))
     if w.a is None:
@@ -151,8 +157,9 @@ def sole_dim(w: Factored, axis: int) -> Dim:
     return w.axes[axis][0]
 
 
-def split_axes(axes: Sequence[tuple[Dim, ...]], shape: Sequence[int]
-               ) -> tuple[tuple[Dim, ...], ...]:
+def split_axes(
+    axes: Sequence[tuple[Dim, ...]], shape: Sequence[int]
+) -> tuple[tuple[Dim, ...], ...]:
     """Refines the dims of `axes` so that they group, in row order, into `shape`."""
     todo = [d for axis in axes for d in axis if d.size != 1][::-1]
     units = [d for axis in axes for d in axis if d.size == 1]
@@ -175,12 +182,11 @@ def split_axes(axes: Sequence[tuple[Dim, ...]], shape: Sequence[int]
     return _keep_units(grouped, units)
 
 
-def _keep_units(grouped: list[tuple[Dim, ...]], units: list[Dim]
-                ) -> tuple[tuple[Dim, ...], ...]:
+def _keep_units(
+    grouped: list[tuple[Dim, ...]], units: list[Dim]
+) -> tuple[tuple[Dim, ...], ...]:
     """Hands dims of size 1 back to axes of size 1, in order; the others drop out."""
-    return tuple(
-        g if g or not units else (units.pop(0),) for g in grouped
-    )
+    return tuple(g if g or not units else (units.pop(0),) for g in grouped)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,19 +44,22 @@ def relabel(x: Any, segments: Segments) -> Labelled:
     v = views(x, "x")
     names = {
         mine[0][0]: given[0][0]
-        for mine, given in zip(v.segments, segments, strict=True) if mine and given
+        for mine, given in zip(v.segments, segments, strict=True)
+        if mine and given
     }
     if any(len(s) > 1 for s in v.segments) or len(names) != len(flat):
         raise Unfactorable("a product of two weights with joined axes")
     v = dataclasses.replace(
-        v, a_labels=tuple(names.get(n, ("x", n)) for n in v.a_labels),
+        v,
+        a_labels=tuple(names.get(n, ("x", n)) for n in v.a_labels),
         b_labels=tuple(names.get(n, ("x", n)) for n in v.b_labels),
     )
     return Labelled(lax.reshape(x.base, sizes), labels, (x, v))
 
 
-def contract(u: Labelled, v: Labelled, out: Labels, *, precision: Any = None,
-             dtype: Any = None) -> Labelled:
+def contract(
+    u: Labelled, v: Labelled, out: Labels, *, precision: Any = None, dtype: Any = None
+) -> Labelled:
     """Sums u·v over the labels that `out` lacks.  u may be a weight, v is an array."""
     shared = [x for x in u.labels if x in v.labels]
     batch = [x for x in out if x in shared]
@@ -74,16 +77,22 @@ def contract(u: Labelled, v: Labelled, out: Labels, *, precision: Any = None,
         (axes_of(first, summed), axes_of(second, summed)),
         (axes_of(first, batch), axes_of(second, batch)),
     )
-    y = lax.dot_general(first.array, second.array, dims, precision=precision,
-                        preferred_element_type=dtype)
+    y = lax.dot_general(
+        first.array,
+        second.array,
+        dims,
+        precision=precision,
+        preferred_element_type=dtype,
+    )
     y = lax.transpose(y, [labels.index(x) for x in out])
     if u.weight:
         y = y + low_rank_product(v, *u.weight, out, precision=precision, dtype=y.dtype)
     return Labelled(y, out)
 
 
-def low_rank_product(x: Labelled, w: Factored, w_views: Views, out: Labels,
-                     *, precision: Any, dtype: Any) -> Any:
+def low_rank_product(
+    x: Labelled, w: Factored, w_views: Views, out: Labels, *, precision: Any, dtype: Any
+) -> Any:
     """Scale (x A) B with whichever thin product first that costs less.
 
     Args:
@@ -132,7 +141,9 @@ def materialized(w: Factored) -> Any:
         return w.base
     seen = views(w, "w")
     out = [label for runs in seen.segments for label, _ in runs]
-    dtype = jnp.float32 if w.base is None else jnp.promote_types(w.base.dtype, jnp.float32)
+    dtype = (
+        jnp.float32 if w.base is None else jnp.promote_types(w.base.dtype, jnp.float32)
+    )
     a = Labelled(seen.a.astype(dtype), seen.a_labels)
     b = Labelled(seen.b.astype(dtype), seen.b_labels)
     change = contract(a, b, out, precision=lax.Precision.HIGHEST).array

@@ -55,18 +55,22 @@ class Context:
     log: dict[Use, None] | None = None
     salt: int = 0
 
-    def claim(self, w: Any, eqn: Any, roles: Mapping[int, str], firm: bool = True
-              ) -> None:
+    def claim(
+        self, w: Any, eqn: Any, roles: Mapping[int, str], firm: bool = True
+    ) -> None:
         """Records what an operation says of the axes of a weight."""
         if isinstance(w, Factored):
             found = {
-                (d.at[0], role) for i, role in roles.items() for d in w.axes[i]
+                (d.at[0], role)
+                for i, role in roles.items()
+                for d in w.axes[i]
                 if d.at[0] >= 0
             }
             self.record(w, eqn, found, firm)
 
-    def record(self, w: Factored, eqn: Any, found: set[tuple[int, str]], firm: bool = True
-               ) -> None:
+    def record(
+        self, w: Factored, eqn: Any, found: set[tuple[int, str]], firm: bool = True
+    ) -> None:
         """Records roles of the stored weight's axes."""
         if found:
             self._log(w, eqn, roles=tuple(sorted(found)), firm=firm)
@@ -122,13 +126,16 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     untouched: list[Any] = []
 
     def flush(before: int) -> None:
-        outs = [v for e in untouched for v in e.outvars if last_use.get(v, -1) >= before]
+        outs = [
+            v for e in untouched for v in e.outvars if last_use.get(v, -1) >= before
+        ]
         env.update(zip(outs, _compat.eval_eqns(untouched, outs, env), strict=True))
         untouched.clear()
 
     for i, eqn in enumerate(jaxpr.eqns):
-        if not any(v in touched for v in eqn.invars
-                   if not isinstance(v, _compat.Literal)):
+        if not any(
+            v in touched for v in eqn.invars if not isinstance(v, _compat.Literal)
+        ):
             untouched.append(eqn)
             continue
         flush(i)

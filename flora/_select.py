@@ -19,7 +19,9 @@ Pattern = Matcher | Sequence[Matcher]
 def path_of(keys: Sequence[Any]) -> str:
     """The '/'-joined path.  The `value` of a Flax box is not part of it."""
     keys = list(keys)
-    while len(keys) > 1 and isinstance(keys[-1], GetAttrKey) and keys[-1].name == "value":
+    while (
+        len(keys) > 1 and isinstance(keys[-1], GetAttrKey) and keys[-1].name == "value"
+    ):
         keys.pop()
     return "/".join(jax.tree_util.keystr((k,), simple=True) for k in keys)
 

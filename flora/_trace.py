@@ -32,8 +32,13 @@ def is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic)
 
 
-def stage(fn: Callable, leaves: Sequence[Any], treedef: Any, args: Sequence[Any],
-          kwargs: Mapping[str, Any]) -> Staged:
+def stage(
+    fn: Callable,
+    leaves: Sequence[Any],
+    treedef: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Staged:
     """Traces `fn(tree, *args, **kwargs)` once, abstractly.
 
     Arrays of the tree and JAX arrays among the other arguments become inputs.  Other
@@ -41,15 +46,17 @@ def stage(fn: Callable, leaves: Sequence[Any], treedef: Any, args: Sequence[Any]
     """
     rest, rest_def = jax.tree.flatten((tuple(args), dict(kwargs)))
     in_tree = [i for i, x in enumerate(leaves) if is_array(x)]
-    in_rest = [i for i, x in enumerate(rest)
-               if isinstance(x, jax.Array | jax.ShapeDtypeStruct)]
+    in_rest = [
+        i for i, x in enumerate(rest) if isinstance(x, jax.Array | jax.ShapeDtypeStruct)
+    ]
     outs: dict[str, Any] = {}
 
     def flat(tree_arrays: list[Any], rest_arrays: list[Any]) -> list[Any]:
         tree = treedef.unflatten(_filled(leaves, in_tree, tree_arrays))
         args, kwargs = rest_def.unflatten(_filled(rest, in_rest, rest_arrays))
         found, outs["def"] = jax.tree_util.tree_flatten_with_path(
-            fn(tree, *args, **kwargs))
+            fn(tree, *args, **kwargs)
+        )
         outs["all"] = [x for _, x in found]
         outs["at"] = [i for i, (_, x) in enumerate(found) if isinstance(x, jax.Array)]
         outs["paths"] = [jax.tree_util.keystr(p) for p, _ in found]

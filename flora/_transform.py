@@ -70,12 +70,13 @@ def lora(fn: Callable, *, fallback: str | None = None) -> Callable:
         values = [_value(path, leaf, fallback) for path, leaf in named]
         plain = [x.base if isinstance(x, Factored) else x for x in values]
         staged = stage(fn, plain, treedef, args, kwargs)
-        inputs = [x for x, k in zip(values, staged.tree_inputs, strict=True)
-                  if k is not None]
+        inputs = [
+            x for x, k in zip(values, staged.tree_inputs, strict=True) if k is not None
+        ]
         outs = interpret(Context(RULES), staged.jaxpr, [*inputs, *staged.args])
-        return staged.finish([
-            _settled(x, path) for x, path in zip(outs, staged.outputs, strict=True)
-        ])
+        return staged.finish(
+            [_settled(x, path) for x, path in zip(outs, staged.outputs, strict=True)]
+        )
 
     return run_on_adapted
 
@@ -117,15 +118,21 @@ def weight_problems(path: str, leaf: Any) -> list[str]:
     if not isinstance(leaf, LoraWeight):
         return []
     if leaf.base is None:
-        return [f"'{path}' is an adapter without its base. Write flora.join(base, adapter)."]
+        return [
+            f"'{path}' is an adapter without its base. Write flora.join(base, adapter)."
+        ]
     if not all(hasattr(x, "shape") for x in (leaf.base, leaf.a, leaf.b)):
-        return [f"'{path}' is a LoraWeight that holds no arrays. Pass the tree that "
-                "flora.init or flora.join returned."]
+        return [
+            f"'{path}' is a LoraWeight that holds no arrays. Pass the tree that "
+            "flora.init or flora.join returned."
+        ]
     base, a, b = (tuple(x.shape) for x in (leaf.base, leaf.a, leaf.b))
     axes = sorted((*leaf.layout.stack, *leaf.layout.in_, *leaf.layout.out))
     if axes != list(range(len(base))):
-        return [f"'{path}' has shape {base}, but its layout is for {len(axes)} axes "
-                f"({leaf.layout}). Pass the tree with the shapes that flora.init saw."]
+        return [
+            f"'{path}' has shape {base}, but its layout is for {len(axes)} axes "
+            f"({leaf.layout}). Pass the tree with the shapes that flora.init saw."
+        ]
     wanted = leaf.layout.factor_shapes(base, leaf.rank)
     if (a, b) != wanted:
         return [

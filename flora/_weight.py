@@ -86,15 +86,21 @@ class LoraWeight:
     @property
     def scale(self) -> float:
         """alpha/rank, or alpha/√rank."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return self.alpha / (
+            math.sqrt(self.rank) if self.rank_stabilized else self.rank
+        )
 
     def __repr__(self) -> str:
         base = "adapter" if self.base is None else _shown(self.base)
-        return f"LoraWeight({base}, {self.layout}, rank={self.rank}, scale={self.scale:g})"
+        return (
+            f"LoraWeight({base}, {self.layout}, rank={self.rank}, scale={self.scale:g})"
+        )
 
     def __jax_array__(self) -> Any:
-        raise LoraTypeError(f"{self!r} was used as an array. Run the function through "
-                            "flora.lora(fn), or on flora.merge(tree).")
+        raise LoraTypeError(
+            f"{self!r} was used as an array. Run the function through "
+            "flora.lora(fn), or on flora.merge(tree)."
+        )
 
     def __getitem__(self, index: Any) -> Any:
         return self.__jax_array__()
@@ -136,7 +142,9 @@ def is_node(x: Any) -> bool:
 
 def compute_dtype(*dtypes: Any) -> Any:
     """The widest of the dtypes, float32 at least (or its complex twin)."""
-    return jnp.result_type(jnp.float32, *(d for d in dtypes if jnp.dtype(d).itemsize > 1))
+    return jnp.result_type(
+        jnp.float32, *(d for d in dtypes if jnp.dtype(d).itemsize > 1)
+    )
 
 
 def delta(weight: LoraWeight) -> jax.Array:

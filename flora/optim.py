@@ -46,8 +46,9 @@ def _labels(tree: Any, train: Any, freeze: Any) -> Any:
     return jax.tree.map(label, tree, is_leaf=is_node)
 
 
-def optimizer(tx: optax.GradientTransformation, adapted: Any
-              ) -> optax.GradientTransformation:
+def optimizer(
+    tx: optax.GradientTransformation, adapted: Any
+) -> optax.GradientTransformation:
     """`tx` on A, B and `Trained` leaves; all other leaves stay bit for bit.
 
     Args:
@@ -64,11 +65,14 @@ def optimizer(tx: optax.GradientTransformation, adapted: Any
       LoraError: the tree is not adapted.
     """
     if not hasattr(tx, "init") or not hasattr(tx, "update"):
-        raise LoraTypeError(f"optimizer: tx is a {type(tx).__name__}; expected an optax "
-                            "transformation, such as optax.adamw(1e-4).")
+        raise LoraTypeError(
+            f"optimizer: tx is a {type(tx).__name__}; expected an optax "
+            "transformation, such as optax.adamw(1e-4)."
+        )
     require_adapted(adapted, "optimizer")
     inner = optax.multi_transform(
-        {"train": tx, "freeze": _freeze()}, lambda tree: _labels(tree, "train", "freeze")
+        {"train": tx, "freeze": _freeze()},
+        lambda tree: _labels(tree, "train", "freeze"),
     )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -90,8 +94,10 @@ def _whole(grads: Any, params: Any) -> Any:
     try:
         return jax.tree.map(fill, params, grads, is_leaf=_is_node_or_none)
     except ValueError as error:
-        raise LoraError("optimizer: gradients and parameters have other structures. Pass "
-                        "the gradients of the adapted tree, or of its adapter.") from error
+        raise LoraError(
+            "optimizer: gradients and parameters have other structures. Pass "
+            "the gradients of the adapted tree, or of its adapter."
+        ) from error
 
 
 def _is_node_or_none(x: Any) -> bool:

@@ -45,10 +45,12 @@ def randomized(adapted, key=1, size=0.3):
     def draw(x):
         return (size * jax.random.normal(next(keys), x.shape)).astype(x.dtype)
 
-    return treedef.unflatten([
-        dataclasses.replace(x, a=draw(x.a), b=draw(x.b)) if is_weight(x) else x
-        for x in leaves
-    ])
+    return treedef.unflatten(
+        [
+            dataclasses.replace(x, a=draw(x.a), b=draw(x.b)) if is_weight(x) else x
+            for x in leaves
+        ]
+    )
 
 
 def is_weight(x):
@@ -145,13 +147,12 @@ def dense_arrays(fn, shapes, *args, views=()):
         eqn
         for eqn in equations(jaxpr)
         for v in eqn.outvars
-        if eqn.primitive not in {*VIEWS, *views} and getattr(v.aval, "shape", None) in shapes
+        if eqn.primitive not in {*VIEWS, *views}
+        and getattr(v.aval, "shape", None) in shapes
     ]
 
 
-def check(
-    fn, params, *args, tolerance=None, jit_exact=True, views=(), **config
-):
+def check(fn, params, *args, tolerance=None, jit_exact=True, views=(), **config):
     """The whole contract for `fn(params, *args)`; returns the adapted tree.
 
     `jit_exact=False` is for functions whose products XLA lays out anew once something

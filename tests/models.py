@@ -82,7 +82,10 @@ class Decoder(nn.Module):
     def __call__(self, ids):
         embed = nn.Embed(31, 8)
         layers = nn.scan(
-            ScanBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            ScanBlock,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
         )
         x, _ = layers()(embed(ids), None)
         return embed.attend(nn.LayerNorm()(x))

@@ -126,7 +126,9 @@ def used(fn, x):
     return {k: w for k, w in every.items() if flora.coverage(fn, every, x)[k].uses}
 
 
-@pytest.mark.parametrize("fn", REVERSE, ids=lambda fn: getattr(fn, "__name__", "jitted"))
+@pytest.mark.parametrize(
+    "fn", REVERSE, ids=lambda fn: getattr(fn, "__name__", "jitted")
+)
 def test_contract_of_control_flow(x64, fn):
     x = array(3, 7)
     contract.check(fn, used(fn, x), x, dtype=jnp.float64, jit_exact=False)
@@ -228,7 +230,9 @@ def test_custom_jvp_keeps_its_rule(x64):
                          flora.split(tangent)[1])  # fmt: skip
     merged = jax.jvp(flora.merge, (adapted,), (tangent,))
     want = jax.jvp(lambda p: fn(p, x), (merged[0],), (merged[1],))
-    contract.close(jax.jvp(lambda t: flora.lora(fn)(t, x), (adapted,), (tangent,)), want)
+    contract.close(
+        jax.jvp(lambda t: flora.lora(fn)(t, x), (adapted,), (tangent,)), want
+    )
 
 
 def test_custom_vjp_keeps_its_rule(x64):

@@ -143,7 +143,9 @@ def test_precision_and_preferred_element_type_are_kept():
     x, w = array(5, 7, dtype=jnp.bfloat16), array(7, 11, dtype=jnp.bfloat16)
     adapted = contract.check(fn, {"w": w}, x, tolerance=2e-2)
     jaxpr = jax.make_jaxpr(flora.lora(fn))(adapted, x)
-    dots = [e for e in contract.equations(jaxpr) if e.primitive is contract.P.dot_general]
+    dots = [
+        e for e in contract.equations(jaxpr) if e.primitive is contract.P.dot_general
+    ]
     highest = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
     assert [e.params["precision"] for e in dots] == 3 * [highest]
     assert flora.lora(fn)(adapted, x).dtype == jnp.float32
@@ -156,6 +158,8 @@ def test_the_thin_product_that_costs_less_comes_first():
     w, x = array(97, 8, dtype=jnp.float32), array(3, 8, dtype=jnp.float32)
     adapted = contract.adapt(fn, {"embedding": w}, x)
     jaxpr = jax.make_jaxpr(flora.lora(fn))(adapted, x)
-    dots = [e for e in contract.equations(jaxpr) if e.primitive is contract.P.dot_general]
+    dots = [
+        e for e in contract.equations(jaxpr) if e.primitive is contract.P.dot_general
+    ]
     shapes = [e.outvars[0].aval.shape for e in dots]
     assert shapes == [(3, 97), (3, 2), (3, 97), (2, 8)]

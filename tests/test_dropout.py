@@ -18,13 +18,9 @@ def adapted_with_dropout(fn, params, *args, **config):
     return contract.randomized(contract.adapt(fn, params, *args, **config))
 
 
-
-
 def counting(fn, params, x, **config):
     """An adapted tree whose low-rank path counts the inputs that it keeps."""
-    adapted = contract.adapt(
-        fn, params, x, rank=1, alpha=1.0, dropout=RATE, **config
-    )
+    adapted = contract.adapt(fn, params, x, rank=1, alpha=1.0, dropout=RATE, **config)
     return jax.tree.map(
         lambda w: dataclasses.replace(
             w, base=0 * w.base, a=jnp.ones_like(w.a), b=jnp.ones_like(w.b)
@@ -55,12 +51,10 @@ def test_the_formula_and_its_gradients():
     dropped = apply(flora.with_dropout({"w": probe}, key), x)  # dropout(x)[:, :5]
     kept = dropped != 0
     assert 0.5 < kept.mean() < 0.7
-    np.testing.assert_allclose(
-        dropped[kept], (x[:, :5] / (1 - RATE))[kept], rtol=1e-6
+    np.testing.assert_allclose(dropped[kept], (x[:, :5] / (1 - RATE))[kept], rtol=1e-6)
+    out, grads = flora.value_and_grad(lambda t: contract.scalar(apply(t, x)))(
+        flora.with_dropout(adapted, key)
     )
-    out, grads = flora.value_and_grad(
-        lambda t: contract.scalar(apply(t, x))
-    )(flora.with_dropout(adapted, key))
     assert jnp.isfinite(out)
     assert grads["w"].key is None
     assert grads["w"].a.shape == w.a.shape
@@ -70,7 +64,9 @@ def test_the_mean_over_keys_is_evaluation():
     params, x = {"w": array(7, 5, dtype=jnp.float32)}, array(3, 7, dtype=jnp.float32)
     adapted = adapted_with_dropout(dense, params, x)
     keys = jax.random.split(jax.random.key(0), 4000)
-    runs = jax.vmap(lambda k: flora.lora(dense)(flora.with_dropout(adapted, k), x))(keys)
+    runs = jax.vmap(lambda k: flora.lora(dense)(flora.with_dropout(adapted, k), x))(
+        keys
+    )
     spread = runs.std(0) / np.sqrt(len(keys))
     assert (jnp.abs(runs.mean(0) - flora.lora(dense)(adapted, x)) < 5 * spread).all()
 

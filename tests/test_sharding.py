@@ -69,8 +69,12 @@ def test_sharded_training_has_the_losses_of_one_device(where):
         if where == "base and factors":
             roles = x.layout
             a = Spec(*(spec[i] for i in (*roles.stack, *roles.in_)), None)
-            b = Spec(*(spec[i] for i in roles.stack), None, *(spec[i] for i in roles.out))
-        a, b = (jax.device_put(f, NamedSharding(MESH, s)) for f, s in ((x.a, a), (x.b, b)))
+            b = Spec(
+                *(spec[i] for i in roles.stack), None, *(spec[i] for i in roles.out)
+            )
+        a, b = (
+            jax.device_put(f, NamedSharding(MESH, s)) for f, s in ((x.a, a), (x.b, b))
+        )
         return flora.LoraWeight(base, a, b, layout=x.layout, rank=x.rank, alpha=x.alpha)
 
     sharded = jax.tree.map(place, adapted, is_leaf=contract.is_weight)
@@ -109,6 +113,9 @@ def test_shard_map_over_the_batch():
     params, x = {"kernel": normal(7, 5)}, normal(8, 7)
     adapted = contract.randomized(contract.adapt(fn, params, x))
     sharded = jax.shard_map(
-        flora.lora(fn), mesh=MESH, in_specs=(Spec(), Spec("data")), out_specs=Spec("data")
+        flora.lora(fn),
+        mesh=MESH,
+        in_specs=(Spec(), Spec("data")),
+        out_specs=Spec("data"),
     )
     contract.close(jax.jit(sharded)(adapted, x), fn(flora.merge(adapted), x))

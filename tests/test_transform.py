@@ -1,4 +1,3 @@
-
 import contract
 import flax.linen as nn
 import jax
@@ -22,6 +21,7 @@ class Model(nn.Module):
         x = jnp.where(mask, x, 0) if mask is not None else x
         y = nn.Dense(7)(x)
         return {"y": y, "mode": mode, "extra": extra, "n": 3, "shape": y.shape}
+
 
 class TwoMethods(nn.Module):
     def setup(self):
@@ -132,7 +132,10 @@ def test_no_recompilation_on_the_second_call():
         traced.append(1)
         return x @ params["kernel"]
 
-    params, x = {"kernel": array(7, 5, dtype=jnp.float32)}, array(3, 7, dtype=jnp.float32)
+    params, x = (
+        {"kernel": array(7, 5, dtype=jnp.float32)},
+        array(3, 7, dtype=jnp.float32),
+    )
     tree = contract.adapt(fn, params, x)
     traced.clear()
     apply = jax.jit(flora.lora(fn))
@@ -193,7 +196,9 @@ def test_the_fallback_can_be_allowed_per_call():
 
     params, x = {"w": array(7, 5, dtype=jnp.float32)}, array(3, 7, dtype=jnp.float32)
     tree = contract.randomized(contract.adapt(linear, params, x))
-    with pytest.raises(flora.LoraError, match=r"'tanh' at test_transform.py:\d+ \(fn\)"):
+    with pytest.raises(
+        flora.LoraError, match=r"'tanh' at test_transform.py:\d+ \(fn\)"
+    ):
         flora.lora(fn)(tree, x)
     got = flora.lora(fn, fallback="materialize")(tree, x)
     contract.close(got, fn(flora.merge(tree), x))

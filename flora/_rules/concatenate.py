@@ -25,7 +25,9 @@ def stack(ctx: Any, eqn: Any, *parts: Any) -> list[Factored]:
     at = eqn.params["axis"] % (len(eqn.outvars[0].aval.shape))
     parts = tuple(
         dataclasses.replace(x, axes=(*x.axes[:at], (), *x.axes[at:]))
-        if isinstance(x, Factored) else lax.expand_dims(x, (at,)) for x in parts
+        if isinstance(x, Factored)
+        else lax.expand_dims(x, (at,))
+        for x in parts
     )
     return [_joined(eqn, at, parts)]
 
@@ -45,10 +47,12 @@ def _joined(eqn: Any, at: int, parts: tuple[Any, ...]) -> Factored:
     bases = [lax.reshape(x, shape) for x, shape in zip(bases, shapes, strict=True)]
     (base,) = eval_eqn(eqn, bases)
     whole = dataclasses.replace(dim, size=base.shape[at])
-    axes = (*weights[0].axes[:at], (whole,), *weights[0].axes[at + 1:])
+    axes = (*weights[0].axes[:at], (whole,), *weights[0].axes[at + 1 :])
     paths = tuple(p for w in weights for p in w.site.paths)
     fused = dataclasses.replace(
-        weights[0], base=base, axes=axes,
+        weights[0],
+        base=base,
+        axes=axes,
         site=dataclasses.replace(weights[0].site, paths=paths, scale=1.0),
     )
     if weights[0].a is None:
@@ -84,13 +88,17 @@ def _with_dim(w: Factored, at: int) -> Factored:
     every = [d for axis in w.axes for d in axis]
     first = min([0, *(d.at[0] for d in every)]) - 1  # no axis of the stored weight
     role = "stack" if all(d.role for d in every) else ""
-    axes = (*w.axes[:at], (Dim((first,), 1, role),), *w.axes[at + 1:])
+    axes = (*w.axes[:at], (Dim((first,), 1, role),), *w.axes[at + 1 :])
     return relayout(w, w.base, axes)
 
 
 def _elsewhere(w: Factored, at: int) -> tuple[Any, ...]:
     """The layout, but for the length of the axis that is concatenated."""
-    return (*w.axes[:at], dataclasses.replace(sole_dim(w, at), size=0), *w.axes[at + 1:])
+    return (
+        *w.axes[:at],
+        dataclasses.replace(sole_dim(w, at), size=0),
+        *w.axes[at + 1 :],
+    )
 
 
 def _with_factors(part: Any, like: Factored, at: int) -> Factored:
@@ -99,12 +107,16 @@ def _with_factors(part: Any, like: Factored, at: int) -> Factored:
         scale = jnp.asarray(part.site.scale, part.b.dtype)
         return dataclasses.replace(part, b=part.b * scale)
     dim = dataclasses.replace(like.axes[at][0], size=part.shape[at])
-    new = dataclasses.replace(like, axes=(*like.axes[:at], (dim,), *like.axes[at + 1:]))
+    new = dataclasses.replace(
+        like, axes=(*like.axes[:at], (dim,), *like.axes[at + 1 :])
+    )
     stack, in_, out = ([d.size for d in new.dims(r)] for r in ("stack", "in", "out"))
     rank = like.a.shape[-1] if dim.role == "stack" else 1
     return dataclasses.replace(
-        new, a=jnp.zeros((*stack, *in_, rank), like.a.dtype),
-        b=jnp.zeros((*stack, rank, *out), like.b.dtype), site=Site(()),
+        new,
+        a=jnp.zeros((*stack, *in_, rank), like.a.dtype),
+        b=jnp.zeros((*stack, rank, *out), like.b.dtype),
+        site=Site(()),
     )
 
 

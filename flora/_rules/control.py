@@ -33,7 +33,9 @@ def _constrained(values: Sequence[Any], shardings: Any) -> list[Any]:
             return lax.with_sharding_constraint(x, sharding)
         if x.base is None:
             return x
-        return dataclasses.replace(x, base=lax.with_sharding_constraint(x.base, sharding))
+        return dataclasses.replace(
+            x, base=lax.with_sharding_constraint(x.base, sharding)
+        )
 
     return [constrain(x, s) for x, s in zip(values, shardings, strict=True)]
 
@@ -54,34 +56,43 @@ def scan(ctx: Context, eqn: Any, *args: Any) -> Any:
     last = first + parts.num_carry
     consts, init, xs = list(args[:first]), list(args[first:last]), list(args[last:])
     inner, _ = _compat.open_jaxpr(parts.jaxpr)
-    fixed = _loop_invariant(ctx, eqn, init, inner.invars[first:last],
-                            inner.outvars[:parts.num_carry])
+    fixed = _loop_invariant(
+        ctx, eqn, init, inner.invars[first:last], inner.outvars[: parts.num_carry]
+    )
     slots = [_scanned(ctx, eqn, x) for x in xs]
 
     def body(carry: Any, step: Any) -> Any:
         i, state = carry
         weights = [_at_step(w, i) for w in consts]
-        state = [_at_step(fixed[k], i) if k in fixed else x for k, x in enumerate(state)]
-        rows = [_at_step(rebuild(x), i) for (_, rebuild), x in zip(slots, step, strict=True)]
+        state = [
+            _at_step(fixed[k], i) if k in fixed else x for k, x in enumerate(state)
+        ]
+        rows = [
+            _at_step(rebuild(x), i) for (_, rebuild), x in zip(slots, step, strict=True)
+        ]
         outs = interpret(ctx, parts.jaxpr, [*weights, *state, *rows])
-        state, ys = outs[:parts.num_carry], outs[parts.num_carry:]
-        state = [None if k in fixed else settle(ctx, eqn, x, "a weight as a loop's result")
-                 for k, x in enumerate(state)]
+        state, ys = outs[: parts.num_carry], outs[parts.num_carry :]
+        state = [
+            None if k in fixed else settle(ctx, eqn, x, "a weight as a loop's result")
+            for k, x in enumerate(state)
+        ]
         ys = [settle(ctx, eqn, y, "a weight as a loop's output") for y in ys]
         return (None if i is None else i + 1, state), ys
 
     keyed = any(isinstance(x, Factored) and x.key is not None for x in args)
     start = jnp.int32(0) if keyed else None
     init = [None if k in fixed else x for k, x in enumerate(init)]
-    (_, state), ys = lax.scan(body, (start, init), [x for x, _ in slots], **parts.options)
+    (_, state), ys = lax.scan(
+        body, (start, init), [x for x, _ in slots], **parts.options
+    )
     return [fixed.get(k, x) for k, x in enumerate(state)] + ys
 
 
 def while_(ctx: Context, eqn: Any, *args: Any) -> Any:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
-    cond_consts, body_consts = args[:n_cond], args[n_cond:n_cond + n_body]
-    init = list(args[n_cond + n_body:])
+    cond_consts, body_consts = args[:n_cond], args[n_cond : n_cond + n_body]
+    init = list(args[n_cond + n_body :])
     inner, _ = _compat.open_jaxpr(p["body_jaxpr"])
     fixed = _loop_invariant(ctx, eqn, init, inner.invars[n_body:], inner.outvars)
 
@@ -98,8 +109,10 @@ def while_(ctx: Context, eqn: Any, *args: Any) -> Any:
         i, state = carry
         weights = [_at_step(w, i) for w in body_consts]
         outs = interpret(ctx, p["body_jaxpr"], [*weights, *filled(i, state)])
-        outs = [None if k in fixed else settle(ctx, eqn, x, "a weight as a loop's result")
-                for k, x in enumerate(outs)]
+        outs = [
+            None if k in fixed else settle(ctx, eqn, x, "a weight as a loop's result")
+            for k, x in enumerate(outs)
+        ]
         return None if i is None else i + 1, outs
 
     keyed = any(isinstance(x, Factored) and x.key is not None for x in args)
@@ -116,13 +129,15 @@ def cond(ctx: Context, eqn: Any, index: Any, *args: Any) -> Any:
         def fn(*args: Any) -> list[Any]:
             outs = interpret(ctx, jaxpr, args)
             return [settle(ctx, eqn, x, "a weight as a branch's result") for x in outs]
+
         return fn
 
     return lax.switch(index, [branch(b) for b in eqn.params["branches"]], *args)
 
 
-def _loop_invariant(ctx: Context, eqn: Any, init: list[Any], ins: Any, outs: Any
-                    ) -> dict[int, Factored]:
+def _loop_invariant(
+    ctx: Context, eqn: Any, init: list[Any], ins: Any, outs: Any
+) -> dict[int, Factored]:
     """The carried weights that every step hands on unchanged; others settle."""
     fixed = {}
     for k, x in enumerate(init):
@@ -142,8 +157,12 @@ def _scanned(ctx: Context, eqn: Any, w: Any) -> tuple[Any, Callable[[Any], Any]]
     dim = sole_dim(w, 0) if w.shape[0] != 1 or w.axes[0] else Dim((0,), 1)
     leading = per_dim(w, w.base, w.axes, lambda array, at: _to_front(array, at, dim))
     held = {
-        name for name, roles in (("a", ("stack", "in")), ("b", ("stack", "out")),
-                                 ("key", ("stack",)))
+        name
+        for name, roles in (
+            ("a", ("stack", "in")),
+            ("b", ("stack", "out")),
+            ("key", ("stack",)),
+        )
         if dim in w.dims(*roles) and getattr(w, name) is not None
     }
     sliced = {"base": w.base} | {name: getattr(leading, name) for name in held}
@@ -192,6 +211,7 @@ def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
                 for i, x in zip(at, some, strict=True):
                     full[i] = x
                 return _compat.eval_eqn(eqn, full)
+
             return jax.jvp(fn, [primals[i] for i in at], tangents)
 
         avals = [_like(v.aval) for v in eqn.invars]
@@ -238,6 +258,7 @@ def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
             for i, x in zip(at, some, strict=True):
                 values[i] = x
             return _compat.eval_eqn(eqn, values)
+
         outs, vjp = jax.vjp(fn, *(full[i] for i in at))
         residuals, vjp_tree = jax.tree.flatten(vjp)
         pullback[:] = [vjp_tree, [_like(jax.typeof(r)) for r in residuals]]
@@ -259,12 +280,14 @@ def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
         residuals, args = saved
         vjp_tree, like = pullback
         outs = [_like(v.aval) for v in eqn.outvars]
-        rule = jax.make_jaxpr(
-            lambda res, cts: jax.tree.unflatten(vjp_tree, res)(cts)
-        )(like, outs)
+        rule = jax.make_jaxpr(lambda res, cts: jax.tree.unflatten(vjp_tree, res)(cts))(
+            like, outs
+        )
         grads = interpret(ctx, rule, [*residuals, *cotangents])
         of_arg = dict(zip(at, grads, strict=True))
-        return tuple(ct for i, x in enumerate(args) for ct in _cotangent(x, of_arg.get(i)))
+        return tuple(
+            ct for i, x in enumerate(args) for ct in _cotangent(x, of_arg.get(i))
+        )
 
     call.defvjp(fwd, bwd)
     return call(*flat)
@@ -285,7 +308,12 @@ def _cotangent(x: Any, g: Any) -> list[Any]:
         return x.site.scale * jnp.sum(contract(z, Labelled(v.b, v.b_labels), []).array)
 
     da, db = jax.grad(inner, (0, 1))(x.a, x.b)
-    return [*([] if x.base is None else [None]), da, db, *([] if x.key is None else [None])]
+    return [
+        *([] if x.base is None else [None]),
+        da,
+        db,
+        *([] if x.key is None else [None]),
+    ]
 
 
 def _differentiable(aval: Any) -> bool:

@@ -46,26 +46,39 @@ def _change(eqn: Any, x: Any, w: Factored, out: Any) -> Any:
 
     kernel = v.a.astype(dtype)
     window = [n if i != spec[0] else rank for i, n in enumerate(w.shape)]
-    kernel = jnp.moveaxis(kernel.reshape([*_without(w.shape, spec[0]), rank]), -1, spec[0])
+    kernel = jnp.moveaxis(
+        kernel.reshape([*_without(w.shape, spec[0]), rank]), -1, spec[0]
+    )
     kernel = kernel.reshape(window)
-    kernel = jnp.tile(kernel, [groups if i == spec[0] else 1 for i in range(len(window))])
+    kernel = jnp.tile(
+        kernel, [groups if i == spec[0] else 1 for i in range(len(window))]
+    )
     z = lax.conv_general_dilated(
-        x.astype(dtype), kernel, p["window_strides"], p["padding"], p["lhs_dilation"],
-        p["rhs_dilation"], p["dimension_numbers"], p["feature_group_count"],
-        p["batch_group_count"], p["precision"],
+        x.astype(dtype),
+        kernel,
+        p["window_strides"],
+        p["padding"],
+        p["lhs_dilation"],
+        p["rhs_dilation"],
+        p["dimension_numbers"],
+        p["feature_group_count"],
+        p["batch_group_count"],
+        p["precision"],
     ) * jnp.asarray(w.site.scale, dtype)
 
     c = out_spec[1]
     names = [("y", i) for i in range(z.ndim)]
     z = Labelled(
-        z.reshape((*z.shape[:c], groups, rank, *z.shape[c + 1:])),
-        (*names[:c], "group", RANK, *names[c + 1:]),
+        z.reshape((*z.shape[:c], groups, rank, *z.shape[c + 1 :])),
+        (*names[:c], "group", RANK, *names[c + 1 :]),
     )
     b = v.b.reshape(rank, groups, -1).astype(dtype)
     y = contract(
-        z, Labelled(b, (RANK, "group", "channel")),
-        (*names[:c], "group", "channel", *names[c + 1:]),
-        precision=p["precision"], dtype=out.dtype,
+        z,
+        Labelled(b, (RANK, "group", "channel")),
+        (*names[:c], "group", "channel", *names[c + 1 :]),
+        precision=p["precision"],
+        dtype=out.dtype,
     )
     return y.array.reshape(out.shape)
 

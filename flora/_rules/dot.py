@@ -46,21 +46,35 @@ def _product(ctx: Any, eqn: Any, lhs: Any, rhs: Any) -> Any:
 
 def _change(eqn: Any, x: Any, w: Factored, side: int) -> Any:
     """What scale A B adds to the product; x stands on the side that W does not."""
-    (summed, batch), out_shape = eqn.params["dimension_numbers"], eqn.outvars[0].aval.shape
+    (summed, batch), out_shape = (
+        eqn.params["dimension_numbers"],
+        eqn.outvars[0].aval.shape,
+    )
     w_views = views(w, "w")
-    met = dict(zip((*summed[1 - side], *batch[1 - side]),
-                   (*summed[side], *batch[side]), strict=True))
+    met = dict(
+        zip(
+            (*summed[1 - side], *batch[1 - side]),
+            (*summed[side], *batch[side]),
+            strict=True,
+        )
+    )
     x_segments = [
         w_views.segments[met[i]] if i in met else (((("x", i), 0), size),)
         for i, size in enumerate(x.shape)
     ]
-    segments = [w_views.segments, x_segments] if side == 0 else [x_segments, w_views.segments]
+    segments = (
+        [w_views.segments, x_segments] if side == 0 else [x_segments, w_views.segments]
+    )
     result = [segments[0][i] for i in batch[0]]
     for k in (0, 1):
         gone = {*summed[k], *batch[k]}
         result += [s for i, s in enumerate(segments[k]) if i not in gone]
     y = low_rank_product(
-        relabel(x, x_segments), w, w_views, [label for s in result for label, _ in s],
-        precision=eqn.params["precision"], dtype=eqn.outvars[0].aval.dtype,
+        relabel(x, x_segments),
+        w,
+        w_views,
+        [label for s in result for label, _ in s],
+        precision=eqn.params["precision"],
+        dtype=eqn.outvars[0].aval.dtype,
     )
     return lax.reshape(y, out_shape)

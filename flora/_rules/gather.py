@@ -80,7 +80,9 @@ def _rows(eqn: Any, w: Factored, base: Any, indices: Any, plan: _Plan) -> Any:
     out = [label for label in plan.out if label in present]
     aval = eqn.outvars[0].aval
     if jnp.issubdtype(aval.dtype, jnp.inexact):
-        a, b = (dataclasses.replace(f, array=f.array.astype(aval.dtype)) for f in (a, b))
+        a, b = (
+            dataclasses.replace(f, array=f.array.astype(aval.dtype)) for f in (a, b)
+        )
     b = dataclasses.replace(b, array=b.array * jnp.asarray(w.site.scale, b.array.dtype))
     if {("i", n) for n in range(indices.ndim - 1)} - present:
         raise Unfactorable("a lookup that repeats the weight")
@@ -93,9 +95,13 @@ def _gather_factor(eqn: Any, array: Any, labels: Any, indices: Any) -> Labelled:
     p, dn = eqn.params, eqn.params["dimension_numbers"]
     at = {label[1]: i for i, label in enumerate(labels) if label != RANK}
     components = [k for k, i in enumerate(dn.start_index_map) if i in at]
-    batching = [(i, j) for i, j in zip(dn.operand_batching_dims,
-                                       dn.start_indices_batching_dims, strict=True)
-                if i in at]
+    batching = [
+        (i, j)
+        for i, j in zip(
+            dn.operand_batching_dims, dn.start_indices_batching_dims, strict=True
+        )
+        if i in at
+    ]
     if not components and not batching:
         return Labelled(array, labels)
     gone = {*dn.collapsed_slice_dims, *(i for i, _ in batching)}
@@ -106,7 +112,9 @@ def _gather_factor(eqn: Any, array: Any, labels: Any, indices: Any) -> Labelled:
         _select_last(indices, components),
         lax.GatherDimensionNumbers(
             offset_dims=tuple(range(n, n + len(own))),
-            collapsed_slice_dims=tuple(at[i] for i in dn.collapsed_slice_dims if i in at),
+            collapsed_slice_dims=tuple(
+                at[i] for i in dn.collapsed_slice_dims if i in at
+            ),
             start_index_map=tuple(at[dn.start_index_map[k]] for k in components),
             operand_batching_dims=tuple(at[i] for i, _ in batching),
             start_indices_batching_dims=tuple(j for _, j in batching),
@@ -129,8 +137,9 @@ def _select_last(indices: Any, components: list[int]) -> Any:
     return lax.concatenate(chosen, indices.ndim - 1) if chosen else indices[..., :0]
 
 
-def _restack(ctx: Any, eqn: Any, w: Factored, base: Any, indices: Any, plan: _Plan
-             ) -> Factored:
+def _restack(
+    ctx: Any, eqn: Any, w: Factored, base: Any, indices: Any, plan: _Plan
+) -> Factored:
     """The weight that the indices choose from a stack."""
     if len(plan.chosen) > 1 and indices.ndim > 1:
         raise Unfactorable("a stack indexed along several axes at once")
@@ -165,8 +174,9 @@ def _restack(ctx: Any, eqn: Any, w: Factored, base: Any, indices: Any, plan: _Pl
         if any(label not in got.labels for label in plan.out if label[0] == "i"):
             raise Unfactorable("an index that repeats the weight")
         order = [
-            label for role in roles for label in
-            ([RANK] if role == RANK else _sorted_labels(plan, axes, role))
+            label
+            for role in roles
+            for label in ([RANK] if role == RANK else _sorted_labels(plan, axes, role))
             if label in got.labels
         ]
         factors[name] = lax.transpose(got.array, [got.labels.index(x) for x in order])
@@ -180,6 +190,9 @@ def _restack(ctx: Any, eqn: Any, w: Factored, base: Any, indices: Any, plan: _Pl
 
 def _sorted_labels(plan: _Plan, axes: Any, role: str) -> list[Any]:
     """Labels of the axes of a role, in the order in which a factor holds their dims."""
-    found = [(axis[0].at, label) for axis, label in zip(axes, plan.out, strict=True)
-             if axis and axis[0].role == role]
+    found = [
+        (axis[0].at, label)
+        for axis, label in zip(axes, plan.out, strict=True)
+        if axis and axis[0].role == role
+    ]
     return [label for _, label in sorted(found, key=lambda pair: pair[0])]

@@ -113,7 +113,8 @@ def dynamic_slice(ctx: Any, eqn: Any, w: Any, *starts: Any) -> list[Factored]:
         raise Unfactorable("a slice of dynamic shape")
     cuts = {
         i: ((starts[i], sizes[i]), sizes[i])
-        for i, size in enumerate(w.shape) if sizes[i] != size
+        for i, size in enumerate(w.shape)
+        if sizes[i] != size
     }
 
     def take(array: Any, cut: tuple[Any, int], at: int) -> Any:
@@ -126,8 +127,9 @@ def dynamic_slice(ctx: Any, eqn: Any, w: Any, *starts: Any) -> list[Factored]:
     return [new]
 
 
-def _cut(ctx: Any, eqn: Any, w: Factored, base: Any, cuts: dict[int, Any], take: Any
-         ) -> Factored:
+def _cut(
+    ctx: Any, eqn: Any, w: Factored, base: Any, cuts: dict[int, Any], take: Any
+) -> Factored:
     """Cuts axes: W's stack axes in both factors, in axes in A, out axes in B."""
     chosen = {sole_dim(w, i): cut for i, (cut, _) in cuts.items()}
     _suggest_stack(ctx, eqn, w, cuts)

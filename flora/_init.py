@@ -1,0 +1,278 @@
+"""`init`: from a plain tree to an adapted one."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from flora._config import LoraConfig, require_config
+from flora._discover import Finding, discover
+from flora._errors import LoraError, LoraTypeError, fail
+from flora._interpreter import remedy
+from flora._keys import consumed, path_salt, require_key
+from flora._select import matches, named_leaves, nothing_selected
+from flora._trace import is_array
+from flora._transform import returned_raw
+from flora._weight import Layout, LoraWeight, Trained, is_node
+
+Named = list[tuple[str, Any]]
+T = TypeVar("T")
+
+
+def init(
+    key: Any, config: LoraConfig, fn: Callable, tree: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """The adapted tree: targeted leaves become `LoraWeight(base, a, b)`.
+
+    ΔW = scale A B with A ~ N(0, 1/(3·in)) and B = 0, so the adapted model starts as the
+    pretrained one.  `fn(tree, *args, **kwargs)` is traced once, abstractly, to find out
+    which axes of each weight are stacked, contracted and produced; it never runs.
+
+    Args:
+      key: a typed PRNG key (`jax.random.key`), consumed.  Each leaf's draw depends on
+        the key and the leaf's path only.
+      config: what to adapt and how.
+      fn: the function that the adapted tree will run in, such as `model.apply`.
+      tree: its parameter tree: Linen variables, an NNX state, any pytree.  Arrays,
+        tracers or `jax.ShapeDtypeStruct`s.
+      *args: the other arguments of one call, arrays or `jax.ShapeDtypeStruct`s.
+      **kwargs: likewise.
+
+    Returns:
+      `tree` with `LoraWeight` nodes where `config.target` selects and `Trained` nodes
+      where `config.train` does.  Bases and other leaves are the very same arrays.
+
+    Raises:
+      LoraError: the selection is empty; a selected leaf is not used, has no factored
+        rule, has two layouts, is not floating, or is smaller than the rank; the tree is
+        empty or adapted already.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flora
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2),
+      ...                      lambda p, x: x @ p["kernel"], params, jnp.ones((2, 4)))
+      >>> adapted["kernel"].a.shape, adapted["kernel"].b.shape
+      ((4, 2), (2, 3))
+
+    References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
+    """
+    require_key(key, "init")
+    config = require_config(config)
+    if not callable(fn):
+        raise LoraTypeError(
+            f"fn is a {type(fn).__name__}; expected the function to run. "
+            "The order is flora.init(key, config, fn, tree, *args)."
+        )
+    named, treedef = named_leaves(tree)
+    targets, trained = _selection(config, named)
+    found = discover(
+        fn,
+        [leaf for _, leaf in named],
+        treedef,
+        args,
+        kwargs,
+        {i: path for i, (path, _) in enumerate(named) if path in targets},
+    )
+    layouts = _layouts(config, dict(named), found)
+    ranks = {
+        p: _pick(config.rank_pattern, config.rank, p, leaf)
+        for p, leaf in named
+        if p in layouts
+    }
+    fail(_rank_problems(dict(named), layouts, ranks))
+    root = consumed(key)
+
+    def adapt(path: str, leaf: Any) -> Any:
+        if path in trained:
+            return Trained(leaf)
+        if path not in layouts:
+            return leaf
+        alpha = _pick(config.alpha_pattern, config.alpha, path, leaf)
+        a, b = _draw(root, config, path, leaf, layouts[path], ranks[path])
+        return LoraWeight(
+            leaf,
+            a,
+            b,
+            layout=layouts[path],
+            rank=int(ranks[path]),
+            alpha=float(alpha),
+            rank_stabilized=config.rank_stabilized,
+            dropout=float(config.dropout),
+            fallback=config.fallback,
+        )
+
+    return treedef.unflatten([adapt(path, leaf) for path, leaf in named])
+
+
+def _selection(config: LoraConfig, named: Named) -> tuple[set[str], set[str]]:
+    """The paths that get factors and those that train whole."""
+    paths = [path for path, _ in named]
+    if not named:
+        raise LoraError(
+            "The tree is empty: it has no leaves. Pass the parameters, such as "
+            "the variables that model.init returned."
+        )
+    fail(
+        f"'{path}' is adapted already. Adapt the tree that flora.merge or flora.split "
+        "returns."
+        for path, leaf in named
+        if is_node(leaf)
+    )
+    hit = [(p, x) for p, x in named if matches(config.target, p, x)]
+    chosen = [(p, x) for p, x in hit if not matches(config.exclude, p, x)]
+    trained = {p for p, x in named if matches(config.train, p, x)}
+    if not hit and (config.target or not config.train):
+        raise LoraError(nothing_selected("target", config.target, paths))
+    if hit and not chosen:
+        raise LoraError(
+            f"exclude={config.exclude!r} takes out all of the {len(hit)} leaves "
+            f"that target={config.target!r} selects. Narrow exclude."
+        )
+    if config.train and not trained:
+        raise LoraError(nothing_selected("train", config.train, paths))
+    wide = [(p, x) for p, x in chosen if len(getattr(x, "shape", ())) >= 2]
+    fail(
+        [
+            *(
+                f"'{p}' is named in both target and train. Name it in one of them."
+                for p, _ in wide
+                if p in trained
+            ),
+            *([] if wide else [_too_few_axes(p, x) for p, x in chosen]),
+            *(
+                f"'{p}' is {_kind(x)}; LoRA needs a floating weight. Exclude it."
+                for p, x in wide
+                if not _floating(x)
+            ),
+            *(
+                f"'{p}' is {_kind(x)} and cannot train. Take it out of train=."
+                for p, x in named
+                if p in trained and not _floating(x)
+            ),
+        ]
+    )
+    targets = [p for p, _ in wide]
+    for name in ("exclude", "rank_pattern", "alpha_pattern", "layouts"):
+        scope = hit if name == "exclude" else wide
+        patterns = getattr(config, name)
+        for pattern in [patterns] if name == "exclude" and patterns else patterns:
+            if not any(matches(pattern, p, x) for p, x in scope):
+                raise LoraError(
+                    nothing_selected(name, pattern, [p for p, _ in scope])
+                    + " It must match a leaf that target selects."
+                )
+    return set(targets), trained
+
+
+def _floating(x: Any) -> bool:
+    return is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _kind(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}" if is_array(x) else f"a {type(x).__name__}"
+
+
+def _too_few_axes(path: str, leaf: Any) -> str:
+    shape = getattr(leaf, "shape", ())
+    return (
+        f"'{path}' has shape {shape}; LoRA needs at least 2 axes. Exclude it, or name it "
+        "in train= to train it whole."
+    )
+
+
+def _pick(patterns: Mapping[Any, T], default: T, path: str, leaf: Any) -> T:
+    for pattern, value in patterns.items():
+        if matches(pattern, path, leaf):
+            return value
+    return default
+
+
+def _layouts(
+    config: LoraConfig, leaves: dict[str, Any], found: Mapping[str, Finding]
+) -> dict[str, Layout]:
+    """The layout of each target; all that have none are reported at once."""
+    problems, layouts = [], {}
+    for path, finding in found.items():
+        ndim = len(leaves[path].shape)
+        given = _pick(config.layouts, None, path, leaves[path])
+        layout = given or finding.layout
+        if given is not None:
+            problems += _layout_problems(path, given, ndim)
+        elif finding.returned and config.fallback == "error":
+            problems.append(returned_raw(path))
+        elif finding.status == "unused":
+            problems.append(
+                f"'{path}' is targeted, but the function never uses it. Exclude "
+                "it, or pass the arguments of a call that does."
+            )
+        elif finding.conflict:
+            problems.append(
+                f"'{path}' has no one layout: {finding.conflict}. Exclude it, or "
+                f"choose: layouts={{'{path}': flora.Layout(...)}}."
+            )
+        elif config.fallback == "error" and finding.dense:
+            problems += [f"{use}. {remedy(use)}." for use in finding.dense]
+        layouts[path] = layout or Layout((), tuple(range(ndim - 1)), (ndim - 1,))
+    fail(problems)
+    return layouts
+
+
+def _layout_problems(path: str, layout: Layout, ndim: int) -> list[str]:
+    axes = sorted((*layout.stack, *layout.in_, *layout.out))
+    if axes == list(range(ndim)) and layout.in_ and layout.out:
+        return []
+    return [
+        f"layouts: '{path}' has {ndim} axes and was given {layout}. Name each of 0 to "
+        f"{ndim - 1} once, with at least one in and one out axis."
+    ]
+
+
+def _rank_problems(
+    leaves: dict[str, Any], layouts: Mapping[str, Layout], ranks: Mapping[str, int]
+) -> Iterable[str]:
+    for path, layout in layouts.items():
+        shape = tuple(leaves[path].shape)
+        _, in_, out = (math.prod(s) for s in layout.sizes(shape))
+        if ranks[path] > min(in_, out):
+            yield (
+                f"'{path}' has shape {shape} ({layout}), a matrix of {in_}×{out}; rank "
+                f"{ranks[path]} is above {min(in_, out)}. Lower rank, exclude it, or "
+                f"write rank_pattern={{'{path}': {min(in_, out)}}}."
+            )
+
+
+def _draw(
+    root: Any, config: LoraConfig, path: str, leaf: Any, layout: Layout, rank: int
+) -> tuple[Any, Any]:
+    """A and B of one leaf; `ShapeDtypeStruct`s where the base is one."""
+    shape = tuple(leaf.shape)
+    stack, in_, out = (math.prod(s) for s in layout.sizes(shape))
+    draw = functools.partial(
+        _draw_stack,
+        init=config.init,
+        dtype=jnp.dtype(config.dtype),
+        stack=stack,
+        sizes=(in_, rank, out),
+        shapes=layout.factor_shapes(shape, rank),
+    )
+    salt = jnp.uint32(path_salt(path))
+    if isinstance(leaf, jax.ShapeDtypeStruct) or isinstance(root, jax.ShapeDtypeStruct):
+        return jax.eval_shape(draw, root, salt)
+    return draw(root, salt)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("init", "dtype", "stack", "sizes", "shapes")
+)
+def _draw_stack(
+    root: Any, salt: Any, *, init: Any, dtype: Any, stack: int, sizes: Any, shapes: Any
+) -> tuple[jax.Array, jax.Array]:
+    """One pair for each matrix of a stack; compiled once for leaves of one shape."""
+    in_, rank, out = sizes
+    keys = jax.random.split(jax.random.fold_in(root, salt), stack)
+    a, b = jax.vmap(lambda k: init(k, (in_, rank), (rank, out), dtype))(keys)
+    return a.reshape(shapes[0]), b.reshape(shapes[1])

@@ -47,16 +47,15 @@ def main(steps: int = 200) -> dict[str, float]:
 
     config = flora.LoraConfig(rank=4, alpha=8, exclude="layers/4/*")  # the head
     adapted = flora.init(jax.random.key(1), config, fn, state, x)
-    apply, tx = flora.lora(fn), optax.adam(1e-2)
-    before, opt_state = apply(adapted, x_test), tx.init(flora.split(adapted)[1])
+    apply, tx = flora.lora(fn), flora.optimizer(optax.adam(1e-2), adapted)
+    before, opt_state = apply(adapted, x_test), tx.init(adapted)
 
     @jax.jit
     def step(adapted, opt_state):
         loss = flora.value_and_grad(lambda a: cross_entropy(apply(a, x), y))
         _, grads = loss(adapted)
-        base, adapter = flora.split(adapted)
-        updates, opt_state = tx.update(grads, opt_state, adapter)
-        return flora.join(base, optax.apply_updates(adapter, updates)), opt_state
+        updates, opt_state = tx.update(grads, opt_state, adapted)
+        return optax.apply_updates(adapted, updates), opt_state
 
     for _ in range(steps):
         adapted, opt_state = step(adapted, opt_state)

@@ -36,7 +36,7 @@ class Finding:
     @property
     def status(self) -> str:
         """'unused', 'dense' or 'factored'."""
-        if not self.uses and not self.returned:
+        if not any(use.firm for use in self.uses) and not self.returned:
             return "unused"
         return "factored" if self.layout and not self.dense else "dense"
 

@@ -41,13 +41,14 @@ class Site:
     """What stays the same about a weight wherever it travels.
 
     Attributes:
-      paths: the leaf; several where a function concatenates weights.
+      paths: the leaf; several where a function concatenates weights.  Not compared, so
+        that layers that call one jitted function share its trace.
       scale: of A B.
       dropout: the rate.
       fallback: 'error' or 'materialize'.
     """
 
-    paths: tuple[str, ...]
+    paths: tuple[str, ...] = dataclasses.field(compare=False)
     scale: float = 1.0
     dropout: float = 0.0
     fallback: str = "error"

@@ -49,11 +49,13 @@ class Context:
       rules: the table.
       log: where uses are recorded, as keys, in order; `None` while computing.
       salt: tells apart the dropout masks of a weight that is used more than once.
+      jitted: inner functions that are jitted already, so that JAX traces them once.
     """
 
     rules: Mapping[Any, Rule]
     log: dict[Use, None] | None = None
     salt: int = 0
+    jitted: dict[Any, Callable] = dataclasses.field(default_factory=dict)
 
     def claim(
         self, w: Any, eqn: Any, roles: Mapping[int, str], firm: bool = True

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import jax.numpy as jnp
@@ -168,11 +169,12 @@ def _summarize(path: str, leaf: Any) -> LeafSummary:
 
 
 def _shape_dtype(x: Any) -> tuple[tuple[int, ...], Any]:
-    if x is None:
-        return (), ""
+    """Of an array or a Python number; `(0,)` and the type's name for other leaves."""
     if is_array(x):
         return tuple(x.shape), x.dtype
-    return jnp.shape(x), jnp.result_type(x)
+    if isinstance(x, numbers.Number):
+        return (), jnp.result_type(x)
+    return (0,), "" if x is None else type(x).__name__
 
 
 def _itemsize(dtype: Any) -> int:

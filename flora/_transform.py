@@ -96,11 +96,11 @@ def _value(path: str, leaf: Any, fallback: str | None) -> Any:
 
 
 def _settled(x: Any, path: str) -> Any:
-    if isinstance(x, Factored) and x.chosen:
+    if not isinstance(x, Factored):
+        return x
+    if x.chosen or x.site.fallback == "materialize":
         return materialized(x)
-    if isinstance(x, Factored):
-        raise LoraError(returned_raw(x.site.path, path))
-    return x
+    raise LoraError(returned_raw(x.site.path, path))
 
 
 def returned_raw(path: str, output: str = "") -> str:
@@ -108,8 +108,8 @@ def returned_raw(path: str, output: str = "") -> str:
     where = f" as output {output}" if output else ""
     return (
         f"The function returns the weight '{path}' itself{where}; it has no factored "
-        "form there. Return only what the call computes or changes, or call it on "
-        "flora.merge(tree)."
+        "form there. Return only what the call computes or changes, call it on "
+        "flora.merge(tree), or pass fallback=\"materialize\"."
     )
 
 

@@ -193,6 +193,30 @@ def test_an_inner_jit_keeps_its_name_and_the_profile_its_scopes():
         assert text.count(scope) >= base.count(scope) > 0
 
 
+def test_layers_that_share_a_jitted_function_share_its_trace():
+    @jax.jit
+    def layer(w, x):
+        return jnp.tanh(x @ w)
+
+    def fn(p, x):
+        for i in range(6):
+            x = layer(p[f"w{i}"], x)
+        return layer(p["w0"], x)
+
+    p = {f"w{i}": array(7, 7, seed=i, dtype=jnp.float32) for i in range(6)}
+    x = array(3, 7, dtype=jnp.float32)
+    adapted = contract.randomized(contract.adapt(fn, p, x, dropout=0.5))
+    inner = [e.params["jaxpr"] for e in jax.make_jaxpr(flora.lora(fn))(adapted, x).eqns
+             if e.primitive is contract.P.jit]  # fmt: skip
+    assert len(inner) == 7
+    assert len({id(jaxpr) for jaxpr in inner}) == 1
+    contract.close(flora.lora(fn)(adapted, x), fn(flora.merge(adapted), x), 1e-4)
+    keyed = flora.with_dropout(adapted, jax.random.key(0))
+    inner = [e.params["jaxpr"] for e in jax.make_jaxpr(flora.lora(fn))(keyed, x).eqns
+             if e.primitive is contract.P.jit and e.params["name"] == "layer"]  # fmt: skip
+    assert len({id(jaxpr) for jaxpr in inner}) == 7  # each use has its own mask
+
+
 def test_inner_shardings_are_kept():
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 

@@ -86,6 +86,32 @@ def test_any_convolution(strides, lhs, rhs, pads, groups, order):
         contract.close_to_merged(fn, contract.randomized(adapted), x)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_kernels_under_vmap_are_a_stack(x64, groups):
+    def one(kernel, x):
+        return conv(None, {"feature_group_count": groups})({"kernel": kernel}, x)
+
+    def fn(p, x):
+        return jax.vmap(one)(p["kernel"], x)
+
+    params = {"kernel": array(3, 2, 2, 4 // groups, 6)}
+    x = array(3, 2, 5, 6, 4)
+    adapted = contract.check(fn, params, x, dtype=jnp.float64, jit_exact=False)
+    assert adapted["kernel"].layout == flora.Layout((0,), (1, 2, 3), (4,))
+
+
+def test_kernels_under_vmap_over_one_image(x64):
+    def fn(p, x):
+        return jax.vmap(lambda k: conv(None, {})({"kernel": k}, x))(p["kernel"])
+
+    params, x = {"kernel": array(3, 2, 2, 4, 6)}, array(2, 5, 6, 4)
+    settings = {"dtype": jnp.float64, "jit_exact": False}
+    adapted = contract.check(fn, params, x, **settings)
+    assert adapted["kernel"].layout == flora.Layout((), (1, 2, 3), (0, 4))
+    stacked = {"kernel": flora.Layout((0,), (1, 2, 3), (4,))}
+    contract.check(fn, params, x, layouts=stacked, **settings)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_narrow_dtypes(dtype):
     params = {"kernel": array(3, 2, 4, 7, dtype=dtype)}

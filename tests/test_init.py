@@ -202,7 +202,7 @@ BAD_CALLS = {
     "'mlp/up/kernel' is named in both target and train": lambda: init(train="up/*"),
     "'other' is targeted, but the function never uses it": lambda: init(
         p=only(kernel=W, other=W), f=dot, target="*"),
-    "'tanh' at test_adapt.py": lambda: init(
+    "'tanh' at test_init.py": lambda: init(
         p=only(kernel=W), f=lambda p, x: jnp.tanh(p["kernel"])),
     "'mlp/up/kernel' is adapted already. Adapt the tree that flora.merge or flora.split":
         lambda: init(p=init()),
@@ -212,6 +212,9 @@ BAD_CALLS = {
     "'kernel' is bool[7, 5]; LoRA needs": lambda: init(p=only(kernel=W > 0), f=dot),
     "'step' is int32[] and cannot train": lambda: init(
         p=only(kernel=W, step=np.int32(1)), f=dot, train="step"),
+    "'idle' is targeted, but the function never uses it": lambda: init(
+        p=only(kernel=W, idle=np.ones((2, 3, 4), np.float32)), target="*",
+        f=lambda p, x: jax.lax.scan(lambda c, w: (c, None), x, p["idle"])[0] @ p["kernel"]),
     "The function returns the weight 'kernel' itself": lambda: init(
         p=only(kernel=W), f=lambda p, x: (x @ p["kernel"], p["kernel"])),
     "key is a uint32[2] array; expected a typed PRNG key. Write jax.random.key(0)":
@@ -224,7 +227,7 @@ BAD_CALLS = {
         jax.random.key(0), {"rank": 2}, fn, params(), X),
     "fn is a dict; expected the function to run": lambda: flora.init(
         jax.random.key(0), flora.LoraConfig(), params(), X, fn),
-    "'kernel' has no one layout: 'dot_general' at test_adapt.py": lambda: init(
+    "'kernel' has no one layout: 'dot_general' at test_init.py": lambda: init(
         p=only(kernel=np.ones((5, 5, 5), np.float32)), x=np.ones((5, 5), np.float32),
         f=lambda p, x: jnp.tensordot(x[0], p["kernel"], 1)
         + jnp.tensordot(x, p["kernel"], 2)),

@@ -87,3 +87,11 @@ def test_summary_of_an_adapter_counts_the_adapter():
     report = flora.summary(adapter)
     assert report.trained == 24 + 32
     assert report.bytes == 4 * (24 + 32)
+
+
+def test_leaves_that_are_no_arrays():
+    report = flora.summary({"w": jnp.ones((4, 5)), "name": "abc", "scale": 2.0})
+    assert [(row.path, row.parameters) for row in report.rows] == [
+        ("name", 0), ("scale", 1), ("w", 20)
+    ]  # fmt: skip
+    assert "21 parameters" in str(report)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from models import Decoder, linen, normal
 
@@ -119,3 +119,29 @@ def test_shard_map_over_the_batch():
         out_specs=Spec("data"),
     )
     contract.close(jax.jit(sharded)(adapted, x), fn(flora.merge(adapted), x))
+
+
+@pytest.mark.parametrize("kind", ["column", "row"])
+def test_explicit_meshes(kind):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    w_spec = Spec(None, "model") if kind == "column" else Spec("model", None)
+    x_spec = Spec("data", None) if kind == "column" else Spec("data", "model")
+    out = Spec("data", "model") if kind == "column" else Spec("data", None)
+
+    def fn(p, x):
+        return jnp.einsum("bi,io->bo", x, p["w"], out_sharding=out)
+
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(normal(8, 6), NamedSharding(mesh, w_spec))}
+        x = jax.device_put(normal(4, 8), NamedSharding(mesh, x_spec))
+        tree = contract.randomized(contract.adapt(fn, params, x))
+        got = jax.jit(flora.lora(fn))(tree, x)
+        assert jax.typeof(got).sharding.spec == out
+        step = jax.jit(flora.value_and_grad(lambda t: flora.lora(fn)(t, x).sum()))
+        value, grads = step(tree)
+    w = tree["w"]
+    want = np.asarray(x) @ (np.asarray(w.base) + w.scale * np.asarray(w.a @ w.b))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(value, want.sum(), rtol=1e-4)
+    db = w.scale * (np.asarray(x) @ np.asarray(w.a)).T @ np.ones_like(want)
+    np.testing.assert_allclose(grads["w"].b, db, rtol=1e-4, atol=1e-4)

@@ -213,6 +213,9 @@ def test_returned_weights_are_refused_by_name():
     message = r"returns the weight 'w' itself as output \['state'\]\['w'\]"
     with pytest.raises(flora.LoraError, match=message):
         flora.lora(fn)(tree, x)
+    tree = contract.randomized(tree)
+    out = flora.lora(fn, fallback="materialize")(tree, x)
+    contract.close(out, fn(flora.merge(tree), x))
 
 
 def test_nan_and_infinity_pass_through():
@@ -231,3 +234,38 @@ def test_empty_and_single_batches(rows):
     params, x = {"w": jnp.ones((7, 5))}, jnp.ones((rows, 7))
     tree = contract.adapt(fn, params, jnp.ones((3, 7)))
     assert flora.lora(fn)(tree, x).shape == (rows, 5)
+
+
+def test_effects_happen_once():
+    seen = []
+
+    def fn(p, x):
+        jax.debug.callback(lambda v: seen.append(float(v)), x.sum())
+        y = x @ p["w"]
+        jax.debug.callback(lambda v: seen.append(float(v)), y.sum())
+        return y
+
+    params, x = {"w": jnp.ones((7, 5))}, jnp.ones((3, 7))
+    tree = contract.adapt(fn, params, x)
+    assert seen == []
+    jax.jit(flora.lora(fn))(tree, x).block_until_ready()
+    jax.effects_barrier()
+    assert sorted(seen) == [21.0, 105.0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float16, jnp.complex64])
+def test_bases_of_other_dtypes(dtype):
+    compute = jnp.bfloat16 if dtype == jnp.float8_e4m3fn else dtype
+
+    def fn(p, x):
+        return x @ p["w"].astype(compute)
+
+    params, x = {"w": normal(7, 5).astype(dtype)}, normal(3, 7).astype(compute)
+    tree = contract.adapt(fn, params, x)
+    assert jnp.array_equal(flora.lora(fn)(tree, x), fn(params, x))
+    tree = contract.randomized(tree)
+    got, merged = flora.lora(fn)(tree, x), flora.merge(tree)
+    assert merged["w"].dtype == dtype
+    want = fn(merged, x).astype(jnp.complex64)
+    loose = 0.1 if dtype == jnp.float8_e4m3fn else 4e-3  # the merge rounds to dtype
+    assert jnp.abs(got - want).max() <= loose * jnp.abs(want).max()

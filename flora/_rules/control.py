@@ -22,7 +22,16 @@ def jit(ctx: Context, eqn: Any, *args: Any) -> Any:
         return _constrained(interpret(ctx, inner, args), eqn.params["out_shardings"])
 
     placed = _constrained(args, eqn.params["in_shardings"])
-    return _compat.jit_like(eqn, fn)(*placed)
+    if ctx.log is not None:  # what is recorded names each caller's leaves
+        return _compat.jit_like(eqn, fn)(*placed)
+    salt = ctx.salt if _keyed(args) else None
+    key = (id(inner), eqn.params["name"], eqn.params["out_shardings"], salt)
+    return ctx.jitted.setdefault(key, _compat.jit_like(eqn, fn))(*placed)
+
+
+def _keyed(args: Sequence[Any]) -> bool:
+    """Whether any weight has dropout keys."""
+    return any(isinstance(x, Factored) and x.key is not None for x in args)
 
 
 def _constrained(values: Sequence[Any], shardings: Any) -> list[Any]:
@@ -79,8 +88,7 @@ def scan(ctx: Context, eqn: Any, *args: Any) -> Any:
         ys = [settle(ctx, eqn, y, "a weight as a loop's output") for y in ys]
         return (None if i is None else i + 1, state), ys
 
-    keyed = any(isinstance(x, Factored) and x.key is not None for x in args)
-    start = jnp.int32(0) if keyed else None
+    start = jnp.int32(0) if _keyed(args) else None
     init = [None if k in fixed else x for k, x in enumerate(init)]
     (_, state), ys = lax.scan(
         body, (start, init), [x for x, _ in slots], **parts.options
@@ -115,8 +123,7 @@ def while_(ctx: Context, eqn: Any, *args: Any) -> Any:
         ]
         return None if i is None else i + 1, outs
 
-    keyed = any(isinstance(x, Factored) and x.key is not None for x in args)
-    start = jnp.int32(0) if keyed else None
+    start = jnp.int32(0) if _keyed(args) else None
     init = [None if k in fixed else x for k, x in enumerate(init)]
     _, state = lax.while_loop(cond, body, (start, init))
     return [fixed.get(k, x) for k, x in enumerate(state)]

@@ -45,9 +45,11 @@ def transpose(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
 
 
 def reshape(ctx: Any, eqn: Any, w: Factored, *dynamic: Any) -> list[Factored]:
-    if dynamic or eqn.params.get("dimensions") is not None:
-        raise Unfactorable("a reshape of dynamic shape or other order")
-    return [relayout(w, _base(eqn, w), split_axes(w.axes, eqn.params["new_sizes"]))]
+    if dynamic:
+        raise Unfactorable("a reshape of dynamic shape")
+    order = eqn.params.get("dimensions") or range(len(w.axes))
+    axes = split_axes([w.axes[i] for i in order], eqn.params["new_sizes"])
+    return [relayout(w, _base(eqn, w), axes)]
 
 
 def squeeze(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:

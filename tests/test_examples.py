@@ -1,0 +1,107 @@
+"""What the examples claim, and what the README says of the library."""
+
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import flora
+from flora._rules import RULES
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def load(path):
+    """An example as a module."""
+    name = pathlib.Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_finetune_digits_in_small(tmp_path):
+    picture = tmp_path / "out.png"
+    results = load("finetune_digits.py").main(["--smoke", "--out", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert results.base_bytes_changed == results.off_bytes_changed == 0
+    assert results.merge_error <= 1e-5
+    rows = {row.name: row for row in results.rows}
+    assert rows["LoRA"].trained_parameters < rows["full fine-tuning"].trained_parameters
+    assert rows["LoRA"].optimizer_bytes < rows["full fine-tuning"].optimizer_bytes
+
+
+def test_finetune_digits_fails_unless_its_facts_hold():
+    example = load("finetune_digits.py")
+    example.prove(0, 0, 1e-6)
+    for broken in ((1, 0, 0.0), (0, 1, 0.0), (0, 0, 1e-3), (0, 0, math.nan)):
+        with pytest.raises(RuntimeError, match="The proof fails"):
+            example.prove(*broken)
+
+
+@pytest.mark.slow
+def test_finetune_digits(tmp_path):
+    results = load("finetune_digits.py").main(["--out", str(tmp_path / "out.png")])
+    rows = {row.name: row for row in results.rows}
+    assert rows["frozen model"].turned < 0.4 < 0.9 < rows["LoRA"].turned
+    assert rows["LoRA"].turned > rows["linear probe"].turned
+    assert rows["LoRA, off"].upright == rows["frozen model"].upright > 0.95
+
+
+def test_finetune_nnx():
+    results = load("finetune_nnx.py").main(steps=60)
+    assert results["after"] > results["before"] + 0.3
+    assert results["merge_error"] <= 1e-5
+
+
+def test_step_cost():
+    costs = load("benchmarks/step_cost.py").measure()
+    assert costs["lora"]["to_frozen"] <= 1.03
+    assert costs["lora"]["to_full"] <= 0.72
+    assert costs["merge"]["to_full"] > 1.0
+    assert costs["whole_tree"]["temp_to_split"] <= 1.1
+
+
+def test_planning_70_billion_parameters():
+    # In a process of its own: the peak of resident memory is a process's.
+    code = "import json, plan_70b; print(json.dumps(plan_70b.measure()))"
+    folder = ROOT / "examples" / "benchmarks"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
+        check=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert plan["parameters"] > 68e9
+    assert plan["targets"] > 80 * 7
+    assert plan["init_seconds"] < 20
+    assert plan["peak_bytes"] < 2 * 2**30
+
+
+@pytest.mark.slow
+def test_tracing_time():
+    results = load("benchmarks/tracing.py").measure(layers=24, pairs=5)
+    assert results["trace"]["ratio"] <= 2.5
+    assert results["trace_step"]["ratio"] <= 2.5
+
+
+def test_the_readme_lists_every_primitive_with_a_rule():
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("## Primitives") : text.index("## What it costs")]
+    listed = set(re.findall(r"`(\w+)`", table))
+    assert {p.name for p in RULES} - listed == set()
+
+
+def test_the_readme_s_ten_lines_run():
+    text = (ROOT / "README.md").read_text()
+    first, *_ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scope = {}
+    exec(first, scope)
+    assert scope["losses"][-1] < scope["losses"][0]
+    assert flora.__version__ in text

@@ -28,7 +28,7 @@ DropVar = jex.DropVar
 def _primitive_of(fn: Callable) -> Primitive:
     """The primitive that a public function binds, for those with no public name."""
     x = jax.ShapeDtypeStruct((2,), jnp.float32)
-    return jax.make_jaxpr(fn)(x).eqns[0].primitive
+    return jax.make_jaxpr(fn)(x).eqns[-1].primitive
 
 
 def _sole_primitive_of(fn: Callable) -> Primitive | None:
@@ -38,8 +38,8 @@ def _sole_primitive_of(fn: Callable) -> Primitive | None:
     return eqns[0].primitive if len(eqns) == 1 else None
 
 
-def _pvary() -> Primitive:
-    """What marks a value inside `shard_map` as varying over a mesh axis."""
+def _shard_map_primitives() -> tuple[Primitive, Primitive]:
+    """`shard_map`, and what marks a value inside it as varying over a mesh axis."""
     mesh = jax.sharding.AbstractMesh((1,), ("i",))
     spec = jax.sharding.PartitionSpec
     fn = jax.shard_map(
@@ -49,8 +49,9 @@ def _pvary() -> Primitive:
         out_specs=spec("i"),
     )
     x = jax.ShapeDtypeStruct((2,), jnp.float32)
-    inner, _ = open_jaxpr(jax.make_jaxpr(fn)(x).eqns[0].params["jaxpr"])
-    return inner.eqns[0].primitive
+    (eqn,) = jax.make_jaxpr(fn)(x).eqns
+    inner, _ = open_jaxpr(eqn.params["jaxpr"])
+    return eqn.primitive, inner.eqns[0].primitive
 
 
 def open_jaxpr(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
@@ -79,7 +80,6 @@ class P:
     device_put = primitives.device_put_p
     sharding_constraint = primitives.sharding_constraint_p
     checkpoint_name = primitives.name_p
-    pvary = _pvary()
     stop_gradient = primitives.stop_gradient_p
     optimization_barrier = _primitive_of(lambda x: lax.optimization_barrier(x))
     split = _primitive_of(lambda x: lax.split(x, (1, 1)))
@@ -94,6 +94,11 @@ class P:
     cond = primitives.cond_p
     custom_jvp_call = primitives.custom_jvp_call_p
     custom_vjp_call = primitives.custom_vjp_call_p
+    shard_map, pvary = _shard_map_primitives()
+    all_gather = primitives.all_gather_p
+    ragged_dot_general = _primitive_of(
+        lambda x: lax.ragged_dot(x[None], x[None, :, None], jnp.ones(1, jnp.int32))
+    )
 
 
 def eval_eqns(eqns: Sequence[Eqn], outvars: Sequence[Any], env: dict) -> list[Any]:

@@ -152,12 +152,15 @@ def dense_arrays(fn, shapes, *args, views=()):
     ]
 
 
-def check(fn, params, *args, tolerance=None, jit_exact=True, views=(), **config):
+def check(
+    fn, params, *args, tolerance=None, jit_exact=True, views=(), vmap=True, **config
+):
     """The whole contract for `fn(params, *args)`; returns the adapted tree.
 
     `jit_exact=False` is for functions whose products XLA lays out anew once something
     is added to them: compiled, they start within rounding of the base model.  `views` are primitives
-    by which the function itself makes other arrays of a weight's shape.
+    by which the function itself makes other arrays of a weight's shape.  `vmap=False`
+    is for operations that JAX itself cannot batch.
     """
     adapted = adapt(fn, params, *args, **config)
     apply = flora.lora(fn)
@@ -169,7 +172,7 @@ def check(fn, params, *args, tolerance=None, jit_exact=True, views=(), **config)
     else:
         close(*both, 1e-6)
     adapted = randomized(adapted)
-    got = jax.jit(lambda t, args: _everything(fn, t, args))(adapted, args)
+    got = jax.jit(lambda t, args: _everything(fn, t, args, vmap))(adapted, args)
     expected = got.pop("merged")
     differs = jax.tree.map(lambda x, y: not np.array_equal(x, y), expected, plain)
     assert any(jax.tree.leaves(differs)), "the factors change nothing"
@@ -184,7 +187,7 @@ def check(fn, params, *args, tolerance=None, jit_exact=True, views=(), **config)
     return adapted
 
 
-def _everything(fn, adapted, args):
+def _everything(fn, adapted, args, vmap):
     """The function in every transformation of the contract, as one program."""
     apply = flora.lora(fn)
     base, adapter = flora.split(adapted)
@@ -201,7 +204,7 @@ def _everything(fn, adapted, args):
         "factored": apply(adapted, *args),
         "remat": jax.checkpoint(apply)(adapted, *args),
         "inner jit": flora.lora(jax.jit(fn))(adapted, *args),
-        "vmap": first(jax.vmap(run)(two)),
+        **({"vmap": first(jax.vmap(run)(two))} if vmap else {}),
         "scan": first(jax.lax.scan(lambda c, one: (c, run(one)), 0, two)[1]),
         "gradients": gradients(fn, adapted, *args),
         "whole": jax.grad(lambda t: scalar(apply(t, *args)), allow_int=True)(adapted),

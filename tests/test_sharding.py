@@ -121,6 +121,56 @@ def test_shard_map_over_the_batch():
     contract.close(jax.jit(sharded)(adapted, x), fn(flora.merge(adapted), x))
 
 
+def column(w, x):
+    return jnp.tanh(x @ w)
+
+
+def row(w, x):
+    return jax.lax.psum(x @ w, "model")
+
+
+def gathered(w, x):
+    return x @ jax.lax.all_gather(w, "data", axis=0, tiled=True)
+
+
+INSIDE = {
+    "column parallel": (column, Spec(None, "model"), Spec("data"), Spec("data", "model")),
+    "row parallel": (row, Spec("model", None), Spec("data", "model"), Spec("data")),
+    "gathered in": (gathered, Spec("data", None), Spec("data"), Spec("data")),
+    "two mesh axes": (column, Spec(None, ("model", "data")), Spec(),
+                      Spec(None, ("model", "data"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_shard_map_inside_the_function(name):
+    body, w_spec, x_spec, out_spec = INSIDE[name]
+
+    def fn(p, x):
+        return jax.shard_map(
+            body, mesh=MESH, in_specs=(w_spec, x_spec), out_specs=out_spec
+        )(p["kernel"], x)
+
+    params, x = {"kernel": normal(8, 24)}, normal(16, 8)
+    contract.check(fn, params, x, tolerance=2e-5, jit_exact=False,
+                   views=(contract.P.all_gather, contract.P.shard_map, contract.P.pvary))  # fmt: skip
+
+
+def test_shard_map_over_a_stack_of_experts():
+    def fn(p, x):
+        def body(w, x):
+            return jax.lax.psum(jnp.einsum("bi,eio->bo", x, w * jnp.float32(2)), "data")
+
+        return jax.shard_map(
+            body, mesh=MESH, in_specs=(Spec("data"), Spec()), out_specs=Spec()
+        )(p["experts"], x)
+
+    params, x = {"experts": normal(4, 8, 5)}, normal(3, 8)
+    layout = {"experts": flora.Layout((0,), (1,), (2,))}
+    contract.check(fn, params, x, tolerance=2e-5, layouts=layout, jit_exact=False,
+                   views=(contract.P.shard_map, contract.P.pvary, contract.P.mul))  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["column", "row"])
 def test_explicit_meshes(kind):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)

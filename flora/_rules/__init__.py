@@ -6,7 +6,7 @@ it raises `Unfactorable`.
 """
 
 from flora._compat import P
-from flora._rules import control, conv, dot, gather, structure
+from flora._rules import control, conv, dot, gather, ragged, sharded, structure
 from flora._rules.concatenate import concatenate, stack
 
 RULES = {
@@ -14,6 +14,7 @@ RULES = {
     P.dot_general: dot.dot_general,
     P.conv_general_dilated: conv.conv_general_dilated,
     P.gather: gather.gather,
+    P.ragged_dot_general: ragged.ragged_dot_general,
     # structure: W changes its looks
     P.transpose: structure.transpose,
     P.reshape: structure.reshape,
@@ -25,6 +26,7 @@ RULES = {
     P.split: structure.split,
     P.rev: structure.rev,
     P.concatenate: concatenate,
+    P.all_gather: sharded.all_gather,
     P.mul: structure.mul,
     P.div: structure.div,
     P.neg: structure.neg,
@@ -45,6 +47,7 @@ RULES = {
     P.cond: control.cond,
     P.custom_jvp_call: control.custom_jvp_call,
     P.custom_vjp_call: control.custom_vjp_call,
+    P.shard_map: sharded.shard_map,
 }
 if P.stack is not None:
     RULES[P.stack] = stack

@@ -24,6 +24,8 @@ Literal = jex.Literal
 Primitive = jex.Primitive
 DropVar = jex.DropVar
 
+TESTED = "flora is tested with JAX 0.10.2 to 0.12: install one of these."
+
 
 def _primitive_of(fn: Callable) -> Primitive:
     """The primitive that a public function binds, for those with no public name."""
@@ -31,11 +33,11 @@ def _primitive_of(fn: Callable) -> Primitive:
     return jax.make_jaxpr(fn)(x).eqns[-1].primitive
 
 
-def _sole_primitive_of(fn: Callable) -> Primitive | None:
-    """The same, or `None` where this version of JAX needs several primitives."""
-    x = jax.ShapeDtypeStruct((2,), jnp.float32)
-    eqns = jax.make_jaxpr(fn)(x).eqns
-    return eqns[0].primitive if len(eqns) == 1 else None
+def _named(name: str) -> Primitive:
+    """A primitive by its public name."""
+    if not hasattr(primitives, name):
+        raise ImportError(f"JAX {jax.__version__} has no {name}. {TESTED}")
+    return getattr(primitives, name)
 
 
 def _shard_map_primitives() -> tuple[Primitive, Primitive]:
@@ -62,43 +64,108 @@ def open_jaxpr(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
 class P:
     """The primitives that flora has rules for."""
 
-    dot_general = primitives.dot_general_p
-    conv_general_dilated = primitives.conv_general_dilated_p
-    gather = primitives.gather_p
-    transpose = primitives.transpose_p
-    reshape = primitives.reshape_p
-    broadcast_in_dim = primitives.broadcast_in_dim_p
-    squeeze = primitives.squeeze_p
-    reduce_sum = primitives.reduce_sum_p
-    slice = primitives.slice_p
-    dynamic_slice = primitives.dynamic_slice_p
-    rev = primitives.rev_p
-    concatenate = primitives.concatenate_p
-    convert_element_type = primitives.convert_element_type_p
-    reduce_precision = primitives.reduce_precision_p
-    copy = primitives.copy_p
-    device_put = primitives.device_put_p
-    sharding_constraint = primitives.sharding_constraint_p
-    checkpoint_name = primitives.name_p
-    stop_gradient = primitives.stop_gradient_p
+    dot_general = _named("dot_general_p")
+    conv_general_dilated = _named("conv_general_dilated_p")
+    gather = _named("gather_p")
+    transpose = _named("transpose_p")
+    reshape = _named("reshape_p")
+    broadcast_in_dim = _named("broadcast_in_dim_p")
+    squeeze = _named("squeeze_p")
+    reduce_sum = _named("reduce_sum_p")
+    slice = _named("slice_p")
+    dynamic_slice = _named("dynamic_slice_p")
+    rev = _named("rev_p")
+    concatenate = _named("concatenate_p")
+    convert_element_type = _named("convert_element_type_p")
+    reduce_precision = _named("reduce_precision_p")
+    copy = _named("copy_p")
+    device_put = _named("device_put_p")
+    sharding_constraint = _named("sharding_constraint_p")
+    checkpoint_name = _named("name_p")
+    stop_gradient = _named("stop_gradient_p")
     optimization_barrier = _primitive_of(lambda x: lax.optimization_barrier(x))
     split = _primitive_of(lambda x: lax.split(x, (1, 1)))
-    stack = _sole_primitive_of(lambda x: jnp.stack([x, x]))
-    mul = primitives.mul_p
-    div = primitives.div_p
-    neg = primitives.neg_p
-    jit = primitives.jit_p
-    remat = primitives.remat_p
-    scan = primitives.scan_p
-    while_ = primitives.while_p
-    cond = primitives.cond_p
-    custom_jvp_call = primitives.custom_jvp_call_p
-    custom_vjp_call = primitives.custom_vjp_call_p
+    stack = _primitive_of(lambda x: jnp.stack([x, x]))
+    mul = _named("mul_p")
+    div = _named("div_p")
+    neg = _named("neg_p")
+    jit = _named("jit_p")
+    remat = _named("remat_p")
+    scan = _named("scan_p")
+    while_ = _named("while_p")
+    cond = _named("cond_p")
+    custom_jvp_call = _named("custom_jvp_call_p")
+    custom_vjp_call = _named("custom_vjp_call_p")
     shard_map, pvary = _shard_map_primitives()
-    all_gather = primitives.all_gather_p
+    all_gather = _named("all_gather_p")
     ragged_dot_general = _primitive_of(
         lambda x: lax.ragged_dot(x[None], x[None, :, None], jnp.ones(1, jnp.int32))
     )
+
+
+# What the rules understand.  A parameter that is not listed could change what the
+# operation means, so the rule is not applied.
+_PARAMS = {
+    P.dot_general: "dimension_numbers out_sharding precision preferred_element_type",
+    P.conv_general_dilated: (
+        "batch_group_count dimension_numbers feature_group_count lhs_dilation "
+        "out_sharding padding precision preferred_element_type rhs_dilation "
+        "window_strides"
+    ),
+    P.gather: (
+        "dimension_numbers fill_value indices_are_sorted mode slice_sizes "
+        "unique_indices"
+    ),
+    P.ragged_dot_general: (
+        "group_offset out_sharding precision preferred_element_type "
+        "ragged_dot_dimension_numbers"
+    ),
+    P.transpose: "permutation",
+    P.reshape: "dimensions new_sizes sharding",
+    P.broadcast_in_dim: "broadcast_dimensions shape sharding",
+    P.squeeze: "dimensions",
+    P.reduce_sum: "axes out_sharding",
+    P.slice: "limit_indices start_indices strides",
+    P.dynamic_slice: "slice_sizes",
+    P.split: "axis sizes",
+    P.rev: "dimensions",
+    P.concatenate: "dimension",
+    P.stack: "axis",
+    P.mul: "out_dtype",
+    P.div: "",
+    P.neg: "",
+    P.convert_element_type: "new_dtype sharding weak_type",
+    P.reduce_precision: "exponent_bits mantissa_bits",
+    P.copy: "",
+    P.device_put: "copy_semantics devices srcs",
+    P.sharding_constraint: "context_mesh layout sharding unconstrained_dims",
+    P.checkpoint_name: "name",
+    P.pvary: "axes",
+    P.all_gather: ("all_gather_dimension axis_index_groups axis_name axis_size tiled"),
+    P.stop_gradient: "",
+    P.optimization_barrier: "",
+    P.jit: (
+        "compiler_options_kvs ctx_mesh donated_invars in_layouts in_shardings inline "
+        "jaxpr keep_unused name out_layouts out_shardings"
+    ),
+    P.remat: "differentiated jaxpr policy prevent_cse",
+    P.scan: (
+        "_split_transpose ft_in ft_out jaxpr length linear num_carry num_consts "
+        "reverse unroll"
+    ),
+    P.while_: "body_jaxpr body_nconsts cond_jaxpr cond_nconsts",
+    P.cond: "branches",
+    P.custom_jvp_call: "call_jaxpr jvp_jaxpr_fun num_consts symbolic_zeros",
+    P.custom_vjp_call: (
+        "bwd call_jaxpr fwd_jaxpr_thunk num_consts out_trees symbolic_zeros"
+    ),
+    P.shard_map: "check_vma in_specs jaxpr mesh newly_manual_axes out_specs",
+}
+
+
+def unknown_params(eqn: Eqn) -> set[str]:
+    """The parameters of an equation that its rule does not understand."""
+    return set(eqn.params) - set(_PARAMS[eqn.primitive].split())
 
 
 def eval_eqns(eqns: Sequence[Eqn], outvars: Sequence[Any], env: dict) -> list[Any]:

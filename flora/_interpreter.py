@@ -6,6 +6,8 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from flora import _compat
 from flora._errors import LoraError, Unfactorable, human_bytes
 from flora._factored import Factored
@@ -157,10 +159,24 @@ def _apply_rule(ctx: Context, i: int, eqn: Any, values: list[Any]) -> Sequence[A
         try:
             if rule is None:
                 raise Unfactorable("no rule for this primitive")
+            if unknown := _compat.unknown_params(eqn):
+                raise _other_jax(eqn, values, f"the parameters {sorted(unknown)}")
             return rule(ctx, eqn, *values)
         except Unfactorable as reason:
             dense = [settle(ctx, eqn, x, str(reason)) for x in values]
             return _compat.eval_eqn(eqn, dense)
+        except KeyError as missing:
+            raise _other_jax(eqn, values, f"no parameter {missing}") from missing
+
+
+def _other_jax(eqn: Any, values: Sequence[Any], what: str) -> LoraError:
+    """The error for an operation that another JAX has changed."""
+    paths = [x.site.path for x in values if isinstance(x, Factored)]
+    return LoraError(
+        f"'{eqn.primitive.name}' at {_compat.source_line(eqn)} reads '{paths[0]}', and "
+        f"in JAX {jax.__version__} it has {what}, unlike in those that flora knows. "
+        f"{_compat.TESTED}"
+    )
 
 
 def settle(ctx: Context, eqn: Any, x: Any, reason: str) -> Any:

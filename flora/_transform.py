@@ -109,7 +109,7 @@ def returned_raw(path: str, output: str = "") -> str:
     return (
         f"The function returns the weight '{path}' itself{where}; it has no factored "
         "form there. Return only what the call computes or changes, call it on "
-        "flora.merge(tree), or pass fallback=\"materialize\"."
+        'flora.merge(tree), or pass fallback="materialize".'
     )
 
 

@@ -63,5 +63,3 @@ def test_trees_of_another_shape_than_at_init():
     tree = adapted | {"mlp": adapted["mlp"] | {"up": up | {"kernel": deeper}}}
     with pytest.raises(flora.LoraError, match="layout is for 2 axes"):
         flora.lora(fn)(tree, X)
-
-

@@ -59,8 +59,9 @@ class Attention(nn.Module):
         seen = jnp.tril(jnp.ones((tokens, tokens), bool))
         weights = nn.softmax(jnp.where(seen, scores, -jnp.inf))
         y = jnp.einsum("hgqk,khd->qhgd", weights, v)
-        return nn.DenseGeneral(d, axis=(-3, -2, -1), use_bias=False, name="o_proj",
-                               **DTYPES)(y)
+        return nn.DenseGeneral(
+            d, axis=(-3, -2, -1), use_bias=False, name="o_proj", **DTYPES
+        )(y)
 
 
 class Llama(nn.Module):
@@ -155,8 +156,16 @@ def versions() -> str:
 def main() -> None:
     """Parses the sizes, measures, prints."""
     parser = argparse.ArgumentParser(description="Plans LoRA on a 70B Llama.")
-    sizes = {"layers": 80, "d": 8192, "ff": 28672, "heads": 64, "kv-heads": 8,
-             "vocab": 128256, "tokens": 4096, "rank": 16}
+    sizes = {
+        "layers": 80,
+        "d": 8192,
+        "ff": 28672,
+        "heads": 64,
+        "kv-heads": 8,
+        "vocab": 128256,
+        "tokens": 4096,
+        "rank": 16,
+    }
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     args, console = parser.parse_args(), Console()

@@ -41,8 +41,9 @@ def mean_square(params: Any, x: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(gated_mlp(params, x)))
 
 
-def abstract_inputs(tokens: int, d: int, ff: int, layers: int, rank: int
-                    ) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
+def abstract_inputs(
+    tokens: int, d: int, ff: int, layers: int, rank: int
+) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
     """`(params, adapted, x)`, all of `ShapeDtypeStruct`s."""
     shapes = {"gate": (d, ff), "up": (d, ff), "down": (ff, d)}
     layer = {
@@ -115,8 +116,9 @@ def update_costs(adapted: Any, x: Any) -> dict[str, Costs]:
     }
 
 
-def measure(*, tokens: int = 2048, d: int = 1024, ff: int = 2816, layers: int = 2,
-            rank: int = 8) -> dict[str, Costs]:
+def measure(
+    *, tokens: int = 2048, d: int = 1024, ff: int = 2816, layers: int = 2, rank: int = 8
+) -> dict[str, Costs]:
     """FLOPs, memory and their ratios, by arm.
 
     Outputs serve as scratch space before they are written, so compare temporary memory
@@ -159,18 +161,30 @@ def table(costs: dict[str, Costs]) -> Table:
     """The arms as rows."""
     result = Table(title="One training step, by XLA's own count", title_justify="left")
     result.add_column("arm")
-    for name in ("GFLOPs", "to frozen", "to full", "temp MiB", "out MiB",
-                 "temp to split"):
+    for name in (
+        "GFLOPs",
+        "to frozen",
+        "to full",
+        "temp MiB",
+        "out MiB",
+        "temp to split",
+    ):
         result.add_column(name, justify="right")
 
     def ratio(arm: Costs, name: str) -> str:
         return f"{arm[name]:.4f}" if name in arm else ""
 
     for name, arm in costs.items():
-        result.add_row(ARMS[name], f"{arm['flops'] / 1e9:.3f}", ratio(arm, "to_frozen"),
-                       ratio(arm, "to_full"), f"{arm['temp_bytes'] / 2**20:.2f}",
-                       f"{arm['out_bytes'] / 2**20:.2f}", ratio(arm, "temp_to_split"),
-                       end_section=name == "merge")
+        result.add_row(
+            ARMS[name],
+            f"{arm['flops'] / 1e9:.3f}",
+            ratio(arm, "to_frozen"),
+            ratio(arm, "to_full"),
+            f"{arm['temp_bytes'] / 2**20:.2f}",
+            f"{arm['out_bytes'] / 2**20:.2f}",
+            ratio(arm, "temp_to_split"),
+            end_section=name == "merge",
+        )
     return result
 
 

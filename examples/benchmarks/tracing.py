@@ -77,12 +77,18 @@ def works(layers: int) -> dict[str, tuple[Work, Work]]:
     base_step = jax.value_and_grad(base_loss)
     lora_step = flora.value_and_grad(lora_loss)
     return {
-        "trace": (lambda: jax.make_jaxpr(model.apply)(tree, ids),
-                  lambda: jax.make_jaxpr(apply)(adapted, ids)),
-        "trace_step": (lambda: jax.make_jaxpr(base_step)(tree, ids),
-                       lambda: jax.make_jaxpr(lora_step)(adapted, ids)),
-        "compile": (lambda: jax.jit(model.apply).lower(tree, ids).compile(),
-                    lambda: jax.jit(apply).lower(adapted, ids).compile()),
+        "trace": (
+            lambda: jax.make_jaxpr(model.apply)(tree, ids),
+            lambda: jax.make_jaxpr(apply)(adapted, ids),
+        ),
+        "trace_step": (
+            lambda: jax.make_jaxpr(base_step)(tree, ids),
+            lambda: jax.make_jaxpr(lora_step)(adapted, ids),
+        ),
+        "compile": (
+            lambda: jax.jit(model.apply).lower(tree, ids).compile(),
+            lambda: jax.jit(apply).lower(adapted, ids).compile(),
+        ),
     }
 
 
@@ -108,9 +114,9 @@ def paired(base: Work, adapted: Work, pairs: int) -> dict[str, float]:
     }
 
 
-def measure(*, layers: int = 24, pairs: int = 7,
-            what: Sequence[str] = ("trace", "trace_step")
-            ) -> dict[str, dict[str, float]]:
+def measure(
+    *, layers: int = 24, pairs: int = 7, what: Sequence[str] = ("trace", "trace_step")
+) -> dict[str, dict[str, float]]:
     """Seconds and ratios of tracing the forward pass and the training step.
 
     Args:
@@ -137,15 +143,22 @@ TITLES = {
 
 def table(results: dict[str, dict[str, float]], layers: int, pairs: int) -> Table:
     """What was timed as rows."""
-    result = Table(title=f"Decoder of {layers} layers, medians of {pairs} pairs",
-                   title_justify="left")
+    result = Table(
+        title=f"Decoder of {layers} layers, medians of {pairs} pairs",
+        title_justify="left",
+    )
     result.add_column("what")
     for name in ("base s", "adapted s", "ratio", "min", "max"):
         result.add_column(name, justify="right")
     for name, x in results.items():
-        result.add_row(TITLES[name], f"{x['base_seconds']:.3f}",
-                       f"{x['adapted_seconds']:.3f}", f"{x['ratio']:.2f}",
-                       f"{x['min_ratio']:.2f}", f"{x['max_ratio']:.2f}")
+        result.add_row(
+            TITLES[name],
+            f"{x['base_seconds']:.3f}",
+            f"{x['adapted_seconds']:.3f}",
+            f"{x['ratio']:.2f}",
+            f"{x['min_ratio']:.2f}",
+            f"{x['max_ratio']:.2f}",
+        )
     return result
 
 

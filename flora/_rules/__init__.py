@@ -26,6 +26,7 @@ RULES = {
     P.split: structure.split,
     P.rev: structure.rev,
     P.concatenate: concatenate,
+    P.stack: stack,
     P.all_gather: sharded.all_gather,
     P.mul: structure.mul,
     P.div: structure.div,
@@ -49,5 +50,3 @@ RULES = {
     P.custom_vjp_call: control.custom_vjp_call,
     P.shard_map: sharded.shard_map,
 }
-if P.stack is not None:
-    RULES[P.stack] = stack

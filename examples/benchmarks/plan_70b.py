@@ -10,6 +10,7 @@ References: Grattafiori et al. 2024 (sizes). https://arxiv.org/abs/2407.21783
 """
 
 import argparse
+import pathlib
 import resource
 import sys
 import time
@@ -94,9 +95,16 @@ class Llama(nn.Module):
 
 
 def peak_bytes() -> int:
-    """The most memory that this process ever held resident."""
+    """The most memory that this process has had resident.
+
+    Linux tells it per program; `getrusage` would count the parent's too.
+    """
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def measure(*, rank: int = 16, tokens: int = 4096, **sizes: Any) -> dict[str, float]:

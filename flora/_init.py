@@ -135,37 +135,37 @@ def _selection(config: LoraConfig, named: Named) -> tuple[set[str], set[str]]:
     if config.train and not trained:
         raise LoraError(nothing_selected("train", config.train, paths))
     wide = [(p, x) for p, x in chosen if len(getattr(x, "shape", ())) >= 2]
-    fail(
-        [
-            *(
-                f"'{p}' is named in both target and train. Name it in one of them."
-                for p, _ in wide
-                if p in trained
-            ),
-            *([] if wide else [_too_few_axes(p, x) for p, x in chosen]),
-            *(
-                f"'{p}' is {_kind(x)}; LoRA needs a floating weight. Exclude it."
-                for p, x in wide
-                if not _floating(x)
-            ),
-            *(
-                f"'{p}' is {_kind(x)} and cannot train. Take it out of train=."
-                for p, x in named
-                if p in trained and not _floating(x)
-            ),
-        ]
-    )
-    targets = [p for p, _ in wide]
-    for name in ("exclude", "rank_pattern", "alpha_pattern", "layouts"):
-        scope = hit if name == "exclude" else wide
-        patterns = getattr(config, name)
-        for pattern in [patterns] if name == "exclude" and patterns else patterns:
-            if not any(matches(pattern, p, x) for p, x in scope):
-                raise LoraError(
-                    nothing_selected(name, pattern, [p for p, _ in scope])
-                    + " It must match a leaf that target selects."
-                )
-    return set(targets), trained
+    fail([] if wide else [_too_few_axes(p, x) for p, x in chosen])
+    fail(_leaf_problems(wide, [(p, x) for p, x in named if p in trained]))
+    _check_scopes(config, hit, wide)
+    return {p for p, _ in wide}, trained
+
+
+def _leaf_problems(targets: Named, trained: Named) -> Iterable[str]:
+    train = {p for p, _ in trained}
+    for p, x in targets:
+        if p in train:
+            yield f"'{p}' is named in both target and train. Name it in one of them."
+        if not _floating(x):
+            yield f"'{p}' is {_kind(x)}; LoRA needs a floating weight. Exclude it."
+    for p, x in trained:
+        if not _floating(x):
+            yield f"'{p}' is {_kind(x)} and cannot train. Take it out of train=."
+
+
+def _check_scopes(config: LoraConfig, hit: Named, targets: Named) -> None:
+    """Raises for a pattern that matches nothing which `target` selects."""
+    patterns: list[tuple[str, Any, Named]] = []
+    if config.exclude:
+        patterns.append(("exclude", config.exclude, hit))
+    for name in ("rank_pattern", "alpha_pattern", "layouts"):
+        patterns += [(name, pattern, targets) for pattern in getattr(config, name)]
+    for name, pattern, scope in patterns:
+        if not any(matches(pattern, p, x) for p, x in scope):
+            raise LoraError(
+                nothing_selected(name, pattern, [p for p, _ in scope])
+                + " It must match a leaf that target selects."
+            )
 
 
 def _floating(x: Any) -> bool:

@@ -48,8 +48,12 @@ def discover(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     paths: Mapping[int, str],
+    given: Mapping[str, Layout] | None = None,
 ) -> dict[str, Finding]:
-    """Follows the leaves `{position: path}` through one abstract trace of `fn`."""
+    """Follows the leaves `{position: path}` through one abstract trace of `fn`.
+
+    A layout that is `given` stands, whatever the uses imply.
+    """
     staged = stage(fn, leaves, treedef, args, kwargs)
     log, returned = _walk(
         staged,
@@ -62,7 +66,9 @@ def discover(
     found = {}
     for i, path in paths.items():
         uses = tuple(use for use in log if use.path == path)
-        layout, conflict = _agree(uses, len(leaves[i].shape))
+        layout, conflict = (given or {}).get(path), ""
+        if layout is None:
+            layout, conflict = _agree(uses, len(leaves[i].shape))
         found[path] = Finding(uses, layout, conflict, path in returned)
     return _verified(staged, leaves, paths, found)
 

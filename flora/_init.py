@@ -69,6 +69,7 @@ def init(
         )
     named, treedef = named_leaves(tree)
     targets, trained = _selection(config, named)
+    given = _given_layouts(config, [(p, x) for p, x in named if p in targets])
     found = discover(
         fn,
         [leaf for _, leaf in named],
@@ -76,6 +77,7 @@ def init(
         args,
         kwargs,
         {i: path for i, (path, _) in enumerate(named) if path in targets},
+        given,
     )
     layouts = _layouts(config, dict(named), found)
     ranks = {
@@ -191,44 +193,49 @@ def _pick(patterns: Mapping[Any, T], default: T, path: str, leaf: Any) -> T:
     return default
 
 
+def _given_layouts(config: LoraConfig, targets: Named) -> dict[str, Layout]:
+    """The layouts that the config names, checked."""
+    given = {}
+    for path, leaf in targets:
+        layout = _pick(config.layouts, None, path, leaf)
+        if layout is not None:
+            given[path] = layout
+    fail(
+        f"layouts: '{path}' has {len(leaf.shape)} axes and was given {given[path]}. Name "
+        f"each of 0 to {len(leaf.shape) - 1} once, with at least one in and one out axis."
+        for path, leaf in targets
+        if path in given and not given[path].fits(len(leaf.shape))
+    )
+    return given
+
+
 def _layouts(
     config: LoraConfig, leaves: dict[str, Any], found: Mapping[str, Finding]
 ) -> dict[str, Layout]:
     """The layout of each target; all that have none are reported at once."""
-    problems, layouts = [], {}
+    fail(p for path, f in found.items() for p in _finding_problems(config, path, f))
+    layouts = {}
     for path, finding in found.items():
-        ndim = len(leaves[path].shape)
-        given = _pick(config.layouts, None, path, leaves[path])
-        layout = given or finding.layout
-        if given is not None:
-            problems += _layout_problems(path, given, ndim)
-        elif finding.returned and config.fallback == "error":
-            problems.append(returned_raw(path))
-        elif finding.status == "unused":
-            problems.append(
-                f"'{path}' is targeted, but the function never uses it. Exclude "
-                "it, or pass the arguments of a call that does."
-            )
-        elif finding.conflict:
-            problems.append(
-                f"'{path}' has no one layout: {finding.conflict}. Exclude it, or "
-                f"choose: layouts={{'{path}': flora.Layout(...)}}."
-            )
-        elif config.fallback == "error" and finding.dense:
-            problems += [f"{use}. {remedy(use)}." for use in finding.dense]
-        layouts[path] = layout or Layout((), tuple(range(ndim - 1)), (ndim - 1,))
-    fail(problems)
+        last = len(leaves[path].shape) - 1
+        layouts[path] = finding.layout or Layout((), tuple(range(last)), (last,))
     return layouts
 
 
-def _layout_problems(path: str, layout: Layout, ndim: int) -> list[str]:
-    axes = sorted((*layout.stack, *layout.in_, *layout.out))
-    if axes == list(range(ndim)) and layout.in_ and layout.out:
-        return []
-    return [
-        f"layouts: '{path}' has {ndim} axes and was given {layout}. Name each of 0 to "
-        f"{ndim - 1} once, with at least one in and one out axis."
-    ]
+def _finding_problems(config: LoraConfig, path: str, finding: Finding) -> list[str]:
+    strict = config.fallback == "error"
+    if finding.returned and strict:
+        return [returned_raw(path)]
+    if finding.status == "unused":
+        return [
+            f"'{path}' is targeted, but the function never uses it. Exclude it, or pass "
+            "the arguments of a call that does."
+        ]
+    if finding.conflict:
+        return [
+            f"'{path}' has no one layout: {finding.conflict}. Exclude it, or choose: "
+            f"layouts={{'{path}': flora.Layout(...)}}."
+        ]
+    return [f"{use}. {remedy(use)}." for use in finding.dense] if strict else []
 
 
 def _rank_problems(

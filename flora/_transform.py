@@ -127,8 +127,8 @@ def weight_problems(path: str, leaf: Any) -> list[str]:
             "flora.init or flora.join returned."
         ]
     base, a, b = (tuple(x.shape) for x in (leaf.base, leaf.a, leaf.b))
-    axes = sorted((*leaf.layout.stack, *leaf.layout.in_, *leaf.layout.out))
-    if axes != list(range(len(base))):
+    if not leaf.layout.fits(len(base)):
+        axes = (*leaf.layout.stack, *leaf.layout.in_, *leaf.layout.out)
         return [
             f"'{path}' has shape {base}, but its layout is for {len(axes)} axes "
             f"({leaf.layout}). Pass the tree with the shapes that flora.init saw."

@@ -25,11 +25,20 @@ class Layout:
     in_: tuple[int, ...] = (0,)
     out: tuple[int, ...] = (1,)
 
+    def __post_init__(self) -> None:
+        for name in ("stack", "in_", "out"):  # lists too: a layout must be hashable
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     def role(self, axis: int) -> str:
         """'stack', 'in' or 'out'."""
         if axis in self.stack:
             return "stack"
         return "in" if axis in self.in_ else "out"
+
+    def fits(self, ndim: int) -> bool:
+        """Whether it names each of `ndim` axes once, in and out axes among them."""
+        axes = sorted((*self.stack, *self.in_, *self.out))
+        return axes == list(range(ndim)) and bool(self.in_ and self.out)
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The sizes of the stack, in and out axes of a weight of that shape."""

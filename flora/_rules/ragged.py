@@ -51,8 +51,8 @@ def _change(ctx: Any, eqn: Any, x: Any, w: Factored, sizes: Any, axes: Any) -> A
     if k not in factors[0][1] or n not in factors[1][1]:
         raise Unfactorable("a ragged product across the axes of the weight's layout")
 
-    def times(x: Any, factor: Any, labels: Any, order: tuple[Any, Any]) -> Any:
-        order = (g, *order) if g in labels else order
+    def times(x: Any, factor: Any, labels: Any, ends: tuple[Any, Any]) -> Any:
+        order = (g, *ends) if g in labels else ends
         factor = lax.transpose(factor, [labels.index(label) for label in order])
         if g in labels:
             return lax.ragged_dot(

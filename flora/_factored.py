@@ -162,6 +162,8 @@ def split_axes(
     axes: Sequence[tuple[Dim, ...]], shape: Sequence[int]
 ) -> tuple[tuple[Dim, ...], ...]:
     """Refines the dims of `axes` so that they group, in row order, into `shape`."""
+    if 0 in shape:
+        raise Unfactorable("a weight with no elements")
     todo = [d for axis in axes for d in axis if d.size != 1][::-1]
     units = [d for axis in axes for d in axis if d.size == 1]
     grouped = []

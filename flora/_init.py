@@ -150,6 +150,8 @@ def _leaf_problems(targets: Named, trained: Named) -> Iterable[str]:
             yield f"'{p}' is named in both target and train. Name it in one of them."
         if not _floating(x):
             yield f"'{p}' is {_kind(x)}; LoRA needs a floating weight. Exclude it."
+        elif 0 in x.shape:
+            yield f"'{p}' has shape {tuple(x.shape)}, no elements. Exclude it."
     for p, x in trained:
         if not _floating(x):
             yield f"'{p}' is {_kind(x)} and cannot train. Take it out of train=."

@@ -207,6 +207,8 @@ BAD_CALLS = {
     "'mlp/up/kernel' is adapted already. Adapt the tree that flora.merge or flora.split":
         lambda: init(p=init()),
     "The tree is empty": lambda: init(p={}),
+    "'kernel' has shape (7, 0), no elements. Exclude it.":
+        lambda: init(p=only(kernel=W[:, :0]), f=dot),
     "'kernel' is int8[7, 5]; LoRA needs a floating weight":
         lambda: init(p=only(kernel=W.astype(np.int8)), f=dot),
     "'kernel' is bool[7, 5]; LoRA needs": lambda: init(p=only(kernel=W > 0), f=dot),

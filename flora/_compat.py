@@ -154,7 +154,7 @@ _PARAMS = {
         "reverse unroll"
     ),
     P.while_: "body_jaxpr body_nconsts cond_jaxpr cond_nconsts",
-    P.cond: "branches",
+    P.cond: "branches branches_platforms",
     P.custom_jvp_call: "call_jaxpr jvp_jaxpr_fun num_consts symbolic_zeros",
     P.custom_vjp_call: (
         "bwd call_jaxpr fwd_jaxpr_thunk num_consts out_trees symbolic_zeros"
@@ -232,7 +232,7 @@ def source_line(eqn: Eqn) -> str:
             file = os.path.basename(code.co_filename)
             found = f"{file}:{frame.tb_lineno} ({code.co_name})"
         frame = frame.tb_next
-    return found or source_info_util.summarize(eqn.source_info)
+    return found or source_info_util.summarize(eqn.source_info) or "an unknown line"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from flora._factored import Factored, from_weight, undiscovered
-from flora._interpreter import Context, Use, interpret
+from flora._interpreter import Context, Use, interpret, lookup_roles
 from flora._rules import RULES
 from flora._trace import Staged, stage
 from flora._weight import Layout, LoraWeight
@@ -128,12 +128,13 @@ def _walk(
             if k is not None and i in make:
                 values[k] = make[i](values[k])
         outs = interpret(Context(RULES, log), staged.jaxpr, [*values, *args])
-        returned.update(
-            p
-            for x in outs
-            if isinstance(x, Factored) and not x.chosen
-            for p in x.site.paths
-        )
+        for x in outs:
+            if isinstance(x, Factored) and x.chosen:
+                roles = tuple(sorted(lookup_roles(x)))
+                for path in x.site.paths:
+                    log.setdefault(Use(path, "output", "the function's result", roles))
+            elif isinstance(x, Factored):
+                returned.update(x.site.paths)
 
     arrays = [
         x for x, k in zip(leaves, staged.tree_inputs, strict=True) if k is not None
@@ -148,17 +149,21 @@ def _agree(uses: Sequence[Use], ndim: int) -> tuple[Layout | None, str]:
     chosen: dict[int, str] = {}
     first: Use | None = None
     # Products name the axes better than lookups do: a tied embedding keeps attend's.
-    for use in sorted(firm, key=lambda use: use.primitive == "gather"):
+    for use in sorted(firm, key=lambda use: use.primitive in ("gather", "output")):
         roles, conflict = _of_one_use(use)
         if conflict:
             return None, conflict
         if first is None:
             first = use
-        elif not _compatible(chosen, roles):
-            return None, (
-                f"'{first.primitive}' at {first.source} reads it as {_shown(chosen)}, "
-                f"'{use.primitive}' at {use.source} as {_shown(roles)}"
-            )
+        else:
+            aligned = _aligned(chosen, roles)
+            if aligned is None:
+                return None, (
+                    f"'{first.primitive}' at {first.source} reads it as "
+                    f"{_shown(chosen)}, '{use.primitive}' at {use.source} as "
+                    f"{_shown(roles)}"
+                )
+            roles = aligned
         chosen = roles | chosen
     if first is None:
         return None, ""
@@ -188,12 +193,13 @@ def _of_one_use(use: Use) -> tuple[dict[int, str], str]:
     return roles, ""
 
 
-def _compatible(one: Mapping[int, str], other: Mapping[int, str]) -> bool:
-    """Whether both mean the same factors; swapping in and out does not matter."""
-    shared = one.keys() & other.keys()
+def _aligned(one: Mapping[int, str], other: dict[int, str]) -> dict[int, str] | None:
+    """`other`, or with in and out swapped, as it means the same factors as `one`."""
     swap = {"in": "out", "out": "in", "stack": "stack"}
-    same = all(one[i] == other[i] for i in shared)
-    return same or all(one[i] == swap[other[i]] for i in shared)
+    for roles in (other, {i: swap[role] for i, role in other.items()}):
+        if all(one[i] == roles[i] for i in one.keys() & roles.keys()):
+            return roles
+    return None
 
 
 def _shown(roles: Mapping[int, str]) -> str:

@@ -104,6 +104,8 @@ def low_rank_product(
       dtype: dtype of the result.
     """
     thin = compute_dtype_of(x.array.dtype, dtype)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        thin = jnp.result_type(thin, w_views.a.dtype, w_views.b.dtype)
     x = dataclasses.replace(x, array=x.array.astype(thin))
     a = Labelled(w_views.a.astype(thin), w_views.a_labels)
     b = Labelled(w_views.b.astype(thin), w_views.b_labels)
@@ -125,6 +127,12 @@ def _cost(x: Labelled, pair: tuple[Labelled, Labelled], out: Labels) -> int:
     z = _kept(x.labels, first.labels, {*second.labels, *out})
     steps = ({*x.labels, *first.labels}, {*z, *second.labels})
     return sum(math.prod(size[n] for n in step) for step in steps)
+
+
+def widened(factor: Any, *others: Any) -> Any:
+    """A factor in float32 or wider, before it is scaled."""
+    dtypes = [x.dtype for x in others if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return factor.astype(jnp.result_type(factor.dtype, jnp.float32, *dtypes))
 
 
 def compute_dtype_of(x: Any, result: Any) -> Any:
@@ -157,6 +165,7 @@ def drop(x: Any, w: Factored, salt: int) -> Any:
     """Dropout on the input of the low-rank path; x itself without keys."""
     if w.key is None or isinstance(x, Factored):
         return x
+    x = x.astype(compute_dtype_of(x.dtype, jnp.float32))
     key = jax.random.fold_in(w.key.reshape(-1)[0], salt)
     keep = jax.random.bernoulli(key, 1.0 - w.site.dropout, x.shape)
     return jnp.where(keep, x / jnp.asarray(1.0 - w.site.dropout, x.dtype), 0)

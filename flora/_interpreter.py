@@ -184,7 +184,12 @@ def settle(ctx: Context, eqn: Any, x: Any, reason: str) -> Any:
     if not isinstance(x, Factored):
         return x
     if x.chosen and x.base is not None:
-        rest = {d.at[0] for axis in x.axes for d in axis if d.at[0] >= 0} - {*x.chosen}
-        ctx.record(x, eqn, {(i, "in") for i in x.chosen} | {(i, "out") for i in rest})
+        ctx.record(x, eqn, lookup_roles(x))
         return materialized(x)
     return ctx.dense(x, eqn, reason)
+
+
+def lookup_roles(x: Factored) -> set[tuple[int, str]]:
+    """What rows that pass for activations say of the axes of the stored weight."""
+    rest = {d.at[0] for axis in x.axes for d in axis if d.at[0] >= 0} - {*x.chosen}
+    return {(i, "in") for i in x.chosen} | {(i, "out") for i in rest}

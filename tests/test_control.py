@@ -308,3 +308,33 @@ def test_what_loops_and_branches_cannot_factor_is_named(reason):
         contract.adapt(fn, p, x)
     adapted = contract.randomized(contract.adapt(fn, p, x, fallback="materialize"))
     contract.close(jax.jit(flora.lora(fn))(adapted, x), fn(flora.merge(adapted), x))
+
+
+def test_branches_by_platform(x64):
+    def fn(p, x):
+        return lax.platform_dependent(
+            x, p["w"], cpu=lambda x, w: x @ w, default=lambda x, w: x @ w.T
+        )
+
+    contract.check(fn, {"w": array(7, 7)}, array(3, 7), dtype=jnp.float64, vmap=False,
+                   layouts={"w": flora.Layout()}, jit_exact=False)  # fmt: skip
+
+
+def test_a_custom_gradient_that_is_a_piece_of_the_weight(x64):
+    @jax.custom_vjp
+    def row(x, w, i):
+        return x @ w[i]
+
+    def backward(saved, g):
+        x, w, i = saved
+        return g * w[i], jnp.zeros_like(w).at[i].add(g * x), None
+
+    row.defvjp(lambda x, w, i: (row(x, w, i), (x, w, i)), backward)
+
+    def fn(p, x):
+        return row(x, p["w"], 2) + (x @ p["w"]).sum()
+
+    layouts = {"w": flora.Layout()}
+    adapted = contract.adapt(fn, {"w": array(7, 7)}, array(7), dtype=jnp.float64,
+                             layouts=layouts, fallback="materialize")  # fmt: skip
+    contract.close_to_merged(fn, contract.randomized(adapted), array(7))

@@ -170,3 +170,36 @@ def test_no_rate_and_bad_keys_are_refused():
         flora.with_dropout(adapted, jnp.zeros(2, jnp.uint32))
     with pytest.raises(TypeError, match="expected one key"):
         flora.with_dropout(adapted, jax.random.split(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("wrap", [jax.custom_jvp, jax.custom_vjp])
+def test_dropout_in_a_function_with_its_own_derivative_is_refused(wrap):
+    mm = wrap(lambda x, w: x @ w)
+    if wrap is jax.custom_jvp:
+        mm.defjvp(lambda p, t: (mm(*p), t[0] @ p[1] + p[0] @ t[1]))
+    else:
+        mm.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
+
+    def fn(p, x):
+        return mm(x, p["w"])
+
+    params, x = {"w": array(7, 5, dtype=jnp.float32)}, array(3, 7, dtype=jnp.float32)
+    adapted = adapted_with_dropout(fn, params, x)
+    contract.close(flora.lora(fn)(adapted, x), fn(flora.merge(adapted), x))
+    with pytest.raises(
+        flora.LoraError, match="dropout in a function with a derivative"
+    ):
+        flora.lora(fn)(flora.with_dropout(adapted, jax.random.key(0)), x)
+
+
+def test_integer_activations_are_dropped_too():
+    def fn(p, x):
+        dims = (((1,), (0,)), ((), ()))
+        return lax.dot_general(x, p["w"], dims, preferred_element_type=jnp.float32)
+
+    params, x = {"w": jnp.ones((40, 5))}, jnp.ones((6, 40), jnp.int8)
+    tree = counting(fn, params, x)
+    y = flora.lora(fn)(flora.with_dropout(tree, jax.random.key(0)), x)
+    kept = y * (1 - RATE)  # a whole number of inputs
+    np.testing.assert_allclose(kept, np.round(kept), atol=1e-4)
+    assert 10 < kept.min() < kept.max() < 40

@@ -50,7 +50,6 @@ LOOKUPS = {
     "of two axes": lambda p, ids: p["w"].reshape(3, 4, 7)[ids % 3, ids % 4],
     "row and column": lambda p, ids: p["w"][ids, ids % 7],
     "one row": lambda p, ids: p["w"][ids[0, 0]],
-    "a window of rows": lambda p, ids: lax.dynamic_slice_in_dim(p["w"], ids[0, 0], 4),
     "transposed": lambda p, ids: p["w"].T[:, ids],
 }
 
@@ -114,3 +113,60 @@ def test_a_table_with_two_axes_of_features(x64):
     params = {"table": array(11, 3, 5)}
     adapted = contract.check(fn, params, jnp.array(IDS), dtype=jnp.float64)
     assert adapted["table"].layout == flora.Layout((), (0,), (1, 2))
+
+
+PERMUTED = {
+    "joined in axes": (
+        lambda w: w.transpose(0, 2, 1, 3).reshape(3, 8, 5), "ni,nio->no", 8),
+    "joined out axes": (
+        lambda w: w.transpose(0, 1, 3, 2).reshape(3, 2, 20), "ni,nio->no", 2),
+    "interleaved": (
+        lambda w: w.transpose(0, 3, 1, 2).reshape(3, 10, 4), "ni,nio->no", 10),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PERMUTED)
+def test_a_stack_that_is_indexed_after_its_axes_were_joined(x64, name):
+    view, spec, n = PERMUTED[name]
+
+    def fn(p, x):
+        chosen = view(p["w"])[jnp.array([2, 0, 1, 2])]
+        return jnp.einsum(spec, x, chosen)
+
+    contract.check(fn, {"w": array(3, 2, 4, 5)}, array(4, n), dtype=jnp.float64)
+
+
+def test_an_in_axis_before_a_stack_axis(x64):
+    def fn(p, ids):
+        return p["w"][ids, jnp.array([0, 1, 2, 1])]
+
+    layout = {"w": flora.Layout((1,), (0,), (2,))}
+    ids = jnp.array([0, 5, 2, 3])
+    contract.check(fn, {"w": array(6, 3, 5)}, ids, layouts=layout, dtype=jnp.float64)
+
+
+def test_rows_of_a_table_with_more_axes_can_be_the_output(x64):
+    def fn(p, ids):
+        return p["w"][ids]
+
+    adapted = contract.check(fn, {"w": array(6, 3, 5)}, jnp.array([0, 1]),
+                             dtype=jnp.float64)  # fmt: skip
+    assert adapted["w"].layout == flora.Layout((), (0,), (1, 2))
+
+
+NOT_ROWS = {
+    "a window": lambda p, i: jnp.tanh(lax.dynamic_slice_in_dim(p["w"], i, 2, 1)),
+    "joined with a whole weight": lambda p, i: jnp.tanh(
+        jnp.concatenate([lax.dynamic_slice_in_dim(p["w"], i, 1, 1), p["v"]], 1)),
+    "experts": lambda p, i: jnp.tanh(p["s"][jnp.array([0, i])]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_ROWS)
+def test_what_only_looks_like_rows_is_not_silently_dense(name):
+    every = {"w": jnp.ones((4, 5)), "v": jnp.ones((4, 3)), "s": jnp.ones((3, 4, 5))}
+    fn = NOT_ROWS[name]
+    used = {k: x for k, x in every.items() if flora.coverage(fn, every, 1)[k].uses}
+    layouts = {"s": flora.Layout((0,), (1,), (2,))} if name == "experts" else {}
+    with pytest.raises(flora.LoraError, match=r"'tanh' .*no factored rule"):
+        contract.adapt(fn, used, 1, layouts=layouts)

@@ -50,3 +50,10 @@ def test_weights_as_tokens_are_refused():
 
     with pytest.raises(flora.LoraError, match="tokens of a ragged product"):
         contract.adapt(fn, {"w": jnp.ones((7, 5))}, jnp.ones((2, 5, 3)))
+
+
+def test_one_expert_that_gained_its_axis(x64):
+    def fn(p, x):
+        return lax.ragged_dot(x, p["w"][None], jnp.array([2]))
+
+    contract.check(fn, {"w": array(7, 5)}, array(4, 7), dtype=jnp.float64, vmap=False)

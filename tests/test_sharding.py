@@ -129,6 +129,18 @@ def row(w, x):
     return jax.lax.psum(x @ w, "model")
 
 
+@jax.custom_jvp
+def product(x, w):
+    return x @ w
+
+
+product.defjvp(lambda p, t: (product(*p), t[0] @ p[1] + p[0] @ t[1]))
+
+
+def custom(w, x):
+    return product(x, w)
+
+
 def gathered(w, x):
     return x @ jax.lax.all_gather(w, "data", axis=0, tiled=True)
 
@@ -137,6 +149,7 @@ INSIDE = {
     "column parallel": (column, Spec(None, "model"), Spec("data"), Spec("data", "model")),
     "row parallel": (row, Spec("model", None), Spec("data", "model"), Spec("data")),
     "gathered in": (gathered, Spec("data", None), Spec("data"), Spec("data")),
+    "custom derivative": (custom, Spec(), Spec("data"), Spec("data")),
     "two mesh axes": (column, Spec(None, ("model", "data")), Spec(),
                       Spec(None, ("model", "data"))),
 }  # fmt: skip

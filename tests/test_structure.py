@@ -36,6 +36,7 @@ VIEWS = {
     "scaled by columns": lambda w: w * jnp.arange(1.0, 11.0),
     "scaled by rows": lambda w: w / jnp.arange(1.0, 7.0)[:, None],
     "device_put": lambda w: jax.device_put(w, jax.devices("cpu")[0]),
+    "device_put of several": lambda w: jax.device_put((w, jnp.ones(3)))[0],
     "chunk of out": lambda w: w.reshape(6, 2, 5)[:, 1],
 }
 
@@ -193,3 +194,36 @@ def test_what_has_no_rule_is_named_or_materialized(name):
     adapted = contract.adapt(fn, params, x, fallback="materialize")
     adapted = contract.randomized(adapted)
     contract.close(flora.lora(fn)(adapted, x), fn(flora.merge(adapted), x))
+
+
+def test_complex_scales(x64):
+    def fn(p, x):
+        row = jnp.arange(10) * 1j + 1
+        return jnp.abs(x @ (p["w"] * (1 + 2j))) + jnp.abs(x @ (p["w"] * row))
+
+    contract.check(fn, {"w": array(6, 10)}, array(5, 6), dtype=jnp.float64,
+                   jit_exact=False, views=(P.mul,))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_narrow_factors_are_scaled_in_float32(dtype):
+    def tiny(p, x):
+        return x @ (p["w"] * 1e-8) * 1e8
+
+    def fused(p, x):
+        return x @ jnp.concatenate([p["w"], p["v"]], 1)
+
+    w, v = array(6, 10, dtype=jnp.float32), array(6, 7, seed=1, dtype=jnp.float32)
+    x = array(5, 6, dtype=jnp.float32)
+    for fn, params in ((tiny, {"w": w}), (fused, {"w": w, "v": v})):
+        adapted = contract.adapt(fn, params, x, dtype=dtype, alpha=1.1)
+        adapted = contract.randomized(adapted)
+        contract.close(flora.lora(fn)(adapted, x), fn(flora.merge(adapted), x))
+
+
+def test_uses_that_swap_in_and_out_agree(x64):
+    def fn(p, x):
+        return p["w"][1] @ jnp.ones(4) + (x @ p["w"]).sum()
+
+    adapted = contract.adapt(fn, {"w": array(4, 4)}, array(3, 4), dtype=jnp.float64)
+    contract.close_to_merged(fn, contract.randomized(adapted), array(3, 4))

@@ -34,7 +34,7 @@ RULES = {
     P.convert_element_type: structure.convert_element_type,
     P.reduce_precision: structure.on_base,
     P.copy: structure.on_base,
-    P.device_put: structure.on_base,
+    P.device_put: structure.device_put,
     P.sharding_constraint: structure.on_base,
     P.checkpoint_name: structure.on_base,
     P.pvary: structure.on_base,

@@ -9,6 +9,7 @@ from jax import lax
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
 from flora._factored import Dim, Factored, Site, relayout, sole_dim
+from flora._forms import widened
 
 
 def concatenate(ctx: Any, eqn: Any, *parts: Any) -> list[Factored]:
@@ -49,15 +50,21 @@ def _joined(eqn: Any, at: int, parts: tuple[Any, ...]) -> Factored:
     whole = dataclasses.replace(dim, size=base.shape[at])
     axes = (*weights[0].axes[:at], (whole,), *weights[0].axes[at + 1 :])
     paths = tuple(p for w in weights for p in w.site.paths)
+    rows = all(isinstance(w, Factored) and w.chosen for w in parts)
     fused = dataclasses.replace(
         weights[0],
         base=base,
         axes=axes,
+        chosen=weights[0].chosen if rows else (),
         site=dataclasses.replace(weights[0].site, paths=paths, scale=1.0),
     )
     if weights[0].a is None:
         return fused
     shaped = [_with_factors(w, weights[0], at) for w in parts]
+    dtype = jnp.result_type(*(f for w in shaped for f in (w.a, w.b)))
+    shaped = [
+        dataclasses.replace(w, a=w.a.astype(dtype), b=w.b.astype(dtype)) for w in shaped
+    ]
     # Where a factor holds the axis, and where it holds the rank.
     held_by_a, held_by_b = fused.dims("stack", "in"), fused.dims("stack", "out")
     rank_a, rank_b = len(held_by_a), len(fused.dims("stack"))
@@ -104,8 +111,9 @@ def _elsewhere(w: Factored, at: int) -> tuple[Any, ...]:
 def _with_factors(part: Any, like: Factored, at: int) -> Factored:
     """A part with its scale in B; zeros of rank 1 for one that is not adapted."""
     if isinstance(part, Factored):
-        scale = jnp.asarray(part.site.scale, part.b.dtype)
-        return dataclasses.replace(part, b=part.b * scale)
+        return dataclasses.replace(
+            part, a=widened(part.a), b=widened(part.b) * part.site.scale
+        )
     dim = dataclasses.replace(like.axes[at][0], size=part.shape[at])
     new = dataclasses.replace(
         like, axes=(*like.axes[:at], (dim,), *like.axes[at + 1 :])
@@ -114,8 +122,8 @@ def _with_factors(part: Any, like: Factored, at: int) -> Factored:
     rank = like.a.shape[-1] if dim.role == "stack" else 1
     return dataclasses.replace(
         new,
-        a=jnp.zeros((*stack, *in_, rank), like.a.dtype),
-        b=jnp.zeros((*stack, rank, *out), like.b.dtype),
+        a=jnp.zeros((*stack, *in_, rank), widened(like.a).dtype),
+        b=jnp.zeros((*stack, rank, *out), widened(like.b).dtype),
         site=Site(()),
     )
 

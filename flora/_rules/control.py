@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora import _compat
+from flora._errors import Unfactorable
 from flora._factored import RANK, Dim, Factored, per_dim, sole_dim, views
 from flora._forms import Labelled, contract
 from flora._interpreter import Context, interpret, settle
@@ -139,7 +140,17 @@ def cond(ctx: Context, eqn: Any, index: Any, *args: Any) -> Any:
 
         return fn
 
-    return lax.switch(index, [branch(b) for b in eqn.params["branches"]], *args)
+    branches = [branch(b) for b in eqn.params["branches"]]
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        return lax.switch(index, branches, *args)
+    default = None
+    of_platform = {}
+    for names, fn in zip(platforms, branches, strict=True):
+        if names is None:
+            default = fn
+        of_platform |= {name: fn for name in names or ()}
+    return lax.platform_dependent(*args, default=default, **of_platform)
 
 
 def _loop_invariant(
@@ -199,6 +210,8 @@ def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
     jaxpr = eqn.params["call_jaxpr"]
     if ctx.log is not None:
         return interpret(ctx, jaxpr, args)
+    if _keyed(args):
+        raise Unfactorable("dropout in a function with a derivative of its own")
     flat, tree = jax.tree.flatten(args)
 
     @jax.custom_jvp
@@ -221,8 +234,8 @@ def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
 
             return jax.jvp(fn, [primals[i] for i in at], tangents)
 
-        avals = [_like(v.aval) for v in eqn.invars]
-        rule = jax.make_jaxpr(both)(avals, [avals[i] for i in at])
+        like = _examples(args, eqn.invars)
+        rule = jax.make_jaxpr(both)(like, [like[i] for i in at])
 
         def along(part: Callable[[Any, Any], Any]) -> list[Any]:
             outs = interpret(ctx, rule, [*args, *(part(args[i], moved[i]) for i in at)])
@@ -254,9 +267,10 @@ def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
     jaxpr = eqn.params["call_jaxpr"]
     if ctx.log is not None:
         return interpret(ctx, jaxpr, args)
+    if _keyed(args):
+        raise Unfactorable("dropout in a function with a derivative of its own")
     flat, tree = jax.tree.flatten(args)
     at = [i for i, v in enumerate(eqn.invars) if _differentiable(v.aval)]
-    avals = [_like(v.aval) for v in eqn.invars]
     pullback: list[Any] = []
 
     def forward(*full: Any) -> Any:
@@ -268,7 +282,7 @@ def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
 
         outs, vjp = jax.vjp(fn, *(full[i] for i in at))
         residuals, vjp_tree = jax.tree.flatten(vjp)
-        pullback[:] = [vjp_tree, [_like(jax.typeof(r)) for r in residuals]]
+        pullback[:] = [vjp_tree]
         return outs, residuals
 
     @jax.custom_vjp
@@ -278,19 +292,22 @@ def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
 
     def fwd(*flat: Any) -> Any:
         args = jax.tree.unflatten(tree, flat)
-        outs = interpret(ctx, jax.make_jaxpr(forward)(*avals), args)
+        outs = interpret(
+            ctx, jax.make_jaxpr(forward)(*_examples(args, eqn.invars)), args
+        )
         n = len(eqn.outvars)
         ys = [settle(ctx, eqn, x, "a weight as the result") for x in outs[:n]]
         return ys, (outs[n:], args)
 
     def bwd(saved: Any, cotangents: Any) -> Any:
         residuals, args = saved
-        vjp_tree, like = pullback
-        outs = [_like(v.aval) for v in eqn.outvars]
+        (vjp_tree,) = pullback
+        like = [r.base if isinstance(r, Factored) else r for r in residuals]
         rule = jax.make_jaxpr(lambda res, cts: jax.tree.unflatten(vjp_tree, res)(cts))(
-            like, outs
+            like, _examples(cotangents, eqn.outvars)
         )
         grads = interpret(ctx, rule, [*residuals, *cotangents])
+        grads = [settle(ctx, eqn, g, "a weight as a gradient") for g in grads]
         of_arg = dict(zip(at, grads, strict=True))
         return tuple(
             ct for i, x in enumerate(args) for ct in _cotangent(x, of_arg.get(i))
@@ -323,9 +340,19 @@ def _cotangent(x: Any, g: Any) -> list[Any]:
     ]
 
 
+def _examples(values: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """What to trace with in the place of values.
+
+    Real arrays where there are any: inside `shard_map` their types say more than shapes.
+    """
+    examples = []
+    for x, v in zip(values, variables, strict=True):
+        array = x.base if isinstance(x, Factored) else x
+        if array is None or getattr(array, "dtype", None) != v.aval.dtype:
+            array = jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
+        examples.append(array)
+    return examples
+
+
 def _differentiable(aval: Any) -> bool:
     return jnp.issubdtype(aval.dtype, jnp.inexact)
-
-
-def _like(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)

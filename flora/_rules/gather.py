@@ -9,8 +9,8 @@ from jax import lax
 
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
-from flora._factored import RANK, Dim, Factored, relayout, views
-from flora._forms import Labelled, contract
+from flora._factored import RANK, Dim, Factored, views
+from flora._forms import Labelled, contract, widened
 
 
 def gather(ctx: Any, eqn: Any, w: Any, indices: Any) -> list[Any]:
@@ -80,10 +80,10 @@ def _rows(eqn: Any, w: Factored, base: Any, indices: Any, plan: _Plan) -> Any:
     out = [label for label in plan.out if label in present]
     aval = eqn.outvars[0].aval
     if jnp.issubdtype(aval.dtype, jnp.inexact):
+        b = dataclasses.replace(b, array=widened(b.array) * w.site.scale)
         a, b = (
             dataclasses.replace(f, array=f.array.astype(aval.dtype)) for f in (a, b)
         )
-    b = dataclasses.replace(b, array=b.array * jnp.asarray(w.site.scale, b.array.dtype))
     if {("i", n) for n in range(indices.ndim - 1)} - present:
         raise Unfactorable("a lookup that repeats the weight")
     y = contract(a, b, out).array.reshape(aval.shape)
@@ -95,13 +95,8 @@ def _gather_factor(eqn: Any, array: Any, labels: Any, indices: Any) -> Labelled:
     p, dn = eqn.params, eqn.params["dimension_numbers"]
     at = {label[1]: i for i, label in enumerate(labels) if label != RANK}
     components = [k for k, i in enumerate(dn.start_index_map) if i in at]
-    batching = [
-        (i, j)
-        for i, j in zip(
-            dn.operand_batching_dims, dn.start_indices_batching_dims, strict=True
-        )
-        if i in at
-    ]
+    pairs = zip(dn.operand_batching_dims, dn.start_indices_batching_dims, strict=True)
+    batching = sorted(((i, j) for i, j in pairs if i in at), key=lambda p: at[p[0]])
     if not components and not batching:
         return Labelled(array, labels)
     gone = {*dn.collapsed_slice_dims, *(i for i, _ in batching)}
@@ -113,7 +108,7 @@ def _gather_factor(eqn: Any, array: Any, labels: Any, indices: Any) -> Labelled:
         lax.GatherDimensionNumbers(
             offset_dims=tuple(range(n, n + len(own))),
             collapsed_slice_dims=tuple(
-                at[i] for i in dn.collapsed_slice_dims if i in at
+                sorted(at[i] for i in dn.collapsed_slice_dims if i in at)
             ),
             start_index_map=tuple(at[dn.start_index_map[k]] for k in components),
             operand_batching_dims=tuple(at[i] for i, _ in batching),
@@ -158,41 +153,36 @@ def _restack(
                     raise Unfactorable("a window of several joined axes")
                 axis = (dataclasses.replace(axis[0], size=size),)
             axes.append(axis)
-    chosen = tuple(sorted({*w.chosen, *(d.at[0] for d in old)}))
+    rows = {d.at[0] for d in old if d.role != "stack"}
+    chosen = tuple(sorted({*w.chosen, *rows}))
     new = dataclasses.replace(w, base=base, axes=tuple(axes), chosen=chosen)
     if w.a is None:
         return new
     v = views(w, "w")
     if any(len(s) > 1 for s in v.segments):
         raise Unfactorable("an index into several joined axes")
-    factors = {}
-    for name, array, labels, roles in (
-        ("a", v.a, v.a_labels, ("stack", "in", RANK)),
-        ("b", v.b, v.b_labels, ("stack", RANK, "out")),
+    rank = Dim((), w.a.shape[-1], "rank")
+    dims_of = dict(zip(plan.out, axes, strict=True)) | {RANK: (rank,)}
+    found = []
+    for array, labels, before, after in (
+        (v.a, v.a_labels, ("stack", "in"), ()),
+        (v.b, v.b_labels, ("stack",), ("out",)),
     ):
         got = _gather_factor(eqn, array, labels, indices)
         if any(label not in got.labels for label in plan.out if label[0] == "i"):
             raise Unfactorable("an index that repeats the weight")
-        order = [
-            label
-            for role in roles
-            for label in ([RANK] if role == RANK else _sorted_labels(plan, axes, role))
-            if label in got.labels
-        ]
-        factors[name] = lax.transpose(got.array, [got.labels.index(x) for x in order])
+        found.append(
+            _in_dims(got, dims_of, [*new.dims(*before), rank, *new.dims(*after)])
+        )
     key = w.key
     if key is not None:
         key = jax.random.fold_in(key.reshape(-1)[0], ctx.salt)
         key = jnp.broadcast_to(key, [d.size for d in new.dims("stack")])
-    new = dataclasses.replace(new, **factors, key=key)
-    return relayout(new, base, new.axes)
+    return dataclasses.replace(new, a=found[0], b=found[1], key=key)
 
 
-def _sorted_labels(plan: _Plan, axes: Any, role: str) -> list[Any]:
-    """Labels of the axes of a role, in the order in which a factor holds their dims."""
-    found = [
-        (axis[0].at, label)
-        for axis, label in zip(axes, plan.out, strict=True)
-        if axis and axis[0].role == role
-    ]
-    return [label for _, label in sorted(found, key=lambda pair: pair[0])]
+def _in_dims(got: Labelled, dims_of: Any, wanted: list[Dim]) -> Any:
+    """The factor with one axis a dim, in the order in which a factor holds them."""
+    held = [d for label in got.labels for d in dims_of[label]]
+    array = lax.reshape(got.array, [d.size for d in held])
+    return lax.transpose(array, [held.index(d) for d in wanted])

@@ -46,6 +46,8 @@ def _change(ctx: Any, eqn: Any, x: Any, w: Factored, sizes: Any, axes: Any) -> A
         raise Unfactorable("a ragged product with joined axes")
     dtype = compute_dtype_of(x.dtype, out.dtype)
     factors = [(v.a, v.a_labels), (v.b, v.b_labels)]
+    if g not in (*v.a_labels, *v.b_labels):  # an axis of size 1 that W gained
+        factors[0] = (v.a[None], (g, *v.a_labels))
     if k in v.b_labels:  # in and out are called the other way round
         factors.reverse()
     if k not in factors[0][1] or n not in factors[1][1]:

@@ -9,6 +9,7 @@ from jax import lax
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
 from flora._factored import Dim, Factored, per_dim, relayout, sole_dim, split_axes
+from flora._forms import widened
 
 
 def _base(eqn: Any, w: Factored, *rest: Any) -> Any:
@@ -18,6 +19,16 @@ def _base(eqn: Any, w: Factored, *rest: Any) -> Any:
 def on_base(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
     """Copies, casts, placements and names concern W alone."""
     return [dataclasses.replace(w, base=_base(eqn, w))]
+
+
+def device_put(ctx: Any, eqn: Any, *values: Any) -> list[Any]:
+    if any(isinstance(x, Factored) and x.base is None for x in values):
+        raise Unfactorable("a placement of a change to a weight")
+    bases = [x.base if isinstance(x, Factored) else x for x in values]
+    return [
+        dataclasses.replace(x, base=y) if isinstance(x, Factored) else y
+        for x, y in zip(values, eval_eqn(eqn, bases), strict=True)
+    ]
 
 
 def convert_element_type(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
@@ -123,8 +134,10 @@ def dynamic_slice(ctx: Any, eqn: Any, w: Any, *starts: Any) -> list[Factored]:
         return lax.dynamic_slice_in_dim(array, *cut, axis=at)
 
     new = _cut(ctx, eqn, w, _base(eqn, w, *starts), cuts, take)
+    if any(size != 1 for _, size in cuts.values()):
+        return [new]
     if sum(n > 1 for i, n in enumerate(w.shape) if i not in cuts) <= 1:
-        rows = {d.at[0] for i in cuts for d in w.axes[i]}
+        rows = {d.at[0] for i in cuts for d in w.axes[i] if d.role != "stack"}
         new = dataclasses.replace(new, chosen=tuple(sorted({*w.chosen, *rows})))
     return [new]
 
@@ -195,13 +208,17 @@ def _scaled(eqn: Any, w: Factored, base: Any, c: Any, apply: Any) -> Factored:
     c = lax.reshape(c, [d.size for d in dims])
     if not any(d.role == "in" for d in dims):
         held = [*w.dims("stack"), None, *w.dims("out")]
-        c = _spread(c, dims, held).astype(w.b.dtype)
-        return dataclasses.replace(new, b=apply(w.b, jnp.broadcast_to(c, w.b.shape)))
+        return dataclasses.replace(new, b=_times(w.b, _spread(c, dims, held), apply))
     if not any(d.role == "out" for d in dims):
         held = [*w.dims("stack", "in"), None]
-        c = _spread(c, dims, held).astype(w.a.dtype)
-        return dataclasses.replace(new, a=apply(w.a, jnp.broadcast_to(c, w.a.shape)))
+        return dataclasses.replace(new, a=_times(w.a, _spread(c, dims, held), apply))
     raise Unfactorable("a factor that varies along in and out axes")
+
+
+def _times(factor: Any, c: Any, apply: Any) -> Any:
+    """Scales in float32 or wider: a small c would vanish in a narrow factor."""
+    factor = widened(factor, c)
+    return apply(factor, jnp.broadcast_to(c.astype(factor.dtype), factor.shape))
 
 
 def _spread(c: Any, dims: list[Dim], held: list[Dim | None]) -> Any:

@@ -22,7 +22,6 @@ Eqn = Any
 Jaxpr = Any
 Literal = jex.Literal
 Primitive = jex.Primitive
-DropVar = jex.DropVar
 
 TESTED = "flora is tested with JAX 0.10.2 to 0.12: install one of these."
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from flora._factored import Factored, from_weight, undiscovered
 from flora._interpreter import Context, Use, interpret, lookup_roles
@@ -83,9 +84,9 @@ def _verified(
 
     def with_layout(layout: Layout, path: str) -> Callable[[Any], Factored]:
         def make(base: Any) -> Factored:
-            return _shape_only(
-                from_weight(LoraWeight(base, None, None, layout=layout), path)
-            )
+            # Factors of rank 1 are enough to see which rules apply.
+            a, b = map(jnp.ones, layout.factor_shapes(base.shape, 1))
+            return from_weight(LoraWeight(base, a, b, layout=layout), path)
 
         return make
 
@@ -106,13 +107,6 @@ def _verified(
         path: dataclasses.replace(f, uses=(*f.uses, *dense.get(path, ())))
         for path, f in found.items()
     }
-
-
-def _shape_only(w: Factored) -> Factored:
-    """Abstract factors of rank 1, enough to see which rules apply."""
-    stack, in_, out = ([d.size for d in w.dims(r)] for r in ("stack", "in", "out"))
-    ones = jax.numpy.ones
-    return dataclasses.replace(w, a=ones((*stack, *in_, 1)), b=ones((*stack, 1, *out)))
 
 
 def _walk(

@@ -60,17 +60,16 @@ class Context:
     jitted: dict[Any, Callable] = dataclasses.field(default_factory=dict)
 
     def claim(
-        self, w: Any, eqn: Any, roles: Mapping[int, str], firm: bool = True
+        self, w: Factored, eqn: Any, roles: Mapping[int, str], firm: bool = True
     ) -> None:
         """Records what an operation says of the axes of a weight."""
-        if isinstance(w, Factored):
-            found = {
-                (d.at[0], role)
-                for i, role in roles.items()
-                for d in w.axes[i]
-                if d.at[0] >= 0
-            }
-            self.record(w, eqn, found, firm)
+        found = {
+            (d.at[0], role)
+            for i, role in roles.items()
+            for d in w.axes[i]
+            if d.at[0] >= 0
+        }
+        self.record(w, eqn, found, firm)
 
     def record(
         self, w: Factored, eqn: Any, found: set[tuple[int, str]], firm: bool = True

@@ -52,8 +52,8 @@ def stage(
     outs: dict[str, Any] = {}
 
     def flat(tree_arrays: list[Any], rest_arrays: list[Any]) -> list[Any]:
-        tree = treedef.unflatten(_filled(leaves, in_tree, tree_arrays))
-        args, kwargs = rest_def.unflatten(_filled(rest, in_rest, rest_arrays))
+        tree = treedef.unflatten(filled(leaves, in_tree, tree_arrays))
+        args, kwargs = rest_def.unflatten(filled(rest, in_rest, rest_arrays))
         found, outs["def"] = jax.tree_util.tree_flatten_with_path(
             fn(tree, *args, **kwargs)
         )
@@ -68,15 +68,16 @@ def stage(
     static = [None if i in set(at) else x for i, x in enumerate(outs["all"])]
 
     def finish(values: Sequence[Any]) -> Any:
-        return out_def.unflatten(_filled(static, at, values))
+        return out_def.unflatten(filled(static, at, values))
 
     position = {i: k for k, i in enumerate(in_tree)}
     inputs = [position.get(i) for i in range(len(leaves))]
     return Staged(jaxpr, inputs, arrays, finish, [outs["paths"][i] for i in at])
 
 
-def _filled(values: Sequence[Any], at: Sequence[int], new: Sequence[Any]) -> list[Any]:
-    filled = list(values)
+def filled(values: Sequence[Any], at: Sequence[int], new: Sequence[Any]) -> list[Any]:
+    """The values with `new` ones at some positions."""
+    result = list(values)
     for i, x in zip(at, new, strict=True):
-        filled[i] = x
-    return filled
+        result[i] = x
+    return result

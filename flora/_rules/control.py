@@ -13,6 +13,7 @@ from flora._errors import Unfactorable
 from flora._factored import RANK, Dim, Factored, per_dim, sole_dim, views
 from flora._forms import Labelled, contract
 from flora._interpreter import Context, interpret, settle
+from flora._trace import filled
 
 
 def jit(ctx: Context, eqn: Any, *args: Any) -> Any:
@@ -74,23 +75,17 @@ def scan(ctx: Context, eqn: Any, *args: Any) -> Any:
     def body(carry: Any, step: Any) -> Any:
         i, state = carry
         weights = [_at_step(w, i) for w in consts]
-        state = [
-            _at_step(fixed[k], i) if k in fixed else x for k, x in enumerate(state)
-        ]
         rows = [
             _at_step(rebuild(x), i) for (_, rebuild), x in zip(slots, step, strict=True)
         ]
+        state = _restored(fixed, state, i)
         outs = interpret(ctx, parts.jaxpr, [*weights, *state, *rows])
         state, ys = outs[: parts.num_carry], outs[parts.num_carry :]
-        state = [
-            None if k in fixed else settle(ctx, eqn, x, "a weight as a loop's result")
-            for k, x in enumerate(state)
-        ]
         ys = [settle(ctx, eqn, y, "a weight as a loop's output") for y in ys]
-        return (None if i is None else i + 1, state), ys
+        return (None if i is None else i + 1, _carried(ctx, eqn, fixed, state)), ys
 
     start = jnp.int32(0) if _keyed(args) else None
-    init = [None if k in fixed else x for k, x in enumerate(init)]
+    init = _carried(ctx, eqn, fixed, init)
     (_, state), ys = lax.scan(
         body, (start, init), [x for x, _ in slots], **parts.options
     )
@@ -105,27 +100,22 @@ def while_(ctx: Context, eqn: Any, *args: Any) -> Any:
     inner, _ = _compat.open_jaxpr(p["body_jaxpr"])
     fixed = _loop_invariant(ctx, eqn, init, inner.invars[n_body:], inner.outvars)
 
-    def filled(i: Any, state: Any) -> list[Any]:
-        return [_at_step(fixed[k], i) if k in fixed else x for k, x in enumerate(state)]
-
     def cond(carry: Any) -> Any:
         i, state = carry
         weights = [_at_step(w, i) for w in cond_consts]
-        (go,) = interpret(ctx, p["cond_jaxpr"], [*weights, *filled(i, state)])
+        state = _restored(fixed, state, i)
+        (go,) = interpret(ctx, p["cond_jaxpr"], [*weights, *state])
         return go
 
     def body(carry: Any) -> Any:
         i, state = carry
         weights = [_at_step(w, i) for w in body_consts]
-        outs = interpret(ctx, p["body_jaxpr"], [*weights, *filled(i, state)])
-        outs = [
-            None if k in fixed else settle(ctx, eqn, x, "a weight as a loop's result")
-            for k, x in enumerate(outs)
-        ]
-        return None if i is None else i + 1, outs
+        state = _restored(fixed, state, i)
+        outs = interpret(ctx, p["body_jaxpr"], [*weights, *state])
+        return None if i is None else i + 1, _carried(ctx, eqn, fixed, outs)
 
     start = jnp.int32(0) if _keyed(args) else None
-    init = [None if k in fixed else x for k, x in enumerate(init)]
+    init = _carried(ctx, eqn, fixed, init)
     _, state = lax.while_loop(cond, body, (start, init))
     return [fixed.get(k, x) for k, x in enumerate(state)]
 
@@ -165,6 +155,21 @@ def _loop_invariant(
             else:
                 init[k] = settle(ctx, eqn, x, "a weight that a loop changes")
     return fixed
+
+
+def _carried(
+    ctx: Context, eqn: Any, fixed: dict[int, Factored], values: Sequence[Any]
+) -> list[Any]:
+    """What a loop carries: arrays, and `None` for weights that no step changes."""
+    return [
+        None if k in fixed else settle(ctx, eqn, x, "a weight as a loop's result")
+        for k, x in enumerate(values)
+    ]
+
+
+def _restored(fixed: dict[int, Factored], state: Sequence[Any], i: Any) -> list[Any]:
+    """The carried values of step i, with those weights in their places."""
+    return [_at_step(fixed[k], i) if k in fixed else x for k, x in enumerate(state)]
 
 
 def _scanned(ctx: Context, eqn: Any, w: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -227,10 +232,7 @@ def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
 
         def both(primals: Any, tangents: Any) -> Any:
             def fn(*some: Any) -> Any:
-                full = list(primals)
-                for i, x in zip(at, some, strict=True):
-                    full[i] = x
-                return _compat.eval_eqn(eqn, full)
+                return _compat.eval_eqn(eqn, filled(primals, at, some))
 
             return jax.jvp(fn, [primals[i] for i in at], tangents)
 
@@ -275,10 +277,7 @@ def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
 
     def forward(*full: Any) -> Any:
         def fn(*some: Any) -> Any:
-            values = list(full)
-            for i, x in zip(at, some, strict=True):
-                values[i] = x
-            return _compat.eval_eqn(eqn, values)
+            return _compat.eval_eqn(eqn, filled(full, at, some))
 
         outs, vjp = jax.vjp(fn, *(full[i] for i in at))
         residuals, vjp_tree = jax.tree.flatten(vjp)

@@ -85,6 +85,14 @@ class P:
     optimization_barrier = _primitive_of(lambda x: lax.optimization_barrier(x))
     split = _primitive_of(lambda x: lax.split(x, (1, 1)))
     stack = _primitive_of(lambda x: jnp.stack([x, x]))
+    tile = _primitive_of(lambda x: jnp.tile(x, 2))
+    add = _named("add_p")
+    add_any = _named("add_jaxvals_p")
+    sub = _named("sub_p")
+    complex = _named("complex_p")
+    pad = _named("pad_p")
+    square = _named("square_p")
+    integer_pow = _named("integer_pow_p")
     mul = _named("mul_p")
     div = _named("div_p")
     neg = _named("neg_p")
@@ -130,6 +138,14 @@ _PARAMS = {
     P.rev: "dimensions",
     P.concatenate: "dimension",
     P.stack: "axis",
+    P.tile: "reps",
+    P.add: "",
+    P.add_any: "",
+    P.sub: "",
+    P.complex: "",
+    P.pad: "padding_config",
+    P.square: "",
+    P.integer_pow: "y",
     P.mul: "out_dtype",
     P.div: "",
     P.neg: "",

@@ -135,7 +135,7 @@ def _plain_leaf(leaf: Any) -> Any:
 
 def _covered(path: str, leaf: Any, finding: Finding) -> LeafCoverage:
     reason = finding.conflict or (
-        "returned by the function" if finding.returned else ""
+        "returned, changed, by the function" if finding.returned else ""
     )
     return LeafCoverage(
         path,

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora._factored import Factored, from_weight, undiscovered
+from flora._factored import Factored, Squared, from_weight, undiscovered
 from flora._interpreter import Context, Use, interpret, lookup_roles
-from flora._rules import RULES
+from flora._rules import RULES, RULES_FOR_SQUARES
 from flora._trace import Staged, stage
 from flora._weight import Layout, LoraWeight
 
@@ -22,7 +22,7 @@ class Finding:
       uses: the operations that read the leaf, in order.
       layout: the layout they imply, if they agree on one.
       conflict: why there is no layout, or ''.
-      returned: whether the function returns the leaf itself.
+      returned: whether the function returns what it made of the leaf, unformed.
     """
 
     uses: tuple[Use, ...]
@@ -121,14 +121,21 @@ def _walk(
         for i, k in enumerate(staged.tree_inputs):
             if k is not None and i in make:
                 values[k] = make[i](values[k])
-        outs = interpret(Context(RULES, log), staged.jaxpr, [*values, *args])
+        ctx = Context(RULES, RULES_FOR_SQUARES, log)
+        outs = interpret(ctx, staged.jaxpr, [*values, *args])
         for x in outs:
-            if isinstance(x, Factored) and x.chosen:
-                roles = tuple(sorted(lookup_roles(x)))
-                for path in x.site.paths:
-                    log.setdefault(Use(path, "output", "the function's result", roles))
-            elif isinstance(x, Factored):
+            x = x.root if isinstance(x, Squared) else x
+            if not isinstance(x, Factored) or any(x is w for w in values):
+                continue
+            if x.chosen:
+                for path, roles in x.site.by_path(lookup_roles(x)):
+                    use = (path, "output", "the function's result")
+                    log.setdefault(Use(*use, tuple(sorted(roles))))
+            elif not x.summed:
                 returned.update(x.site.paths)
+            else:
+                for path in x.site.paths:
+                    log.setdefault(Use(path, "output", "the function's result"))
 
     arrays = [
         x for x, k in zip(leaves, staged.tree_inputs, strict=True) if k is not None
@@ -160,7 +167,11 @@ def _agree(uses: Sequence[Use], ndim: int) -> tuple[Layout | None, str]:
             roles = aligned
         chosen = roles | chosen
     if first is None:
-        return None, ""
+        sums = [use for use in uses if use.firm and not use.dense]
+        if not sums or any(use.dense for use in uses):
+            return None, ""
+        where = f"'{sums[0].primitive}' at {sums[0].source}"
+        return None, f"{where} sums over it, and nothing multiplies by it"
     groups = {
         role: tuple(i for i in range(ndim) if chosen.get(i, "stack") == role)
         for role in ("stack", "in", "out")

@@ -11,10 +11,11 @@ During discovery the factors are `None` and the roles are not yet known.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from flora._errors import Unfactorable
@@ -37,25 +38,56 @@ class Dim:
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """A leaf that a value was made of.
+
+    Attributes:
+      path: the leaf.
+      axes: for the first index of a dim's `at` the leaf's axes that it stands for;
+        `None` where each stands for itself.
+    """
+
+    path: str
+    axes: Mapping[int, tuple[int, ...]] | None = None
+
+    def axes_of(self, index: int) -> tuple[int, ...]:
+        if self.axes is None:
+            return (index,) if index >= 0 else ()
+        return self.axes.get(index, ())
+
+
+@dataclasses.dataclass(frozen=True)
 class Site:
     """What stays the same about a weight wherever it travels.
 
     Attributes:
-      paths: the leaf; several where a function concatenates weights.  Not compared, so
-        that layers that call one jitted function share its trace.
+      origins: the leaf; several where a function joins or adds weights.  Not compared,
+        so that layers that call one jitted function share its trace.
       scale: of A B.
       dropout: the rate.
       fallback: 'error' or 'materialize'.
     """
 
-    paths: tuple[str, ...] = dataclasses.field(compare=False)
+    origins: tuple[Origin, ...] = dataclasses.field(compare=False)
     scale: float = 1.0
     dropout: float = 0.0
     fallback: str = "error"
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(origin.path for origin in self.origins))
+
+    @property
     def path(self) -> str:
         return "' and '".join(self.paths)
+
+    def by_path(
+        self, roles: Iterable[tuple[int, str]]
+    ) -> Iterator[tuple[str, set[tuple[int, str]]]]:
+        """`(index, role)` pairs as each leaf's own `(axis, role)` pairs."""
+        for origin in self.origins:
+            found = {(a, role) for i, role in roles for a in origin.axes_of(i)}
+            yield origin.path, found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +103,7 @@ class Factored:
       site: path and settings.
       chosen: axes of the stored weight of which indices chose rows; such a value can
         pass for activations.
+      summed: whether axes were summed away; such a value is small and can be formed.
     """
 
     base: Any
@@ -80,6 +113,7 @@ class Factored:
     axes: tuple[tuple[Dim, ...], ...]
     site: Site
     chosen: tuple[int, ...] = ()
+    summed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -94,8 +128,29 @@ class Factored:
 jax.tree_util.register_dataclass(
     Factored,
     data_fields=["base", "a", "b", "key"],
-    meta_fields=["axes", "site", "chosen"],
+    meta_fields=["axes", "site", "chosen", "summed"],
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Squared:
+    """The squares of a weight's elements, on their way to a sum.
+
+    Attributes:
+      value: W², `[...]`.
+      root: the weight.
+    """
+
+    value: Any
+    root: Factored
+
+
+jax.tree_util.register_dataclass(Squared, data_fields=["value", "root"], meta_fields=[])
+
+
+def is_lazy(x: Any) -> bool:
+    """Whether x is a weight, or the squares of one, that is not formed."""
+    return isinstance(x, Factored | Squared)
 
 
 def from_weight(weight: LoraWeight, path: str) -> Factored:
@@ -104,7 +159,7 @@ def from_weight(weight: LoraWeight, path: str) -> Factored:
         (Dim((i,), size, weight.layout.role(i)),)
         for i, size in enumerate(weight.base.shape)
     )
-    site = Site((path,), weight.scale, weight.dropout, weight.fallback)
+    site = Site((Origin(path),), weight.scale, weight.dropout, weight.fallback)
     key = weight.key if weight.dropout else None
     return Factored(weight.base, weight.a, weight.b, key, axes, site)
 
@@ -112,7 +167,7 @@ def from_weight(weight: LoraWeight, path: str) -> Factored:
 def undiscovered(base: Any, path: str) -> Factored:
     """A weight whose layout is still to be found."""
     axes = tuple((Dim((i,), size),) for i, size in enumerate(base.shape))
-    return Factored(base, None, None, None, axes, Site((path,)))
+    return Factored(base, None, None, None, axes, Site((Origin(path),)))
 
 
 def relayout(w: Factored, base: Any, axes: Sequence[tuple[Dim, ...]]) -> Factored:
@@ -131,6 +186,108 @@ def relayout(w: Factored, base: Any, axes: Sequence[tuple[Dim, ...]]) -> Factore
 
 
 _ROLES = ("stack", "in", "out")
+
+
+def flattened(w: Factored, at: Iterable[int] | None = None) -> Factored:
+    """The same weight with one dim an axis (or each axis of `at`), numbered anew.
+
+    All axes: by position, so that weights of other leaves compare.
+    """
+    first = _FRESH
+    if at is not None:
+        first += max([0, *(d.at[0] + 1 for axis in w.axes for d in axis)])
+    mine = range(len(w.axes)) if at is None else at
+    big = {i: tuple(d for d in w.axes[i] if d.size > 1) or w.axes[i][:1] for i in mine}
+    w = relayout(w, w.base, [big.get(i, axis) for i, axis in enumerate(w.axes)])
+    if any(len({d.role for d in dims}) > 1 for dims in big.values()):
+        raise Unfactorable("an axis that joins axes of other roles")
+    new = {
+        i: Dim((first + i,), w.shape[i], dims[0].role)
+        for i, dims in big.items()
+        if dims
+    }
+    axes = tuple((new[i],) if i in new else axis for i, axis in enumerate(w.axes))
+    renamed = {dim.at[0]: tuple(d.at[0] for d in big[i]) for i, dim in new.items()}
+    kept = {d.at[0]: (d.at[0],) for axis in axes for d in axis if d not in new.values()}
+    merged = dataclasses.replace(w, axes=axes, site=_renumbered(w.site, renamed | kept))
+    if w.a is None:
+        return merged
+
+    parts = {d: big[i] for i, d in new.items()}
+
+    def order(*roles: str) -> list[int]:
+        """Where the dims of each new dim were, in the order of the new ones."""
+        held = w.dims(*roles)
+        found = [p for d in merged.dims(*roles) for p in parts.get(d, (d,))]
+        return [held.index(d) for d in found]
+
+    stack, a, b = order("stack"), order("stack", "in"), order("stack", "out")
+    n = len(stack)
+    merged = dataclasses.replace(
+        merged,
+        a=lax.transpose(w.a, [*a, len(a)]),
+        b=lax.transpose(w.b, [*b[:n], n, *(i + 1 for i in b[n:])]),
+        key=None if w.key is None else w.key.transpose(stack),
+    )
+    return relayout(merged, w.base, axes)
+
+
+_FRESH = 1000  # above every axis of a stored weight
+
+
+def _renumbered(site: Site, renamed: Mapping[int, tuple[int, ...]]) -> Site:
+    def of(origin: Origin) -> Origin:
+        axes = {
+            new: tuple(sorted({a for i in old for a in origin.axes_of(i)}))
+            for new, old in renamed.items()
+        }
+        return Origin(origin.path, axes)
+
+    return dataclasses.replace(site, origins=tuple(map(of, site.origins)))
+
+
+def swapped(w: Factored) -> Factored:
+    """The same weight with in and out, and so A and B, called the other way round."""
+    role = {"in": "out", "out": "in"}
+    axes = tuple(
+        tuple(dataclasses.replace(d, role=role.get(d.role, d.role)) for d in axis)
+        for axis in w.axes
+    )
+    new = dataclasses.replace(w, axes=axes)
+    if w.a is None:
+        return new
+    n = len(w.dims("stack"))
+    return dataclasses.replace(
+        new, a=jnp.moveaxis(w.b, n, -1), b=jnp.moveaxis(w.a, -1, n)
+    )
+
+
+def grown(w: Factored, base: Any, axis: int, dim: Dim) -> Factored:
+    """The same weight repeated along an axis of size 1, which becomes `dim`."""
+    axes = list(w.axes)
+    axes[axis] = ()
+    w = relayout(w, base, axes)
+    axes[axis] = (dim,)
+    new = dataclasses.replace(w, axes=tuple(axes))
+    if w.a is None:
+        return new
+
+    def repeat(array: Any, held: list[Dim], rank_at: int) -> Any:
+        if dim not in held:
+            return array
+        at = held.index(dim)
+        at += at >= rank_at
+        shape = (*array.shape[:at], dim.size, *array.shape[at:])
+        kept = [i for i in range(len(shape)) if i != at]
+        return lax.broadcast_in_dim(array, shape, kept)
+
+    stack, in_, out = (new.dims(role) for role in _ROLES)
+    a = repeat(w.a, [*stack, *in_], len([*stack, *in_]))
+    b = repeat(w.b, [*stack, *out], len(stack))
+    key = w.key
+    if key is not None:
+        key = jnp.broadcast_to(key.reshape(-1)[0], [d.size for d in stack])
+    return dataclasses.replace(new, a=a, b=b, key=key)
 
 
 def per_dim(

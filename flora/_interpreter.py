@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 
 from flora import _compat
 from flora._errors import LoraError, Unfactorable, human_bytes
-from flora._factored import Factored
+from flora._factored import Factored, Squared, is_lazy
 from flora._forms import materialized
 
 Rule = Callable[..., Sequence[Any]]
@@ -49,12 +50,14 @@ class Context:
 
     Attributes:
       rules: the table.
+      rules_for_squares: the table for operations that read squares of weights.
       log: where uses are recorded, as keys, in order; `None` while computing.
       salt: tells apart the dropout masks of a weight that is used more than once.
       jitted: inner functions that are jitted already, so that JAX traces them once.
     """
 
     rules: Mapping[Any, Rule]
+    rules_for_squares: Mapping[Any, Rule]
     log: dict[Use, None] | None = None
     salt: int = 0
     jitted: dict[Any, Callable] = dataclasses.field(default_factory=dict)
@@ -63,22 +66,23 @@ class Context:
         self, w: Factored, eqn: Any, roles: Mapping[int, str], firm: bool = True
     ) -> None:
         """Records what an operation says of the axes of a weight."""
-        found = {
-            (d.at[0], role)
-            for i, role in roles.items()
-            for d in w.axes[i]
-            if d.at[0] >= 0
-        }
+        found = {(d.at[0], role) for i, role in roles.items() for d in w.axes[i]}
         self.record(w, eqn, found, firm)
 
     def record(
         self, w: Factored, eqn: Any, found: set[tuple[int, str]], firm: bool = True
     ) -> None:
-        """Records roles of the stored weight's axes."""
-        if found:
-            self._log(w, eqn, roles=tuple(sorted(found)), firm=firm)
+        """Records roles of the stored weights' axes."""
+        if (log := self.log) is None:
+            return
+        source = _compat.source_line(eqn)
+        for path, roles in w.site.by_path(found):
+            if roles:
+                use = Use(path, eqn.primitive.name, source, tuple(sorted(roles)), firm)
+                log.setdefault(use)
 
-    def _log(self, w: Factored, eqn: Any, **what: Any) -> None:
+    def note(self, w: Factored, eqn: Any, **what: Any) -> None:
+        """Records a use that says nothing of the axes."""
         if (log := self.log) is None:
             return
         source = _compat.source_line(eqn)
@@ -90,7 +94,7 @@ class Context:
         itemsize = 4 if w.base is None else w.base.dtype.itemsize
         size = math.prod(w.shape) * itemsize
         if self.log is not None:
-            self._log(w, eqn, dense=reason, bytes=size)
+            self.note(w, eqn, dense=reason, bytes=size)
         elif w.site.fallback != "materialize":
             source = _compat.source_line(eqn)
             use = Use(w.site.path, eqn.primitive.name, source, dense=reason, bytes=size)
@@ -125,7 +129,7 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
             if not isinstance(v, _compat.Literal):
                 last_use[v] = i
 
-    touched = {v for v, x in env.items() if isinstance(x, Factored)}
+    touched = {v for v, x in env.items() if is_lazy(x)}
     untouched: list[Any] = []
 
     def flush(before: int) -> None:
@@ -145,7 +149,7 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         outs = _apply_rule(ctx, i, eqn, [read(v) for v in eqn.invars])
         for v, x in zip(eqn.outvars, outs, strict=True):
             env[v] = x
-            if isinstance(x, Factored):
+            if is_lazy(x):
                 touched.add(v)
     flush(len(jaxpr.eqns))
     return [read(v) for v in jaxpr.outvars]
@@ -154,10 +158,12 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
 def _apply_rule(ctx: Context, i: int, eqn: Any, values: list[Any]) -> Sequence[Any]:
     ctx = dataclasses.replace(ctx, salt=zlib.crc32(f"{ctx.salt}/{i}".encode()))
     with _compat.eqn_scope(eqn):
-        rule = ctx.rules.get(eqn.primitive)
+        squares = any(isinstance(x, Squared) for x in values)
+        rule = (ctx.rules_for_squares if squares else ctx.rules).get(eqn.primitive)
         try:
             if rule is None:
-                raise Unfactorable("no rule for this primitive")
+                what = "squares of a weight that are not summed"
+                raise Unfactorable(what if squares else "no rule for this primitive")
             if unknown := _compat.unknown_params(eqn):
                 raise _other_jax(eqn, values, f"the parameters {sorted(unknown)}")
             return rule(ctx, eqn, *values)
@@ -179,16 +185,24 @@ def _other_jax(eqn: Any, values: Sequence[Any], what: str) -> LoraError:
 
 
 def settle(ctx: Context, eqn: Any, x: Any, reason: str) -> Any:
-    """A plain array for x.  Rows that an index looked up are activations already."""
+    """A plain array for x.
+
+    Rows that an index looked up are activations already, and sums over axes are small.
+    """
+    if isinstance(x, Squared):
+        return lax.square(settle(ctx, eqn, x.root, reason)).astype(x.value.dtype)
     if not isinstance(x, Factored):
         return x
     if x.chosen and x.base is not None:
         ctx.record(x, eqn, lookup_roles(x))
-        return materialized(x)
-    return ctx.dense(x, eqn, reason)
+    elif x.summed:
+        ctx.note(x, eqn)
+    else:
+        return ctx.dense(x, eqn, reason)
+    return materialized(x)
 
 
 def lookup_roles(x: Factored) -> set[tuple[int, str]]:
     """What rows that pass for activations say of the axes of the stored weight."""
-    rest = {d.at[0] for axis in x.axes for d in axis if d.at[0] >= 0} - {*x.chosen}
+    rest = {d.at[0] for axis in x.axes for d in axis} - {*x.chosen}
     return {(i, "in") for i in x.chosen} | {(i, "out") for i in rest}

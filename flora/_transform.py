@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._errors import LoraError, LoraTypeError, fail
-from flora._factored import Factored, from_weight
+from flora._factored import Factored, Squared, from_weight
 from flora._forms import materialized
 from flora._interpreter import Context, interpret
-from flora._rules import RULES
+from flora._rules import RULES, RULES_FOR_SQUARES
 from flora._select import named_leaves
 from flora._trace import is_array, stage
 from flora._weight import LoraWeight, Trained, is_node
@@ -35,11 +35,12 @@ def lora(fn: Callable, *, fallback: str | None = None) -> Callable:
         rule, 'error' refuses; by default what `LoraConfig.fallback` said.
 
     Returns:
-      A function of `(tree, *args, **kwargs)` with the outputs of `fn`.
+      A function of `(tree, *args, **kwargs)` with the outputs of `fn`.  Where `fn`
+      returns an adapted leaf as it came in (an NNX state, say), its node comes back.
 
     Raises:
       LoraError: an operation reads an adapted weight and has no factored rule, or the
-        tree's factors do not fit its weights, or `fn` returns an adapted weight.
+        tree's factors do not fit its weights, or `fn` returns a changed weight.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora
@@ -73,9 +74,19 @@ def lora(fn: Callable, *, fallback: str | None = None) -> Callable:
         inputs = [
             x for x, k in zip(values, staged.tree_inputs, strict=True) if k is not None
         ]
-        outs = interpret(Context(RULES), staged.jaxpr, [*inputs, *staged.args])
+        outs = interpret(
+            Context(RULES, RULES_FOR_SQUARES), staged.jaxpr, [*inputs, *staged.args]
+        )
+        unchanged = {
+            id(x): leaf
+            for x, (_, leaf) in zip(values, named, strict=True)
+            if is_node(leaf)
+        }
         return staged.finish(
-            [_settled(x, path) for x, path in zip(outs, staged.outputs, strict=True)]
+            [
+                unchanged[id(x)] if id(x) in unchanged else _settled(x, path)
+                for x, path in zip(outs, staged.outputs, strict=True)
+            ]
         )
 
     return run_on_adapted
@@ -96,19 +107,21 @@ def _value(path: str, leaf: Any, fallback: str | None) -> Any:
 
 
 def _settled(x: Any, path: str) -> Any:
+    if isinstance(x, Squared):
+        return jnp.square(_settled(x.root, path)).astype(x.value.dtype)
     if not isinstance(x, Factored):
         return x
-    if x.chosen or x.site.fallback == "materialize":
+    if x.chosen or x.summed or x.site.fallback == "materialize":
         return materialized(x)
     raise LoraError(returned_raw(x.site.path, path))
 
 
 def returned_raw(path: str, output: str = "") -> str:
-    """The message for a function that hands out an adapted weight."""
+    """The message for a function that hands out what it made of an adapted weight."""
     where = f" as output {output}" if output else ""
     return (
-        f"The function returns the weight '{path}' itself{where}; it has no factored "
-        "form there. Return only what the call computes or changes, call it on "
+        f"The function returns '{path}' changed{where}, and a changed weight has no "
+        "factored form there. Return only what the call computes, call it on "
         'flora.merge(tree), or pass fallback="materialize".'
     )
 

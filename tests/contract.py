@@ -13,6 +13,8 @@ from flora._compat import P, open_jaxpr
 from flora._select import named_leaves
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
+# A few units in the last place.
+COMPILED = {"float64": 2e-15, "float32": 1e-6, "bfloat16": 6e-2, "float16": 8e-3}
 
 # What may have the shape of a weight: the weight itself, seen otherwise.
 VIEWS = {
@@ -63,10 +65,15 @@ def weights(tree):
 
 
 def close(actual, expected, tolerance=None):
-    """Same structure, shapes and dtypes; values within tolerance of max|expected|."""
+    """Same structure, shapes and dtypes; values within tolerance of max|expected|.
+
+    The tolerance is a number, or one for each dtype.
+    """
+    of_dtype = tolerance if isinstance(tolerance, dict) else TOLERANCE
+    number = None if isinstance(tolerance, dict) else tolerance
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        tol = tolerance or TOLERANCE.get(str(y.dtype), 0)
+        tol = number or of_dtype.get(str(y.dtype), 0)
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         np.testing.assert_allclose(x, y, rtol=0, atol=tol * max(np.abs(y).max(), 1e-30))
 
@@ -141,36 +148,33 @@ def equations(jaxpr):
 
 
 def dense_arrays(fn, shapes, *args, views=()):
-    """Equations that make an array of one of the shapes, and are no mere views."""
-    jaxpr = jax.make_jaxpr(fn)(*args)
+    """Equations that make an array of one of the shapes, and are no mere views.
+
+    In any order of the axes: JAX makes a dense dW transposed.
+    """
+    jaxpr, sizes = jax.make_jaxpr(fn)(*args), {tuple(sorted(s)) for s in shapes}
     return [
         eqn
         for eqn in equations(jaxpr)
         for v in eqn.outvars
         if eqn.primitive not in {*VIEWS, *views}
-        and getattr(v.aval, "shape", None) in shapes
+        and tuple(sorted(getattr(v.aval, "shape", ()))) in sizes
     ]
 
 
-def check(
-    fn, params, *args, tolerance=None, jit_exact=True, views=(), vmap=True, **config
-):
+def check(fn, params, *args, tolerance=None, views=(), vmap=True, **config):
     """The whole contract for `fn(params, *args)`; returns the adapted tree.
 
-    `jit_exact=False` is for functions whose products XLA lays out anew once something
-    is added to them: compiled, they start within rounding of the base model.  `views` are primitives
-    by which the function itself makes other arrays of a weight's shape.  `vmap=False`
-    is for operations that JAX itself cannot batch.
+    One operation at a time it starts as the base model bit for bit; compiled, within
+    a few units in the last place, since XLA fuses other operations on other machines.
+    `views` are primitives by which the function itself makes other arrays of a weight's
+    shape.  `vmap=False` is for operations that JAX itself cannot batch.
     """
     adapted = adapt(fn, params, *args, **config)
     apply = flora.lora(fn)
     plain = fn(params, *args)
     chex.assert_trees_all_equal(apply(adapted, *args), plain)
-    both = (jax.jit(apply)(adapted, *args), jax.jit(fn)(params, *args))
-    if jit_exact:
-        chex.assert_trees_all_equal(*both)
-    else:
-        close(*both, 1e-6)
+    close(jax.jit(apply)(adapted, *args), jax.jit(fn)(params, *args), COMPILED)
     adapted = randomized(adapted)
     got = jax.jit(lambda t, args: _everything(fn, t, args, vmap))(adapted, args)
     expected = got.pop("merged")
@@ -183,7 +187,8 @@ def check(
     for name, out in got.items():
         close(out, expected, tolerance)
         assert name
-    assert dense_arrays_of_step(fn, adapted, *args, views=views) == []
+    dense = dense_arrays_of_step(fn, adapted, *args, views=views)
+    assert dense == [], [eqn.primitive for eqn in dense]
     return adapted
 
 

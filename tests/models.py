@@ -127,7 +127,7 @@ def batch_norm():
     def fn(variables, x):
         return module.apply(variables, x, train=True, mutable=["batch_stats"])
 
-    return Model(fn, variables, (x,), settings={"jit_exact": False})
+    return Model(fn, variables, (x,))
 
 
 def boxed():

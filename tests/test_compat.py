@@ -12,7 +12,7 @@ import flora
 from flora import _compat
 from flora._compat import P
 from flora._interpreter import Context, interpret
-from flora._rules import RULES
+from flora._rules import RULES, RULES_FOR_SQUARES
 
 
 def fn(p, x):
@@ -53,7 +53,7 @@ def test_a_renamed_parameter_fails_with_one_message(new, what):
         rf"'dot_general' at test_compat.py:.* reads 'w'.* it has {what}.*install one"
     )
     with pytest.raises(flora.LoraError, match=message):
-        interpret(Context(RULES), changed, [weight, x])
+        interpret(Context(RULES, RULES_FOR_SQUARES), changed, [weight, x])
 
 
 def test_a_renamed_primitive_fails_at_import(monkeypatch):
@@ -68,7 +68,7 @@ def test_a_primitive_that_splits_in_two_is_refused_by_name():
     jaxpr = jax.make_jaxpr(lambda w, x: x @ w)(tree["w"].base, x)
     weight = flora._factored.from_weight(tree["w"], "w")
     with pytest.raises(flora.LoraError, match=r"'dot_general' .*no rule for this prim"):
-        interpret(Context(rules), jaxpr, [weight, x])
+        interpret(Context(rules, {}), jaxpr, [weight, x])
 
 
 def test_importing_flora_starts_no_backend():

@@ -131,7 +131,7 @@ def used(fn, x):
 )
 def test_contract_of_control_flow(x64, fn):
     x = array(3, 7)
-    contract.check(fn, used(fn, x), x, dtype=jnp.float64, jit_exact=False)
+    contract.check(fn, used(fn, x), x, dtype=jnp.float64)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_branches_by_platform(x64):
         )
 
     contract.check(fn, {"w": array(7, 7)}, array(3, 7), dtype=jnp.float64, vmap=False,
-                   layouts={"w": flora.Layout()}, jit_exact=False)  # fmt: skip
+                   layouts={"w": flora.Layout()})  # fmt: skip
 
 
 def test_a_custom_gradient_that_is_a_piece_of_the_weight(x64):

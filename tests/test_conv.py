@@ -47,7 +47,7 @@ def test_contract_of_convolutions(x64, name):
     sizes = {"H": 3, "W": 2, "I": 4 // groups, "O": 8}
     params = {"kernel": array(*shaped(w_spec, sizes), seed=2)}
     fn = conv(w_spec, options)
-    settings = {"dtype": jnp.float64, "rank": 3, "jit_exact": False}
+    settings = {"dtype": jnp.float64, "rank": 3}
     adapted = contract.check(fn, params, x, **settings)
     assert adapted["kernel"].layout.out == (w_spec.index("O"),)
 
@@ -96,7 +96,7 @@ def test_kernels_under_vmap_are_a_stack(x64, groups):
 
     params = {"kernel": array(3, 2, 2, 4 // groups, 6)}
     x = array(3, 2, 5, 6, 4)
-    adapted = contract.check(fn, params, x, dtype=jnp.float64, jit_exact=False)
+    adapted = contract.check(fn, params, x, dtype=jnp.float64)
     assert adapted["kernel"].layout == flora.Layout((0,), (1, 2, 3), (4,))
 
 
@@ -105,7 +105,7 @@ def test_kernels_under_vmap_over_one_image(x64):
         return jax.vmap(lambda k: conv(None, {})({"kernel": k}, x))(p["kernel"])
 
     params, x = {"kernel": array(3, 2, 2, 4, 6)}, array(2, 5, 6, 4)
-    settings = {"dtype": jnp.float64, "jit_exact": False}
+    settings = {"dtype": jnp.float64}
     adapted = contract.check(fn, params, x, **settings)
     assert adapted["kernel"].layout == flora.Layout((), (1, 2, 3), (0, 4))
     stacked = {"kernel": flora.Layout((0,), (1, 2, 3), (4,))}
@@ -124,7 +124,7 @@ def test_transposed_convolution_flips_the_kernel(x64):
                                   dimension_numbers=("NHWC", "HWIO", "NHWC"))  # fmt: skip
 
     params = {"kernel": array(3, 2, 7, 4)}
-    contract.check(fn, params, array(2, 5, 6, 4), dtype=jnp.float64, jit_exact=False)
+    contract.check(fn, params, array(2, 5, 6, 4), dtype=jnp.float64)
 
 
 def test_a_weight_as_the_image_is_refused():

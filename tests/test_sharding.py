@@ -165,7 +165,7 @@ def test_shard_map_inside_the_function(name):
         )(p["kernel"], x)
 
     params, x = {"kernel": normal(8, 24)}, normal(16, 8)
-    contract.check(fn, params, x, tolerance=2e-5, jit_exact=False,
+    contract.check(fn, params, x, tolerance=2e-5,
                    views=(contract.P.all_gather, contract.P.shard_map, contract.P.pvary))  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def test_shard_map_over_a_stack_of_experts():
 
     params, x = {"experts": normal(4, 8, 5)}, normal(3, 8)
     layout = {"experts": flora.Layout((0,), (1,), (2,))}
-    contract.check(fn, params, x, tolerance=2e-5, layouts=layout, jit_exact=False,
+    contract.check(fn, params, x, tolerance=2e-5, layouts=layout,
                    views=(contract.P.shard_map, contract.P.pvary, contract.P.mul))  # fmt: skip
 
 

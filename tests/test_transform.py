@@ -204,13 +204,29 @@ def test_the_fallback_can_be_allowed_per_call():
     contract.close(got, fn(flora.merge(tree), x))
 
 
-def test_returned_weights_are_refused_by_name():
+def test_weights_returned_as_they_came_in_are_the_same_nodes():
+    @jax.jit
     def fn(p, x):
+        p = jax.checkpoint(lambda p: p | {"b": p["b"] + 1})(p)
         return {"y": x @ p["w"], "state": p}
+
+    params, x = {"w": jnp.ones((7, 5)), "b": jnp.ones(5)}, jnp.ones((3, 7))
+    tree = contract.randomized(contract.adapt(fn, params, x, target="w"))
+    out = flora.lora(fn)(tree, x)
+    assert jax.tree.structure(out["state"]) == jax.tree.structure(tree)
+    assert out["state"]["w"].a is tree["w"].a
+    again = flora.lora(fn)(out["state"], x)
+    contract.close(again["y"], fn(flora.merge(tree), x)["y"])
+    assert again["state"]["b"][0] == 3
+
+
+def test_weights_returned_changed_are_refused_by_name():
+    def fn(p, x):
+        return {"y": x @ p["w"], "state": p["w"].T}
 
     params, x = {"w": jnp.ones((7, 5))}, jnp.ones((3, 7))
     tree = contract.adapt(lambda p, x: x @ p["w"], params, x)
-    message = r"returns the weight 'w' itself as output \['state'\]\['w'\]"
+    message = r"returns 'w' changed as output \['state'\], and"
     with pytest.raises(flora.LoraError, match=message):
         flora.lora(fn)(tree, x)
     tree = contract.randomized(tree)

@@ -6,8 +6,17 @@ it raises `Unfactorable`.
 """
 
 from flora._compat import P
-from flora._rules import control, conv, dot, gather, ragged, sharded, structure
-from flora._rules.concatenate import concatenate, stack
+from flora._rules import (
+    control,
+    conv,
+    dot,
+    gather,
+    joined,
+    ragged,
+    sharded,
+    squares,
+    structure,
+)
 
 RULES = {
     # products: W meets activations
@@ -25,8 +34,14 @@ RULES = {
     P.dynamic_slice: structure.dynamic_slice,
     P.split: structure.split,
     P.rev: structure.rev,
-    P.concatenate: concatenate,
-    P.stack: stack,
+    P.pad: structure.pad,
+    P.tile: structure.tile,
+    P.concatenate: joined.concatenate,
+    P.stack: joined.stack,
+    P.add: joined.add,
+    P.add_any: joined.add,
+    P.sub: joined.sub,
+    P.complex: joined.complex_,
     P.all_gather: sharded.all_gather,
     P.mul: structure.mul,
     P.div: structure.div,
@@ -40,6 +55,9 @@ RULES = {
     P.pvary: structure.on_base,
     P.stop_gradient: structure.stop_gradient,
     P.optimization_barrier: structure.optimization_barrier,
+    # norms: W is squared and summed
+    P.square: squares.square,
+    P.integer_pow: squares.integer_pow,
     # control: W enters a function
     P.jit: control.jit,
     P.remat: control.remat,
@@ -49,4 +67,11 @@ RULES = {
     P.custom_jvp_call: control.custom_jvp_call,
     P.custom_vjp_call: control.custom_vjp_call,
     P.shard_map: sharded.shard_map,
+}
+
+# What takes the squares of a weight; all else needs them formed.
+RULES_FOR_SQUARES = {
+    P.convert_element_type: squares.cast_squares,
+    P.reduce_sum: squares.sum_squares,
+    P.jit: control.jit,
 }

@@ -10,7 +10,15 @@ from jax import lax
 
 from flora import _compat
 from flora._errors import Unfactorable
-from flora._factored import RANK, Dim, Factored, per_dim, sole_dim, views
+from flora._factored import (
+    RANK,
+    Dim,
+    Factored,
+    flattened,
+    is_lazy,
+    per_dim,
+    views,
+)
 from flora._forms import Labelled, contract
 from flora._interpreter import Context, interpret, settle
 from flora._trace import filled
@@ -25,10 +33,22 @@ def jit(ctx: Context, eqn: Any, *args: Any) -> Any:
 
     placed = _constrained(args, eqn.params["in_shardings"])
     if ctx.log is not None:  # what is recorded names each caller's leaves
-        return _compat.jit_like(eqn, fn)(*placed)
-    salt = ctx.salt if _keyed(args) else None
-    key = (id(inner), eqn.params["name"], eqn.params["out_shardings"], salt)
-    return ctx.jitted.setdefault(key, _compat.jit_like(eqn, fn))(*placed)
+        outs = _compat.jit_like(eqn, fn)(*placed)
+    else:
+        salt = ctx.salt if _keyed(args) else None
+        key = (id(inner), eqn.params["name"], eqn.params["out_shardings"], salt)
+        outs = ctx.jitted.setdefault(key, _compat.jit_like(eqn, fn))(*placed)
+    return _handed_on(inner, args, outs)
+
+
+def _handed_on(jaxpr: Any, args: Sequence[Any], outs: Sequence[Any]) -> list[Any]:
+    """The outputs, where a weight that came out as it went in is the very same."""
+    jaxpr, _ = _compat.open_jaxpr(jaxpr)
+    same = {v: x for v, x in zip(jaxpr.invars, args, strict=True) if is_lazy(x)}
+    return [
+        x if isinstance(v, _compat.Literal) else same.get(v, x)
+        for v, x in zip(jaxpr.outvars, outs, strict=True)
+    ]
 
 
 def _keyed(args: Sequence[Any]) -> bool:
@@ -57,7 +77,8 @@ def remat(ctx: Context, eqn: Any, *args: Any) -> Any:
     def fn(*args: Any) -> list[Any]:
         return interpret(ctx, p["jaxpr"], args)
 
-    return jax.checkpoint(fn, prevent_cse=p["prevent_cse"], policy=p["policy"])(*args)
+    outs = jax.checkpoint(fn, prevent_cse=p["prevent_cse"], policy=p["policy"])(*args)
+    return _handed_on(p["jaxpr"], args, outs)
 
 
 def scan(ctx: Context, eqn: Any, *args: Any) -> Any:
@@ -177,7 +198,9 @@ def _scanned(ctx: Context, eqn: Any, w: Any) -> tuple[Any, Callable[[Any], Any]]
     if not isinstance(w, Factored):
         return w, lambda x: x
     ctx.claim(w, eqn, {0: "stack"}, firm=False)
-    dim = sole_dim(w, 0) if w.shape[0] != 1 or w.axes[0] else Dim((0,), 1)
+    if len(w.axes[0]) > 1:
+        w = flattened(w, [0])
+    (dim,) = w.axes[0] or (Dim((), 1),)
     leading = per_dim(w, w.base, w.axes, lambda array, at: _to_front(array, at, dim))
     held = {
         name

@@ -8,8 +8,18 @@ from jax import lax
 
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
-from flora._factored import Dim, Factored, per_dim, relayout, sole_dim, split_axes
+from flora._factored import (
+    Dim,
+    Factored,
+    grown,
+    per_dim,
+    relayout,
+    sole_dim,
+    split_axes,
+)
 from flora._forms import widened
+from flora._interpreter import settle
+from flora._rules.squares import square
 
 
 def _base(eqn: Any, w: Factored, *rest: Any) -> Any:
@@ -68,10 +78,24 @@ def squeeze(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
 
 
 def reduce_sum(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
-    """Einsum sums axes of size 1 away."""
-    if any(w.shape[i] != 1 for i in eqn.params["axes"]):
-        raise Unfactorable("a sum over the weight")
-    return _without(ctx, eqn, w, eqn.params["axes"])
+    """Sums A over W's in axes and B over its out axes: Σ W + scale (Σ A) (Σ B)."""
+    gone = set(eqn.params["axes"])
+    if all(w.shape[i] == 1 for i in gone):
+        return _without(ctx, eqn, w, gone)
+    if w.chosen:
+        raise Unfactorable("a sum over rows of the weight")
+    dims = {d for i in gone for d in w.axes[i]}
+    if any(d.role == "stack" and d.size > 1 for d in dims):
+        raise Unfactorable("a sum over a stack of weights")
+
+    def total(array: Any, at: dict[int, Dim]) -> Any:
+        return array.sum([i for i, d in at.items() if d in dims])
+
+    units = tuple(d for d in dims if d.role == "stack")
+    w = relayout(w, w.base, [tuple(d for d in x if d not in units) for x in w.axes])
+    axes = [axis for i, axis in enumerate(w.axes) if i not in gone]
+    new = per_dim(w, _base(eqn, w), axes, total)
+    return [dataclasses.replace(new, summed=True)]
 
 
 def _without(ctx: Any, eqn: Any, w: Factored, dimensions: Any) -> list[Factored]:
@@ -82,15 +106,67 @@ def _without(ctx: Any, eqn: Any, w: Factored, dimensions: Any) -> list[Factored]
 
 
 def broadcast_in_dim(ctx: Any, eqn: Any, w: Factored, *dynamic: Any) -> list[Factored]:
-    """`expand_dims`: axes of size 1 come in."""
+    """Axes of size 1 come in; a longer one repeats B, as an out axis would."""
     shape, at = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    if dynamic:
+        raise Unfactorable("a broadcast of dynamic shape")
+    base = _base(eqn, w)
     axes: list[tuple[Dim, ...]] = [()] * len(shape)
     for i, axis in zip(at, w.axes, strict=True):
         axes[i] = axis
-    new = dataclasses.replace(w, axes=tuple(axes))
-    if dynamic or new.shape != tuple(shape):
-        raise Unfactorable("a broadcast that repeats the weight")
-    return [dataclasses.replace(new, base=_base(eqn, w))]
+    new = dataclasses.replace(w, base=base, axes=tuple(axes))
+    longer = [i for i, n in enumerate(shape) if n != new.shape[i]]
+    if longer and w.chosen:
+        raise Unfactorable("a broadcast that repeats rows of the weight")
+    for i in longer:
+        new = _repeated(new, base, i, shape[i])
+    return [new]
+
+
+def _repeated(w: Factored, base: Any, axis: int, size: int) -> Factored:
+    """W with an axis of size 1 made longer: B repeats, as along an out axis."""
+    every = [d for axis in w.axes for d in axis]
+    role = "out" if all(d.role for d in every) else ""
+    lowest = min([0, *(d.at[0] for d in every)])
+    return grown(w, base, axis, Dim((lowest - 1,), size, role))
+
+
+def tile(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
+    """Each axis becomes one of repetitions and itself, joined."""
+    if w.chosen:
+        raise Unfactorable("a broadcast that repeats rows of the weight")
+    base, reps = _base(eqn, w), eqn.params["reps"]
+    apart = [part for axis in w.axes for part in ((), axis)]
+    new = dataclasses.replace(w, base=base, axes=tuple(apart))
+    for i, n in enumerate(reps):
+        if n != 1:
+            new = _repeated(new, base, 2 * i, n)
+    axes = tuple((*new.axes[2 * i], *new.axes[2 * i + 1]) for i in range(len(w.axes)))
+    return [dataclasses.replace(new, axes=axes)]
+
+
+def pad(ctx: Any, eqn: Any, w: Any, value: Any) -> list[Factored]:
+    """W gets the value around it, the factors zeros."""
+    if not isinstance(w, Factored) or isinstance(value, Factored) or w.chosen:
+        raise Unfactorable("a weight as the padding")
+    base = _base(eqn, w, value)
+    config, axes = eqn.params["padding_config"], list(w.axes)
+    wide = {i: c for i, c in enumerate(config) if tuple(c) != (0, 0, 0)}
+    dims = {sole_dim(w, i): c for i, c in wide.items()}
+    if w.key is not None and any(d.role == "stack" for d in dims):
+        raise Unfactorable("padding of a stack with dropout")
+    for i in wide:
+        size = eqn.outvars[0].aval.shape[i]
+        axes[i] = (dataclasses.replace(axes[i][0], size=size),)
+
+    def pad_factor(array: Any, at: dict[int, Dim]) -> Any:
+        if array is w.key:
+            return array
+        edges = [dims.get(at[i], (0, 0, 0)) if i in at else (0, 0, 0)
+                 for i in range(array.ndim)]  # fmt: skip
+        return lax.pad(array, jnp.zeros((), array.dtype), edges)
+
+    return [per_dim(w, base, axes, pad_factor)]
 
 
 def slice_(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
@@ -171,10 +247,17 @@ def rev(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
     return [per_dim(w, _base(eqn, w), w.axes, flip)]
 
 
-def mul(ctx: Any, eqn: Any, x: Any, y: Any) -> list[Factored]:
-    """c·W, where c varies along no axis, or along axes of one factor only."""
+def mul(ctx: Any, eqn: Any, x: Any, y: Any) -> list[Any]:
+    """c·W, where c varies along no axis, or along axes of one factor only; W·W."""
     if isinstance(x, Factored) and isinstance(y, Factored):
-        raise Unfactorable("a product of two weights, element by element")
+        if eqn.invars[0] is eqn.invars[1]:
+            return square(ctx, eqn, x)
+        if not (x.summed or y.summed):
+            raise Unfactorable("a product of two weights, element by element")
+        if y.summed:
+            y = settle(ctx, eqn, y, "")
+        else:
+            x = settle(ctx, eqn, x, "")
     w, c = (x, y) if isinstance(x, Factored) else (y, x)
     base = w.base
     if base is not None:

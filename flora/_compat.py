@@ -93,6 +93,9 @@ class P:
     pad = _named("pad_p")
     square = _named("square_p")
     integer_pow = _named("integer_pow_p")
+    exp = _named("exp_p")
+    exp2 = _named("exp2_p")
+    logistic = _named("logistic_p")
     mul = _named("mul_p")
     div = _named("div_p")
     neg = _named("neg_p")
@@ -224,30 +227,37 @@ def eqn_scope(eqn: Eqn) -> Iterator[None]:
         yield
 
 
-# Frames of these packages are not where the user wrote something.
-_LIBRARIES = (
-    *tuple(
-        os.sep + os.path.join("site-packages", name) + os.sep
-        for name in ("jax", "flax", "haiku", "equinox")
-    ),
+def _package(name: str) -> str:
+    return os.sep + os.path.join("site-packages", name) + os.sep
+
+
+# Frames of these files are not where the user wrote something,
+_NO_MODELS = (
+    _package("jax"),
     os.path.dirname(__file__) + os.sep,
     "<string>",
     "contextlib.py",
 )
+# nor of these, unless there is nothing better.
+_LIBRARIES = (*_NO_MODELS, *map(_package, ("flax", "haiku", "equinox")))
 
 
 def source_line(eqn: Eqn) -> str:
     """Where the user wrote the equation: 'model.py:41 (__call__)'."""
     trace = eqn.source_info.traceback
     frame = trace and trace.as_python_traceback()
-    found = ""
+    found = library = ""
     while frame is not None:  # from the outermost frame inwards
         code = frame.tb_frame.f_code
+        line = (
+            f"{os.path.basename(code.co_filename)}:{frame.tb_lineno} ({code.co_name})"
+        )
         if not any(name in code.co_filename for name in _LIBRARIES):
-            file = os.path.basename(code.co_filename)
-            found = f"{file}:{frame.tb_lineno} ({code.co_name})"
+            found = line
+        elif not any(name in code.co_filename for name in _NO_MODELS):
+            library = line
         frame = frame.tb_next
-    return found or source_info_util.summarize(eqn.source_info) or "an unknown line"
+    return found or library or "an unknown line"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +286,37 @@ def scan_parts(eqn: Eqn) -> ScanParts:
         consts, carry, _ = (len(list(part)) for part in params["ft_in"].unpack())
     options = {k: params[k] for k in _SCAN_OPTIONS if k in params}
     return ScanParts(params["jaxpr"], consts, carry, options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    """A function inside an equation: its inputs are the equation's from `first` on.
+
+    A loop's function returns what it carries first, and takes it after its constants.
+    """
+
+    jaxpr: Jaxpr
+    first: int = 0
+    num_consts: int = 0
+    num_carry: int = 0
+
+
+def inner_functions(eqn: Eqn) -> list[Inner]:
+    """The functions that an equation calls; none for most."""
+    p = eqn.params
+    if eqn.primitive is P.scan:
+        parts = scan_parts(eqn)
+        return [Inner(parts.jaxpr, 0, parts.num_consts, parts.num_carry)]
+    if eqn.primitive is P.while_:
+        carry = len(eqn.outvars)
+        return [Inner(p["body_jaxpr"], p["cond_nconsts"], p["body_nconsts"], carry)]
+    if eqn.primitive is P.cond:
+        return [Inner(branch, 1) for branch in p["branches"]]
+    if eqn.primitive in (P.custom_jvp_call, P.custom_vjp_call):
+        return [Inner(p["call_jaxpr"])]
+    if eqn.primitive in (P.jit, P.remat, P.shard_map):
+        return [Inner(p["jaxpr"])]
+    return []
 
 
 def jit_like(eqn: Eqn, fn: Callable) -> Callable:

@@ -1,18 +1,30 @@
-"""`coverage`: what a function does with each leaf."""
+"""`coverage`: what a function does with each leaf, and what adapting it would cost."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from flora._discover import Finding, discover
 from flora._errors import LoraError, LoraTypeError, human_bytes
+from flora._flow import Parts, parts_played
 from flora._interpreter import Use
 from flora._select import named_leaves
 from flora._tables import plain_text, table
-from flora._trace import is_array
+from flora._trace import Staged, is_array, stage
 from flora._weight import Layout, LoraWeight, Trained
+
+ROLES = ("linear", "conv", "embedding", "attention", "head")
+_ROLE_OF = {
+    "dot_general": "linear",
+    "ragged_dot_general": "linear",
+    "conv_general_dilated": "conv",
+    "gather": "embedding",
+    "dynamic_slice": "embedding",
+    "output": "embedding",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +35,13 @@ class LeafCoverage:
       path: the leaf.
       shape: its shape.
       dtype: its dtype.
-      status: 'factored', 'dense' or 'unused'.
+      status: 'factored', 'dense', 'unused', or 'vector': too few axes for factors.
       layout: the layout that its uses imply, or `None`.
       uses: the operations that read it, with the user's source lines.
       reason: why it is dense, or ''.
+      roles: of a factored leaf, some of 'linear' (multiplied), 'conv' (convolved),
+        'embedding' (looked up), 'attention' (makes queries, keys or values, or takes
+        what attention gives), 'head' (nothing is multiplied after it).
     """
 
     path: str
@@ -36,11 +51,47 @@ class LeafCoverage:
     layout: Layout | None
     uses: tuple[Use, ...]
     reason: str = ""
+    roles: tuple[str, ...] = ()
+
+    @property
+    def rank_parameters(self) -> int:
+        """Parameters of A and B for each unit of rank: stack · (in + out)."""
+        stack, in_, out = self._sizes()
+        return stack * (in_ + out)
+
+    @property
+    def rank_flops(self) -> float:
+        """FLOPs of (x A) B for each unit of rank, as a share of x W's: 1/in + 1/out."""
+        _, in_, out = self._sizes()
+        return (in_ + out) / max(in_ * out, 1)
+
+    def _sizes(self) -> tuple[int, int, int]:
+        if self.layout is None:
+            return 0, 0, 0
+        stack, in_, out = (math.prod(s) for s in self.layout.sizes(self.shape))
+        return stack, in_, out
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Leaves that a coverage report chose; stands where a target pattern does."""
+
+    paths: tuple[str, ...]
+    what: str
+
+    def __call__(self, path: str, leaf: Any) -> bool:
+        return path in self.paths
+
+    def __repr__(self) -> str:
+        return f"<{self.what}: {len(self.paths)} leaves>"
 
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """What `coverage` found; prints as a table."""
+    """What `coverage` found; prints as a table.
+
+    `all_linear`, `all_but_head`, `attention` and `select` are targets for `LoraConfig`.
+    """
 
     rows: tuple[LeafCoverage, ...]
 
@@ -49,44 +100,111 @@ class Coverage:
             if row.path == path:
                 return row
         raise LoraError(
-            f"coverage has no leaf '{path}'. See .rows for all {len(self.rows)}."
+            f"coverage has no leaf {path!r}. See .rows for all {len(self.rows)}."
         )
 
     def with_status(self, status: str) -> list[str]:
         """The paths of the leaves of one status."""
         return [row.path for row in self.rows if row.status == status]
 
+    @property
+    def all_linear(self) -> Selection:
+        """What is multiplied, without the head: PEFT's 'all-linear'."""
+        return self.select("linear", without="head")
+
+    @property
+    def all_but_head(self) -> Selection:
+        """What is multiplied, convolved or looked up, without the head."""
+        return self.select("linear", "conv", "embedding", without="head")
+
+    @property
+    def attention(self) -> Selection:
+        """What makes queries, keys and values, and what takes attention's result."""
+        return self.select("attention")
+
+    def select(self, *roles: str, without: str | Sequence[str] = ()) -> Selection:
+        """The factored leaves that play one of the roles and none of `without`.
+
+        Args:
+          *roles: some of 'linear', 'conv', 'embedding', 'attention', 'head'.
+          without: one role, or several.
+
+        Returns:
+          A pattern for `LoraConfig.target`, `exclude` and the others.
+
+        Raises:
+          LoraError: there is no such role, or no leaf that plays it.
+        """
+        without = (without,) if isinstance(without, str) else tuple(without)
+        unknown = [r for r in (*roles, *without) if r not in ROLES]
+        if unknown or not roles:
+            raise LoraError(
+                f"select got the roles {unknown or '()'}; they are {', '.join(ROLES)}."
+            )
+        paths = tuple(
+            row.path
+            for row in self.rows
+            if set(roles) & set(row.roles) and not set(without) & set(row.roles)
+        )
+        what = " or ".join(roles) + "".join(f", no {r}" for r in without)
+        if not paths:
+            known = {r: sum(r in row.roles for row in self.rows) for r in ROLES}
+            counts = ", ".join(f"{n} {r}" for r, n in known.items())
+            raise LoraError(f"No leaf is {what}. Of the factored leaves are {counts}.")
+        return Selection(paths, what)
+
     def __rich__(self) -> Any:
         counts = ", ".join(
-            f"{len(self.with_status(s))} {s}" for s in ("factored", "dense", "unused")
+            f"{len(self.with_status(s))} {s}"
+            for s in ("factored", "dense", "unused", "vector")
         )
+        factored = [r for r in self.rows if r.status == "factored"]
+        total = sum(r.rank_parameters for r in factored)
         return table(
-            counts,
-            ("leaf", "shape", "status", "layout", "read by", ">dense bytes"),
-            [
-                (
-                    r.path,
-                    str(r.shape),
-                    r.status,
-                    str(r.layout or ""),
-                    _read_by(r),
-                    human_bytes(max((u.bytes for u in r.uses), default=0))
-                    if r.status == "dense"
-                    else "",
-                )
-                for r in self.rows
-            ],
+            f"{counts}; all that can be factored: {total:,} parameters a rank",
+            (
+                "leaf",
+                "shape",
+                "status",
+                "roles",
+                "layout",
+                "read by",
+                ">parameters/rank",
+                ">FLOPs/rank",
+                ">dense bytes",
+            ),
+            [_cells(row) for row in self.rows],
         )
 
     def __str__(self) -> str:
         return plain_text(self)
 
 
+def _cells(row: LeafCoverage) -> tuple[str, ...]:
+    factored, dense = row.status == "factored", row.status == "dense"
+    size = max((u.bytes for u in row.uses), default=0)
+    return (
+        row.path,
+        str(row.shape),
+        row.status,
+        ", ".join(row.roles),
+        str(row.layout or ""),
+        _read_by(row),
+        f"{row.rank_parameters:,}" if factored else "",
+        f"+{100 * row.rank_flops:.2f} %" if factored else "",
+        human_bytes(size) if dense and size else "",
+    )
+
+
 def _read_by(row: LeafCoverage) -> str:
     uses = [u for u in row.uses if u.firm]
     if row.status == "dense":
         uses = [u for u in row.uses if u.dense] or uses
-    lines = list(dict.fromkeys(f"{u.primitive} at {u.source}" for u in uses))
+    lines = dict.fromkeys(
+        f"{u.primitive} at {u.source}"
+        + (f" ({u.dense})" if u.dense and row.status == "dense" else "")
+        for u in uses
+    )
     return "\n".join([*lines, *([row.reason] if row.reason else [])])
 
 
@@ -103,9 +221,20 @@ def coverage(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Coverage:
       **kwargs: likewise.
 
     Returns:
-      A `Coverage`: 'factored' leaves with their layouts, 'dense' ones (read by an
-      operation that has no factored rule) with operation, source line and bytes, and
-      'unused' ones.
+      A `Coverage`, of which `.rows` has the data and which prints as a table: 'factored'
+      leaves with layout, roles and cost for each unit of rank, 'dense' ones (read by an
+      operation that has no factored rule) with operation, source line and bytes,
+      'unused' ones, and 'vector's, which `LoraConfig.train` can train whole.  `.all_linear`, `.all_but_head`, `.attention` and `.select(...)`
+      choose targets by role.
+
+    Example:
+      >>> import jax.numpy as jnp, flora
+      >>> def fn(params, x):
+      ...     return jnp.tanh(x @ params["hidden"]) @ params["out"]
+      >>> params = {"hidden": jnp.ones((4, 8)), "out": jnp.ones((8, 3))}
+      >>> report = flora.coverage(fn, params, jnp.ones((2, 4)))
+      >>> report["out"].roles, report.all_linear.paths
+      (('linear', 'head'), ('hidden',))
     """
     if not callable(fn):
         raise LoraTypeError(
@@ -119,12 +248,28 @@ def coverage(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Coverage:
         for i, (path, leaf) in enumerate(plain)
         if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
-    found = discover(fn, [leaf for _, leaf in plain], treedef, args, kwargs, paths)
+    leaves = [leaf for _, leaf in plain]
+    staged = stage(fn, leaves, treedef, args, kwargs)
+    found = discover(staged, leaves, paths)
+    parts = _parts(staged, paths, found)
     return Coverage(
         tuple(
-            _covered(path, leaf, found[path]) for path, leaf in plain if path in found
+            _covered(path, leaf, found[path], parts)
+            for path, leaf in plain
+            if path in found
         )
     )
+
+
+def _parts(
+    staged: Staged, paths: Mapping[int, str], found: Mapping[str, Finding]
+) -> Parts:
+    inputs = {
+        k: paths[i]
+        for i, k in enumerate(staged.tree_inputs)
+        if k is not None and i in paths and found[paths[i]].status == "factored"
+    }
+    return parts_played(staged.jaxpr, inputs)
 
 
 def _plain_leaf(leaf: Any) -> Any:
@@ -133,16 +278,26 @@ def _plain_leaf(leaf: Any) -> Any:
     return leaf.value if isinstance(leaf, Trained) else leaf
 
 
-def _covered(path: str, leaf: Any, finding: Finding) -> LeafCoverage:
+def _covered(path: str, leaf: Any, finding: Finding, parts: Parts) -> LeafCoverage:
     reason = finding.conflict or (
         "returned, changed, by the function" if finding.returned else ""
     )
+    few = len(leaf.shape) < 2 and finding.status == "dense"
+    status = "vector" if few else finding.status
     return LeafCoverage(
         path,
         tuple(leaf.shape),
         str(leaf.dtype),
-        finding.status,
+        status,
         finding.layout,
         finding.uses,
-        reason,
+        "" if few else reason,
+        _roles(path, finding, parts) if finding.status == "factored" else (),
     )
+
+
+def _roles(path: str, finding: Finding, parts: Parts) -> tuple[str, ...]:
+    found = {_ROLE_OF.get(use.primitive, "") for use in finding.uses if use.firm}
+    found |= {"attention"} if path in parts.attention else set()
+    found |= {"head"} if path in parts.head else set()
+    return tuple(role for role in ROLES if role in found)

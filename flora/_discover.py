@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flora._factored import Factored, Squared, from_weight, undiscovered
 from flora._interpreter import Context, Use, interpret, lookup_roles
 from flora._rules import RULES, RULES_FOR_SQUARES
-from flora._trace import Staged, stage
+from flora._trace import Staged
 from flora._weight import Layout, LoraWeight
 
 
@@ -43,19 +43,15 @@ class Finding:
 
 
 def discover(
-    fn: Callable,
+    staged: Staged,
     leaves: Sequence[Any],
-    treedef: Any,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
     paths: Mapping[int, str],
     given: Mapping[str, Layout] | None = None,
 ) -> dict[str, Finding]:
-    """Follows the leaves `{position: path}` through one abstract trace of `fn`.
+    """Follows the leaves `{position: path}` through a traced call.
 
     A layout that is `given` stands, whatever the uses imply.
     """
-    staged = stage(fn, leaves, treedef, args, kwargs)
     log, returned = _walk(
         staged,
         leaves,
@@ -150,7 +146,10 @@ def _agree(uses: Sequence[Use], ndim: int) -> tuple[Layout | None, str]:
     chosen: dict[int, str] = {}
     first: Use | None = None
     # Products name the axes better than lookups do: a tied embedding keeps attend's.
-    for use in sorted(firm, key=lambda use: use.primitive in ("gather", "output")):
+    # Those of many rows do so better than those of one: a norm's power iteration.
+    for use in sorted(
+        firm, key=lambda use: (use.primitive in ("gather", "output"), -use.rows)
+    ):
         roles, conflict = _of_one_use(use)
         if conflict:
             return None, conflict

@@ -14,7 +14,7 @@ from flora._errors import LoraError, LoraTypeError, fail
 from flora._interpreter import remedy
 from flora._keys import consumed, path_salt, require_key
 from flora._select import matches, named_leaves, nothing_selected
-from flora._trace import is_array
+from flora._trace import is_array, stage
 from flora._transform import returned_raw
 from flora._weight import Layout, LoraWeight, Trained, is_node
 
@@ -70,12 +70,10 @@ def init(
     named, treedef = named_leaves(tree)
     targets, trained = _selection(config, named)
     given = _given_layouts(config, [(p, x) for p, x in named if p in targets])
+    leaves = [leaf for _, leaf in named]
     found = discover(
-        fn,
-        [leaf for _, leaf in named],
-        treedef,
-        args,
-        kwargs,
+        stage(fn, leaves, treedef, args, kwargs),
+        leaves,
         {i: path for i, (path, _) in enumerate(named) if path in targets},
         given,
     )

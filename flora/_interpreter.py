@@ -27,6 +27,7 @@ class Use:
       source: where the user wrote that.
       roles: `(axis of the stored weight, role)` pairs that the operation implies.
       firm: whether the roles bind; indexing only suggests 'stack'.
+      rows: how many vectors the weight multiplies there.
       dense: why there is no factored form; '' where there is one.
       bytes: what forming the dense weight there costs, in bytes.
     """
@@ -36,6 +37,7 @@ class Use:
     source: str
     roles: tuple[tuple[int, str], ...] = ()
     firm: bool = True
+    rows: int = 0
     dense: str = ""
     bytes: int = 0
 
@@ -63,14 +65,24 @@ class Context:
     jitted: dict[Any, Callable] = dataclasses.field(default_factory=dict)
 
     def claim(
-        self, w: Factored, eqn: Any, roles: Mapping[int, str], firm: bool = True
+        self,
+        w: Factored,
+        eqn: Any,
+        roles: Mapping[int, str],
+        firm: bool = True,
+        rows: int = 0,
     ) -> None:
         """Records what an operation says of the axes of a weight."""
         found = {(d.at[0], role) for i, role in roles.items() for d in w.axes[i]}
-        self.record(w, eqn, found, firm)
+        self.record(w, eqn, found, firm, rows)
 
     def record(
-        self, w: Factored, eqn: Any, found: set[tuple[int, str]], firm: bool = True
+        self,
+        w: Factored,
+        eqn: Any,
+        found: set[tuple[int, str]],
+        firm: bool = True,
+        rows: int = 0,
     ) -> None:
         """Records roles of the stored weights' axes."""
         if (log := self.log) is None:
@@ -78,7 +90,8 @@ class Context:
         source = _compat.source_line(eqn)
         for path, roles in w.site.by_path(found):
             if roles:
-                use = Use(path, eqn.primitive.name, source, tuple(sorted(roles)), firm)
+                known = tuple(sorted(roles))
+                use = Use(path, eqn.primitive.name, source, known, firm, rows)
                 log.setdefault(use)
 
     def note(self, w: Factored, eqn: Any, **what: Any) -> None:

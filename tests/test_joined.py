@@ -134,7 +134,9 @@ def test_norms_over_parts_of_in_and_out_are_refused():
         norms = (p["w"] ** 2).sum((0, 2)) + (p["w"] ** 2).sum(2)[0]
         return jnp.einsum("bi,ihd->bhd", x, p["w"]) / norms[:, None]
 
-    with pytest.raises(flora.LoraError, match=r"'reduce_sum' at .* parts of in and out"):
+    with pytest.raises(
+        flora.LoraError, match=r"'reduce_sum' at .* parts of in and out"
+    ):
         contract.adapt(fn, {"w": normal(6, 2, 4)}, normal(3, 6))
 
 

@@ -1,5 +1,6 @@
 """The rule for `dot_general`: einsum, matmul, Dense, attention, attend."""
 
+import math
 from typing import Any
 
 from jax import lax
@@ -17,7 +18,10 @@ def dot_general(ctx: Any, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     dims = eqn.params["dimension_numbers"]
     for side, w in enumerate((lhs, rhs)):
         if isinstance(w, Factored):
-            ctx.claim(w, eqn, _roles(dims, side, len(w.axes)))
+            other = (lhs, rhs)[1 - side].shape
+            free = set(range(len(other))) - {*dims[0][1 - side], *dims[1][1 - side]}
+            rows = math.prod(other[i] for i in free)
+            ctx.claim(w, eqn, _roles(dims, side, len(w.axes)), rows=rows)
     return [_product(ctx, eqn, lhs, rhs)]
 
 

@@ -319,6 +319,32 @@ def inner_functions(eqn: Eqn) -> list[Inner]:
     return []
 
 
+def handed_on(jaxpr: Jaxpr) -> list[int | None]:
+    """For each output of a jaxpr the input that it is, or `None`."""
+    jaxpr, _ = open_jaxpr(jaxpr)
+    same = {v: i for i, v in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        inner = inner_functions(eqn)
+        if len(inner) != 1 or eqn.primitive is P.shard_map:
+            continue
+        (function,) = inner
+        through = handed_on(function.jaxpr)
+        if eqn.primitive in (P.scan, P.while_):  # what every step hands on
+            at, n = function.num_consts, function.num_carry
+            through = [
+                i if i == at + k < at + n else None for k, i in enumerate(through)
+            ]
+        for v, i in zip(eqn.outvars, through, strict=True):
+            source = None if i is None else eqn.invars[function.first + i]
+            if (
+                source is not None
+                and not isinstance(source, Literal)
+                and source in same
+            ):
+                same[v] = same[source]
+    return [None if isinstance(v, Literal) else same.get(v) for v in jaxpr.outvars]
+
+
 def jit_like(eqn: Eqn, fn: Callable) -> Callable:
     """`fn` jitted with the name and options of a jit equation.
 

@@ -52,18 +52,19 @@ def discover(
 
     A layout that is `given` stands, whatever the uses imply.
     """
+    given = given or {}
     log, returned = _walk(
         staged,
         leaves,
         {
-            i: lambda base, path=path: undiscovered(base, path)
+            i: _with_layout(path, given[path]) if path in given else _unknown(path)
             for i, path in paths.items()
         },
     )
     found = {}
     for i, path in paths.items():
         uses = tuple(use for use in log if use.path == path)
-        layout, conflict = (given or {}).get(path), ""
+        layout, conflict = given.get(path), ""
         if layout is None:
             layout, conflict = _agree(uses, len(leaves[i].shape))
         found[path] = Finding(uses, layout, conflict, path in returned)
@@ -77,20 +78,11 @@ def _verified(
     found: dict[str, Finding],
 ) -> dict[str, Finding]:
     """Walks once more with the layouts found: some operations refuse some layouts."""
-
-    def with_layout(layout: Layout, path: str) -> Callable[[Any], Factored]:
-        def make(base: Any) -> Factored:
-            # Factors of rank 1 are enough to see which rules apply.
-            a, b = map(jnp.ones, layout.factor_shapes(base.shape, 1))
-            return from_weight(LoraWeight(base, a, b, layout=layout), path)
-
-        return make
-
     log, _ = _walk(
         staged,
         leaves,
         {
-            i: with_layout(layout, path)
+            i: _with_layout(path, layout)
             for i, path in paths.items()
             if (layout := found[path].layout) and not found[path].dense
         },
@@ -103,6 +95,19 @@ def _verified(
         path: dataclasses.replace(f, uses=(*f.uses, *dense.get(path, ())))
         for path, f in found.items()
     }
+
+
+def _unknown(path: str) -> Callable[[Any], Factored]:
+    return lambda base: undiscovered(base, path)
+
+
+def _with_layout(path: str, layout: Layout) -> Callable[[Any], Factored]:
+    def make(base: Any) -> Factored:
+        # Factors of rank 1 are enough to see which rules apply.
+        a, b = map(jnp.ones, layout.factor_shapes(base.shape, 1))
+        return from_weight(LoraWeight(base, a, b, layout=layout), path)
+
+    return make
 
 
 def _walk(
@@ -164,13 +169,17 @@ def _agree(uses: Sequence[Use], ndim: int) -> tuple[Layout | None, str]:
                     f"{_shown(roles)}"
                 )
             roles = aligned
+        firm = {i: role for i, role in roles.items() if role != "window"}
         chosen = roles | chosen
+        chosen |= {i: r for i, r in firm.items() if chosen[i] == "window"}
     if first is None:
         sums = [use for use in uses if use.firm and not use.dense]
         if not sums or any(use.dense for use in uses):
             return None, ""
         where = f"'{sums[0].primitive}' at {sums[0].source}"
         return None, f"{where} sums over it, and nothing multiplies by it"
+    # A window goes with what is contracted, unless another use says otherwise.
+    chosen = {i: "in" if role == "window" else role for i, role in chosen.items()}
     groups = {
         role: tuple(i for i in range(ndim) if chosen.get(i, "stack") == role)
         for role in ("stack", "in", "out")
@@ -199,9 +208,10 @@ def _of_one_use(use: Use) -> tuple[dict[int, str], str]:
 
 def _aligned(one: Mapping[int, str], other: dict[int, str]) -> dict[int, str] | None:
     """`other`, or with in and out swapped, as it means the same factors as `one`."""
-    swap = {"in": "out", "out": "in", "stack": "stack"}
-    for roles in (other, {i: swap[role] for i, role in other.items()}):
-        if all(one[i] == roles[i] for i in one.keys() & roles.keys()):
+    swap = {"in": "out", "out": "in"}
+    for roles in (other, {i: swap.get(role, role) for i, role in other.items()}):
+        pairs = [{one[i], roles[i]} for i in one.keys() & roles.keys()]
+        if all(len(pair) == 1 or "window" in pair for pair in pairs):
             return roles
     return None
 
@@ -209,6 +219,6 @@ def _aligned(one: Mapping[int, str], other: dict[int, str]) -> dict[int, str] | 
 def _shown(roles: Mapping[int, str]) -> str:
     named = {
         r: [str(i) for i in sorted(roles) if roles[i] == r]
-        for r in ("stack", "in", "out")
+        for r in ("stack", "window", "in", "out")
     }
     return " ".join(f"{r}={','.join(axes)}" for r, axes in named.items() if axes)

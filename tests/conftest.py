@@ -1,12 +1,14 @@
-"""Eight CPU devices, fixed before JAX starts."""
+"""Eight CPU devices and quick compilation, fixed before JAX starts."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# The same operations in the same order, but code that is made twice as fast.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 
+import contract
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
@@ -24,3 +26,28 @@ settings.load_profile("flora")
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+def pytest_sessionfinish(session):
+    """A worker hands over what it saw."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["seen"] = [
+            dict(contract.WORST),
+            dict(contract.EXAMPLES),
+        ]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    errors, examples = getattr(node, "workeroutput", {}).get("seen", ({}, {}))
+    for dtype, error in errors.items():
+        contract.WORST[dtype] = max(contract.WORST[dtype], error)
+    for name, count in examples.items():
+        contract.EXAMPLES[name] += count
+
+
+def pytest_terminal_summary(terminalreporter):
+    errors = ", ".join(f"{k} {v:.1e}" for k, v in sorted(contract.WORST.items()))
+    terminalreporter.write_line(f"Worst error to max|y|: {errors or 'none'}.")
+    drawn = sum(contract.EXAMPLES.values())
+    terminalreporter.write_line(f"Examples that Hypothesis drew: {drawn}.")

@@ -1,11 +1,15 @@
 """The contract that every rule keeps, checked against the merged model and NumPy."""
 
+import collections
 import dataclasses
+import functools
+import os
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import given, settings
 from jax.extend.core import jaxprs_in_params  # noqa: TID251
 
 import flora
@@ -23,6 +27,27 @@ VIEWS = {
     P.while_, P.cond, P.optimization_barrier, P.sharding_constraint, P.checkpoint_name,
     P.gather,
 }  # fmt: skip
+
+# What a test run saw: the worst relative error of each dtype, and drawn examples.
+WORST: dict[str, float] = collections.defaultdict(float)
+EXAMPLES: dict[str, int] = collections.defaultdict(int)
+
+
+def properties(examples, **drawn):
+    """A test of that many drawn examples; FLORA_EXAMPLES multiplies them."""
+    examples *= int(os.environ.get("FLORA_EXAMPLES", "1"))
+
+    def decorate(test):
+        @settings(max_examples=examples)
+        @given(**drawn)
+        @functools.wraps(test)
+        def run(*args, **kwargs):
+            EXAMPLES[test.__name__] += 1
+            return test(*args, **kwargs)
+
+        return run
+
+    return decorate
 
 
 def array(*shape, seed=0, dtype=jnp.float64):
@@ -74,8 +99,12 @@ def close(actual, expected, tolerance=None):
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         tol = number or of_dtype.get(str(y.dtype), 0)
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        np.testing.assert_allclose(x, y, rtol=0, atol=tol * max(np.abs(y).max(), 1e-30))
+        dtype, x, y = str(y.dtype), np.asarray(x, np.float64), np.asarray(y, np.float64)
+        largest = max(np.abs(y).max(initial=0), 1e-30)
+        if tol and x.size and np.isfinite(x).all():
+            error = np.abs(x - y).max() / largest
+            WORST[dtype] = max(WORST[dtype], float(error))
+        np.testing.assert_allclose(x, y, rtol=0, atol=tol * largest)
 
 
 def scalar(out):

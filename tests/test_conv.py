@@ -3,8 +3,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import pytest
-from contract import array
-from hypothesis import given, settings
+from contract import array, properties
 from jax import lax
 
 import flora
@@ -61,8 +60,8 @@ def test_convolutions_in_one_and_three_dimensions(x64, spatial):
     contract.check(fn, params, array(2, *(4,) * n, 3), dtype=jnp.float64)
 
 
-@settings(max_examples=25)
-@given(
+@properties(
+    25,
     strides=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     lhs=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     rhs=st.tuples(st.integers(1, 2), st.integers(1, 2)),
@@ -133,3 +132,20 @@ def test_a_weight_as_the_image_is_refused():
 
     with pytest.raises(flora.LoraError, match="input of a convolution"):
         contract.adapt(fn, {"w": jnp.ones((1, 3, 5, 5))}, jnp.ones((4, 3, 2, 2)))
+
+
+@pytest.mark.parametrize("name", ["plain", "strided", "dilated kernel", "groups",
+                                  "depthwise", "odd"])  # fmt: skip
+def test_gradient_of_the_input_inside(x64, name):
+    options = CASES[name]
+    x_spec, w_spec, _ = options.get("dimension_numbers", ("NHWC", "HWIO", "NHWC"))
+    f = conv(w_spec, options)
+
+    def fn(p, x):  # a score: the gradient of an energy
+        return jax.grad(lambda x: jnp.sin(f(p, x)).sum())(x)
+
+    groups = options.get("feature_group_count", 1)
+    sizes = {"H": 3, "W": 2, "I": 4 // groups, "O": 8}
+    params = {"kernel": array(*shaped(w_spec, sizes), seed=2)}
+    x = array(*shaped(x_spec, {"N": 2, "H": 5, "W": 6, "C": 4}), seed=1)
+    contract.check(fn, params, x, dtype=jnp.float64, rank=1)

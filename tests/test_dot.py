@@ -3,8 +3,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import pytest
-from contract import array
-from hypothesis import example, given, settings
+from contract import array, properties
 from jax import lax
 
 import flora
@@ -34,9 +33,7 @@ def dimension_numbers(lhs, rhs):
     )
 
 
-@settings(max_examples=40)
-@given(products())
-@example(([("w", 0, 3), ("sum", 0, 4)], [("x", 0, 2), ("sum", 0, 4)], True))
+@properties(40, case=products())
 def test_any_dimension_numbers(case):
     w_axes, x_axes, on_the_left = case
 

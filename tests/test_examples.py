@@ -80,7 +80,7 @@ def test_planning_70_billion_parameters():
     plan = json.loads(done.stdout.splitlines()[-1])
     assert plan["parameters"] > 68e9
     assert plan["targets"] > 80 * 7
-    assert plan["init_seconds"] < 20
+    assert plan["init_seconds"] < 60  # 3 s on an idle machine
     assert plan["peak_bytes"] < 2 * 2**30
 
 

@@ -166,7 +166,9 @@ def test_roles_are_told_by_what_is_computed():
 
 def test_wrong_roles_are_named():
     report = flora.coverage(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, X[:, :3])
-    with pytest.raises(flora.LoraError, match=r"No leaf is conv.* are 1 linear, 0 conv"):
+    with pytest.raises(
+        flora.LoraError, match=r"No leaf is conv.* are 1 linear, 0 conv"
+    ):
         report.select("conv")
     with pytest.raises(flora.LoraError, match="No leaf is linear, no head"):
         assert report.all_linear

@@ -43,11 +43,9 @@ def jit(ctx: Context, eqn: Any, *args: Any) -> Any:
 
 def _handed_on(jaxpr: Any, args: Sequence[Any], outs: Sequence[Any]) -> list[Any]:
     """The outputs, where a weight that came out as it went in is the very same."""
-    jaxpr, _ = _compat.open_jaxpr(jaxpr)
-    same = {v: x for v, x in zip(jaxpr.invars, args, strict=True) if is_lazy(x)}
     return [
-        x if isinstance(v, _compat.Literal) else same.get(v, x)
-        for v, x in zip(jaxpr.outvars, outs, strict=True)
+        x if i is None or not is_lazy(args[i]) else args[i]
+        for x, i in zip(outs, _compat.handed_on(jaxpr), strict=True)
     ]
 
 

@@ -212,7 +212,8 @@ def dynamic_slice(ctx: Any, eqn: Any, w: Any, *starts: Any) -> list[Factored]:
     new = _cut(ctx, eqn, w, _base(eqn, w, *starts), cuts, take)
     if any(size != 1 for _, size in cuts.values()):
         return [new]
-    if sum(n > 1 for i, n in enumerate(w.shape) if i not in cuts) <= 1:
+    known = all(d.role for axis in w.axes for d in axis)
+    if known or sum(n > 1 for i, n in enumerate(w.shape) if i not in cuts) <= 1:
         rows = {d.at[0] for i in cuts for d in w.axes[i] if d.role != "stack"}
         new = dataclasses.replace(new, chosen=tuple(sorted({*w.chosen, *rows})))
     return [new]

@@ -55,6 +55,15 @@ def _shard_map_primitives() -> tuple[Primitive, Primitive]:
     return eqn.primitive, inner.eqns[0].primitive
 
 
+def _reshard_primitive() -> Primitive:
+    """What `jax.sharding.reshard` binds, which needs a mesh."""
+    mesh = jax.sharding.AbstractMesh(
+        (1,), ("i",), axis_types=(jax.sharding.AxisType.Explicit,)
+    )
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("i"))
+    return _primitive_of(lambda x: jax.sharding.reshard(x, sharding))
+
+
 def open_jaxpr(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
     """`(jaxpr, consts)` of an open or closed jaxpr (one type from JAX 0.12)."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
@@ -108,6 +117,7 @@ class P:
     custom_vjp_call = _named("custom_vjp_call_p")
     shard_map, pvary = _shard_map_primitives()
     all_gather = _named("all_gather_p")
+    reshard = _reshard_primitive()
     ragged_dot_general = _primitive_of(
         lambda x: lax.ragged_dot(x[None], x[None, :, None], jnp.ones(1, jnp.int32))
     )
@@ -159,6 +169,7 @@ _PARAMS = {
     P.sharding_constraint: "context_mesh layout sharding unconstrained_dims",
     P.checkpoint_name: "name",
     P.pvary: "axes",
+    P.reshard: "concrete_mesh dst_sharding",
     P.all_gather: ("all_gather_dimension axis_index_groups axis_name axis_size tiled"),
     P.stop_gradient: "",
     P.optimization_barrier: "",
@@ -221,9 +232,12 @@ def eval_eqn(eqn: Eqn, values: Sequence[Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def eqn_scope(eqn: Eqn) -> Iterator[None]:
-    """Gives what runs inside the equation's own name stack and source line."""
+    """Gives what runs inside the equation's own name stack, source line and mesh."""
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack):
+    with (
+        source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
+        eqn.ctx.manager,
+    ):
         yield
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from flora._errors import Unfactorable
 from flora._factored import Factored, Views, views
@@ -78,8 +79,7 @@ def contract(
         (axes_of(first, batch), axes_of(second, batch)),
     )
     y = lax.dot_general(
-        first.array,
-        second.array,
+        *_placed_alike(first.array, second.array, dims[1]),
         dims,
         precision=precision,
         preferred_element_type=dtype,
@@ -88,6 +88,21 @@ def contract(
     if u.weight:
         y = y + low_rank_product(v, *u.weight, out, precision=precision, dtype=y.dtype)
     return Labelled(y, out)
+
+
+def _placed_alike(x: Any, y: Any, batch: Any) -> tuple[Any, Any]:
+    """The operands with batch axes sharded alike, which explicit meshes ask for."""
+    here, there = jax.typeof(x).sharding, jax.typeof(y).sharding
+    if here.mesh.empty or not here.mesh.explicit_axes:
+        return x, y
+    wanted = list(here.spec), list(there.spec)
+    for i, j in zip(*batch, strict=True):
+        entry = here.spec[i] if here.spec[i] is not None else there.spec[j]
+        wanted[0][i] = wanted[1][j] = entry
+    return tuple(
+        x if list(s.spec) == spec else jax.sharding.reshard(x, P(*spec))
+        for x, s, spec in zip((x, y), (here, there), wanted, strict=True)
+    )
 
 
 def low_rank_product(

@@ -252,3 +252,40 @@ def dense_arrays_of_step(fn, adapted, *args, views=()):
     step = jax.grad(lambda a, b: scalar(apply(flora.join(b, a), *args)))
     shapes = {w.base.shape for w in weights(adapted)}
     return dense_arrays(step, shapes, adapter, base, views=views)
+
+
+def check_model(model):
+    """The contract in two programs, for models that take long to compile.
+
+    `model.settings` may have `views`; `exact=False`, where the model compiles parts of
+    itself even un-jitted; all else goes to `adapt`.
+    """
+    fn, params, args = model.fn, model.params, model.args
+    config = dict(model.settings)
+    views, exact = config.pop("views", ()), config.pop("exact", True)
+    tolerance = config.pop("tolerance", 2e-5)
+    adapted = adapt(fn, params, *args, target=model.target, **config)
+    if exact:
+        chex.assert_trees_all_equal(flora.lora(fn)(adapted, *args), fn(params, *args))
+    else:
+        outs = jax.jit(flora.lora(fn))(adapted, *args), jax.jit(fn)(params, *args)
+        close(*outs, COMPILED)
+    # Not too large: a model that is ill-conditioned there magnifies rounding.
+    adapted = randomized(adapted, size=0.1)
+
+    @jax.jit
+    def both(tree, args):
+        outs = flora.lora(fn)(tree, *args), fn(flora.merge(tree), *args)
+        return outs, gradients(fn, tree, *args)
+
+    outs, grads = both(adapted, args)
+    close(*outs, tolerance)
+    close_to_formula(adapted, *grads, tolerance=3 * tolerance)
+    dense = dense_arrays_of_step(fn, adapted, *args, views=views)
+    assert dense == [], [eqn.primitive for eqn in dense]
+    report = flora.coverage(fn, params, *args)
+    for row in flora.summary(adapted).rows:
+        if row.role == "lora":
+            assert report[row.path].status == "factored", report[row.path]
+            assert report[row.path].layout == row.layout
+    return adapted

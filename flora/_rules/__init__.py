@@ -43,6 +43,7 @@ RULES = {
     P.sub: joined.sub,
     P.complex: joined.complex_,
     P.all_gather: sharded.all_gather,
+    P.reshard: sharded.reshard,
     P.mul: structure.mul,
     P.div: structure.div,
     P.neg: structure.neg,

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
@@ -97,3 +97,22 @@ def all_gather(ctx: Context, eqn: Any, w: Factored) -> list[Factored]:
 
     base = None if w.base is None else eval_eqn(eqn, [w.base])[0]
     return [per_dim(w, base, (*w.axes[:axis], (whole,), *w.axes[axis + 1 :]), gather)]
+
+
+def reshard(ctx: Context, eqn: Any, w: Factored) -> list[Factored]:
+    """The factors go where W's axes of theirs go; the rank stays whole."""
+    new = eqn.params["dst_sharding"]
+    base = None if w.base is None else eval_eqn(eqn, [w.base])[0]
+    # An axis that joins several is whole in the factors.
+    entries = {
+        axis[0]: entry
+        for axis, entry in zip(w.axes, new.spec, strict=False)
+        if len(axis) == 1 and entry is not None
+    }
+
+    def place(array: Any, at: dict[int, Dim]) -> Any:
+        spec = [entries.get(at[i]) if i in at else None for i in range(array.ndim)]
+        to = NamedSharding(new.mesh, PartitionSpec(*spec))
+        return jax.sharding.reshard(array, to)
+
+    return [per_dim(w, base, w.axes, place)]

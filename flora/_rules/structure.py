@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flora._compat import eval_eqn
@@ -253,12 +255,7 @@ def mul(ctx: Any, eqn: Any, x: Any, y: Any) -> list[Any]:
     if isinstance(x, Factored) and isinstance(y, Factored):
         if eqn.invars[0] is eqn.invars[1]:
             return square(ctx, eqn, x)
-        if not (x.summed or y.summed):
-            raise Unfactorable("a product of two weights, element by element")
-        if y.summed:
-            y = settle(ctx, eqn, y, "")
-        else:
-            x = settle(ctx, eqn, x, "")
+        x, y = _one_formed(ctx, eqn, x, y)
     w, c = (x, y) if isinstance(x, Factored) else (y, x)
     base = w.base
     if base is not None:
@@ -266,8 +263,23 @@ def mul(ctx: Any, eqn: Any, x: Any, y: Any) -> list[Any]:
     return [_scaled(eqn, w, base, c, lax.mul)]
 
 
+def _one_formed(ctx: Any, eqn: Any, x: Factored, y: Factored) -> tuple[Any, Any]:
+    """Two weights of which the smaller is formed: a sum, or a scale for W's columns."""
+
+    def size(w: Factored) -> tuple[bool, int]:
+        return not w.summed, sum(n > 1 for n in w.shape)
+
+    small = min((x, y), key=size)
+    if not small.summed and size(small)[1] > 1:
+        raise Unfactorable("a product of two weights, element by element")
+    formed = settle(ctx, eqn, small, "a factor of another weight")
+    return (formed, y) if small is x else (x, formed)
+
+
 def div(ctx: Any, eqn: Any, w: Any, c: Any) -> list[Factored]:
-    if not isinstance(w, Factored) or isinstance(c, Factored):
+    if isinstance(w, Factored) and isinstance(c, Factored):
+        w, c = _one_formed(ctx, eqn, w, c)
+    if not isinstance(w, Factored):
         raise Unfactorable("a division by a weight")
     return [_scaled(eqn, w, _base(eqn, w, c), c, lax.div)]
 
@@ -279,7 +291,7 @@ def neg(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
 
 def _scaled(eqn: Any, w: Factored, base: Any, c: Any, apply: Any) -> Factored:
     """Scales A where c varies along in axes, else B."""
-    c = jnp.asarray(c)
+    c = _narrowed(jnp.asarray(c))
     if eqn.outvars[0].aval.shape != w.shape:
         raise Unfactorable("a product that repeats the weight")
     varies = [i for i, n in enumerate(c.shape) if n > 1]
@@ -297,6 +309,18 @@ def _scaled(eqn: Any, w: Factored, base: Any, c: Any, apply: Any) -> Factored:
         held = [*w.dims("stack", "in"), None]
         return dataclasses.replace(new, a=_times(w.a, _spread(c, dims, held), apply))
     raise Unfactorable("a factor that varies along in and out axes")
+
+
+def _narrowed(c: Any) -> Any:
+    """A known array (a mask, say) with axes along which it is constant cut to one."""
+    if isinstance(c, jax.core.Tracer):
+        return c
+    values = np.asarray(c)
+    for i in range(values.ndim):
+        first = values.take([0], axis=i)
+        if (values == first).all():
+            values = first
+    return jnp.asarray(values)
 
 
 def _times(factor: Any, c: Any, apply: Any) -> Any:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from flora._errors import LoraTypeError, fail
 from flora._select import Matcher, Pattern, check_pattern
-from flora._weight import Layout
+from flora._trace import is_array
+from flora._weight import Layout, is_fallback
 from flora.initializers import Initializer, gaussian
 
 _GAUSSIAN = gaussian()  # one function object, so that drawing compiles once
@@ -105,7 +106,11 @@ class LoraConfig:
                 )
         if not _is_real(self.dropout) or not 0 <= self.dropout < 1:
             found.append(f"dropout={self.dropout!r}. It must lie in [0, 1).")
-        if self.fallback not in ("error", "materialize"):
+        if not isinstance(self.rank_stabilized, bool):
+            found.append(
+                f"rank_stabilized={self.rank_stabilized!r}. Write True or False."
+            )
+        if not is_fallback(self.fallback):
             found.append(f"fallback={self.fallback!r}. Write 'error' or 'materialize'.")
         if not callable(self.init):
             found.append(
@@ -113,8 +118,9 @@ class LoraConfig:
                 "flora.initializers.gaussian()."
             )
         try:
-            floating = jnp.issubdtype(self.dtype, jnp.inexact)
-        except TypeError:
+            is_dtype = self.dtype is not None and not is_array(self.dtype)
+            floating = is_dtype and jnp.issubdtype(self.dtype, jnp.inexact)
+        except (TypeError, ValueError):
             floating = False
         if not floating:
             found.append(

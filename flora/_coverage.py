@@ -16,6 +16,7 @@ from flora._tables import plain_text, table
 from flora._trace import Staged, is_array, stage
 from flora._weight import Layout, LoraWeight, Trained
 
+STATUSES = ("factored", "dense", "unused", "vector")
 ROLES = ("linear", "conv", "embedding", "attention", "head")
 _ROLE_OF = {
     "dot_general": "linear",
@@ -97,7 +98,7 @@ class Coverage:
 
     def __getitem__(self, path: str) -> LeafCoverage:
         for row in self.rows:
-            if row.path == path:
+            if isinstance(path, str) and row.path == path:
                 return row
         raise LoraError(
             f"coverage has no leaf {path!r}. See .rows for all {len(self.rows)}."
@@ -105,6 +106,8 @@ class Coverage:
 
     def with_status(self, status: str) -> list[str]:
         """The paths of the leaves of one status."""
+        if not isinstance(status, str) or status not in STATUSES:
+            raise LoraError(f"status={status!r}; they are {', '.join(STATUSES)}.")
         return [row.path for row in self.rows if row.status == status]
 
     @property
@@ -135,8 +138,10 @@ class Coverage:
         Raises:
           LoraError: there is no such role, or no leaf that plays it.
         """
-        without = (without,) if isinstance(without, str) else tuple(without)
-        unknown = [r for r in (*roles, *without) if r not in ROLES]
+        several = isinstance(without, tuple | list | set | frozenset)
+        others = tuple(without) if several else (without,)
+        given = (*roles, *others)
+        unknown = [r for r in given if not isinstance(r, str) or r not in ROLES]
         if unknown or not roles:
             raise LoraError(
                 f"select got the roles {unknown or '()'}; they are {', '.join(ROLES)}."
@@ -144,9 +149,9 @@ class Coverage:
         paths = tuple(
             row.path
             for row in self.rows
-            if set(roles) & set(row.roles) and not set(without) & set(row.roles)
+            if set(roles) & set(row.roles) and not set(others) & set(row.roles)
         )
-        what = " or ".join(roles) + "".join(f", no {r}" for r in without)
+        what = " or ".join(roles) + "".join(f", no {r}" for r in others)
         if not paths:
             known = {r: sum(r in row.roles for row in self.rows) for r in ROLES}
             counts = ", ".join(f"{n} {r}" for r, n in known.items())
@@ -154,10 +159,7 @@ class Coverage:
         return Selection(paths, what)
 
     def __rich__(self) -> Any:
-        counts = ", ".join(
-            f"{len(self.with_status(s))} {s}"
-            for s in ("factored", "dense", "unused", "vector")
-        )
+        counts = ", ".join(f"{len(self.with_status(s))} {s}" for s in STATUSES)
         factored = [r for r in self.rows if r.status == "factored"]
         total = sum(r.rank_parameters for r in factored)
         return table(
@@ -249,6 +251,11 @@ def coverage(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Coverage:
         if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
     leaves = [leaf for _, leaf in plain]
+    if not paths:
+        raise LoraError(
+            f"coverage: the tree ({type(tree).__name__}) has no floating arrays. Pass the "
+            "parameters. The order is flora.coverage(fn, tree, *args)."
+        )
     staged = stage(fn, leaves, treedef, args, kwargs)
     found = discover(staged, leaves, paths)
     parts = _parts(staged, paths, found)

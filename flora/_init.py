@@ -281,5 +281,30 @@ def _draw_stack(
     """One pair for each matrix of a stack; compiled once for leaves of one shape."""
     in_, rank, out = sizes
     keys = jax.random.split(jax.random.fold_in(root, salt), stack)
-    a, b = jax.vmap(lambda k: init(k, (in_, rank), (rank, out), dtype))(keys)
+
+    def one(key: Any) -> tuple[jax.Array, jax.Array]:
+        made = init(key, (in_, rank), (rank, out), dtype)
+        if not _are_factors(made, (in_, rank), (rank, out)):
+            raise LoraError(
+                f"init={init!r} gave {_described(made)}; expected arrays (A, B) of shapes "
+                f"{(in_, rank)} and {(rank, out)}."
+            )
+        return made[0].astype(dtype), made[1].astype(dtype)
+
+    a, b = jax.vmap(one)(keys)
     return a.reshape(shapes[0]), b.reshape(shapes[1])
+
+
+def _are_factors(made: Any, *shapes: tuple[int, ...]) -> bool:
+    return (
+        isinstance(made, tuple | list)
+        and len(made) == 2
+        and all(isinstance(x, jax.Array) for x in made)
+        and tuple(x.shape for x in made) == shapes
+    )
+
+
+def _described(made: Any) -> str:
+    parts = made if isinstance(made, tuple | list) else [made]
+    shown = [_kind(x) for x in parts]
+    return f"({', '.join(shown)})" if isinstance(made, tuple | list) else shown[0]

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from flora._errors import LoraTypeError
+from flora._trace import is_array
 
 
 def require_key(key: Any, verb: str) -> None:
     """Raises unless key is one typed PRNG key."""
-    dtype = getattr(key, "dtype", None)
+    dtype = getattr(key, "dtype", None) if is_array(key) else None
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         given = (
             type(key).__name__ if dtype is None else f"{dtype}{list(key.shape)} array"

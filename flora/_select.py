@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.tree_util import GetAttrKey
 
-from flora._errors import LoraTypeError
+from flora._errors import LoraError, LoraTypeError
 from flora._weight import is_node
 
 Matcher = str | re.Pattern[str] | Callable[[str, Any], bool]
@@ -63,7 +63,13 @@ def _matches_one(part: Any, path: str, leaf: Any) -> bool:
         return fnmatch.fnmatchcase(path, part) or fnmatch.fnmatchcase(path, f"*/{part}")
     if isinstance(part, re.Pattern):
         return part.fullmatch(path) is not None
-    return bool(part(path, leaf))
+    try:
+        return bool(part(path, leaf))
+    except Exception as error:
+        raise LoraError(
+            f"The pattern {part!r} failed on '{path}': {error!r}. Write a callable "
+            "(path, leaf) -> bool."
+        ) from error
 
 
 def nothing_selected(name: str, pattern: Any, paths: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ class Staged:
     outputs: Sequence[str]
 
 
-def is_array(x: Any) -> bool:
+def is_array(x: Any) -> TypeGuard[Any]:
     """Whether x is an array, a tracer or a `ShapeDtypeStruct`."""
     return isinstance(x, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic)
 

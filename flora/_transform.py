@@ -15,7 +15,7 @@ from flora._interpreter import Context, interpret
 from flora._rules import RULES, RULES_FOR_SQUARES
 from flora._select import named_leaves
 from flora._trace import is_array, stage
-from flora._weight import LoraWeight, Trained, is_node
+from flora._weight import LoraWeight, Trained, is_fallback, is_node
 
 
 def lora(fn: Callable, *, fallback: str | None = None) -> Callable:
@@ -59,7 +59,7 @@ def lora(fn: Callable, *, fallback: str | None = None) -> Callable:
             f"lora() got a {type(fn).__name__}; expected the function to run, such as "
             "model.apply."
         )
-    if fallback not in (None, "error", "materialize"):
+    if fallback is not None and not is_fallback(fallback):
         raise LoraError(f"fallback={fallback!r}. Write 'error' or 'materialize'.")
 
     @functools.wraps(fn)

@@ -27,7 +27,14 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("stack", "in_", "out"):  # lists too: a layout must be hashable
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            axes = getattr(self, name)
+            if not isinstance(axes, tuple | list) or not all(
+                isinstance(i, int) and not isinstance(i, bool) for i in axes
+            ):
+                raise LoraTypeError(
+                    f"Layout: {name}={axes!r}. Write a tuple of axes, such as (0, 1)."
+                )
+            object.__setattr__(self, name, tuple(axes))
 
     def role(self, axis: int) -> str:
         """'stack', 'in' or 'out'."""
@@ -101,9 +108,8 @@ class LoraWeight:
 
     def __repr__(self) -> str:
         base = "adapter" if self.base is None else _shown(self.base)
-        return (
-            f"LoraWeight({base}, {self.layout}, rank={self.rank}, scale={self.scale:g})"
-        )
+        rank, alpha = self.rank, self.alpha
+        return f"LoraWeight({base}, {self.layout}, rank={rank}, alpha={alpha})"
 
     def __jax_array__(self) -> Any:
         raise LoraTypeError(
@@ -142,6 +148,11 @@ class Trained:
 
 
 jax.tree_util.register_dataclass(Trained, data_fields=["value"], meta_fields=[])
+
+
+def is_fallback(x: Any) -> bool:
+    """Whether x names what to do where an operation has no factored rule."""
+    return isinstance(x, str) and x in ("error", "materialize")
 
 
 def is_node(x: Any) -> bool:

@@ -5,11 +5,14 @@ over stack axes and folds the in and out axes back.
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from flora._errors import LoraError
 
 Shape = tuple[int, ...]
 Initializer = Callable[[Any, Shape, Shape, Any], tuple[jax.Array, jax.Array]]
@@ -23,6 +26,7 @@ def gaussian(variance: float = 1 / 3) -> Initializer:
 
     References: Hu et al. 2021, section 4.1. https://arxiv.org/abs/2106.09685
     """
+    _require_variance(variance)
 
     def init(key: Any, a: Shape, b: Shape, dtype: Any) -> tuple[jax.Array, jax.Array]:
         return _normal(key, a, variance / a[0], dtype), jnp.zeros(b, dtype)
@@ -35,6 +39,7 @@ def a_zero(variance: float = 1 / 3) -> Initializer:
 
     References: Hayou et al. 2024. https://arxiv.org/abs/2406.08447
     """
+    _require_variance(variance)
 
     def init(key: Any, a: Shape, b: Shape, dtype: Any) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros(a, dtype), _normal(key, b, variance / b[0], dtype)
@@ -44,6 +49,7 @@ def a_zero(variance: float = 1 / 3) -> Initializer:
 
 def both_random(variance: float = 1 / 3) -> Initializer:
     """A and B random: training does not start at the pretrained model.  For study."""
+    _require_variance(variance)
 
     def init(key: Any, a: Shape, b: Shape, dtype: Any) -> tuple[jax.Array, jax.Array]:
         key_a, key_b = jax.random.split(key)
@@ -62,6 +68,14 @@ def both_zero() -> Initializer:
         return jnp.zeros(a, dtype), jnp.zeros(b, dtype)
 
     return init
+
+
+def _require_variance(variance: Any) -> None:
+    real = isinstance(variance, numbers.Real) and not isinstance(variance, bool)
+    if not real or not 0 < float(variance) < math.inf:
+        raise LoraError(
+            f"variance={variance!r}. It must be a finite number above 0, such as 1/3."
+        )
 
 
 def _normal(key: Any, shape: Shape, variance: float, dtype: Any) -> jax.Array:

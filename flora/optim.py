@@ -6,10 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flora._adapt import join, require_adapted, split
-from flora._errors import LoraError, LoraTypeError
+from flora._errors import LoraError, LoraTypeError, fail
+from flora._select import named_leaves
+from flora._trace import is_array
 from flora._weight import LoraWeight, Trained, is_node
 
 
@@ -146,15 +149,59 @@ def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
       (True, True)
     """
 
+    if not callable(fn):
+        raise LoraTypeError(
+            f"value_and_grad: fn is a {type(fn).__name__}; expected a function of an "
+            "adapted tree that returns a loss."
+        )
+
     def differentiated(adapted: Any, *args: Any, **kwargs: Any) -> Any:
         base, adapter = split(adapted)
+        fail(
+            p
+            for path, leaf in named_leaves(adapter)[0]
+            for p in _untrainable(path, leaf)
+        )
 
         def loss(adapter: Any) -> Any:
-            return fn(_same_keys(join(base, adapter), adapted), *args, **kwargs)
+            out = fn(_same_keys(join(base, adapter), adapted), *args, **kwargs)
+            _require_scalar(out, has_aux)
+            return out
 
         return jax.value_and_grad(loss, has_aux=has_aux)(adapter)
 
     return differentiated
+
+
+def _untrainable(path: str, leaf: Any) -> list[str]:
+    """What keeps a leaf of an adapter from being differentiated."""
+    values = [leaf.a, leaf.b] if isinstance(leaf, LoraWeight) else [leaf.value]
+    floating = [is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact) for x in values]
+    if all(floating):
+        return []
+    return [
+        f"'{path}' is to train and holds {values[floating.index(False)]!r}; expected "
+        "floating arrays. Pass the tree that flora.init or flora.join returned."
+    ]
+
+
+def _require_scalar(out: Any, has_aux: bool) -> None:
+    """Raises unless a loss function gave what can be differentiated."""
+    pair = isinstance(out, tuple | list) and len(out) == 2
+    value = out[0] if has_aux and pair else out
+    number = is_array(value) or isinstance(value, float)
+    if (has_aux and not pair) or not number or np.shape(value) != ():
+        shape = f"{value.dtype}{list(value.shape)}" if is_array(value) else ""
+        wanted = "(loss, aux) with a scalar loss" if has_aux else "a scalar loss"
+        raise LoraTypeError(
+            f"value_and_grad: fn returned {shape or 'a ' + type(out).__name__}; expected "
+            f"{wanted}. Write .mean() or .sum(), or has_aux=True for (loss, aux)."
+        )
+    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise LoraTypeError(
+            f"value_and_grad: fn returned a loss of {jnp.result_type(value)}; expected a "
+            "real floating one."
+        )
 
 
 def _same_keys(joined: Any, adapted: Any) -> Any:

@@ -359,6 +359,17 @@ def handed_on(jaxpr: Jaxpr) -> list[int | None]:
     return [None if isinstance(v, Literal) else same.get(v) for v in jaxpr.outvars]
 
 
+def may_return(jaxpr: Jaxpr, marked: Sequence[bool], ends: set[Primitive]) -> bool:
+    """Whether an output may be a view of a marked input: no primitive of `ends` between."""
+    jaxpr, _ = open_jaxpr(jaxpr)
+    seen = {v for v, m in zip(jaxpr.invars, marked, strict=True) if m}
+    for eqn in jaxpr.eqns:
+        touched = any(not isinstance(v, Literal) and v in seen for v in eqn.invars)
+        if touched and eqn.primitive not in ends:
+            seen.update(eqn.outvars)
+    return any(not isinstance(v, Literal) and v in seen for v in jaxpr.outvars)
+
+
 def jit_like(eqn: Eqn, fn: Callable) -> Callable:
     """`fn` jitted with the name and options of a jit equation.
 

@@ -117,17 +117,21 @@ class LoraConfig:
                 f"init={self.init!r}. Write one of flora.initializers, such as "
                 "flora.initializers.gaussian()."
             )
-        try:
-            is_dtype = self.dtype is not None and not is_array(self.dtype)
-            floating = is_dtype and jnp.issubdtype(self.dtype, jnp.inexact)
-        except (TypeError, ValueError):
-            floating = False
-        if not floating:
+        if not _is_floating_dtype(self.dtype):
             found.append(
                 f"dtype={self.dtype!r}. Factors need a floating dtype, such as "
                 "jnp.float32."
             )
         return found
+
+
+def _is_floating_dtype(dtype: Any) -> bool:
+    if dtype is None or is_array(dtype):
+        return False
+    try:
+        return bool(jnp.issubdtype(dtype, jnp.inexact))
+    except (TypeError, ValueError):
+        return False
 
 
 def _is_real(x: Any) -> bool:

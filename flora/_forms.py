@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from flora._errors import Unfactorable
-from flora._factored import Factored, Views, views
+from flora._factored import Factored, Views, relayout, split_axes, views
 
 Labels = Sequence[Hashable]
 Segments = Sequence[Sequence[tuple[Hashable, int]]]
@@ -23,7 +23,13 @@ Segments = Sequence[Sequence[tuple[Hashable, int]]]
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """An operand with one label an axis; `weight` is set where it is factored."""
+    """An operand with one label an axis.
+
+    Attributes:
+      array: the operand; `None` for a pure A B.
+      labels: one an axis.
+      weight: the factored weight that it is, if it is one.
+    """
 
     array: Any
     labels: Labels
@@ -31,7 +37,8 @@ class Labelled:
 
     @property
     def sizes(self) -> dict[Hashable, int]:
-        return dict(zip(self.labels, self.array.shape, strict=True))
+        whole = self.weight[0] if self.weight else self.array
+        return dict(zip(self.labels, whole.shape, strict=True))
 
 
 def relabel(x: Any, segments: Segments) -> Labelled:
@@ -40,28 +47,32 @@ def relabel(x: Any, segments: Segments) -> Labelled:
     labels, sizes = [label for label, _ in flat], [size for _, size in flat]
     if not isinstance(x, Factored):
         return Labelled(lax.reshape(x, sizes), labels)
-    if any(len(s) > 1 for s in segments) or x.base is None:
-        raise Unfactorable("a product of two weights with joined axes")
+    base = None if x.base is None else lax.reshape(x.base, sizes)
+    x = relayout(x, base, split_axes(x.axes, sizes))
     v = views(x, "x")
     names = {
-        mine[0][0]: given[0][0]
-        for mine, given in zip(v.segments, segments, strict=True)
-        if mine and given
+        mine[0][0]: label
+        for mine, label in zip(v.segments, labels, strict=True)
+        if mine
     }
-    if any(len(s) > 1 for s in v.segments) or len(names) != len(flat):
+    if any(len(s) > 1 for s in v.segments):
         raise Unfactorable("a product of two weights with joined axes")
     v = dataclasses.replace(
         v,
         a_labels=tuple(names.get(n, ("x", n)) for n in v.a_labels),
         b_labels=tuple(names.get(n, ("x", n)) for n in v.b_labels),
     )
-    return Labelled(lax.reshape(x.base, sizes), labels, (x, v))
+    return Labelled(base, labels, (x, v))
 
 
 def contract(
     u: Labelled, v: Labelled, out: Labels, *, precision: Any = None, dtype: Any = None
 ) -> Labelled:
     """Sums u·v over the labels that `out` lacks.  u may be a weight, v is an array."""
+    if u.array is None and u.weight:
+        dtype = dtype or v.array.dtype
+        y = low_rank_product(v, *u.weight, out, precision=precision, dtype=dtype)
+        return Labelled(y, out)
     shared = [x for x in u.labels if x in v.labels]
     batch = [x for x in out if x in shared]
     summed = [x for x in shared if x not in out]
@@ -118,10 +129,12 @@ def low_rank_product(
       precision: as of `lax.dot_general`.
       dtype: dtype of the result.
     """
-    thin = compute_dtype_of(x.array.dtype, dtype)
+    given = dtype if x.array is None else x.array.dtype
+    thin = compute_dtype_of(given, dtype)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         thin = jnp.result_type(thin, w_views.a.dtype, w_views.b.dtype)
-    x = dataclasses.replace(x, array=x.array.astype(thin))
+    if x.array is not None:
+        x = dataclasses.replace(x, array=x.array.astype(thin))
     a = Labelled(w_views.a.astype(thin), w_views.a_labels)
     b = Labelled(w_views.b.astype(thin), w_views.b_labels)
     first, second = min(((a, b), (b, a)), key=lambda pair: _cost(x, pair, out))

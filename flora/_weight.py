@@ -108,8 +108,9 @@ class LoraWeight:
 
     def __repr__(self) -> str:
         base = "adapter" if self.base is None else _shown(self.base)
-        rank, alpha = self.rank, self.alpha
-        return f"LoraWeight({base}, {self.layout}, rank={rank}, alpha={alpha})"
+        known = isinstance(self.rank, int) and isinstance(self.alpha, int | float)
+        scale = f"scale={self.scale:g}" if known else f"alpha={self.alpha}"
+        return f"LoraWeight({base}, {self.layout}, rank={self.rank}, {scale})"
 
     def __jax_array__(self) -> Any:
         raise LoraTypeError(

@@ -148,7 +148,6 @@ def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
       >>> grads["kernel"].base is None, bool((grads["kernel"].a == 0).all())
       (True, True)
     """
-
     if not callable(fn):
         raise LoraTypeError(
             f"value_and_grad: fn is a {type(fn).__name__}; expected a function of an "
@@ -191,11 +190,11 @@ def _require_scalar(out: Any, has_aux: bool) -> None:
     value = out[0] if has_aux and pair else out
     number = is_array(value) or isinstance(value, float)
     if (has_aux and not pair) or not number or np.shape(value) != ():
-        shape = f"{value.dtype}{list(value.shape)}" if is_array(value) else ""
+        kind = jax.typeof(value) if number else f"a {type(out).__name__}"
         wanted = "(loss, aux) with a scalar loss" if has_aux else "a scalar loss"
         raise LoraTypeError(
-            f"value_and_grad: fn returned {shape or 'a ' + type(out).__name__}; expected "
-            f"{wanted}. Write .mean() or .sum(), or has_aux=True for (loss, aux)."
+            f"value_and_grad: fn returned {kind}; expected {wanted}. Write .mean() or "
+            ".sum(), or has_aux=True for (loss, aux)."
         )
     if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise LoraTypeError(

@@ -155,7 +155,7 @@ def close_to_formula(adapted, pairs, dense, tolerance=None):
                 np.testing.assert_allclose(got, want, rtol=0, atol=max(atol, 1e-30))
 
 
-def close_to_merged(fn, adapted, *args):
+def close_to_merged(fn, adapted, *args, tolerance=1e-12):
     """Outputs and gradients in float64, in one compiled program."""
 
     @jax.jit
@@ -164,8 +164,8 @@ def close_to_merged(fn, adapted, *args):
         return outs, gradients(fn, t, *args)
 
     outs, grads = both(adapted, args)
-    close(*outs, 1e-12)
-    close_to_formula(adapted, *grads, tolerance=1e-12)
+    close(*outs, tolerance)
+    close_to_formula(adapted, *grads, tolerance=tolerance)
 
 
 def equations(jaxpr):

@@ -288,11 +288,31 @@ def test_activations_with_custom_rules_stay_untouched(x64, wrap):
     contract.check(fn, used(fn, x), x, dtype=jnp.float64)
 
 
+def test_weights_that_branches_return(x64):
+    def choose(p, x):
+        w = lax.cond(x.sum() > 0, lambda: p["w"], lambda: -p["u"])
+        y = x @ w
+        w = lax.switch(
+            2, [lambda: p["w"], lambda: jnp.ones((7, 7)), lambda: 2 * p["u"]]
+        )
+        return jnp.tanh(y) @ w
+
+    def score(p, x):  # what the derivative of a branch remembers is the weight
+        f = lambda x: lax.cond(x.sum() > 0, lambda: x @ p["w"], lambda: x).sum()  # noqa: E731
+        return jax.grad(lambda x: jnp.sin(f(x)))(x) + x @ p["u"]
+
+    p, x = {"w": array(7, 7), "u": array(7, 7, seed=1)}, jnp.abs(array(3, 7))
+    for fn in (choose, score):
+        own = (contract.P.neg, contract.P.mul)
+        adapted = contract.check(fn, p, x, dtype=jnp.float64, views=own)
+        assert adapted["w"].layout == adapted["u"].layout
+
+
 REFUSED = {
     "a weight that a loop changes": lambda w, x: lax.scan(
         lambda c, r: (c * 2 + 1, r @ c), w, x)[1],
     "a weight as a branch's result": lambda w, x: x @ lax.cond(
-        x.sum() > 0, lambda: w, lambda: -w),
+        x.sum() > 0, lambda: w, lambda: w.reshape(7, 7, 1).transpose(1, 0, 2)[..., 0]),
     "a weight as a loop's output": lambda w, x: x @ lax.scan(
         lambda c, r: (c, w), 0, x)[1][0],
 }  # fmt: skip

@@ -116,7 +116,7 @@ def test_a_pattern_that_fails_is_named():
 
 def test_a_loss_that_is_no_scalar_says_what_it_was():
     with pytest.raises(
-        flora.LoraError, match=r"fn returned float32\[2, 3\]; expected a"
+        flora.LoraError, match=r"fn returned float32\[2,3\]; expected a"
     ):
         flora.value_and_grad(lambda t: flora.lora(fn)(t, X))(TREE)
     with pytest.raises(flora.LoraError, match=r"expected \(loss, aux\) with a scalar"):

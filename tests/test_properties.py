@@ -90,7 +90,9 @@ def build(program, wrappers):
 
     everything = {
         str(i): {
-            k: array(*s, seed=10 * i + n) for n, (k, s) in enumerate(SHAPES.items())
+            # Small, so that programs that repeat themselves stay well-conditioned.
+            k: 0.4 * array(*s, seed=10 * i + n)
+            for n, (k, s) in enumerate(SHAPES.items())
         }
         for i in range(len(program))
     }
@@ -105,14 +107,20 @@ def build(program, wrappers):
 def programs(wrappers):
     chain = st.lists(st.sampled_from(sorted(wrappers)), max_size=2)
     steps = st.tuples(st.sampled_from(sorted(BLOCKS)), chain)
-    return st.lists(steps, min_size=1, max_size=2)
+    return st.lists(steps.filter(is_differentiable), min_size=1, max_size=2)
+
+
+def is_differentiable(step):
+    """A norm's derivative multiplies W by dW, element by element: that is refused."""
+    block, chain = step
+    return block != "normed" or not any(name.startswith("custom") for name in chain)
 
 
 def adapted_program(program, wrappers):
     fn, params = build(program, wrappers)
-    x = array(3, 4, seed=99)
-    tree = contract.adapt(fn, params, x, rank=1, dtype=jnp.float64)
-    assert (flora.lora(fn)(tree, x) == fn(params, x)).all()
+    x = 0.5 * array(3, 4, seed=99)
+    tree = contract.adapt(fn, params, x, rank=1, alpha=1.0, dtype=jnp.float64)
+    contract.close(flora.lora(fn)(tree, x), fn(params, x), contract.COMPILED)
     return fn, contract.randomized(tree), x
 
 
@@ -120,7 +128,7 @@ def adapted_program(program, wrappers):
 def test_any_program_forward_and_gradient(program):
     with jax.enable_x64(True):
         fn, tree, x = adapted_program(program, WRAPPERS)
-        contract.close_to_merged(fn, tree, x)
+        contract.close_to_merged(fn, tree, x, tolerance=1e-10)
 
 
 FORWARD = {k: f for k, f in WRAPPERS.items() if k != "custom_vjp"} | {"while": in_while}
@@ -141,7 +149,7 @@ def test_any_program_in_forward_mode(program):
             return along(flora.lora(fn)), along(lambda t, x: fn(flora.merge(t), x))
 
         direction = contract.randomized(tree, key=5)
-        contract.close(*both(adapter, flora.split(direction)[1], x), 1e-11)
+        contract.close(*both(adapter, flora.split(direction)[1], x), 1e-10)
 
 
 @st.composite

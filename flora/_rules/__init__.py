@@ -9,6 +9,7 @@ from flora._compat import P
 from flora._rules import (
     control,
     conv,
+    derivatives,
     dot,
     gather,
     joined,
@@ -65,8 +66,8 @@ RULES = {
     P.scan: control.scan,
     P.while_: control.while_,
     P.cond: control.cond,
-    P.custom_jvp_call: control.custom_jvp_call,
-    P.custom_vjp_call: control.custom_vjp_call,
+    P.custom_jvp_call: derivatives.custom_jvp_call,
+    P.custom_vjp_call: derivatives.custom_vjp_call,
     P.shard_map: sharded.shard_map,
 }
 

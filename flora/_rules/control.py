@@ -9,19 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora import _compat
-from flora._errors import Unfactorable
+from flora._compat import P
 from flora._factored import (
-    RANK,
     Dim,
     Factored,
     flattened,
     is_lazy,
     per_dim,
-    views,
 )
-from flora._forms import Labelled, contract
 from flora._interpreter import Context, interpret, settle
-from flora._trace import filled
 
 
 def jit(ctx: Context, eqn: Any, *args: Any) -> Any:
@@ -35,7 +31,7 @@ def jit(ctx: Context, eqn: Any, *args: Any) -> Any:
     if ctx.log is not None:  # what is recorded names each caller's leaves
         outs = _compat.jit_like(eqn, fn)(*placed)
     else:
-        salt = ctx.salt if _keyed(args) else None
+        salt = ctx.salt if keyed(args) else None
         key = (id(inner), eqn.params["name"], eqn.params["out_shardings"], salt)
         outs = ctx.jitted.setdefault(key, _compat.jit_like(eqn, fn))(*placed)
     return _handed_on(inner, args, outs)
@@ -49,7 +45,7 @@ def _handed_on(jaxpr: Any, args: Sequence[Any], outs: Sequence[Any]) -> list[Any
     ]
 
 
-def _keyed(args: Sequence[Any]) -> bool:
+def keyed(args: Sequence[Any]) -> bool:
     """Whether any weight has dropout keys."""
     return any(isinstance(x, Factored) and x.key is not None for x in args)
 
@@ -103,7 +99,7 @@ def scan(ctx: Context, eqn: Any, *args: Any) -> Any:
         ys = [settle(ctx, eqn, y, "a weight as a loop's output") for y in ys]
         return (None if i is None else i + 1, _carried(ctx, eqn, fixed, state)), ys
 
-    start = jnp.int32(0) if _keyed(args) else None
+    start = jnp.int32(0) if keyed(args) else None
     init = _carried(ctx, eqn, fixed, init)
     (_, state), ys = lax.scan(
         body, (start, init), [x for x, _ in slots], **parts.options
@@ -133,26 +129,40 @@ def while_(ctx: Context, eqn: Any, *args: Any) -> Any:
         outs = interpret(ctx, p["body_jaxpr"], [*weights, *state])
         return None if i is None else i + 1, _carried(ctx, eqn, fixed, outs)
 
-    start = jnp.int32(0) if _keyed(args) else None
+    start = jnp.int32(0) if keyed(args) else None
     init = _carried(ctx, eqn, fixed, init)
     _, state = lax.while_loop(cond, body, (start, init))
     return [fixed.get(k, x) for k, x in enumerate(state)]
 
 
 def cond(ctx: Context, eqn: Any, index: Any, *args: Any) -> Any:
+    """Branches can return weights, if those of all branches look alike.
+
+    The derivative of a branch does: what it remembers are weights.
+    """
     index = settle(ctx, eqn, index, "a weight as a branch index")
+    like = _returned_weights(ctx, eqn, args)
 
     def branch(jaxpr: Any) -> Callable:
         def fn(*args: Any) -> list[Any]:
             outs = interpret(ctx, jaxpr, args)
-            return [settle(ctx, eqn, x, "a weight as a branch's result") for x in outs]
+            return [
+                _as_weight(x, like[k])
+                if k in like
+                else settle(ctx, eqn, x, "a weight as a branch's result")
+                for k, x in enumerate(outs)
+            ]
 
         return fn
 
     branches = [branch(b) for b in eqn.params["branches"]]
     platforms = eqn.params.get("branches_platforms")
     if platforms is None:
-        return lax.switch(index, branches, *args)
+        outs = lax.switch(index, branches, *args)
+        return [
+            dataclasses.replace(x, site=like[k].site) if k in like else x
+            for k, x in enumerate(outs)
+        ]
     default = None
     of_platform = {}
     for names, fn in zip(platforms, branches, strict=True):
@@ -160,6 +170,47 @@ def cond(ctx: Context, eqn: Any, index: Any, *args: Any) -> Any:
             default = fn
         of_platform |= {name: fn for name in names or ()}
     return lax.platform_dependent(*args, default=default, **of_platform)
+
+
+def _returned_weights(
+    ctx: Context, eqn: Any, args: Sequence[Any]
+) -> dict[int, Factored]:
+    """What a weight that branches return looks like, for each output that is one."""
+    branches = eqn.params["branches"]
+    lazy = [is_lazy(x) for x in args]
+    if eqn.params.get("branches_platforms"):
+        return {}
+    if not any(_compat.may_return(b, lazy, PRODUCTS) for b in branches):
+        return {}
+    outs = [
+        jax.eval_shape(lambda *a, b=b: interpret(ctx, b, a), *args) for b in branches
+    ]
+    found = {}
+    for k, values in enumerate(zip(*outs, strict=True)):
+        weights = [x for x in values if isinstance(x, Factored)]
+        if weights and all(_look_alike(x, weights[0]) for x in weights):
+            origins = tuple(o for w in weights for o in w.site.origins)
+            site = dataclasses.replace(weights[0].site, origins=origins)
+            found[k] = dataclasses.replace(weights[0], site=site)
+    return found
+
+
+PRODUCTS = {P.dot_general, P.conv_general_dilated, P.gather, P.ragged_dot_general}
+
+
+def _look_alike(x: Factored, y: Factored) -> bool:
+    same = jax.tree.structure(x) == jax.tree.structure(y) and x.key is None
+    leaves = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=False)
+    return same and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in leaves)
+
+
+def _as_weight(x: Any, like: Factored) -> Factored:
+    """An array as a weight whose factors are zero."""
+    if isinstance(x, Factored):
+        return x
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (like.a, like.b))
+    base = None if like.base is None else x
+    return dataclasses.replace(like, base=base, a=zero[0], b=zero[1])
 
 
 def _loop_invariant(
@@ -229,150 +280,3 @@ def _at_step(w: Any, i: Any) -> Any:
     keys = w.key.reshape(-1)
     folded = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys).reshape(w.key.shape)
     return dataclasses.replace(w, key=folded)
-
-
-def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
-    """The user's rule at W, along the tangent scale (dA B + A dB)."""
-    jaxpr = eqn.params["call_jaxpr"]
-    if ctx.log is not None:
-        return interpret(ctx, jaxpr, args)
-    if _keyed(args):
-        raise Unfactorable("dropout in a function with a derivative of its own")
-    flat, tree = jax.tree.flatten(args)
-
-    @jax.custom_jvp
-    def call(*flat: Any) -> list[Any]:
-        outs = interpret(ctx, jaxpr, jax.tree.unflatten(tree, flat))
-        return [settle(ctx, eqn, x, "a weight as the result") for x in outs]
-
-    @call.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        args = jax.tree.unflatten(tree, primals)
-        moved = jax.tree.unflatten(tree, tangents)
-        at = [i for i, v in enumerate(eqn.invars) if _differentiable(v.aval)]
-
-        def both(primals: Any, tangents: Any) -> Any:
-            def fn(*some: Any) -> Any:
-                return _compat.eval_eqn(eqn, filled(primals, at, some))
-
-            return jax.jvp(fn, [primals[i] for i in at], tangents)
-
-        like = _examples(args, eqn.invars)
-        rule = jax.make_jaxpr(both)(like, [like[i] for i in at])
-
-        def along(part: Callable[[Any, Any], Any]) -> list[Any]:
-            outs = interpret(ctx, rule, [*args, *(part(args[i], moved[i]) for i in at)])
-            return [settle(ctx, eqn, x, "a weight as the result") for x in outs]
-
-        # Linear in the tangents, so that it can be transposed: dA B first, then A dB.
-        first, second = along(_along_a), along(_along_b)
-        n = len(eqn.outvars)
-        rest = zip(first[n:], second[n:], strict=True)
-        return first[:n], [jnp.add(dy, more) for dy, more in rest]
-
-    return call(*flat)
-
-
-def _along_a(x: Any, dx: Any) -> Any:
-    if not isinstance(x, Factored):
-        return dx
-    return dataclasses.replace(x, base=None, a=dx.a, key=None)
-
-
-def _along_b(x: Any, dx: Any) -> Any:
-    if not isinstance(x, Factored):
-        return jnp.zeros_like(dx)
-    return dataclasses.replace(x, base=None, b=dx.b, key=None)
-
-
-def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
-    """The user's forward and backward, whose dW becomes dA and dB."""
-    jaxpr = eqn.params["call_jaxpr"]
-    if ctx.log is not None:
-        return interpret(ctx, jaxpr, args)
-    if _keyed(args):
-        raise Unfactorable("dropout in a function with a derivative of its own")
-    flat, tree = jax.tree.flatten(args)
-    at = [i for i, v in enumerate(eqn.invars) if _differentiable(v.aval)]
-    pullback: list[Any] = []
-
-    def forward(*full: Any) -> Any:
-        def fn(*some: Any) -> Any:
-            return _compat.eval_eqn(eqn, filled(full, at, some))
-
-        outs, vjp = jax.vjp(fn, *(full[i] for i in at))
-        residuals, vjp_tree = jax.tree.flatten(vjp)
-        pullback[:] = [vjp_tree]
-        return outs, residuals
-
-    @jax.custom_vjp
-    def call(*flat: Any) -> list[Any]:
-        outs = interpret(ctx, jaxpr, jax.tree.unflatten(tree, flat))
-        return [settle(ctx, eqn, x, "a weight as the result") for x in outs]
-
-    def fwd(*flat: Any) -> Any:
-        args = jax.tree.unflatten(tree, flat)
-        outs = interpret(
-            ctx, jax.make_jaxpr(forward)(*_examples(args, eqn.invars)), args
-        )
-        n = len(eqn.outvars)
-        ys = [settle(ctx, eqn, x, "a weight as the result") for x in outs[:n]]
-        return ys, (outs[n:], args)
-
-    def bwd(saved: Any, cotangents: Any) -> Any:
-        residuals, args = saved
-        (vjp_tree,) = pullback
-        like = [r.base if isinstance(r, Factored) else r for r in residuals]
-        rule = jax.make_jaxpr(lambda res, cts: jax.tree.unflatten(vjp_tree, res)(cts))(
-            like, _examples(cotangents, eqn.outvars)
-        )
-        grads = interpret(ctx, rule, [*residuals, *cotangents])
-        grads = [settle(ctx, eqn, g, "a weight as a gradient") for g in grads]
-        of_arg = dict(zip(at, grads, strict=True))
-        return tuple(
-            ct for i, x in enumerate(args) for ct in _cotangent(x, of_arg.get(i))
-        )
-
-    call.defvjp(fwd, bwd)
-    return call(*flat)
-
-
-def _cotangent(x: Any, g: Any) -> list[Any]:
-    """The cotangents of x's leaves; dA, dB as the gradient of ⟨dW, scale A B⟩."""
-    if not isinstance(x, Factored):
-        return [g]
-
-    def inner(a: Any, b: Any) -> Any:
-        v = views(dataclasses.replace(x, a=a, b=b), "w")
-        pairs = [pair for axis in v.segments for pair in axis]
-        labels = [label for label, _ in pairs]
-        dw = Labelled(g.astype(a.dtype).reshape([n for _, n in pairs]), labels)
-        kept = [n for n in labels if n in v.b_labels] + [RANK]
-        z = contract(dw, Labelled(v.a, v.a_labels), kept)
-        return x.site.scale * jnp.sum(contract(z, Labelled(v.b, v.b_labels), []).array)
-
-    da, db = jax.grad(inner, (0, 1))(x.a, x.b)
-    return [
-        *([] if x.base is None else [None]),
-        da,
-        db,
-        *([] if x.key is None else [None]),
-    ]
-
-
-def _examples(values: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-    """What to trace with in the place of values.
-
-    Real arrays where there are any: inside `shard_map` their types say more than shapes.
-    """
-    examples = []
-    for x, v in zip(values, variables, strict=True):
-        array = x.base if isinstance(x, Factored) else x
-        if array is None or getattr(array, "dtype", None) != v.aval.dtype:
-            array = jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
-        examples.append(array)
-    return examples
-
-
-def _differentiable(aval: Any) -> bool:
-    return jnp.issubdtype(aval.dtype, jnp.inexact)

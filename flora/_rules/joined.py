@@ -57,7 +57,7 @@ def _sum(eqn: Any, x: Any, y: Any, sign: complex) -> Factored:
         raise Unfactorable("a sum that repeats the weight")
     if len({w.site.dropout for w in weights}) > 1:
         raise Unfactorable("a sum of weights with other dropout rates")
-    base = _base_of_sum(eqn, terms)
+    base = _joint_base(eqn, terms)
     if len(weights) == 1:
         new = dataclasses.replace(weights[0], base=base)
         if weights[0] is y and new.a is not None and sign != 1:
@@ -90,18 +90,15 @@ def _concatenated_arrays(arrays: Sequence[Any], at: int) -> Any:
     return lax.concatenate([x.astype(dtype) for x in arrays], at)
 
 
-def _base_of_sum(eqn: Any, terms: Sequence[Any]) -> Any:
+def _joint_base(eqn: Any, terms: Sequence[Any]) -> Any:
     """What the operation gives on the bases; `None` if all are mere changes."""
     if all(isinstance(x, Factored) and x.base is None for x in terms):
         return None
-    bases = [
-        x
-        if not isinstance(x, Factored)
-        else jnp.zeros(v.aval.shape, v.aval.dtype)
-        if x.base is None
-        else x.base
-        for x, v in zip(terms, eqn.invars, strict=True)
-    ]
+    bases = []
+    for x, v in zip(terms, eqn.invars, strict=True):
+        base = x.base if isinstance(x, Factored) else x
+        zeros = base is None and jnp.zeros(v.aval.shape, v.aval.dtype)
+        bases.append(zeros if base is None else lax.reshape(base, v.aval.shape))
     return eval_eqn(eqn, bases)[0]
 
 
@@ -172,19 +169,14 @@ def _with_scaled_factors(parts: Sequence[Factored]) -> list[Factored]:
 def _concatenated(eqn: Any, at: int, parts: Sequence[Any]) -> Factored:
     weights = [w for w in parts if isinstance(w, Factored)]
     _require_weights(weights)
-    if any(w.base is None for w in weights):
-        raise Unfactorable("a concatenation of changes to weights")
     if any(w.site.dropout != weights[0].site.dropout for w in weights):
         raise Unfactorable("a concatenation of weights with other dropout rates")
-    shapes = [v.aval.shape for v in eqn.invars]
-    bases = [w.base if isinstance(w, Factored) else w for w in parts]
-    bases = [lax.reshape(x, shape) for x, shape in zip(bases, shapes, strict=True)]
-    (base,) = eval_eqn(eqn, bases)
+    base, shape = _joint_base(eqn, parts), eqn.outvars[0].aval.shape
     # An axis of size 1 stays one where it is concatenated: it is not repeated.
-    one = [1 if i == at else n for i, n in enumerate(base.shape)]
+    one = [1 if i == at else n for i, n in enumerate(shape)]
     ready = iter(_alike(weights, one))
     like, *_ = ready = list(ready)
-    whole = dataclasses.replace(like.axes[at][0], size=base.shape[at])
+    whole = dataclasses.replace(like.axes[at][0], size=shape[at])
     fused = dataclasses.replace(
         like,
         base=base,

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
@@ -313,7 +313,7 @@ def _scaled(eqn: Any, w: Factored, base: Any, c: Any, apply: Any) -> Factored:
 
 def _narrowed(c: Any) -> Any:
     """A known array (a mask, say) with axes along which it is constant cut to one."""
-    if isinstance(c, jax.core.Tracer):
+    if isinstance(c, Tracer):
         return c
     values = np.asarray(c)
     for i in range(values.ndim):

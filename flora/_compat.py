@@ -256,8 +256,12 @@ _NO_MODELS = (
 _LIBRARIES = (*_NO_MODELS, *map(_package, ("flax", "haiku", "equinox")))
 
 
-def source_line(eqn: Eqn) -> str:
-    """Where the user wrote the equation: 'model.py:41 (__call__)'."""
+def source_line(eqn: Eqn, function: str = "") -> str:
+    """Where the user wrote the equation: 'model.py:41 (__call__)'; '' if unknown.
+
+    In a jitted `function` only its own lines count: JAX may have traced it for another
+    caller.
+    """
     trace = eqn.source_info.traceback
     frame = trace and trace.as_python_traceback()
     found = library = ""
@@ -266,12 +270,14 @@ def source_line(eqn: Eqn) -> str:
         line = (
             f"{os.path.basename(code.co_filename)}:{frame.tb_lineno} ({code.co_name})"
         )
+        if function and code.co_name == function:
+            found = library = function = ""
         if not any(name in code.co_filename for name in _LIBRARIES):
             found = line
         elif not any(name in code.co_filename for name in _NO_MODELS):
             library = line
         frame = frame.tb_next
-    return found or library or "an unknown line"
+    return found or library
 
 
 @dataclasses.dataclass(frozen=True)

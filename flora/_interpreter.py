@@ -55,6 +55,7 @@ class Context:
       rules_for_squares: the table for operations that read squares of weights.
       log: where uses are recorded, as keys, in order; `None` while computing.
       salt: tells apart the dropout masks of a weight that is used more than once.
+      within: the equation at hand and those around it, as `(eqn, within)`.
       jitted: inner functions that are jitted already, so that JAX traces them once.
     """
 
@@ -62,7 +63,20 @@ class Context:
     rules_for_squares: Mapping[Any, Rule]
     log: dict[Use, None] | None = None
     salt: int = 0
+    within: Any = None
     jitted: dict[Any, Callable] = dataclasses.field(default_factory=dict)
+
+    def line(self, eqn: Any) -> str:
+        """Where the user wrote an equation, or else what is around it."""
+        within = self.within
+        while within is not None and within[0] is not eqn:
+            within = within[1]
+        around = within[1] if within else None
+        name = around[0].params.get("name", "") if around else ""
+        found = _compat.source_line(eqn, name)
+        if found or around is None:
+            return found or "an unknown line"
+        return dataclasses.replace(self, within=around).line(around[0])
 
     def claim(
         self,
@@ -87,7 +101,7 @@ class Context:
         """Records roles of the stored weights' axes."""
         if (log := self.log) is None:
             return
-        source = _compat.source_line(eqn)
+        source = self.line(eqn)
         for path, roles in w.site.by_path(found):
             if roles:
                 known = tuple(sorted(roles))
@@ -98,7 +112,7 @@ class Context:
         """Records a use that says nothing of the axes."""
         if (log := self.log) is None:
             return
-        source = _compat.source_line(eqn)
+        source = self.line(eqn)
         for path in w.site.paths:
             log.setdefault(Use(path, eqn.primitive.name, source, **what))
 
@@ -109,7 +123,7 @@ class Context:
         if self.log is not None:
             self.note(w, eqn, dense=reason, bytes=size)
         elif w.site.fallback != "materialize":
-            source = _compat.source_line(eqn)
+            source = self.line(eqn)
             use = Use(w.site.path, eqn.primitive.name, source, dense=reason, bytes=size)
             raise LoraError(f"{use}. {remedy(use)}.")
         return materialized(w)
@@ -169,7 +183,8 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
 
 
 def _apply_rule(ctx: Context, i: int, eqn: Any, values: list[Any]) -> Sequence[Any]:
-    ctx = dataclasses.replace(ctx, salt=zlib.crc32(f"{ctx.salt}/{i}".encode()))
+    salt = zlib.crc32(f"{ctx.salt}/{i}".encode())
+    ctx = dataclasses.replace(ctx, salt=salt, within=(eqn, ctx.within))
     with _compat.eqn_scope(eqn):
         squares = any(isinstance(x, Squared) for x in values)
         rule = (ctx.rules_for_squares if squares else ctx.rules).get(eqn.primitive)
@@ -178,20 +193,20 @@ def _apply_rule(ctx: Context, i: int, eqn: Any, values: list[Any]) -> Sequence[A
                 what = "squares of a weight that are not summed"
                 raise Unfactorable(what if squares else "no rule for this primitive")
             if unknown := _compat.unknown_params(eqn):
-                raise _other_jax(eqn, values, f"the parameters {sorted(unknown)}")
+                raise _other_jax(ctx, eqn, values, f"the parameters {sorted(unknown)}")
             return rule(ctx, eqn, *values)
         except Unfactorable as reason:
             dense = [settle(ctx, eqn, x, str(reason)) for x in values]
             return _compat.eval_eqn(eqn, dense)
         except KeyError as missing:
-            raise _other_jax(eqn, values, f"no parameter {missing}") from missing
+            raise _other_jax(ctx, eqn, values, f"no parameter {missing}") from missing
 
 
-def _other_jax(eqn: Any, values: Sequence[Any], what: str) -> LoraError:
+def _other_jax(ctx: Context, eqn: Any, values: Sequence[Any], what: str) -> LoraError:
     """The error for an operation that another JAX has changed."""
     paths = [x.site.path for x in values if isinstance(x, Factored)]
     return LoraError(
-        f"'{eqn.primitive.name}' at {_compat.source_line(eqn)} reads '{paths[0]}', and "
+        f"'{eqn.primitive.name}' at {ctx.line(eqn)} reads '{paths[0]}', and "
         f"in JAX {jax.__version__} it has {what}, unlike in those that flora knows. "
         f"{_compat.TESTED}"
     )

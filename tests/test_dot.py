@@ -33,7 +33,7 @@ def dimension_numbers(lhs, rhs):
     )
 
 
-@properties(40, case=products())
+@properties(25, case=products())
 def test_any_dimension_numbers(case):
     w_axes, x_axes, on_the_left = case
 

@@ -124,7 +124,7 @@ def adapted_program(program, wrappers):
     return fn, contract.randomized(tree), x
 
 
-@properties(40, program=programs(WRAPPERS))
+@properties(30, program=programs(WRAPPERS))
 def test_any_program_forward_and_gradient(program):
     with jax.enable_x64(True):
         fn, tree, x = adapted_program(program, WRAPPERS)
@@ -134,7 +134,7 @@ def test_any_program_forward_and_gradient(program):
 FORWARD = {k: f for k, f in WRAPPERS.items() if k != "custom_vjp"} | {"while": in_while}
 
 
-@properties(25, program=programs(FORWARD))
+@properties(15, program=programs(FORWARD))
 def test_any_program_in_forward_mode(program):
     with jax.enable_x64(True):
         fn, tree, x = adapted_program(program, FORWARD)
@@ -165,7 +165,7 @@ def lookups(draw):
     return stack, index(3), index(5), index(2), draw(st.booleans()), draw(st.booleans())
 
 
-@properties(40, case=lookups())
+@properties(25, case=lookups())
 def test_any_lookup(case):
     stack, *indices, both, transposed = case
     s, i, j = (

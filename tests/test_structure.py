@@ -139,7 +139,7 @@ def chains(draw):
     return steps, axes
 
 
-@properties(40, case=chains())
+@properties(25, case=chains())
 def test_any_chain_of_transposes_and_reshapes(case):
     steps, axes = case
 

@@ -373,8 +373,7 @@ MODELS = {
         functools.partial(haiku_recurrent, cell="GRU"), normal(4, 3, 5)),
     "haiku batch norm": lambda: haiku(haiku_batch_norm, normal(3, 5)),
     "haiku transformer": lambda: haiku(haiku_transformer, IDS),
-    "haiku resnet": lambda: haiku(haiku_resnet, normal(2, 33, 33, 3),
-                                  settings={"exact": False}),
+    "haiku resnet": lambda: haiku(haiku_resnet, normal(2, 33, 33, 3)),
     "equinox linear": lambda: equinox(
         lambda nn, key: nn.Linear(5, 11, key=key), normal(3, 5)),
     "equinox mlp": lambda: equinox(
@@ -393,8 +392,7 @@ MODELS = {
     "equinox lstm": lambda: equinox(
         lambda nn, key: nn.LSTMCell(5, 6, key=key), normal(2, 4, 5), call=lstm),
     "equinox gru": lambda: equinox(
-        lambda nn, key: nn.GRUCell(5, 6, key=key), normal(2, 4, 5), call=gru,
-        exact=False),
+        lambda nn, key: nn.GRUCell(5, 6, key=key), normal(2, 4, 5), call=gru),
     "equinox norm": lambda: equinox(
         lambda nn, key: nn.Sequential([nn.LayerNorm(5), nn.Linear(5, 11, key=key)]),
         normal(3, 5)),

@@ -59,7 +59,19 @@ def stop_gradient(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
 
 
 def optimization_barrier(ctx: Any, eqn: Any, *values: Any) -> list[Any]:
-    return list(lax.optimization_barrier(tuple(values)))
+    """Factors apart: beside them a frozen base would be differentiated too."""
+    bases = [x.base if isinstance(x, Factored) else x for x in values]
+    factors = [(x.a, x.b, x.key) for x in values if isinstance(x, Factored)]
+    rest = iter(lax.optimization_barrier(factors))
+
+    def join(x: Any, base: Any) -> Any:
+        if not isinstance(x, Factored):
+            return base
+        a, b, key = next(rest)
+        return dataclasses.replace(x, base=base, a=a, b=b, key=key)
+
+    outs = lax.optimization_barrier(bases)
+    return [join(x, base) for x, base in zip(values, outs, strict=True)]
 
 
 def transpose(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:

@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType, Mesh, NamedSharding, reshard
 from jax.sharding import PartitionSpec as Spec
 from models import Decoder, linen, normal
 
@@ -208,3 +210,100 @@ def test_explicit_meshes(kind):
     np.testing.assert_allclose(value, want.sum(), rtol=1e-4)
     db = w.scale * (np.asarray(x) @ np.asarray(w.a)).T @ np.ones_like(want)
     np.testing.assert_allclose(grads["w"].b, db, rtol=1e-4, atol=1e-4)
+
+
+EXPLICIT = {
+    "gathered before use": (
+        lambda p, x: x @ reshard(p["w"], Spec(None, None)), {"w": Spec("data", "model")}),
+    "gathered along in": (
+        lambda p, x: x @ reshard(p["w"], Spec(None, "model")), {"w": Spec("data", "model")}),
+    "rows of a sharded table": (
+        lambda p, x: p["e"].at[jnp.arange(8)].get(out_sharding=Spec("data", None)),
+        {"e": Spec("model", None)}),
+    "columns of a sharded table": (
+        lambda p, x: p["e"].at[jnp.arange(8)].get(out_sharding=Spec("data", "model")),
+        {"e": Spec(None, "model")}),
+    "experts": (
+        lambda p, x: jnp.einsum("ebd,edf->ebf", reshard(
+            jnp.stack([x, 2 * x]), Spec("model", "data", None)), p["s"]),
+        {"s": Spec("model", None, None)}),
+    "a scan": (
+        lambda p, x: lax.scan(lambda x, w: (jnp.tanh(
+            reshard(x @ w[:, :16], Spec("data", None))), None), x, p["s"])[0],
+        {"s": Spec(None, None, None)}),
+    "normed": (
+        lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0)),
+        {"w": Spec(None, "model")}),
+    "convolution": (
+        lambda p, x: lax.conv_general_dilated(
+            reshard(jnp.stack([x[:, :4], x[:, 4:8]], 1), Spec("data", None, None)),
+            p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"),
+            out_sharding=Spec("data", None, "model")),
+        {"k": Spec(None, None, "model")}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_weights_on_explicit_meshes(name):
+    fn, specs = EXPLICIT[name]
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    shapes = {"w": (16, 32), "e": (10, 12), "s": (2, 16, 20), "k": (3, 4, 6)}
+    with jax.set_mesh(mesh):
+        x = jax.device_put(normal(8, 16), NamedSharding(mesh, Spec("data", None)))
+        params = {
+            k: jax.device_put(normal(*shapes[k]), NamedSharding(mesh, spec))
+            for k, spec in specs.items()
+        }
+        tree = contract.adapt(fn, params, x)
+        start, plain = jax.jit(flora.lora(fn))(tree, x), jax.jit(fn)(params, x)
+        assert jax.typeof(start) == jax.typeof(plain)
+        contract.close(start, plain, contract.COMPILED)
+        tree = contract.randomized(tree)
+        run = jax.jit(lambda t, x: contract.gradients(fn, t, x))
+        contract.close_to_formula(tree, *run(tree, x), tolerance=2e-5)
+        got, want = jax.jit(flora.lora(fn))(tree, x), jax.jit(fn)(flora.merge(tree), x)
+        contract.close(got, want)
+
+
+@pytest.mark.parametrize("mapped", [None, 0])
+def test_pmap_inside_the_function(mapped):
+    def one(w, x):
+        return lax.psum(jnp.tanh(x @ w), "i")
+
+    def fn(p, x):
+        run = jax.pmap(one, "i", in_axes=(mapped, 0), devices=jax.devices()[:4])
+        return run(p["w"], x)
+
+    w = normal(7, 5) if mapped is None else normal(4, 7, 5)
+    x = normal(4, 3, 7)
+    tree = contract.randomized(contract.adapt(fn, {"w": w}, x))
+    assert tree["w"].layout.stack == (() if mapped is None else (0,))
+    contract.close(flora.lora(fn)(tree, x), fn(flora.merge(tree), x))
+    contract.close_to_formula(tree, *contract.gradients(fn, tree, x))
+
+
+def by_pallas(w, x):
+    def kernel(w_ref, x_ref, y_ref):
+        y_ref[...] = x_ref[...] @ w_ref[...]
+
+    shape = jax.ShapeDtypeStruct((3, 5), jnp.float32)
+    return pl.pallas_call(kernel, out_shape=shape, interpret=True)(w, x)
+
+
+def by_callback(w, x):
+    shape = jax.ShapeDtypeStruct((3, 5), jnp.float32)
+    return jax.pure_callback(lambda w, x: np.asarray(x) @ np.asarray(w), shape, w, x)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"), [(by_pallas, "pallas_call"), (by_callback, "pure_callback")]
+)
+def test_weights_in_kernels_and_callbacks_are_refused_by_name(call, name):
+    def fn(p, x):
+        return call(p["w"], x)
+
+    params, x = {"w": normal(7, 5)}, normal(3, 7)
+    with pytest.raises(flora.LoraError, match=rf"'{name}' at test_sharding.py:\d+"):
+        contract.adapt(fn, params, x)
+    tree = contract.randomized(contract.adapt(fn, params, x, fallback="materialize"))
+    contract.close(flora.lora(fn)(tree, x), fn(flora.merge(tree), x))

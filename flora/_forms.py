@@ -15,7 +15,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from flora._errors import Unfactorable
-from flora._factored import Factored, Views, relayout, split_axes, views
+from flora._factored import Factored, relayout, split_axes
+from flora._views import Views, views
 
 Labels = Sequence[Hashable]
 Segments = Sequence[Sequence[tuple[Hashable, int]]]

@@ -10,8 +10,9 @@ from jax import lax
 
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
-from flora._factored import RANK, Factored, views
+from flora._factored import Factored
 from flora._forms import Labelled, compute_dtype_of, drop
+from flora._views import RANK, views
 
 Named = Sequence[tuple[Hashable, int]]
 

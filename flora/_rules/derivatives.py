@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from flora import _compat
 from flora._errors import Unfactorable
-from flora._factored import RANK, Factored, views
+from flora._factored import Factored
 from flora._forms import Labelled, contract
 from flora._interpreter import Context, interpret, settle
 from flora._rules.control import keyed
 from flora._trace import filled
+from flora._views import RANK, views
 
 
 def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:

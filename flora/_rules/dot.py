@@ -6,8 +6,9 @@ from typing import Any
 from jax import lax
 
 from flora._compat import eval_eqn
-from flora._factored import Factored, views
+from flora._factored import Factored
 from flora._forms import drop, low_rank_product, relabel
+from flora._views import views
 
 
 def dot_general(ctx: Any, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:

@@ -9,8 +9,9 @@ from jax import lax
 
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
-from flora._factored import RANK, Dim, Factored, views
+from flora._factored import Dim, Factored
 from flora._forms import Labelled, contract, widened
+from flora._views import RANK, views
 
 
 def gather(ctx: Any, eqn: Any, w: Any, indices: Any) -> list[Any]:

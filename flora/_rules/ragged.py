@@ -7,8 +7,9 @@ from jax import lax
 
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
-from flora._factored import RANK, Factored, views
+from flora._factored import Factored
 from flora._forms import compute_dtype_of, drop
+from flora._views import RANK, views
 
 
 def ragged_dot_general(ctx: Any, eqn: Any, x: Any, w: Any, *rest: Any) -> list[Any]:

@@ -9,8 +9,9 @@ from jax import lax
 
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
-from flora._factored import RANK, Factored, Squared, Views, flattened, views
+from flora._factored import Factored, Squared, flattened
 from flora._forms import Labelled, contract, low_rank_product, widened
+from flora._views import RANK, Views, views
 
 
 def square(ctx: Any, eqn: Any, w: Factored) -> list[Squared]:

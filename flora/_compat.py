@@ -123,6 +123,9 @@ class P:
     )
 
 
+# Where a weight meets activations, and what comes out is one no more.
+PRODUCTS = {P.dot_general, P.conv_general_dilated, P.ragged_dot_general, P.gather}
+
 # What the rules understand.  A parameter that is not listed could change what the
 # operation means, so the rule is not applied.
 _PARAMS = {
@@ -264,20 +267,21 @@ def source_line(eqn: Eqn, function: str = "") -> str:
     """
     trace = eqn.source_info.traceback
     frame = trace and trace.as_python_traceback()
-    found = library = ""
+    found = library = None
     while frame is not None:  # from the outermost frame inwards
         code = frame.tb_frame.f_code
-        line = (
-            f"{os.path.basename(code.co_filename)}:{frame.tb_lineno} ({code.co_name})"
-        )
         if function and code.co_name == function:
-            found = library = function = ""
+            found, library, function = None, None, ""
         if not any(name in code.co_filename for name in _LIBRARIES):
-            found = line
+            found = frame
         elif not any(name in code.co_filename for name in _NO_MODELS):
-            library = line
+            library = frame
         frame = frame.tb_next
-    return found or library
+    frame = found or library
+    if frame is None:
+        return ""
+    code = frame.tb_frame.f_code
+    return f"{os.path.basename(code.co_filename)}:{frame.tb_lineno} ({code.co_name})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,13 +369,13 @@ def handed_on(jaxpr: Jaxpr) -> list[int | None]:
     return [None if isinstance(v, Literal) else same.get(v) for v in jaxpr.outvars]
 
 
-def may_return(jaxpr: Jaxpr, marked: Sequence[bool], ends: set[Primitive]) -> bool:
-    """Whether an output may be a view of a marked input: no primitive of `ends` between."""
+def may_return(jaxpr: Jaxpr, marked: Sequence[bool]) -> bool:
+    """Whether an output may be a view of a marked input: no product between."""
     jaxpr, _ = open_jaxpr(jaxpr)
     seen = {v for v, m in zip(jaxpr.invars, marked, strict=True) if m}
     for eqn in jaxpr.eqns:
         touched = any(not isinstance(v, Literal) and v in seen for v in eqn.invars)
-        if touched and eqn.primitive not in ends:
+        if touched and eqn.primitive not in PRODUCTS:
             seen.update(eqn.outvars)
     return any(not isinstance(v, Literal) and v in seen for v in jaxpr.outvars)
 

@@ -226,8 +226,9 @@ def coverage(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Coverage:
       A `Coverage`, of which `.rows` has the data and which prints as a table: 'factored'
       leaves with layout, roles and cost for each unit of rank, 'dense' ones (read by an
       operation that has no factored rule) with operation, source line and bytes,
-      'unused' ones, and 'vector's, which `LoraConfig.train` can train whole.  `.all_linear`, `.all_but_head`, `.attention` and `.select(...)`
-      choose targets by role.
+      'unused' ones, and 'vector's, which `LoraConfig.train` can train whole.
+      `.all_linear`, `.all_but_head`, `.attention` and `.select(...)` choose targets by
+      role.
 
     Example:
       >>> import jax.numpy as jnp, flora

@@ -54,7 +54,6 @@ class Parts:
 
 
 _NOTHING = Flow()
-_PRODUCTS = {P.dot_general, P.conv_general_dilated, P.ragged_dot_general, P.gather}
 _SUMS = {P.add, P.sub, P.add_any}
 _WEIGHTINGS = {P.exp, P.exp2, P.logistic}
 
@@ -93,7 +92,7 @@ def _step(parts: Parts, eqn: Any, ins: list[Flow]) -> list[Flow]:
     inner = _compat.inner_functions(eqn)
     if inner:
         return _through(inner, lambda jaxpr, args: _run(parts, jaxpr, args), ins)
-    if eqn.primitive in _PRODUCTS:
+    if eqn.primitive in _compat.PRODUCTS:
         out = _product(parts, eqn, ins)
     elif eqn.primitive in _SUMS:
         reached = [x for x in ins if x.last]

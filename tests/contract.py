@@ -156,8 +156,8 @@ def close_to_formula(adapted, pairs, dense, tolerance=None):
                 np.testing.assert_allclose(got, want, rtol=0, atol=max(atol, 1e-30))
 
 
-def close_to_merged(fn, adapted, *args, tolerance=1e-12):
-    """Outputs and gradients in float64, in one compiled program."""
+def close_to_merged(fn, adapted, *args, tolerance=1e-12, of_gradients=None):
+    """Outputs and gradients, in one compiled program; in float64 unless told."""
 
     @jax.jit
     def both(t, args):
@@ -166,7 +166,7 @@ def close_to_merged(fn, adapted, *args, tolerance=1e-12):
 
     outs, grads = both(adapted, args)
     close(*outs, tolerance)
-    close_to_formula(adapted, *grads, tolerance=tolerance)
+    close_to_formula(adapted, *grads, tolerance=of_gradients or tolerance)
 
 
 def equations(jaxpr):
@@ -193,7 +193,7 @@ def dense_arrays(fn, shapes, *args, views=()):
 
 
 def close_at_start(fn, adapted, params, *args):
-    """Bit for bit where operations run one by one.
+    """The base model's outputs, bit for bit where operations run one by one.
 
     Within rounding where a function holds loops or branches, which JAX compiles.
     """
@@ -203,6 +203,7 @@ def close_at_start(fn, adapted, params, *args):
         close(*outs, COMPILED)
     else:
         chex.assert_trees_all_equal(*outs)
+    return outs[1]
 
 
 def check(fn, params, *args, tolerance=None, views=(), vmap=True, **config):
@@ -215,8 +216,7 @@ def check(fn, params, *args, tolerance=None, views=(), vmap=True, **config):
     """
     adapted = adapt(fn, params, *args, **config)
     apply = flora.lora(fn)
-    plain = fn(params, *args)
-    close_at_start(fn, adapted, params, *args)
+    plain = close_at_start(fn, adapted, params, *args)
     close(jax.jit(apply)(adapted, *args), jax.jit(fn)(params, *args), COMPILED)
     adapted = randomized(adapted)
     got = jax.jit(lambda t, args: _everything(fn, t, args, vmap))(adapted, args)
@@ -280,15 +280,8 @@ def check_model(model):
     close_at_start(fn, adapted, params, *args)
     # Not too large: a model that is ill-conditioned there magnifies rounding.
     adapted = randomized(adapted, size=0.1)
-
-    @jax.jit
-    def both(tree, args):
-        outs = flora.lora(fn)(tree, *args), fn(flora.merge(tree), *args)
-        return outs, gradients(fn, tree, *args)
-
-    outs, grads = both(adapted, args)
-    close(*outs, tolerance)
-    close_to_formula(adapted, *grads, tolerance=3 * tolerance)
+    loose = {"tolerance": tolerance, "of_gradients": 3 * tolerance}
+    close_to_merged(fn, adapted, *args, **loose)
     dense = dense_arrays_of_step(fn, adapted, *args, views=views)
     assert dense == [], [eqn.primitive for eqn in dense]
     report = flora.coverage(fn, params, *args)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora import _compat
-from flora._compat import P
 from flora._factored import (
     Dim,
     Factored,
@@ -39,6 +38,8 @@ def jit(ctx: Context, eqn: Any, *args: Any) -> Any:
 
 def _handed_on(jaxpr: Any, args: Sequence[Any], outs: Sequence[Any]) -> list[Any]:
     """The outputs, where a weight that came out as it went in is the very same."""
+    if not any(is_lazy(x) for x in outs):
+        return list(outs)
     return [
         x if i is None or not is_lazy(args[i]) else args[i]
         for x, i in zip(outs, _compat.handed_on(jaxpr), strict=True)
@@ -180,7 +181,7 @@ def _returned_weights(
     lazy = [is_lazy(x) for x in args]
     if eqn.params.get("branches_platforms"):
         return {}
-    if not any(_compat.may_return(b, lazy, PRODUCTS) for b in branches):
+    if not any(_compat.may_return(b, lazy) for b in branches):
         return {}
     outs = [
         jax.eval_shape(lambda *a, b=b: interpret(ctx, b, a), *args) for b in branches
@@ -193,9 +194,6 @@ def _returned_weights(
             site = dataclasses.replace(weights[0].site, origins=origins)
             found[k] = dataclasses.replace(weights[0], site=site)
     return found
-
-
-PRODUCTS = {P.dot_general, P.conv_general_dilated, P.gather, P.ragged_dot_general}
 
 
 def _look_alike(x: Factored, y: Factored) -> bool:

@@ -1,6 +1,7 @@
 """Rules for functions with derivatives of their own."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,13 +18,24 @@ from flora._trace import filled
 from flora._views import RANK, views
 
 
+def _computing(rule: Callable) -> Callable:
+    """While uses are recorded, a function counts as what it computes."""
+
+    @functools.wraps(rule)
+    def run(ctx: Context, eqn: Any, *args: Any) -> Any:
+        if ctx.log is not None:
+            return interpret(ctx, eqn.params["call_jaxpr"], args)
+        if keyed(args):
+            raise Unfactorable("dropout in a function with a derivative of its own")
+        return rule(ctx, eqn, *args)
+
+    return run
+
+
+@_computing
 def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
     """The user's rule at W, along the tangent scale (dA B + A dB)."""
     jaxpr = eqn.params["call_jaxpr"]
-    if ctx.log is not None:
-        return interpret(ctx, jaxpr, args)
-    if keyed(args):
-        raise Unfactorable("dropout in a function with a derivative of its own")
     flat, tree = jax.tree.flatten(args)
 
     @jax.custom_jvp
@@ -71,13 +83,10 @@ def _along_b(x: Any, dx: Any) -> Any:
     return dataclasses.replace(x, base=None, b=dx.b, key=None)
 
 
+@_computing
 def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
     """The user's forward and backward, whose dW becomes dA and dB."""
     jaxpr = eqn.params["call_jaxpr"]
-    if ctx.log is not None:
-        return interpret(ctx, jaxpr, args)
-    if keyed(args):
-        raise Unfactorable("dropout in a function with a derivative of its own")
     flat, tree = jax.tree.flatten(args)
     at = [i for i, v in enumerate(eqn.invars) if _differentiable(v.aval)]
     pullback: list[Any] = []

@@ -52,11 +52,9 @@ def _sum(eqn: Any, x: Any, y: Any, sign: complex) -> Factored:
     """The sum x + sign y."""
     terms, shape = (x, y), eqn.outvars[0].aval.shape
     weights = [w for w in terms if isinstance(w, Factored)]
-    _require_weights(weights)
+    _require_weights(weights, "sum")
     if len(weights) == 1 and weights[0].shape != shape:
         raise Unfactorable("a sum that repeats the weight")
-    if len({w.site.dropout for w in weights}) > 1:
-        raise Unfactorable("a sum of weights with other dropout rates")
     base = _joint_base(eqn, terms)
     if len(weights) == 1:
         new = dataclasses.replace(weights[0], base=base)
@@ -97,15 +95,18 @@ def _joint_base(eqn: Any, terms: Sequence[Any]) -> Any:
     bases = []
     for x, v in zip(terms, eqn.invars, strict=True):
         base = x.base if isinstance(x, Factored) else x
-        zeros = base is None and jnp.zeros(v.aval.shape, v.aval.dtype)
-        bases.append(zeros if base is None else lax.reshape(base, v.aval.shape))
+        if base is None:
+            base = jnp.zeros(v.aval.shape, v.aval.dtype)
+        bases.append(lax.reshape(base, v.aval.shape))
     return eval_eqn(eqn, bases)[0]
 
 
-def _require_weights(weights: Sequence[Factored]) -> None:
+def _require_weights(weights: Sequence[Factored], what: str) -> None:
     """Rows that an index chose are activations, and are joined as such."""
     if any(w.chosen for w in weights):
         raise Unfactorable("rows of a weight beside other arrays")
+    if len({w.site.dropout for w in weights}) > 1:
+        raise Unfactorable(f"a {what} of weights with other dropout rates")
 
 
 def _alike(weights: Sequence[Factored], shape: Sequence[int]) -> list[Factored]:
@@ -168,14 +169,12 @@ def _with_scaled_factors(parts: Sequence[Factored]) -> list[Factored]:
 
 def _concatenated(eqn: Any, at: int, parts: Sequence[Any]) -> Factored:
     weights = [w for w in parts if isinstance(w, Factored)]
-    _require_weights(weights)
-    if any(w.site.dropout != weights[0].site.dropout for w in weights):
-        raise Unfactorable("a concatenation of weights with other dropout rates")
+    _require_weights(weights, "concatenation")
     base, shape = _joint_base(eqn, parts), eqn.outvars[0].aval.shape
     # An axis of size 1 stays one where it is concatenated: it is not repeated.
     one = [1 if i == at else n for i, n in enumerate(shape)]
-    ready = iter(_alike(weights, one))
-    like, *_ = ready = list(ready)
+    ready = _alike(weights, one)
+    like = ready[0]
     whole = dataclasses.replace(like.axes[at][0], size=shape[at])
     fused = dataclasses.replace(
         like,

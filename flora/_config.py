@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from flora._choice import form_problems
 from flora._errors import LoraTypeError, fail
 from flora._select import Matcher, Pattern, check_pattern
 from flora._trace import is_array
@@ -42,6 +43,14 @@ class LoraConfig:
         variance of PEFT, and B = 0.
       fallback: 'error', or 'materialize' to form W + scale A B where an operation has
         no factored rule.
+      form: how y = x W + scale (x A) B is computed: 'auto' chooses by device and sizes.
+        'direct', 'thin_first', 'thin_last' and 'unrolled' differ in what is written to
+        memory first; 'concat' multiplies [x | xA] by [W ; B].  All are exact up to the
+        order of summation.  'merged' multiplies by W + scale A B, rounded to W's dtype,
+        and 'dithered' rounds that at random.  'concat', 'merged' and 'dithered' support
+        reverse mode only; where they do not apply (dropout, lookups, convolutions,
+        inside shard_map) the product is direct.
+      form_pattern: `{pattern: form}`, for leaves that need another.
 
     Raises:
       LoraError: a value is out of its range.
@@ -67,11 +76,13 @@ class LoraConfig:
     dtype: Any = jnp.float32
     init: Initializer = _GAUSSIAN
     fallback: str = "error"
+    form: str = "auto"
+    form_pattern: Mapping[Matcher, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("target", "exclude", "train"):
             check_pattern(name, getattr(self, name))
-        for name in ("rank_pattern", "alpha_pattern", "layouts"):
+        for name in ("rank_pattern", "alpha_pattern", "layouts", "form_pattern"):
             value = getattr(self, name)
             if not isinstance(value, Mapping):
                 raise LoraTypeError(
@@ -112,6 +123,9 @@ class LoraConfig:
             )
         if not is_fallback(self.fallback):
             found.append(f"fallback={self.fallback!r}. Write 'error' or 'materialize'.")
+        found += form_problems("form", self.form)
+        for pattern, form in self.form_pattern.items():
+            found += form_problems(f"form_pattern[{pattern!r}]", form)
         if not callable(self.init):
             found.append(
                 f"init={self.init!r}. Write one of flora.initializers, such as "

@@ -66,12 +66,14 @@ class Site:
       scale: of A B.
       dropout: the rate.
       fallback: 'error' or 'materialize'.
+      form: one of `_choice.FORMS`.
     """
 
     origins: tuple[Origin, ...] = dataclasses.field(compare=False)
     scale: float = 1.0
     dropout: float = 0.0
     fallback: str = "error"
+    form: str = "auto"
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -159,7 +161,9 @@ def from_weight(weight: LoraWeight, path: str) -> Factored:
         (Dim((i,), size, weight.layout.role(i)),)
         for i, size in enumerate(weight.base.shape)
     )
-    site = Site((Origin(path),), weight.scale, weight.dropout, weight.fallback)
+    site = Site(
+        (Origin(path),), weight.scale, weight.dropout, weight.fallback, weight.form
+    )
     key = weight.key if weight.dropout else None
     return Factored(weight.base, weight.a, weight.b, key, axes, site)
 

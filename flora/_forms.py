@@ -1,4 +1,4 @@
-"""How a factored product is computed.  Today: the direct form, y = x W + scale (x A) B.
+"""The low-rank term of a product, scale (x A) B, and the means to write it.
 
 Arrays carry one label an axis, and `contract` sums over every label that is neither in
 the result nor needed later.  The order of the two thin products follows from sizes.
@@ -136,12 +136,15 @@ def low_rank_product(
         thin = jnp.result_type(thin, w_views.a.dtype, w_views.b.dtype)
     if x.array is not None:
         x = dataclasses.replace(x, array=x.array.astype(thin))
-    a = Labelled(w_views.a.astype(thin), w_views.a_labels)
-    b = Labelled(w_views.b.astype(thin), w_views.b_labels)
+    a = Labelled(w_views.a, w_views.a_labels)
+    b = Labelled(w_views.b, w_views.b_labels)
     first, second = min(((a, b), (b, a)), key=lambda pair: _cost(x, pair, out))
+    wide = jnp.promote_types(widened(second.array).dtype, thin)
+    scaled = second.array.astype(wide) * w.site.scale
+    first = dataclasses.replace(first, array=first.array.astype(thin))
+    second = dataclasses.replace(second, array=scaled.astype(thin))
     z_labels = _kept(x.labels, first.labels, {*second.labels, *out})
     z = contract(x, first, z_labels, precision=precision)
-    z = Labelled(z.array * jnp.asarray(w.site.scale, z.array.dtype), z_labels)
     return contract(z, second, out, precision=precision, dtype=dtype).array
 
 

@@ -103,6 +103,7 @@ def init(
             rank_stabilized=config.rank_stabilized,
             dropout=float(config.dropout),
             fallback=config.fallback,
+            form=_pick(config.form_pattern, config.form, path, leaf),
         )
 
     return treedef.unflatten([adapt(path, leaf) for path, leaf in named])

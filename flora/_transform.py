@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from flora._choice import form_problems
 from flora._errors import LoraError, LoraTypeError, fail
 from flora._factored import Factored, Squared, from_weight
 from flora._forms import materialized
@@ -18,7 +19,9 @@ from flora._trace import is_array, stage
 from flora._weight import LoraWeight, Trained, is_fallback, is_node
 
 
-def lora(fn: Callable, *, fallback: str | None = None) -> Callable:
+def lora(
+    fn: Callable, *, fallback: str | None = None, form: str | None = None
+) -> Callable:
     """The function that runs `fn` on adapted trees, with `fn`'s own signature.
 
     y = x W + scale (x A) B wherever `fn` multiplies by an adapted weight W.  `fn` is
@@ -33,6 +36,7 @@ def lora(fn: Callable, *, fallback: str | None = None) -> Callable:
         call, a loss.  Its other arguments can be anything.
       fallback: 'materialize' forms W + scale A B where an operation has no factored
         rule, 'error' refuses; by default what `LoraConfig.fallback` said.
+      form: how products are computed, see `LoraConfig.form`; by default what that said.
 
     Returns:
       A function of `(tree, *args, **kwargs)` with the outputs of `fn`.  Where `fn`
@@ -61,6 +65,8 @@ def lora(fn: Callable, *, fallback: str | None = None) -> Callable:
         )
     if fallback is not None and not is_fallback(fallback):
         raise LoraError(f"fallback={fallback!r}. Write 'error' or 'materialize'.")
+    if form is not None:
+        fail(form_problems("form", form))
 
     @functools.wraps(fn)
     def run_on_adapted(tree: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +74,7 @@ def lora(fn: Callable, *, fallback: str | None = None) -> Callable:
         if not any(is_node(leaf) for _, leaf in named):
             return fn(tree, *args, **kwargs)
         fail(p for path, leaf in named for p in weight_problems(path, leaf))
-        values = [_value(path, leaf, fallback) for path, leaf in named]
+        values = [_value(path, leaf, fallback, form) for path, leaf in named]
         plain = [x.base if isinstance(x, Factored) else x for x in values]
         staged = stage(fn, plain, treedef, args, kwargs)
         inputs = [
@@ -92,13 +98,16 @@ def lora(fn: Callable, *, fallback: str | None = None) -> Callable:
     return run_on_adapted
 
 
-def _value(path: str, leaf: Any, fallback: str | None) -> Any:
+def _value(path: str, leaf: Any, fallback: str | None, form: str | None) -> Any:
     """What enters the interpreter for a leaf.  All but factors and `Trained` freeze."""
     if isinstance(leaf, Trained):
         return leaf.value
     if isinstance(leaf, LoraWeight):
         leaf = dataclasses.replace(
-            leaf, base=lax.stop_gradient(leaf.base), fallback=fallback or leaf.fallback
+            leaf,
+            base=lax.stop_gradient(leaf.base),
+            fallback=fallback or leaf.fallback,
+            form=form or leaf.form,
         )
         return from_weight(leaf, path)
     if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):

@@ -83,6 +83,7 @@ class LoraWeight:
       rank_stabilized: whether scale is alpha/√rank instead of alpha/rank.
       dropout: dropout rate on the input of the low-rank path.
       fallback: 'error' or 'materialize', for uses that have no factored rule.
+      form: how its products are computed, see `LoraConfig.form`.
 
     References: Hu et al. 2021, eq. 3. https://arxiv.org/abs/2106.09685
       Kalajdzievski 2023 (rank-stabilized). https://arxiv.org/abs/2312.03732
@@ -98,6 +99,7 @@ class LoraWeight:
     rank_stabilized: bool = False
     dropout: float = 0.0
     fallback: str = "error"
+    form: str = "auto"
 
     @property
     def scale(self) -> float:
@@ -137,6 +139,7 @@ jax.tree_util.register_dataclass(
         "rank_stabilized",
         "dropout",
         "fallback",
+        "form",
     ],
 )
 

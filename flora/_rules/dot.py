@@ -1,14 +1,33 @@
 """The rule for `dot_general`: einsum, matmul, Dense, attention, attend."""
 
+import dataclasses
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import lax
 
+from flora._choice import (
+    Form,
+    Sizes,
+    cheapest,
+    is_tpu,
+    named_form,
+    target_kind,
+)
 from flora._compat import eval_eqn
 from flora._factored import Factored
-from flora._forms import drop, low_rank_product, relabel
-from flora._views import views
+from flora._forms import (
+    Labelled,
+    compute_dtype_of,
+    drop,
+    low_rank_product,
+    relabel,
+    widened,
+)
+from flora._products import Plan, product
+from flora._views import RANK, Views, views
 
 
 def dot_general(ctx: Any, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
@@ -36,25 +55,68 @@ def _roles(dims: Any, side: int, ndim: int) -> dict[int, str]:
 
 def _product(ctx: Any, eqn: Any, lhs: Any, rhs: Any) -> Any:
     if isinstance(lhs, Factored):
-        terms = lhs.base is not None and _product(ctx, eqn, lhs.base, rhs)
         w, x, side = lhs, rhs, 0
     elif isinstance(rhs, Factored):
-        terms = rhs.base is not None and eval_eqn(eqn, [lhs, rhs.base])[0]
         w, x, side = rhs, lhs, 1
     else:
         return eval_eqn(eqn, [lhs, rhs])[0]
+    if w.a is not None and not isinstance(x, Factored):
+        form = _form(eqn, x, w, side)
+        if form is not None:
+            return _in_form(eqn, _named(eqn, x, w, side), w, form)
+    base = None
+    if w.base is not None:
+        base = _product(ctx, eqn, *((w.base, x) if side == 0 else (x, w.base)))
     if w.a is None:
-        return terms
-    change = _change(eqn, drop(x, w, ctx.salt), w, side)
-    return change if terms is False else terms + change
+        return base
+    change = _change(eqn, _named(eqn, drop(x, w, ctx.salt), w, side), w)
+    return change if base is None else base + change
 
 
-def _change(eqn: Any, x: Any, w: Factored, side: int) -> Any:
-    """What scale A B adds to the product; x stands on the side that W does not."""
-    (summed, batch), out_shape = (
-        eqn.params["dimension_numbers"],
-        eqn.outvars[0].aval.shape,
-    )
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """A product with one label an axis.
+
+    Attributes:
+      x: the operand that is not the weight.
+      w: the labelled factors of W.
+      out: labels of the result.
+    """
+
+    x: Labelled
+    w: Views
+    out: tuple[Any, ...]
+
+    @property
+    def w_labels(self) -> tuple[Any, ...]:
+        return tuple(label for runs in self.w.segments for label, _ in runs)
+
+    @property
+    def sizes(self) -> dict[Any, int]:
+        runs = [run for runs in self.w.segments for run in runs]
+        return self.x.sizes | dict(runs)
+
+    def count(self, labels: Any) -> int:
+        return math.prod(self.sizes[n] for n in labels)
+
+    def counts(self, w: Factored) -> Sizes:
+        """How many tokens, inputs and outputs there are."""
+        held, x = self.w_labels, self.x.labels
+        return Sizes(
+            tokens=self.count(n for n in x if n not in held),
+            in_=self.count(self.summed),
+            out=self.count(n for n in held if n not in x),
+            rank=w.a.shape[-1],
+        )
+
+    @property
+    def summed(self) -> tuple[Any, ...]:
+        return tuple(n for n in self.w_labels if n not in self.out)
+
+
+def _named(eqn: Any, x: Any, w: Factored, side: int) -> _Named:
+    """The labels of a product; x stands on the side that W does not."""
+    summed, batch = eqn.params["dimension_numbers"]
     w_views = views(w, "w")
     met = dict(
         zip(
@@ -74,12 +136,78 @@ def _change(eqn: Any, x: Any, w: Factored, side: int) -> Any:
     for k in (0, 1):
         gone = {*summed[k], *batch[k]}
         result += [s for i, s in enumerate(segments[k]) if i not in gone]
+    out = tuple(label for s in result for label, _ in s)
+    return _Named(relabel(x, x_segments), w_views, out)
+
+
+def _change(eqn: Any, named: _Named, w: Factored) -> Any:
+    """What scale A B adds to the product."""
     y = low_rank_product(
-        relabel(x, x_segments),
+        named.x,
         w,
-        w_views,
-        [label for s in result for label, _ in s],
+        named.w,
+        named.out,
         precision=eqn.params["precision"],
         dtype=eqn.outvars[0].aval.dtype,
     )
-    return lax.reshape(y, out_shape)
+    return lax.reshape(y, eqn.outvars[0].aval.shape)
+
+
+def _ends(named: _Named) -> tuple[Labelled, Labelled] | None:
+    """`(P, Q)`: the factor with all axes that are summed over, and that with the rest.
+
+    `None` if the factors divide W's axes in another way.
+    """
+    a = Labelled(named.w.a, named.w.a_labels)
+    b = Labelled(named.w.b, named.w.b_labels)
+    stack = {*a.labels} & {*b.labels} - {RANK}
+    shared = {n for n in named.w_labels if n in named.x.labels}
+    summed, kept = {*named.summed}, {n for n in named.w_labels if n not in shared}
+    if stack != shared - summed:
+        return None
+    for p, q in ((a, b), (b, a)):
+        ends = {*p.labels} - {*stack, RANK}, {*q.labels} - {*stack, RANK}
+        if ends == (summed, kept):
+            return p, q
+    return None
+
+
+def _form(eqn: Any, x: Any, w: Factored, side: int) -> Form | None:
+    """The form of this product; `None` for the plain direct one."""
+    name, out = w.site.form, eqn.outvars[0].aval.dtype
+    kind = target_kind() if name == "auto" else ""
+    # Dropout acts on the low-rank term alone.
+    plain = w.base is None or w.key is not None or name == "direct"
+    if plain or (name == "auto" and not is_tpu(kind)):
+        return None
+    named = _named(eqn, x, w, side)
+    mesh = jax.sharding.get_abstract_mesh()
+    if (
+        x.dtype != compute_dtype_of(x.dtype, out)
+        or jnp.issubdtype(out, jnp.complexfloating)
+        or _ends(named) is None
+        or (not mesh.empty and (mesh.manual_axes or mesh.explicit_axes))
+    ):
+        return None
+    return cheapest(named.counts(w), kind) if name == "auto" else named_form(name)
+
+
+def _in_form(eqn: Any, named: _Named, w: Factored, form: Form) -> Any:
+    """X W + scale (x A) B in another form than the direct one."""
+    ends = _ends(named)
+    assert ends is not None, "_form asks first"
+    (p, q), out = ends, eqn.outvars[0].aval
+    plan = Plan(
+        form.forward,
+        form.backward,
+        tuple(named.x.labels),
+        named.w_labels,
+        tuple(p.labels),
+        tuple(q.labels),
+        named.out,
+        out.dtype,
+        eqn.params["precision"],
+    )
+    base = lax.reshape(w.base, [named.sizes[n] for n in named.w_labels])
+    scaled = widened(q.array, named.x.array) * w.site.scale
+    return lax.reshape(product(plan, named.x.array, base, p.array, scaled), out.shape)

@@ -1,0 +1,110 @@
+"""Which form computes a product: what the caller named, or what costs least there."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+# Forms that multiply by a copy of W, which must not be kept for the backward pass.
+COPIES = ("concat", "merged", "dithered")
+FORMS = ("auto", "direct", "thin_first", "thin_last", "unrolled", *COPIES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a product and its gradient are computed.
+
+    Attributes:
+      forward: y = x W + z Q.
+      backward: dx = dy Wᵀ + g Pᵀ.
+    """
+
+    forward: str
+    backward: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a product: x is `[tokens, in]`, W `[in, out]`."""
+
+    tokens: int
+    in_: int
+    out: int
+    rank: int
+
+
+def named_form(name: str) -> Form | None:
+    """The form of that name in both passes; `None` for what JAX derives itself.
+
+    An unrolled sum is one of the forward pass.
+    """
+    if name == "direct":
+        return None
+    return Form(name, "direct" if name == "unrolled" else name)
+
+
+# Narrower products have little to gain.
+_MIN_TOKENS, _MIN_WIDTH, _MAX_RANK = 1024, 1024, 64
+_ON_CHIP = 64 * 2**20  # bytes of W that can stay in a TPU core's vector memory
+
+
+def cheapest(sizes: Sizes, kind: str) -> Form | None:
+    """The rule of form="auto"; `None` is the direct form as JAX differentiates it.
+
+    The low-rank term is cheap to compute and dear to add: one pass over the larger of
+    two arrays.  Three things decide who pays it:
+
+    - A product that widens (in < out) lets its own kernel add z Q; one that narrows is
+      added in the kernel of z Q.  For dx the two change places.
+    - Longer operands, [x | z] [W ; Q], need no pass, but a copy of W: free where the
+      compiler joins them on the way in (v5e), cheap where W stays on the chip.
+    - dy and x are written once instead of being computed anew by each of their readers.
+
+    How much each weighs differs between generations of TPU.  The rule was read off the
+    TPU compiler's estimates (`examples/benchmarks/compare.py`), not off clocks.  On CPU
+    and GPU the direct form is taken.
+
+    Args:
+      sizes: of the product.
+      kind: a device kind, as `jax.devices()[0].device_kind` gives it.
+    """
+    narrow = min(sizes.in_, sizes.out) < _MIN_WIDTH or sizes.tokens < _MIN_TOKENS
+    if not is_tpu(kind) or narrow or sizes.rank > _MAX_RANK:
+        return None
+    generation = kind.removeprefix("TPU ")
+    widens, fits = sizes.in_ < sizes.out, sizes.in_ * sizes.out * 2 <= _ON_CHIP
+    if generation in ("v5 lite", "v5e"):
+        return Form("concat", "concat" if widens else "thin_last")
+    if generation.startswith("v6"):
+        if fits:
+            return Form("direct", "direct")
+        first, last = "thin_first", "thin_last"
+        return Form(first, last) if widens else Form(last, first)
+    if not fits:
+        return Form("direct", "direct")
+    return Form("concat", "thin_last") if widens else Form("concat", "concat")
+
+
+def is_tpu(kind: str) -> bool:
+    """Whether a device kind is a TPU's."""
+    return kind.startswith("TPU")
+
+
+def target_kind() -> str:
+    """The kind of device that a trace is for: the mesh's, or the default device's.
+
+    To compile ahead of time for another device, trace under `jax.set_mesh(mesh)` with a
+    mesh of its topology.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = device or jax.config.jax_default_device  # pyright: ignore
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    return device.device_kind
+
+
+def form_problems(name: str, form: Any) -> list[str]:
+    """What is wrong with the name of a form."""
+    if isinstance(form, str) and form in FORMS:
+        return []
+    return [f"{name}={form!r}. Write one of {', '.join(map(repr, FORMS))}."]

@@ -58,14 +58,14 @@ class Decoder(nn.Module):
 Work = Callable[[], Any]
 
 
-def works(layers: int) -> dict[str, tuple[Work, Work]]:
+def works(layers: int, form: str) -> dict[str, tuple[Work, Work]]:
     """`{what: (base, adapted)}`: the calls that are timed."""
     model = Decoder(layers)
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
     tree = jax.eval_shape(model.init, jax.random.key(0), ids)
     config = flora.LoraConfig(rank=4, alpha=8)
     adapted = flora.init(jax.random.key(0), config, model.apply, tree, ids)
-    apply = flora.lora(model.apply)
+    apply = flora.lora(model.apply, form=form)
 
     def base_loss(tree: Any, ids: jax.Array) -> jax.Array:
         logits: Any = model.apply(tree, ids)
@@ -88,6 +88,10 @@ def works(layers: int) -> dict[str, tuple[Work, Work]]:
         "compile": (
             lambda: jax.jit(model.apply).lower(tree, ids).compile(),
             lambda: jax.jit(apply).lower(adapted, ids).compile(),
+        ),
+        "compile_step": (
+            lambda: jax.jit(base_step).lower(tree, ids).compile(),
+            lambda: jax.jit(lora_step).lower(adapted, ids).compile(),
         ),
     }
 
@@ -115,7 +119,11 @@ def paired(base: Work, adapted: Work, pairs: int) -> dict[str, float]:
 
 
 def measure(
-    *, layers: int = 24, pairs: int = 7, what: Sequence[str] = ("trace", "trace_step")
+    *,
+    layers: int = 24,
+    pairs: int = 7,
+    what: Sequence[str] = ("trace", "trace_step"),
+    form: str = "auto",
 ) -> dict[str, dict[str, float]]:
     """Seconds and ratios of tracing the forward pass and the training step.
 
@@ -124,13 +132,14 @@ def measure(
       pairs: paired runs; one more warms up.
       what: 'trace' (forward pass), 'trace_step' (loss and gradient; the base model's by
         all its parameters, the adapted one's by the adapter) and 'compile' (trace,
-        lower and compile the forward pass).
+        lower and compile the forward pass) and 'compile_step'.
+      form: of the products; 'auto' takes the direct one on CPU.
 
     Returns:
       `{what: {"base_seconds", "adapted_seconds", "ratio", "min_ratio", "max_ratio"}}`,
       ratios being adapted/base of a pair.
     """
-    timed = works(layers)
+    timed = works(layers, form)
     return {name: paired(*timed[name], pairs) for name in what}
 
 
@@ -138,6 +147,7 @@ TITLES = {
     "trace": "trace, forward",
     "trace_step": "trace, forward + gradient",
     "compile": "trace + lower + compile, forward",
+    "compile_step": "trace + lower + compile, forward + gradient",
 }
 
 
@@ -174,10 +184,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="compile as well")
+    parser.add_argument("--form", default="auto", help="of the products")
     args, console = parser.parse_args(), Console()
     console.print(f"{versions()}; {vars(args)}", highlight=False)
-    what = [name for name in TITLES if args.compile or name != "compile"]
-    results = measure(layers=args.layers, pairs=args.pairs, what=what)
+    what = [name for name in TITLES if args.compile or "compile" not in name]
+    results = measure(layers=args.layers, pairs=args.pairs, what=what, form=args.form)
     console.print(table(results, args.layers, args.pairs))
 
 

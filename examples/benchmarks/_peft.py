@@ -1,0 +1,172 @@
+"""The MLP of `_arms` in PyTorch: frozen, trained whole, and with PEFT's LoRA.
+
+Weights, factors and activations are the JAX arms' own numbers, and so is the dtype: PEFT
+would keep the factors of a bfloat16 model in float32, `autocast_adapter_dtype=False` says
+no.  PyTorch is imported when first asked for.
+"""
+
+import importlib
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import _arms
+import _timing
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TORCH_ARMS = ("torch frozen", "torch full", "PEFT")
+
+
+def baselines(names: Iterable[str]) -> dict[str, str]:
+    """The arm that each ratio is to: the frozen one, compiled for the compiled ones."""
+    suffix = ", compiled"
+    return {
+        x: f"torch frozen{suffix}" if x.endswith(suffix) else "torch frozen"
+        for x in names
+    }
+
+
+def _tensor(x: Any, sizes: _arms.Sizes, device: str) -> Any:
+    torch = importlib.import_module("torch")
+    dtype = getattr(torch, jnp.dtype(sizes.dtype).name)
+    return torch.from_numpy(np.array(x, np.float32)).to(device, dtype)
+
+
+def _mlp(weights: dict[str, Any]) -> Any:
+    """The model: x + down(silu(gate(x)) * up(x)), of `nn.Linear`s with these weights."""
+    torch = importlib.import_module("torch")
+
+    class Mlp(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, w in weights.items():
+                layer = torch.nn.Linear(*w.shape, bias=False, device="meta")
+                layer.weight = torch.nn.Parameter(w.T.contiguous())
+                setattr(self, name, layer)
+
+        def forward(self, x: Any) -> Any:
+            y = torch.nn.functional.silu(self.gate(x)) * self.up(x)
+            return x + self.down(y)
+
+    return Mlp()
+
+
+def _with_lora(model: Any, factors: dict[str, Any], sizes: _arms.Sizes) -> Any:
+    """`get_peft_model`, with these factors; PEFT's A and B are transposed."""
+    peft, torch = (importlib.import_module(x) for x in ("peft", "torch"))
+    config = peft.LoraConfig(
+        r=sizes.rank,
+        lora_alpha=sizes.scale * sizes.rank,
+        target_modules=list(factors),
+    )
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, (a, b) in factors.items():
+            layer = getattr(model.base_model.model, name)
+            layer.lora_A["default"].weight.copy_(a.T)
+            layer.lora_B["default"].weight.copy_(b.T)
+    return model
+
+
+def build(name: str, sizes: _arms.Sizes, device: str, seed: int = 0) -> tuple[Any, Any]:
+    """`(model, x)` of an arm; x asks for its gradient too."""
+
+    def tensor(x: Any) -> Any:
+        return _tensor(x, sizes, device)
+
+    drawn = jax.jit(_arms.draw, static_argnums=0)(sizes, jax.random.key(seed))
+    weights, factors, x = jax.tree.map(tensor, drawn)
+    model = _mlp(weights)
+    if name == "PEFT":
+        model = _with_lora(model, factors, sizes)
+    elif name == "torch frozen":
+        model.requires_grad_(False)
+    return model.to(device), x.requires_grad_()
+
+
+def loss_of(model: Any) -> Callable[[Any], Any]:
+    """The mean of y² in float32, as a function of x."""
+    return lambda x: model(x).float().square().mean()
+
+
+def trained(model: Any) -> list[Any]:
+    """The parameters that train."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def step(loss: Callable[[Any], Any], model: Any, x: Any) -> _timing.Call:
+    """A call that waits for the loss and the gradients of what trains and of x."""
+    torch = importlib.import_module("torch")
+    wanted = [x, *trained(model)]
+
+    def call() -> Any:
+        value = loss(x)
+        grads = torch.autograd.grad(value, wanted)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return value, grads
+
+    return call
+
+
+def calls(
+    sizes: _arms.Sizes, device: str
+) -> tuple[dict[str, _timing.Call], dict[str, str]]:
+    """Checked calls to time, eager and compiled, and why arms are left out.
+
+    Raises:
+      RuntimeError: an arm fails its check.
+    """
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(os.cpu_count() or 1)
+    found, refused = {}, {}
+    for name in TORCH_ARMS:
+        check(name)
+        model, x = build(name, sizes, device)
+        found[name] = step(loss_of(model), model, x)
+        try:
+            start = time.perf_counter()
+            compiled = step(torch.compile(loss_of(model)), model, x)
+            compiled()
+            print(f"{name}: torch.compile took {time.perf_counter() - start:.0f} s")
+            found[f"{name}, compiled"] = compiled
+        except Exception as error:  # what stops torch.compile is a result
+            refused[f"{name}, compiled"] = f"{type(error).__name__}: {error}"[:200]
+    return found, refused
+
+
+def check(name: str) -> None:
+    """As `_arms.check`, on the CPU: the loss of W + scale A B, a gradient, a loss that falls.
+
+    Raises:
+      RuntimeError: one of these does not hold.
+    """
+    torch = importlib.import_module("torch")
+    sizes = _arms.Sizes(tokens=32, d=16, ff=24, rank=4, dtype=jnp.float32)
+    model, x = build(name, sizes, "cpu")
+    value, (dx, *grads) = step(loss_of(model), model, x)()
+    first = value.item()
+    oracle = _arms.merge_arm(sizes) if name == "PEFT" else _arms.frozen_arm(sizes)
+    wanted = oracle.step(*oracle.inputs(sizes, jax.random.key(0)))
+    off = np.max(np.abs(np.array(wanted[1][1]) - dx.numpy()))
+    off = max(off / float(jnp.max(jnp.abs(wanted[1][1]))), abs(first / wanted[0] - 1))
+    if not off <= 1e-4:
+        raise RuntimeError(f"{name}: loss or dx is off by {off} from JAX's.")
+    if not grads:
+        return
+    norm = float(sum(g.square().sum() for g in grads)) ** 0.5
+    if not norm > 0:
+        raise RuntimeError(f"{name}: the norm of its gradient is {norm}.")
+    tx, loss = (
+        torch.optim.SGD(trained(model), lr=0.05 * first / norm**2),
+        loss_of(model),
+    )
+    for _ in range(10):
+        tx.zero_grad()
+        loss(x).backward()
+        tx.step()
+    if not loss(x).item() < first:
+        raise RuntimeError(f"{name}: ten steps do not lower the loss of {first}.")

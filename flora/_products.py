@@ -124,12 +124,14 @@ def _concat(plan: Plan, x: Any, w: Any, z: Any, p: Any, q: Any) -> Any:
 
 def _merged(plan: Plan, x: Any, w: Any, z: Any, p: Any, q: Any) -> Any:
     """X (W + P Q), rounded to W's dtype: what is under half its last place vanishes."""
-    return plan.base(x, _sum_of_weights(plan, w, p, q).astype(w.dtype))
+    weight = _sum_of_weights(plan, w, p, q).astype(w.dtype)
+    return plan.base(x, lax.optimization_barrier(weight))
 
 
 def _dithered(plan: Plan, x: Any, w: Any, z: Any, p: Any, q: Any) -> Any:
     """X (W + P Q), rounded so that it is right on average."""
-    return plan.base(x, stochastically_rounded(_sum_of_weights(plan, w, p, q), w.dtype))
+    weight = stochastically_rounded(_sum_of_weights(plan, w, p, q), w.dtype)
+    return plan.base(x, lax.optimization_barrier(weight))
 
 
 def _sum_of_weights(plan: Plan, w: Any, p: Any, q: Any) -> Any:

@@ -9,9 +9,12 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import flora
+from flora._choice import FORMS
 from flora._rules import RULES
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -89,6 +92,28 @@ def test_tracing_time():
     results = load("benchmarks/tracing.py").measure(layers=24, pairs=5)
     assert results["trace"]["ratio"] <= 2.5
     assert results["trace_step"]["ratio"] <= 2.5
+
+
+def test_every_arm_of_the_comparison_trains_and_is_timed(benchmark):
+    gpu = benchmark("gpu")
+    arms = benchmark("_arms")
+    names = [name for name in arms.makers() if name not in arms.OTHERS]
+    sizes = arms.Sizes(tokens=16, d=16, ff=32, rank=2, dtype=jnp.float32)
+    results = gpu.measure(sizes, device="cpu", rounds=2, only=names)
+    assert {f"flora {form}" for form in FORMS} < set(names)
+    assert all(results[name]["to_frozen"] > 0 for name in names)
+
+
+def test_an_arm_that_does_not_train_stops_the_comparison(benchmark):
+    arms = benchmark("_arms")
+
+    def dead(sizes):
+        arm = arms.flora_arm(sizes, "direct")
+        stopped = jax.lax.stop_gradient
+        return arms.Arm(arm.pack, lambda t, f, x: arm.loss(stopped(t), f, x))
+
+    with pytest.raises(RuntimeError, match="the norm of its gradient"):
+        arms.check("dead", dead)
 
 
 def test_the_readme_lists_every_primitive_with_a_rule():

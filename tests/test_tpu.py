@@ -1,14 +1,10 @@
 """What the README says of the TPU compiler's estimates, held to the third digit."""
 
-import importlib
-import pathlib
-import sys
 from importlib import metadata
 
 import pytest
 
 LIBTPU = "0.0.52"  # the compiler that gave these numbers; pyproject.toml pins it
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "examples" / "benchmarks"
 
 LARGE, SMALL = (8192, 4096, 14336), (4096, 2048, 5632)
 
@@ -23,20 +19,11 @@ TO_FROZEN = {
 }
 
 
-@pytest.fixture
-def compare(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    before = set(sys.modules)
-    yield importlib.import_module("compare")
-    for name in set(sys.modules) - before:
-        if name in ("compare", "_arms", "_peft", "_report", "_timing", "_tpu"):
-            del sys.modules[name]
-
-
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize(("chip", "shape"), TO_FROZEN)
-def test_the_step_costs_what_the_readme_says(compare, chip, shape):
+def test_the_step_costs_what_the_readme_says(benchmark, chip, shape):
     assert metadata.version("libtpu") == LIBTPU, "measure anew: compare.py --on tpu"
+    compare = benchmark("compare")
     sizes = compare._arms.Sizes(*shape)
     found = compare.measure_tpu(chip, sizes, ["frozen", "flora auto"])
     step, frozen = found["flora auto"], found["frozen"]

@@ -39,8 +39,9 @@ def cost(chip: str, step: Callable, *args: Any) -> Costs:
       *args: trees of anything with a shape and a dtype.
 
     Returns:
-      "cycles" (loops times their trips), "cycles_once" (each loop's body once), "flops"
-      (each loop's body once), "temp_bytes" and "out_bytes".
+      "cycles" (loops times their trips), "cycles_once" (each loop's body once),
+      "without_estimate" (instructions that are in neither), "flops" (each loop's body
+      once), "temp_bytes" and "out_bytes".
     """
     mesh = Mesh([device(chip)], "device")
     place = NamedSharding(mesh, PartitionSpec())
@@ -57,6 +58,7 @@ def cost(chip: str, step: Callable, *args: Any) -> Costs:
     return {
         "cycles": float(sum(n * trips[name] for name, n in own.items())),
         "cycles_once": float(sum(own.values())),
+        "without_estimate": float(_without_estimate(text)),
         "flops": float(analysis["flops"]),
         "temp_bytes": float(memory.temp_size_in_bytes),
         "out_bytes": float(memory.output_size_in_bytes),
@@ -73,10 +75,22 @@ def _computations(text: str) -> dict[str, str]:
 
 def _cycles(text: str) -> dict[str, int]:
     """Estimated cycles of each computation's own instructions."""
-    return {
-        name: sum(int(n) for n in re.findall(r'"estimated_cycles":"(\d+)"', body))
+    found = {
+        name: [int(n) for n in re.findall(r'"estimated_cycles":"(\d+)"', body)]
         for name, body in _computations(text).items()
     }
+    return {
+        name: sum(n for n in cycles if n < _NO_ESTIMATE)
+        for name, cycles in found.items()
+    }
+
+
+_NO_ESTIMATE = 2**63 - 1  # what the compiler writes where it has none
+
+
+def _without_estimate(text: str) -> int:
+    """How many instructions the compiler has no estimate for."""
+    return text.count(f'"estimated_cycles":"{_NO_ESTIMATE}"')
 
 
 def _trips(text: str) -> dict[str, int]:

@@ -8,7 +8,8 @@ of the embedded tokens: what no way to train can undercut), flora on every linea
 The layers are unrolled, or one `nn.scan`, each with `nn.remat` around a layer or without.
 XLA counts a loop's body once.  For the scanned model "Mcycles" has each body's cycles
 times its trips, read off the loop's condition; the columns with "once" are as XLA counts,
-so there only the ratios of FLOPs mean anything, and not across variants.
+so there only the ratios of FLOPs mean anything, and not across variants.  "left out" counts
+the kernels that the compiler has no estimate for: they are in neither sum.
 
     pip install libtpu
     python examples/benchmarks/llama.py --chips v5e,v5p,v6e --form auto
@@ -185,6 +186,7 @@ def table(title: str, costs: dict[str, _tpu.Costs]) -> Table:
         return [
             f"{x['cycles'] / 1e6:.2f}",
             f"{x['cycles_once'] / 1e6:.2f}",
+            f"{x['without_estimate']:.0f}",
             f"{x['to_frozen']:.3f}",
             f"{x['flops'] / 1e12:.3f}",
             f"{x['temp_bytes'] / 2**20:.0f}",
@@ -195,6 +197,7 @@ def table(title: str, costs: dict[str, _tpu.Costs]) -> Table:
         "arm",
         "Mcycles",
         "once",
+        "left out",
         "to frozen",
         "TFLOPs once",
         "temp MiB",

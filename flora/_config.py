@@ -47,9 +47,9 @@ class LoraConfig:
         'direct', 'thin_first', 'thin_last' and 'unrolled' differ in what is written to
         memory first; 'concat' multiplies [x | xA] by [W ; B].  All are exact up to the
         order of summation.  'merged' multiplies by W + scale A B, rounded to W's dtype,
-        and 'dithered' rounds that at random.  'concat', 'merged' and 'dithered' support
-        reverse mode only; where they do not apply (dropout, lookups, convolutions,
-        inside shard_map) the product is direct.
+        and 'dithered' rounds that at random.  `jax.jvp` needs 'direct'; where the others
+        do not apply (dropout, lookups, convolutions, inside shard_map) the product is
+        direct too.
       form_pattern: `{pattern: form}`, for leaves that need another.
 
     Raises:

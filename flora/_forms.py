@@ -139,8 +139,8 @@ def low_rank_product(
     a = Labelled(w_views.a, w_views.a_labels)
     b = Labelled(w_views.b, w_views.b_labels)
     first, second = min(((a, b), (b, a)), key=lambda pair: _cost(x, pair, out))
-    wide = jnp.promote_types(widened(second.array).dtype, thin)
-    scaled = second.array.astype(wide) * w.site.scale
+    wide = jnp.promote_types(second.array.dtype, thin)
+    scaled = widened(second.array.astype(wide)) * w.site.scale
     first = dataclasses.replace(first, array=first.array.astype(thin))
     second = dataclasses.replace(second, array=scaled.astype(thin))
     z_labels = _kept(x.labels, first.labels, {*second.labels, *out})

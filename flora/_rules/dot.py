@@ -61,9 +61,9 @@ def _product(ctx: Any, eqn: Any, lhs: Any, rhs: Any) -> Any:
     else:
         return eval_eqn(eqn, [lhs, rhs])[0]
     if w.a is not None and not isinstance(x, Factored):
-        form = _form(eqn, x, w, side)
-        if form is not None:
-            return _in_form(eqn, _named(eqn, x, w, side), w, form)
+        planned = _planned(eqn, x, w, side)
+        if planned is not None:
+            return planned
     base = None
     if w.base is not None:
         base = _product(ctx, eqn, *((w.base, x) if side == 0 else (x, w.base)))
@@ -172,30 +172,34 @@ def _ends(named: _Named) -> tuple[Labelled, Labelled] | None:
     return None
 
 
-def _form(eqn: Any, x: Any, w: Factored, side: int) -> Form | None:
-    """The form of this product; `None` for the plain direct one."""
-    name, out = w.site.form, eqn.outvars[0].aval.dtype
+def _planned(eqn: Any, x: Any, w: Factored, side: int) -> Any:
+    """The product in the form that the weight or the device asks for.
+
+    `None` where that is the plain direct one, or no other applies.
+    """
+    name, out = w.site.form, eqn.outvars[0].aval
     kind = target_kind() if name == "auto" else ""
     # Dropout acts on the low-rank term alone.
     plain = w.base is None or w.key is not None or name == "direct"
     if plain or (name == "auto" and not is_tpu(kind)):
         return None
     named = _named(eqn, x, w, side)
-    mesh = jax.sharding.get_abstract_mesh()
+    ends, mesh = _ends(named), jax.sharding.get_abstract_mesh()
     if (
-        x.dtype != compute_dtype_of(x.dtype, out)
-        or jnp.issubdtype(out, jnp.complexfloating)
-        or _ends(named) is None
+        ends is None
+        or x.dtype != compute_dtype_of(x.dtype, out.dtype)
+        or jnp.issubdtype(out.dtype, jnp.complexfloating)
         or (not mesh.empty and (mesh.manual_axes or mesh.explicit_axes))
     ):
         return None
-    return cheapest(named.counts(w), kind) if name == "auto" else named_form(name)
+    form = cheapest(named.counts(w), kind) if name == "auto" else named_form(name)
+    return form and _in_form(eqn, named, ends, w, form)
 
 
-def _in_form(eqn: Any, named: _Named, w: Factored, form: Form) -> Any:
-    """X W + scale (x A) B in another form than the direct one."""
-    ends = _ends(named)
-    assert ends is not None, "_form asks first"
+def _in_form(
+    eqn: Any, named: _Named, ends: tuple[Labelled, Labelled], w: Factored, form: Form
+) -> Any:
+    """X W + scale (x A) B in another form than the plain direct one."""
     (p, q), out = ends, eqn.outvars[0].aval
     plan = Plan(
         form.forward,

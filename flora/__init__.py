@@ -16,10 +16,9 @@ from flora._errors import LoraError
 from flora._init import init
 from flora._summary import summary
 from flora._transform import lora
+from flora._version import __version__
 from flora._weight import Layout, LoraWeight, Trained
 from flora.optim import mask, optimizer, value_and_grad
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Layout",
@@ -27,6 +26,7 @@ __all__ = [
     "LoraError",
     "LoraWeight",
     "Trained",
+    "__version__",
     "coverage",
     "init",
     "initializers",

@@ -10,11 +10,11 @@ from flora._errors import LoraError, fail
 from flora._keys import consumed, path_salt, require_key
 from flora._select import named_leaves, path_of
 from flora._transform import weight_problems
-from flora._weight import LoraWeight, Trained, is_node, materialize
+from flora._weight import LoraWeight, Trained, is_leaf, is_node, materialize
 
 
 def _on_nodes(fn: Callable[[Any], Any], tree: Any) -> Any:
-    return jax.tree.map(fn, tree, is_leaf=is_node)
+    return jax.tree.map(fn, tree, is_leaf=is_leaf)
 
 
 def require_adapted(tree: Any, verb: str) -> list[tuple[str, Any]]:
@@ -79,7 +79,7 @@ def join(base: Any, adapter: Any) -> Any:
     """
 
     def stop(x: Any) -> bool:
-        return x is None or is_node(x)
+        return x is None or is_leaf(x)
 
     bases, treedef = jax.tree_util.tree_flatten_with_path(base, is_leaf=stop)
     trained, adapter_def = jax.tree_util.tree_flatten_with_path(adapter, is_leaf=stop)

@@ -6,8 +6,7 @@ Differences are told apart by features, never by version numbers.
 import contextlib
 import dataclasses
 import inspect
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -234,9 +233,13 @@ def eval_eqn(eqn: Eqn, values: Sequence[Any]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def eqn_scope(eqn: Eqn) -> Iterator[None]:
-    """Gives what runs inside the equation's own name stack, source line and mesh."""
-    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+def eqn_scope(eqn: Eqn, depth: int | None = None) -> Iterator[None]:
+    """Gives what runs inside the equation's name stack, source line and mesh.
+
+    Of the name stack only the outer `depth` names, if that is given.
+    """
+    own = eqn.source_info.name_stack[:depth]
+    stack = source_info_util.current_name_stack() + own
     with (
         source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
         eqn.ctx.manager,
@@ -244,44 +247,27 @@ def eqn_scope(eqn: Eqn) -> Iterator[None]:
         yield
 
 
-def _package(name: str) -> str:
-    return os.sep + os.path.join("site-packages", name) + os.sep
+def _shared_names(eqns: Sequence[Eqn]) -> int:
+    """How many names the equations' name stacks have in common, from the outside."""
+    stacks = [eqn.source_info.name_stack.stack for eqn in eqns]
+    n = min(map(len, stacks))
+    return next((i for i in range(n) if len({s[i] for s in stacks}) > 1), n)
 
 
-# Frames of these files are not where the user wrote something,
-_NO_MODELS = (
-    _package("jax"),
-    os.path.dirname(__file__) + os.sep,
-    "<string>",
-    "contextlib.py",
-)
-# nor of these, unless there is nothing better.
-_LIBRARIES = (*_NO_MODELS, *map(_package, ("flax", "haiku", "equinox")))
+def common_scope(eqns: Sequence[Eqn]) -> contextlib.AbstractContextManager:
+    """Gives what runs inside the names that all the equations have in common."""
+    return eqn_scope(eqns[0], _shared_names(eqns))
 
 
-def source_line(eqn: Eqn, function: str = "") -> str:
-    """Where the user wrote the equation: 'model.py:41 (__call__)'; '' if unknown.
+def relative_scopes(eqns: Sequence[Eqn]) -> list[str]:
+    """The equations' names within those that they have in common."""
+    n = _shared_names(eqns)
+    return [str(eqn.source_info.name_stack[n:]) for eqn in eqns]
 
-    In a jitted `function` only its own lines count: JAX may have traced it for another
-    caller.
-    """
-    trace = eqn.source_info.traceback
-    frame = trace and trace.as_python_traceback()
-    found = library = None
-    while frame is not None:  # from the outermost frame inwards
-        code = frame.tb_frame.f_code
-        if function and code.co_name == function:
-            found, library, function = None, None, ""
-        if not any(name in code.co_filename for name in _LIBRARIES):
-            found = frame
-        elif not any(name in code.co_filename for name in _NO_MODELS):
-            library = frame
-        frame = frame.tb_next
-    frame = found or library
-    if frame is None:
-        return ""
-    code = frame.tb_frame.f_code
-    return f"{os.path.basename(code.co_filename)}:{frame.tb_lineno} ({code.co_name})"
+
+def variables(atoms: Iterable[Any]) -> Iterator[Any]:
+    """Those that are not literals."""
+    return (v for v in atoms if not isinstance(v, Literal))
 
 
 @dataclasses.dataclass(frozen=True)

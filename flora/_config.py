@@ -44,9 +44,9 @@ class LoraConfig:
       fallback: 'error', or 'materialize' to form W + scale A B where an operation has
         no factored rule.
       form: how y = x W + scale (x A) B is computed: 'auto' chooses by device and sizes.
-        'direct', 'thin_first', 'thin_last' and 'unrolled' differ in what is written to
-        memory first; 'concat' multiplies [x | xA] by [W ; B].  All are exact up to the
-        order of summation.  'merged' multiplies by W + scale A B, rounded to W's dtype,
+        'direct', 'thin_first' and 'thin_last' differ in what is written to memory first;
+        'concat' multiplies [x | xA] by [W ; B].  All are exact up to the order of
+        summation.  'merged' multiplies by W + scale A B, rounded to W's dtype,
         and 'dithered' rounds that at random.  `jax.jvp` needs 'direct'; where the others
         do not apply (dropout, lookups, convolutions, inside shard_map) the product is
         direct too.

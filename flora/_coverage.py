@@ -14,7 +14,7 @@ from flora._interpreter import Use
 from flora._select import named_leaves
 from flora._tables import plain_text, table
 from flora._trace import Staged, is_array, stage
-from flora._weight import Layout, LoraWeight, Trained
+from flora._weight import Layout, abstract, base_of
 
 STATUSES = ("factored", "dense", "unused", "vector")
 ROLES = ("linear", "conv", "embedding", "attention", "head")
@@ -245,7 +245,7 @@ def coverage(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Coverage:
             "to trace. The order is flora.coverage(fn, tree, *args)."
         )
     named, treedef = named_leaves(tree)
-    plain = [(path, _plain_leaf(leaf)) for path, leaf in named]
+    plain = [(path, abstract(base_of(leaf))) for path, leaf in named]
     paths = {
         i: path
         for i, (path, leaf) in enumerate(plain)
@@ -278,12 +278,6 @@ def _parts(
         if k is not None and i in paths and found[paths[i]].status == "factored"
     }
     return parts_played(staged.jaxpr, inputs)
-
-
-def _plain_leaf(leaf: Any) -> Any:
-    if isinstance(leaf, LoraWeight):
-        return leaf.base
-    return leaf.value if isinstance(leaf, Trained) else leaf
 
 
 def _covered(path: str, leaf: Any, finding: Finding, parts: Parts) -> LeafCoverage:

@@ -122,7 +122,7 @@ def _walk(
         for i, k in enumerate(staged.tree_inputs):
             if k is not None and i in make:
                 values[k] = make[i](values[k])
-        ctx = Context(RULES, RULES_FOR_SQUARES, log)
+        ctx = Context(RULES, RULES_FOR_SQUARES, log=log)
         outs = interpret(ctx, staged.jaxpr, [*values, *args])
         for x in outs:
             x = x.root if isinstance(x, Squared) else x

@@ -168,10 +168,11 @@ def from_weight(weight: LoraWeight, path: str) -> Factored:
     return Factored(weight.base, weight.a, weight.b, key, axes, site)
 
 
-def undiscovered(base: Any, path: str) -> Factored:
-    """A weight whose layout is still to be found."""
+def undiscovered(base: Any, path: str, fallback: str = "error") -> Factored:
+    """A weight whose layout is still to be found, or that has no factors."""
     axes = tuple((Dim((i,), size),) for i, size in enumerate(base.shape))
-    return Factored(base, None, None, None, axes, Site((Origin(path),)))
+    site = Site((Origin(path),), fallback=fallback)
+    return Factored(base, None, None, None, axes, site)
 
 
 def relayout(w: Factored, base: Any, axes: Sequence[tuple[Dim, ...]]) -> Factored:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from flora._errors import Unfactorable
 from flora._factored import Factored, relayout, split_axes
 from flora._views import Views, views
+from flora._weight import opened
 
 Labels = Sequence[Hashable]
 Segments = Sequence[Sequence[tuple[Hashable, int]]]
@@ -177,20 +178,19 @@ def compute_dtype_of(x: Any, result: Any) -> Any:
 
 def materialized(w: Factored) -> Any:
     """W + scale A B as one dense array: the fallback, never taken silently."""
+    base = opened(w.base)
     if w.a is None:
-        return w.base
+        return base
     seen = views(w, "w")
     out = [label for runs in seen.segments for label, _ in runs]
-    dtype = (
-        jnp.float32 if w.base is None else jnp.promote_types(w.base.dtype, jnp.float32)
-    )
+    dtype = jnp.float32 if base is None else jnp.promote_types(base.dtype, jnp.float32)
     a = Labelled(seen.a.astype(dtype), seen.a_labels)
     b = Labelled(seen.b.astype(dtype), seen.b_labels)
     change = contract(a, b, out, precision=lax.Precision.HIGHEST).array
     change = lax.reshape(change, w.shape) * jnp.asarray(w.site.scale, dtype)
-    if w.base is None:
+    if base is None:
         return change
-    return (w.base.astype(dtype) + change).astype(w.base.dtype)
+    return (base.astype(dtype) + change).astype(base.dtype)
 
 
 def drop(x: Any, w: Factored, salt: int) -> Any:

@@ -7,16 +7,19 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from flora._config import LoraConfig, require_config
 from flora._discover import Finding, discover
 from flora._errors import LoraError, LoraTypeError, fail
 from flora._interpreter import remedy
 from flora._keys import consumed, path_salt, require_key
+from flora._placement import mesh_of, spec_of, specs
 from flora._select import matches, named_leaves, nothing_selected
 from flora._trace import is_array, stage
 from flora._transform import returned_raw
-from flora._weight import Layout, LoraWeight, Trained, is_node
+from flora._weight import Layout, LoraWeight, Trained, abstract, is_node, is_stored
 
 Named = list[tuple[str, Any]]
 T = TypeVar("T")
@@ -70,7 +73,7 @@ def init(
     named, treedef = named_leaves(tree)
     targets, trained = _selection(config, named)
     given = _given_layouts(config, [(p, x) for p, x in named if p in targets])
-    leaves = [leaf for _, leaf in named]
+    leaves = [abstract(leaf) for _, leaf in named]
     found = discover(
         stage(fn, leaves, treedef, args, kwargs),
         leaves,
@@ -152,7 +155,7 @@ def _leaf_problems(targets: Named, trained: Named) -> Iterable[str]:
         elif 0 in x.shape:
             yield f"'{p}' has shape {tuple(x.shape)}, no elements. Exclude it."
     for p, x in trained:
-        if not _floating(x):
+        if not _floating(x) or is_stored(x):
             yield f"'{p}' is {_kind(x)} and cannot train. Take it out of train=."
 
 
@@ -172,10 +175,12 @@ def _check_scopes(config: LoraConfig, hit: Named, targets: Named) -> None:
 
 
 def _floating(x: Any) -> bool:
-    return is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
+    return (is_array(x) or is_stored(x)) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _kind(x: Any) -> str:
+    if is_stored(x):
+        return repr(x)
     return f"{x.dtype}{list(x.shape)}" if is_array(x) else f"a {type(x).__name__}"
 
 
@@ -256,30 +261,45 @@ def _rank_problems(
 def _draw(
     root: Any, config: LoraConfig, path: str, leaf: Any, layout: Layout, rank: int
 ) -> tuple[Any, Any]:
-    """A and B of one leaf; `ShapeDtypeStruct`s where the base is one."""
+    """A and B of one leaf, lying as it does; abstract where it is abstract."""
     shape = tuple(leaf.shape)
     stack, in_, out = (math.prod(s) for s in layout.sizes(shape))
-    draw = functools.partial(
-        _draw_stack,
-        init=config.init,
-        dtype=jnp.dtype(config.dtype),
-        stack=stack,
-        sizes=(in_, rank, out),
-        shapes=layout.factor_shapes(shape, rank),
-    )
-    salt = jnp.uint32(path_salt(path))
-    if isinstance(leaf, jax.ShapeDtypeStruct) or isinstance(root, jax.ShapeDtypeStruct):
-        return jax.eval_shape(draw, root, salt)
-    return draw(root, salt)
+    sizes = {
+        "init": config.init,
+        "dtype": jnp.dtype(config.dtype),
+        "stack": stack,
+        "sizes": (in_, rank, out),
+        "shapes": layout.factor_shapes(shape, rank),
+    }
+    salt, spec = jnp.uint32(path_salt(path)), spec_of(leaf)
+    if spec is None:
+        where = None
+    else:
+        found, mesh = specs(layout, spec, len(shape)), mesh_of(leaf)
+        where = NamedSharding(mesh, found.a), NamedSharding(mesh, found.b)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((leaf, root))):
+        drawn = jax.eval_shape(functools.partial(_drawn(None), **sizes), root, salt)
+        a, b = (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+            for x, place in zip(drawn, where or (None, None), strict=True)
+        )
+        return a, b
+    if isinstance(leaf, Tracer) and where:
+        return jax.sharding.reshard(_drawn(None)(root, salt, **sizes), where)
+    return _drawn(where)(root, salt, **sizes)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("init", "dtype", "stack", "sizes", "shapes")
-)
+@functools.cache
+def _drawn(where: Any) -> Callable:
+    """`_draw_stack`, compiled once for leaves of one shape and one place."""
+    static = ("init", "dtype", "stack", "sizes", "shapes")
+    return jax.jit(_draw_stack, static_argnames=static, out_shardings=where)
+
+
 def _draw_stack(
     root: Any, salt: Any, *, init: Any, dtype: Any, stack: int, sizes: Any, shapes: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """One pair for each matrix of a stack; compiled once for leaves of one shape."""
+    """One pair for each matrix of a stack."""
     in_, rank, out = sizes
     keys = jax.random.split(jax.random.fold_in(root, salt), stack)
 

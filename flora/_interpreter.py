@@ -1,18 +1,23 @@
 """Walks a jaxpr: hands untouched equations back to JAX, the others to the rules."""
 
 import dataclasses
+import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import lax
 
 from flora import _compat
+from flora._choice import may_differ
 from flora._errors import LoraError, Unfactorable, human_bytes
 from flora._factored import Factored, Squared, is_lazy
 from flora._forms import materialized
+from flora._lookahead import Schedule, in_order, together
+from flora._source import source_line
+from flora._stored import on_stored
 
 Rule = Callable[..., Sequence[Any]]
 
@@ -53,6 +58,8 @@ class Context:
     Attributes:
       rules: the table.
       rules_for_squares: the table for operations that read squares of weights.
+      enters: the primitives that hand their operands on to functions inside.
+      together: computes several products of one x at once; `None` where none are.
       log: where uses are recorded, as keys, in order; `None` while computing.
       salt: tells apart the dropout masks of a weight that is used more than once.
       within: the equation at hand and those around it, as `(eqn, within)`.
@@ -61,6 +68,8 @@ class Context:
 
     rules: Mapping[Any, Rule]
     rules_for_squares: Mapping[Any, Rule]
+    enters: Collection[Any] = ()
+    together: Callable[[Sequence[Any], Sequence[Any]], list[Any]] | None = None
     log: dict[Use, None] | None = None
     salt: int = 0
     within: Any = None
@@ -73,7 +82,7 @@ class Context:
             within = within[1]
         around = within[1] if within else None
         name = around[0].params.get("name", "") if around else ""
-        found = _compat.source_line(eqn, name)
+        found = source_line(eqn, name)
         if found or around is None:
             return found or "an unknown line"
         return dataclasses.replace(self, within=around).line(around[0])
@@ -146,18 +155,14 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     jaxpr, consts = _compat.open_jaxpr(jaxpr)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
+    lazy = {v: x for v, x in env.items() if is_lazy(x)}
+    schedule = _schedule(ctx, jaxpr.eqns, lazy)
+    last_use = schedule.last_uses(jaxpr)
+    touched = set(lazy)
+    untouched: list[Any] = []
 
     def read(v: Any) -> Any:
-        return v.val if isinstance(v, _compat.Literal) else env[v]
-
-    last_use: dict[Any, int] = {}
-    for i, eqn in enumerate([*jaxpr.eqns, jaxpr]):
-        for v in eqn.outvars if eqn is jaxpr else eqn.invars:
-            if not isinstance(v, _compat.Literal):
-                last_use[v] = i
-
-    touched = {v for v, x in env.items() if is_lazy(x)}
-    untouched: list[Any] = []
+        return v.val if isinstance(v, _compat.Literal) else env[schedule.same.get(v, v)]
 
     def flush(before: int) -> None:
         outs = [
@@ -166,20 +171,41 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         env.update(zip(outs, _compat.eval_eqns(untouched, outs, env), strict=True))
         untouched.clear()
 
-    for i, eqn in enumerate(jaxpr.eqns):
-        if not any(
-            v in touched for v in eqn.invars if not isinstance(v, _compat.Literal)
-        ):
-            untouched.append(eqn)
+    for at, step in enumerate(schedule.steps):
+        eqns = [jaxpr.eqns[i] for i in step]
+        if not any(v in touched for e in eqns for v in _compat.variables(e.invars)):
+            untouched += eqns
             continue
-        flush(i)
-        outs = _apply_rule(ctx, i, eqn, [read(v) for v in eqn.invars])
-        for v, x in zip(eqn.outvars, outs, strict=True):
-            env[v] = x
-            if is_lazy(x):
-                touched.add(v)
-    flush(len(jaxpr.eqns))
+        flush(at)
+        results = _results(ctx, step, eqns, [[*map(read, e.invars)] for e in eqns])
+        for eqn, outs in zip(eqns, results, strict=True):
+            env.update(zip(eqn.outvars, outs, strict=True))
+            touched.update(v for v in eqn.outvars if is_lazy(env[v]))
+    flush(len(schedule.steps))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _schedule(ctx: Context, eqns: Sequence[Any], lazy: Mapping[Any, Any]) -> Schedule:
+    """Products together where a form may gain by it."""
+    forms = {x.site.form for x in lazy.values() if isinstance(x, Factored)}
+    if ctx.log is None and ctx.together and any(map(may_differ, forms)):
+        return together(eqns, lazy)
+    return in_order(eqns)
+
+
+def _results(
+    ctx: Context, step: Sequence[int], eqns: Sequence[Any], values: Sequence[list[Any]]
+) -> list[Sequence[Any]]:
+    """The outputs of equations that are taken together, of each its own."""
+    joint: list[Any] = [None] * len(eqns)
+    if ctx.together and len(eqns) > 1:
+        with _compat.common_scope(eqns):
+            run = functools.partial(ctx.together, eqns)
+            joint = on_stored(lambda *values: run(values), values)
+    return [
+        _apply_rule(ctx, i, eqn, args) if y is None else [y]
+        for i, eqn, args, y in zip(step, eqns, values, joint, strict=True)
+    ]
 
 
 def _apply_rule(ctx: Context, i: int, eqn: Any, values: list[Any]) -> Sequence[Any]:
@@ -194,7 +220,10 @@ def _apply_rule(ctx: Context, i: int, eqn: Any, values: list[Any]) -> Sequence[A
                 raise Unfactorable(what if squares else "no rule for this primitive")
             if unknown := _compat.unknown_params(eqn):
                 raise _other_jax(ctx, eqn, values, f"the parameters {sorted(unknown)}")
-            return rule(ctx, eqn, *values)
+            run = functools.partial(rule, ctx, eqn)
+            if eqn.primitive in ctx.enters:
+                return run(*values)
+            return on_stored(run, values)
         except Unfactorable as reason:
             dense = [settle(ctx, eqn, x, str(reason)) for x in values]
             return _compat.eval_eqn(eqn, dense)

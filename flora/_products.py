@@ -1,7 +1,6 @@
 """y = x W + z Q with z = x P, form by form, and its gradient.
 
     direct, thin_first, thin_last    x W + z Q, one or the other written first
-    unrolled                         one outer product for each unit of rank
     concat                           [x | z] [W ; Q]
     merged, dithered                 x (W + P Q), rounded to W's dtype
 
@@ -18,9 +17,10 @@ XLA puts no two products into one kernel.  What the low-rank term costs is there
 by what is written to memory between the two, and that is what the forms fix.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ from jax import lax
 from flora._choice import COPIES
 from flora._forms import Labelled, Labels, contract
 from flora._views import RANK
+
+Arrays = Sequence[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Plan:
       x, w, p, q, y: the labels of the operands' axes and of the result's.
       dtype: of y.
       precision: as of `lax.dot_general`.
+      scope: the name of the product within that of what it is computed with.
     """
 
     forward: str
@@ -53,11 +56,22 @@ class Plan:
     y: tuple[Hashable, ...]
     dtype: Any
     precision: Any = None
+    scope: str = ""
 
     @property
     def z(self) -> tuple[Hashable, ...]:
         """Of x P: x's axes but those that P sums over."""
         return (*(n for n in self.x if n not in self.p or n in self.q), RANK)
+
+    def reversed(self, dtype: Any) -> "Plan":
+        """The plan of dx, whose activations are dy, and whose P is Q."""
+        return dataclasses.replace(
+            self, x=self.y, y=self.x, p=self.q, q=self.p, dtype=dtype
+        )
+
+    def named(self) -> contextlib.AbstractContextManager:
+        """Gives what runs inside the product's own name."""
+        return jax.named_scope(self.scope) if self.scope else contextlib.nullcontext()
 
     def times(self, u: Any, v: Any, out: Labels, dtype: Any = None) -> Any:
         """u·v, summed over what `out` lacks; u and v are `(array, labels)`."""
@@ -87,25 +101,6 @@ def _thin_first(plan: Plan, x: Any, w: Any, z: Any, p: Any, q: Any) -> Any:
 def _thin_last(plan: Plan, x: Any, w: Any, z: Any, p: Any, q: Any) -> Any:
     """X W goes to memory; the kernel of z Q adds it to what it writes."""
     return lax.optimization_barrier(plan.base(x, w)) + plan.change(z, q)
-
-
-def _unrolled(plan: Plan, x: Any, w: Any, z: Any, p: Any, q: Any) -> Any:
-    """The kernel of x W adds one outer product for each unit of rank."""
-    wide = jnp.promote_types(plan.dtype, jnp.float32)
-    y = plan.base(x, w, wide)
-    for r in range(q.shape[plan.q.index(RANK)]):
-        row = _spread(q.astype(z.dtype), plan.q, r, plan.y, wide)
-        y = y + _spread(z, plan.z, r, plan.y, wide) * row
-    return y.astype(plan.dtype)
-
-
-def _spread(factor: Any, labels: Labels, r: int, out: Labels, dtype: Any) -> Any:
-    """One column of z or row of q, with axes of size 1 where it has none of `out`."""
-    column = lax.index_in_dim(factor, r, labels.index(RANK), keepdims=False)
-    held = [n for n in labels if n != RANK]
-    column = lax.transpose(column, [held.index(n) for n in out if n in held])
-    sizes = dict(zip(labels, factor.shape, strict=True))
-    return lax.reshape(column, [sizes.get(n, 1) for n in out]).astype(dtype)
 
 
 def _concat(plan: Plan, x: Any, w: Any, z: Any, p: Any, q: Any) -> Any:
@@ -182,7 +177,6 @@ SUMS: Mapping[str, Callable[..., Any]] = {
     "direct": _direct,
     "thin_first": _thin_first,
     "thin_last": _thin_last,
-    "unrolled": _unrolled,
     "concat": _concat,
     "merged": _merged,
     "dithered": _dithered,
@@ -190,39 +184,102 @@ SUMS: Mapping[str, Callable[..., Any]] = {
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(plan: Plan, x: Any, w: Any, p: Any, q: Any) -> Any:
-    """X W + (x P) Q, with the axes `plan.y`.  Reverse mode only.
+def products(
+    plans: tuple[Plan, ...], x: Any, ws: Arrays, ps: Arrays, qs: Arrays
+) -> Arrays:
+    """X W + (x P) Q for each W, with the axes `plan.y`.  Reverse mode only.
+
+    What products of one x share is computed once: z = x [P₁ P₂ …], xᵀ [g₁ g₂ …], and
+    [g₁ g₂ …] [P₁ P₂ …]ᵀ, which is added to the first product's dy Wᵀ.
 
     Args:
-      plan: forms, labels, dtype, precision.
+      plans: one a product: forms, labels, dtype, precision.  All are `alike`.
       x: activations.
-      w: the frozen weight; it gets no gradient.
-      p: the factor that x meets.
-      q: the other one, with the scale in it.
+      ws: the frozen weights; they get no gradient.
+      ps: the factors that x meets.
+      qs: the other ones, with the scale in them.
     """
-    return _forward(plan, x, w, p, q)[0]
+    return _forward(plans, x, ws, ps, qs)[0]
 
 
-def _forward(plan: Plan, x: Any, w: Any, p: Any, q: Any) -> tuple[Any, Any]:
+def alike(one: Plan, other: Plan) -> bool:
+    """Whether two products of one x can be computed together."""
+    if {one.forward, one.backward} & {"merged", "dithered"}:
+        return False
+    free = {"forward": "", "backward": "", "w": (), "q": (), "y": (), "scope": ""}
+    return dataclasses.replace(one, **free) == dataclasses.replace(other, **free)
+
+
+def _forward(
+    plans: tuple[Plan, ...], x: Any, ws: Arrays, ps: Arrays, qs: Arrays
+) -> tuple[Arrays, Any]:
+    plan = plans[0]
     x = lax.optimization_barrier(x)  # written once: W, P and dP read it
-    z = plan.times((x, plan.x), (p.astype(x.dtype), plan.p), plan.z)
-    return SUMS[plan.forward](plan, x, w, z, p, q), (x, w, z, p, q)
+    p = _joined([p.astype(x.dtype) for p in ps], plan.p)
+    z = plan.times((x, plan.x), (p, plan.p), plan.z)
+    ys = []
+    for args in zip(plans, ws, _parts(plans, z, plan.z, qs), ps, qs, strict=True):
+        own, w, part, *factors = args
+        with own.named():
+            ys.append(SUMS[own.forward](own, x, w, part, *factors))
+    return tuple(ys), (x, ws, z, ps, qs)
 
 
-def _backward(plan: Plan, saved: Any, dy: Any) -> tuple[Any, ...]:
-    x, w, z, p, q = saved
-    back = dataclasses.replace(
-        plan, x=plan.y, y=plan.x, p=plan.q, q=plan.p, dtype=x.dtype
-    )
-    if plan.backward in COPIES:  # or XLA keeps the forward pass's copy of W until here
-        w, p, q = lax.optimization_barrier((w, p, q))
-    dy = lax.optimization_barrier(dy)  # written once: W, Q and dQ read it
-    thin = dy.astype(x.dtype)
-    g = plan.times((thin, plan.y), (q.astype(x.dtype), plan.q), back.z)
-    dx = SUMS[plan.backward](back, dy, w, g, q, p)
-    dp = plan.times((x, plan.x), (g, back.z), plan.p, p.dtype)
-    dq = plan.times((z, plan.z), (thin, plan.y), plan.q, q.dtype)
-    return dx, None, dp, dq
+def _backward(plans: tuple[Plan, ...], saved: Any, dys: Arrays) -> tuple[Any, ...]:
+    x, ws, z, ps, qs = saved
+    plan, dtype = plans[0], x.dtype
+    if any(p.backward in COPIES for p in plans):
+        # or XLA keeps the forward pass's copy of W until here
+        ws, ps, qs = lax.optimization_barrier((ws, ps, qs))
+    dys = [lax.optimization_barrier(dy) for dy in dys]  # written once: W, Q, dQ read it
+    thin = [dy.astype(dtype) for dy in dys]
+    backs = [p.reversed(dtype) for p in plans]
+    gs = [
+        own.times((dy, own.y), (q.astype(dtype), own.q), back.z)
+        for own, back, dy, q in zip(plans, backs, thin, qs, strict=True)
+    ]
+    g, p = _joined(gs, backs[0].z), _joined(ps, plan.p)
+    dx = _summed(plan, backs, dys, ws, g, qs[0], p)
+    dp = plan.times((x, plan.x), (g, backs[0].z), plan.p, ps[0].dtype)
+    dqs = [
+        own.times((part, own.z), (dy, own.y), own.q, q.dtype)
+        for own, part, dy, q in zip(
+            plans, _parts(plans, z, plan.z, qs), thin, qs, strict=True
+        )
+    ]
+    return dx, (None,) * len(ws), _parts(plans, dp, plan.p, qs), tuple(dqs)
 
 
-product.defvjp(_forward, _backward)
+products.defvjp(_forward, _backward)
+
+
+def _summed(
+    plan: Plan, backs: Any, dys: Any, ws: Arrays, g: Any, q: Any, p: Any
+) -> Any:
+    """Σ dy Wᵀ + g Pᵀ, the low-rank term with the first product, in its form.
+
+    In the direct form it comes last: on a mesh XLA then reduces the rest in one go.
+    """
+    direct = plan.backward == "direct"
+    if direct:
+        dx = backs[0].base(dys[0], ws[0])
+    else:
+        dx = SUMS[plan.backward](backs[0], dys[0], ws[0], g, q, p)
+    for back, dy, w in zip(backs[1:], dys[1:], ws[1:], strict=True):
+        dx = dx + back.base(dy, w)
+    return dx + backs[0].change(g, p) if direct else dx
+
+
+def _joined(arrays: Sequence[Any], labels: Labels) -> Any:
+    """Side by side along the rank."""
+    if len(arrays) == 1:
+        return arrays[0]
+    return lax.concatenate(arrays, labels.index(RANK))
+
+
+def _parts(plans: Sequence[Plan], array: Any, labels: Labels, qs: Arrays) -> Arrays:
+    """What `_joined` had joined; each product's rank is read off its Q."""
+    if len(plans) == 1:
+        return (array,)
+    ranks = [q.shape[own.q.index(RANK)] for own, q in zip(plans, qs, strict=True)]
+    return tuple(lax.split(array, ranks, labels.index(RANK)))

@@ -10,7 +10,7 @@ import jax
 from jax.tree_util import GetAttrKey
 
 from flora._errors import LoraError, LoraTypeError
-from flora._weight import is_node
+from flora._weight import is_leaf
 
 Matcher = str | re.Pattern[str] | Callable[[str, Any], bool]
 Pattern = Matcher | Sequence[Matcher]
@@ -27,8 +27,8 @@ def path_of(keys: Sequence[Any]) -> str:
 
 
 def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """`([(path, leaf)], treedef)`; flora's nodes count as leaves."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)
+    """`([(path, leaf)], treedef)`; flora's nodes count as leaves, as do stored weights."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [(path_of(keys), leaf) for keys, leaf in leaves], treedef
 
 

@@ -5,13 +5,15 @@ import math
 import numbers
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from flora._errors import human_bytes
+from flora._fingerprint import bits_of
 from flora._select import named_leaves
 from flora._tables import plain_text, table
 from flora._trace import is_array
-from flora._weight import Layout, LoraWeight, Trained
+from flora._weight import Layout, LoraWeight, Trained, is_stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +145,7 @@ def _summarize(path: str, leaf: Any) -> LeafSummary:
             leaf.alpha,
             size,
             trained,
-            size * _itemsize(dtype) + trained_bytes,
+            _bytes(leaf.base) + trained_bytes,
             trained_bytes,
         )
     role, value = (
@@ -151,7 +153,7 @@ def _summarize(path: str, leaf: Any) -> LeafSummary:
     )
     shape, dtype = _shape_dtype(value)
     size = math.prod(shape)
-    size_bytes = size * _itemsize(dtype)
+    size_bytes = _bytes(value)
     trains = role == "train"
     return LeafSummary(
         path,
@@ -172,9 +174,20 @@ def _shape_dtype(x: Any) -> tuple[tuple[int, ...], Any]:
     """Of an array or a Python number; `(0,)` and the type's name for other leaves."""
     if is_array(x):
         return tuple(x.shape), x.dtype
+    if is_stored(x):
+        return x.shape, "+".join(str(part.dtype) for part in jax.tree.leaves(x))
     if isinstance(x, numbers.Number):
         return (), jnp.result_type(x)
     return (0,), "" if x is None else type(x).__name__
+
+
+def _bytes(x: Any) -> int:
+    """Bytes of an array, or of all arrays of a weight stored in fewer bits, packed."""
+    if is_stored(x):
+        bits = [part.size * bits_of(part.dtype) for part in jax.tree.leaves(x)]
+        return sum(bits) // 8
+    shape, dtype = _shape_dtype(x)
+    return math.prod(shape) * _itemsize(dtype)
 
 
 def _itemsize(dtype: Any) -> int:

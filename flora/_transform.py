@@ -10,13 +10,21 @@ from jax import lax
 
 from flora._choice import form_problems
 from flora._errors import LoraError, LoraTypeError, fail
-from flora._factored import Factored, Squared, from_weight
+from flora._factored import Factored, Squared, from_weight, undiscovered
 from flora._forms import materialized
 from flora._interpreter import Context, interpret
-from flora._rules import RULES, RULES_FOR_SQUARES
+from flora._rules import ENTERS, RULES, RULES_FOR_SQUARES, TOGETHER
 from flora._select import named_leaves
 from flora._trace import is_array, stage
-from flora._weight import LoraWeight, Trained, is_fallback, is_node
+from flora._weight import (
+    LoraWeight,
+    Trained,
+    abstract,
+    is_fallback,
+    is_leaf,
+    is_node,
+    is_stored,
+)
 
 
 def lora(
@@ -71,18 +79,17 @@ def lora(
     @functools.wraps(fn)
     def run_on_adapted(tree: Any, *args: Any, **kwargs: Any) -> Any:
         named, treedef = named_leaves(tree)
-        if not any(is_node(leaf) for _, leaf in named):
+        if not any(is_leaf(leaf) for _, leaf in named):
             return fn(tree, *args, **kwargs)
         fail(p for path, leaf in named for p in weight_problems(path, leaf))
         values = [_value(path, leaf, fallback, form) for path, leaf in named]
-        plain = [x.base if isinstance(x, Factored) else x for x in values]
+        plain = [abstract(x.base) if isinstance(x, Factored) else x for x in values]
         staged = stage(fn, plain, treedef, args, kwargs)
         inputs = [
             x for x, k in zip(values, staged.tree_inputs, strict=True) if k is not None
         ]
-        outs = interpret(
-            Context(RULES, RULES_FOR_SQUARES), staged.jaxpr, [*inputs, *staged.args]
-        )
+        ctx = Context(RULES, RULES_FOR_SQUARES, ENTERS, TOGETHER)
+        outs = interpret(ctx, staged.jaxpr, [*inputs, *staged.args])
         unchanged = {
             id(x): leaf
             for x, (_, leaf) in zip(values, named, strict=True)
@@ -110,6 +117,8 @@ def _value(path: str, leaf: Any, fallback: str | None, form: str | None) -> Any:
             form=form or leaf.form,
         )
         return from_weight(leaf, path)
+    if is_stored(leaf):  # not adapted, but opened where it is used
+        return undiscovered(lax.stop_gradient(leaf), path, fallback="materialize")
     if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):
         return lax.stop_gradient(leaf)
     return leaf

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -145,6 +146,69 @@ jax.tree_util.register_dataclass(
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A frozen weight that is stored in fewer bits, and opened where it is used.
+
+    Attributes:
+      stored: what is stored, a pytree with the weight's `shape` and `dtype`; each of its
+        arrays has the weight's axes, whole or in blocks.
+      opener: makes the dense weight of it.
+    """
+
+    stored: Any
+    opener: Callable[[Any], Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.stored.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.stored.dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dense(self) -> jax.Array:
+        """The weight as an array, `[...]`."""
+        return self.opener(self.stored)
+
+    def __repr__(self) -> str:
+        parts = jax.tree.leaves(self.stored)
+        if not parts or not all(hasattr(x, "dtype") for x in parts):
+            return f"Quantized({self.stored!r})"
+        return f"Quantized({_shown(self)} as {'+'.join(str(x.dtype) for x in parts)})"
+
+    def __jax_array__(self) -> Any:
+        raise LoraTypeError(
+            f"{self!r} was used as an array. Run the function through flora.lora(fn)."
+        )
+
+
+jax.tree_util.register_dataclass(
+    Quantized, data_fields=["stored"], meta_fields=["opener"]
+)
+
+
+def opened(base: Any) -> Any:
+    """A weight as an array."""
+    return base.dense() if is_stored(base) else base
+
+
+def abstract(base: Any) -> Any:
+    """A stored weight as the array that it stands for, without its values."""
+    if not is_stored(base):
+        return base
+    return jax.ShapeDtypeStruct(base.shape, base.dtype)
+
+
+def is_stored(x: Any) -> bool:
+    """Whether x is a weight stored in fewer bits."""
+    return isinstance(x, Quantized)
+
+
+@dataclasses.dataclass(frozen=True)
 class Trained:
     """Marks a leaf that trains whole (`LoraConfig.train`)."""
 
@@ -152,6 +216,13 @@ class Trained:
 
 
 jax.tree_util.register_dataclass(Trained, data_fields=["value"], meta_fields=[])
+
+
+def base_of(leaf: Any) -> Any:
+    """The weight of a leaf of a parameter tree, adapted or not."""
+    if isinstance(leaf, LoraWeight):
+        return leaf.base
+    return leaf.value if isinstance(leaf, Trained) else leaf
 
 
 def is_fallback(x: Any) -> bool:
@@ -162,6 +233,11 @@ def is_fallback(x: Any) -> bool:
 def is_node(x: Any) -> bool:
     """Whether x is a node of flora's in an adapted tree."""
     return isinstance(x, LoraWeight | Trained)
+
+
+def is_leaf(x: Any) -> bool:
+    """Whether x counts as one leaf of a parameter tree, adapted or not."""
+    return is_node(x) or is_stored(x)
 
 
 def compute_dtype(*dtypes: Any) -> Any:
@@ -187,5 +263,5 @@ def delta(weight: LoraWeight) -> jax.Array:
 
 def materialize(weight: LoraWeight) -> jax.Array:
     """W + scale A B, summed in float32 or wider and rounded once to W's dtype."""
-    change = delta(weight)
-    return (weight.base.astype(change.dtype) + change).astype(weight.base.dtype)
+    change, base = delta(weight), opened(weight.base)
+    return (base.astype(change.dtype) + change).astype(base.dtype)

@@ -1,9 +1,6 @@
 """Eight CPU devices and quick compilation, fixed before JAX starts."""
 
-import importlib
 import os
-import pathlib
-import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The same operations in the same order, but code that is made twice as fast.
@@ -23,18 +20,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("flora")
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """Imports a script of examples/benchmarks, which imports its siblings."""
-    folder = pathlib.Path(__file__).parents[1] / "examples" / "benchmarks"
-    monkeypatch.syspath_prepend(str(folder))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if (folder / f"{name}.py").exists():
-            del sys.modules[name]
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """What the examples claim, and what the README says of the library."""
 
-import importlib.util
 import json
 import math
 import os
@@ -9,9 +8,15 @@ import re
 import subprocess
 import sys
 
+import _arms
+import finetune_digits
+import finetune_nnx
+import gpu
 import jax
 import jax.numpy as jnp
 import pytest
+import step_cost
+import tracing
 
 import flora
 from flora._choice import FORMS
@@ -20,19 +25,9 @@ from flora._rules import RULES
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def load(path):
-    """An example as a module."""
-    name = pathlib.Path(path).stem
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_finetune_digits_in_small(tmp_path):
     picture = tmp_path / "out.png"
-    results = load("finetune_digits.py").main(["--smoke", "--out", str(picture)])
+    results = finetune_digits.main(["--smoke", "--out", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert results.base_bytes_changed == results.off_bytes_changed == 0
     assert results.merge_error <= 1e-5
@@ -42,16 +37,15 @@ def test_finetune_digits_in_small(tmp_path):
 
 
 def test_finetune_digits_fails_unless_its_facts_hold():
-    example = load("finetune_digits.py")
-    example.prove(0, 0, 1e-6)
+    finetune_digits.prove(0, 0, 1e-6)
     for broken in ((1, 0, 0.0), (0, 1, 0.0), (0, 0, 1e-3), (0, 0, math.nan)):
         with pytest.raises(RuntimeError, match="The proof fails"):
-            example.prove(*broken)
+            finetune_digits.prove(*broken)
 
 
 @pytest.mark.slow
 def test_finetune_digits(tmp_path):
-    results = load("finetune_digits.py").main(["--out", str(tmp_path / "out.png")])
+    results = finetune_digits.main(["--out", str(tmp_path / "out.png")])
     rows = {row.name: row for row in results.rows}
     assert rows["frozen model"].turned < 0.4 < 0.9 < rows["LoRA"].turned
     assert rows["LoRA"].turned > rows["linear probe"].turned
@@ -59,13 +53,13 @@ def test_finetune_digits(tmp_path):
 
 
 def test_finetune_nnx():
-    results = load("finetune_nnx.py").main(steps=60)
+    results = finetune_nnx.main(steps=60)
     assert results["after"] > results["before"] + 0.3
     assert results["merge_error"] <= 1e-5
 
 
 def test_step_cost():
-    costs = load("benchmarks/step_cost.py").measure()
+    costs = step_cost.measure()
     assert costs["lora"]["to_frozen"] <= 1.03
     assert costs["lora"]["to_full"] <= 0.72
     assert costs["merge"]["to_full"] > 1.0
@@ -89,31 +83,27 @@ def test_planning_70_billion_parameters():
 
 @pytest.mark.slow
 def test_tracing_time():
-    results = load("benchmarks/tracing.py").measure(layers=24, pairs=5)
+    results = tracing.measure(layers=24, pairs=5)
     assert results["trace"]["ratio"] <= 2.5
     assert results["trace_step"]["ratio"] <= 2.5
 
 
-def test_every_arm_of_the_comparison_trains_and_is_timed(benchmark):
-    gpu = benchmark("gpu")
-    arms = benchmark("_arms")
-    names = [name for name in arms.makers() if name not in arms.OTHERS]
-    sizes = arms.Sizes(tokens=16, d=16, ff=32, rank=2, dtype=jnp.float32)
+def test_every_arm_of_the_comparison_trains_and_is_timed():
+    names = [name for name in _arms.makers() if name not in _arms.OTHERS]
+    sizes = _arms.Sizes(tokens=16, d=16, ff=32, rank=2, dtype=jnp.float32)
     results = gpu.measure(sizes, device="cpu", rounds=2, only=names)
     assert {f"flora {form}" for form in FORMS} < set(names)
     assert all(results[name]["to_frozen"] > 0 for name in names)
 
 
-def test_an_arm_that_does_not_train_stops_the_comparison(benchmark):
-    arms = benchmark("_arms")
-
+def test_an_arm_that_does_not_train_stops_the_comparison():
     def dead(sizes):
-        arm = arms.flora_arm(sizes, "direct")
+        arm = _arms.flora_arm(sizes, "direct")
         stopped = jax.lax.stop_gradient
-        return arms.Arm(arm.pack, lambda t, f, x: arm.loss(stopped(t), f, x))
+        return _arms.Arm(arm.pack, lambda t, f, x: arm.loss(stopped(t), f, x))
 
     with pytest.raises(RuntimeError, match="the norm of its gradient"):
-        arms.check("dead", dead)
+        _arms.check("dead", dead)
 
 
 def test_the_readme_lists_every_primitive_with_a_rule():

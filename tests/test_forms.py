@@ -20,7 +20,7 @@ from contract import (
 )
 
 import flora
-from flora._choice import COPIES, FORMS, Form, Sizes, cheapest
+from flora._choice import COPIES, FORMS, Form, Sizes, Target, cheapest, target
 from flora._compat import P
 from flora._products import stochastically_rounded
 
@@ -137,7 +137,7 @@ def test_a_form_per_leaf_and_per_call(x64):
     assert concatenations(flora.lora(mlp, form="thin_last")) == 0
 
 
-@pytest.mark.parametrize("form", ["concat", "merged", "dithered", "unrolled"])
+@pytest.mark.parametrize("form", ["concat", "merged", "dithered"])
 def test_dropout_takes_the_direct_form(form):
     params, x = mlp_case(jnp.float32)
     adapted = randomized(adapt(mlp, params, x, form=form, dropout=0.5))
@@ -149,23 +149,38 @@ def test_dropout_takes_the_direct_form(form):
 
 def test_device_and_sizes_decide():
     wide, narrow = Sizes(8192, 4096, 14336, 16), Sizes(8192, 14336, 4096, 16)
-    on_chip = Sizes(4096, 2048, 5632, 16)
-    v5e, v5p, v6e = "TPU v5 lite", "TPU v5", "TPU v6 lite"
-    direct = Form("direct", "direct")
-    assert cheapest(wide, v6e) == Form("thin_first", "thin_last")
-    assert cheapest(narrow, v6e) == Form("thin_last", "thin_first")
-    assert cheapest(on_chip, v6e) == cheapest(wide, v5p) == direct
-    assert cheapest(on_chip, v5p) == Form("concat", "thin_last")
+    on_chip, on_chip_narrow = Sizes(4096, 2048, 5632, 16), Sizes(4096, 5632, 2048, 16)
+    kinds = "TPU v5 lite", "TPU v5", "TPU v6 lite"
+    v5e, v5p, v6e = map(Target, kinds)
+    apart = {"together": False}
+    assert cheapest(wide, v6e) == Form("thin_first", "thin_last", **apart)
+    assert cheapest(narrow, v6e) == Form("thin_last", "thin_first", **apart)
+    assert cheapest(wide, v5p) == Form("direct", "direct", **apart)
+    assert cheapest(on_chip, v6e) == Form("concat", "thin_last")
+    assert cheapest(on_chip, v5p) == Form("concat", "concat")
+    assert cheapest(on_chip_narrow, v5p) == Form("concat", "thin_first")
     assert cheapest(wide, v5e) == Form("concat", "concat")
     assert cheapest(narrow, v5e) == Form("concat", "thin_last")
     for kind in ("cpu", "NVIDIA H100"):
-        assert cheapest(wide, kind) is None
+        assert cheapest(wide, Target(kind)) is None
     for few in (
         Sizes(1, 4096, 14336, 16),
         Sizes(8192, 64, 4096, 16),
         Sizes(8192, 4096, 4096, 256),
     ):
         assert cheapest(few, v6e) is None
+    for kind in kinds:  # what may be sharded is not joined
+        assert cheapest(on_chip, Target(kind, 4)) == Form("direct", "direct")
+
+
+def test_the_target_is_the_mesh_that_is_set_or_all_devices():
+    kind = jax.devices()[0].device_kind
+    assert target() == Target(kind, jax.device_count())
+    for count in (1, 2):
+        mesh = jax.make_mesh((count,), ("x",), devices=jax.devices()[:count])
+        with jax.set_mesh(mesh):
+            assert target() == Target(kind, count)
+            assert jax.jit(lambda: target().devices)() == count
 
 
 @pytest.mark.parametrize("bad", ["fast", "", None, 3])

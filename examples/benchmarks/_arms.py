@@ -23,8 +23,7 @@ from flax import nnx
 
 import flora
 
-ORDERS = ("thin_first", "thin_last", "unrolled")
-FORMS = ("auto", "direct", *ORDERS, "concat", "merged", "dithered")
+FORMS = ("auto", "direct", "thin_first", "thin_last", "concat", "merged", "dithered")
 KERNELS = ("gate", "up", "down")
 
 Weights = dict[str, Any]

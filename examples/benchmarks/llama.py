@@ -26,120 +26,15 @@ from typing import Any
 
 import _report
 import _tpu
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
+from _decoder import Llama, Sizes
 from rich.console import Console
 from rich.table import Table
 
 import flora
 
-DTYPES: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
 VARIANTS = ("unrolled", "unrolled, remat", "scan", "scan, remat")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Of the decoder and its input."""
-
-    layers: int = 8
-    sequences: int = 2
-    tokens: int = 4096
-    d: int = 2048
-    heads: int = 16
-    kv_heads: int = 8
-    ff: int = 5632
-    vocab: int = 32000
-    rank: int = 16
-    tied: bool = False
-
-    @property
-    def ids(self) -> jax.ShapeDtypeStruct:
-        """The tokens, `[sequences, tokens of each]`."""
-        shape = self.sequences, self.tokens // self.sequences
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def rotate(x: jax.Array) -> jax.Array:
-    """Rotary positions on `[batch, tokens, heads, dim]`."""
-    half = x.shape[-1] // 2
-    angles = jnp.outer(jnp.arange(x.shape[1]), 1e4 ** (-jnp.arange(half) / half))
-    cos, sin = (f(angles)[:, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    one, two = x[..., :half], x[..., half:]
-    return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], -1)
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention of `[batch, tokens, heads, dim]`; query heads share key heads."""
-    groups = q.shape[2] // k.shape[2]
-    q = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[3])
-    scores = jnp.einsum("bqhgd,bkhd->bhgqk", q, k) * q.shape[-1] ** -0.5
-    seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-    scores = jnp.where(seen, scores.astype(jnp.float32), -jnp.inf)
-    weights = jax.nn.softmax(scores).astype(v.dtype)
-    y = jnp.einsum("bhgqk,bkhd->bqhgd", weights, v)
-    return y.reshape(*y.shape[:2], -1)
-
-
-class Layer(nn.Module):
-    """Attention and a gated MLP, each after an RMSNorm."""
-
-    sizes: Sizes
-
-    @nn.compact
-    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-        """`[batch, tokens, d]` to the same shape, and nothing to stack."""
-        sizes, dim = self.sizes, self.sizes.d // self.sizes.heads
-
-        def dense(x: jax.Array, out: int, name: str) -> jax.Array:
-            return nn.Dense(out, use_bias=False, name=name, **DTYPES)(x)
-
-        def heads(x: jax.Array, count: int, name: str) -> jax.Array:
-            return dense(x, count * dim, name).reshape(*x.shape[:2], count, dim)
-
-        h = nn.RMSNorm(name="attention_norm", **DTYPES)(x)
-        q = rotate(heads(h, sizes.heads, "q_proj"))
-        k = rotate(heads(h, sizes.kv_heads, "k_proj"))
-        v = heads(h, sizes.kv_heads, "v_proj")
-        x = x + dense(attend(q, k, v), sizes.d, "o_proj")
-        h = nn.RMSNorm(name="mlp_norm", **DTYPES)(x)
-        gate, up = dense(h, sizes.ff, "gate_proj"), dense(h, sizes.ff, "up_proj")
-        return x + dense(nn.silu(gate) * up, sizes.d, "down_proj"), None
-
-
-class Llama(nn.Module):
-    """The decoder."""
-
-    sizes: Sizes
-    variant: str = "unrolled"
-
-    def setup(self) -> None:
-        sizes, layer = self.sizes, Layer
-        if "remat" in self.variant:
-            layer = nn.remat(Layer, prevent_cse="scan" not in self.variant)
-        if "scan" in self.variant:
-            axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-            self.layers = [nn.scan(layer, length=sizes.layers, **axes)(sizes)]
-        else:
-            self.layers = [layer(sizes) for _ in range(sizes.layers)]
-        self.embed = nn.Embed(sizes.vocab, sizes.d, **DTYPES)
-        self.norm = nn.RMSNorm(**DTYPES)
-        if not sizes.tied:
-            self.lm_head = nn.Dense(sizes.vocab, use_bias=False, **DTYPES)
-
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """`[batch, tokens]` to the loss."""
-        return self.loss(self.embed(ids), ids)
-
-    def loss(self, x: jax.Array, ids: jax.Array) -> jax.Array:
-        """Embedded tokens `[batch, tokens, d]` to the cross-entropy of the next tokens."""
-        for layer in self.layers:
-            x, _ = layer(x, None)
-        x = self.norm(x)
-        logits = self.embed.attend(x) if self.sizes.tied else self.lm_head(x)
-        entropy = optax.losses.softmax_cross_entropy_with_integer_labels
-        return entropy(logits[:, :-1].astype(jnp.float32), ids[:, 1:]).mean()
 
 
 def steps(sizes: Sizes, variant: str, form: str) -> Iterator[tuple[str, Any, Any]]:

@@ -14,9 +14,9 @@ import pathlib
 import resource
 import sys
 import time
-from importlib import metadata
 from typing import Any
 
+import _report
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -155,12 +155,6 @@ def table(plan: dict[str, float]) -> Table:
     return result
 
 
-def versions() -> str:
-    """What the numbers hold for."""
-    found = ", ".join(f"{x} {metadata.version(x)}" for x in ("jax", "jaxlib", "flax"))
-    return f"{found} on {jax.default_backend()}"
-
-
 def main() -> None:
     """Parses the sizes, measures, prints."""
     parser = argparse.ArgumentParser(description="Plans LoRA on a 70B Llama.")
@@ -177,7 +171,7 @@ def main() -> None:
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     args, console = parser.parse_args(), Console()
-    console.print(f"{versions()}; {vars(args)}", highlight=False)
+    console.print(f"{_report.versions()}; {vars(args)}", highlight=False)
     console.print(table(measure(**vars(args))))
 
 

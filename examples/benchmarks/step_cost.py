@@ -14,9 +14,9 @@ same backward.  The model is a gated MLP, layers unrolled, float32.
 
 import argparse
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
+import _report
 import jax
 import jax.numpy as jnp
 import optax
@@ -188,12 +188,6 @@ def table(costs: dict[str, Costs]) -> Table:
     return result
 
 
-def versions() -> str:
-    """What the numbers hold for."""
-    found = ", ".join(f"{x} {metadata.version(x)}" for x in ("jax", "jaxlib", "flax"))
-    return f"{found} on {jax.default_backend()}"
-
-
 def main() -> None:
     """Parses the sizes, measures, prints."""
     parser = argparse.ArgumentParser(description="FLOPs and memory of one step.")
@@ -201,7 +195,7 @@ def main() -> None:
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     args, console = parser.parse_args(), Console()
-    console.print(f"{versions()}; {vars(args)}", highlight=False)
+    console.print(f"{_report.versions()}; {vars(args)}", highlight=False)
     console.print(table(measure(**vars(args))))
 
 

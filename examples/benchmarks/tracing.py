@@ -13,9 +13,9 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from typing import Any
 
+import _report
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -172,12 +172,6 @@ def table(results: dict[str, dict[str, float]], layers: int, pairs: int) -> Tabl
     return result
 
 
-def versions() -> str:
-    """What the numbers hold for."""
-    found = ", ".join(f"{x} {metadata.version(x)}" for x in ("jax", "jaxlib", "flax"))
-    return f"{found} on {jax.default_backend()}"
-
-
 def main() -> None:
     """Parses the options, measures, prints."""
     parser = argparse.ArgumentParser(description="Tracing time, adapted against base.")
@@ -186,7 +180,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile as well")
     parser.add_argument("--form", default="auto", help="of the products")
     args, console = parser.parse_args(), Console()
-    console.print(f"{versions()}; {vars(args)}", highlight=False)
+    console.print(f"{_report.versions()}; {vars(args)}", highlight=False)
     what = [name for name in TITLES if args.compile or "compile" not in name]
     results = measure(layers=args.layers, pairs=args.pairs, what=what, form=args.form)
     console.print(table(results, args.layers, args.pairs))

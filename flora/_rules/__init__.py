@@ -77,3 +77,9 @@ RULES_FOR_SQUARES = {
     P.reduce_sum: squares.sum_squares,
     P.jit: control.jit,
 }
+
+# What hands weights on to functions inside, stored ones as they are.
+ENTERS = frozenset({P.jit, P.remat, P.scan, P.while_, P.cond})
+
+# What computes products of the same activations at once.
+TOGETHER = dot.together

@@ -17,6 +17,8 @@ from flora._factored import (
     per_dim,
 )
 from flora._interpreter import Context, interpret, settle
+from flora._stored import in_slices
+from flora._weight import is_stored
 
 
 def jit(ctx: Context, eqn: Any, *args: Any) -> Any:
@@ -57,7 +59,7 @@ def _constrained(values: Sequence[Any], shardings: Any) -> list[Any]:
             return x
         if not isinstance(x, Factored):
             return lax.with_sharding_constraint(x, sharding)
-        if x.base is None:
+        if x.base is None or is_stored(x.base):
             return x
         return dataclasses.replace(
             x, base=lax.with_sharding_constraint(x.base, sharding)
@@ -248,6 +250,7 @@ def _scanned(ctx: Context, eqn: Any, w: Any) -> tuple[Any, Callable[[Any], Any]]
     if len(w.axes[0]) > 1:
         w = flattened(w, [0])
     (dim,) = w.axes[0] or (Dim((), 1),)
+    w = in_slices(w, dim.size)
     leading = per_dim(w, w.base, w.axes, lambda array, at: _to_front(array, at, dim))
     held = {
         name

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
@@ -163,7 +165,18 @@ def _convolved(
         groups // batches,
         batches,
         p["precision"],
+        out_sharding=_divided(p, whole_features=as_first),
     )
+
+
+def _divided(p: Any, *, whole_features: bool) -> Any:
+    """The `out_sharding` of the convolution, for a result that has its axes."""
+    sharding = p["out_sharding"]
+    if sharding is None or not whole_features:
+        return sharding
+    features = p["dimension_numbers"].out_spec[1]
+    entries = [None if i == features else x for i, x in enumerate(sharding.spec)]
+    return NamedSharding(sharding.mesh, Spec(*entries))
 
 
 def _arranged(factor: Labelled, kernel: _Kernel) -> Any:

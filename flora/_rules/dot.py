@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,11 +13,11 @@ from flora._choice import (
     Form,
     Sizes,
     cheapest,
-    is_tpu,
+    may_differ,
     named_form,
-    target_kind,
+    target,
 )
-from flora._compat import eval_eqn
+from flora._compat import eval_eqn, relative_scopes
 from flora._factored import Factored
 from flora._forms import (
     Labelled,
@@ -26,7 +27,7 @@ from flora._forms import (
     relabel,
     widened,
 )
-from flora._products import Plan, product
+from flora._products import Plan, alike, products
 from flora._views import RANK, Views, views
 
 
@@ -63,7 +64,7 @@ def _product(ctx: Any, eqn: Any, lhs: Any, rhs: Any) -> Any:
     if w.a is not None and not isinstance(x, Factored):
         planned = _planned(eqn, x, w, side)
         if planned is not None:
-            return planned
+            return _computed([planned])[0]
     base = None
     if w.base is not None:
         base = _product(ctx, eqn, *((w.base, x) if side == 0 else (x, w.base)))
@@ -172,16 +173,34 @@ def _ends(named: _Named) -> tuple[Labelled, Labelled] | None:
     return None
 
 
-def _planned(eqn: Any, x: Any, w: Factored, side: int) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """A product in another form than the plain direct one.
+
+    Attributes:
+      plan: what is static.
+      together: whether it may be computed with others.
+      x, w, p, q: the operands, with the axes that the plan says.
+      shape: of the result.
+    """
+
+    plan: Plan
+    together: bool
+    x: Any
+    w: Any
+    p: Any
+    q: Any
+    shape: tuple[int, ...]
+
+
+def _planned(eqn: Any, x: Any, w: Factored, side: int) -> _Planned | None:
     """The product in the form that the weight or the device asks for.
 
     `None` where that is the plain direct one, or no other applies.
     """
-    name, out = w.site.form, eqn.outvars[0].aval
-    kind = target_kind() if name == "auto" else ""
+    out = eqn.outvars[0].aval
     # Dropout acts on the low-rank term alone.
-    plain = w.base is None or w.key is not None or name == "direct"
-    if plain or (name == "auto" and not is_tpu(kind)):
+    if w.base is None or w.key is not None or not may_differ(w.site.form):
         return None
     named = _named(eqn, x, w, side)
     ends, mesh = _ends(named), jax.sharding.get_abstract_mesh()
@@ -192,14 +211,17 @@ def _planned(eqn: Any, x: Any, w: Factored, side: int) -> Any:
         or (not mesh.empty and (mesh.manual_axes or mesh.explicit_axes))
     ):
         return None
-    form = cheapest(named.counts(w), kind) if name == "auto" else named_form(name)
+    if w.site.form == "auto":
+        form = cheapest(named.counts(w), target())
+    else:
+        form = named_form(w.site.form)
     return form and _in_form(eqn, named, ends, w, form)
 
 
 def _in_form(
     eqn: Any, named: _Named, ends: tuple[Labelled, Labelled], w: Factored, form: Form
-) -> Any:
-    """X W + scale (x A) B in another form than the plain direct one."""
+) -> _Planned:
+    """X W + scale (x A) B, ready to be computed."""
     (p, q), out = ends, eqn.outvars[0].aval
     plan = Plan(
         form.forward,
@@ -214,4 +236,47 @@ def _in_form(
     )
     base = lax.reshape(w.base, [named.sizes[n] for n in named.w_labels])
     scaled = widened(q.array, named.x.array) * w.site.scale
-    return lax.reshape(product(plan, named.x.array, base, p.array, scaled), out.shape)
+    return _Planned(
+        plan, form.together, named.x.array, base, p.array, scaled, out.shape
+    )
+
+
+def _computed(planned: Sequence[_Planned]) -> list[Any]:
+    """The products, all of one x."""
+    plans = tuple(each.plan for each in planned)
+    ws, ps, qs = zip(*((each.w, each.p, each.q) for each in planned), strict=True)
+    ys: Any = products(plans, planned[0].x, ws, ps, qs)
+    return [lax.reshape(y, e.shape) for y, e in zip(ys, planned, strict=True)]
+
+
+def together(eqns: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """Products of the same activations, as far as they can be computed at once.
+
+    Args:
+      eqns: the equations.
+      values: `(lhs, rhs)` of each.
+
+    Returns:
+      The results; `None` for each product that is to be computed alone.
+    """
+    found: dict[int, _Planned] = {}
+    for i, (eqn, (lhs, rhs)) in enumerate(zip(eqns, values, strict=True)):
+        side = int(isinstance(rhs, Factored))
+        w, x = ((lhs, rhs), (rhs, lhs))[side]
+        if isinstance(w, Factored) and w.a is not None and not isinstance(x, Factored):
+            planned = _planned(eqn, x, w, side)
+            if planned and planned.together:
+                found[i] = planned
+    first = next(iter(found.values()), None)
+    found = {i: p for i, p in found.items() if first and alike(first.plan, p.plan)}
+    results: list[Any] = [None] * len(eqns)
+    if len(found) < 2:
+        return results
+    scopes = relative_scopes([eqns[i] for i in found])
+    named = [
+        dataclasses.replace(p, plan=dataclasses.replace(p.plan, scope=scope))
+        for p, scope in zip(found.values(), scopes, strict=True)
+    ]
+    for i, y in zip(found, _computed(named), strict=True):
+        results[i] = y
+    return results

@@ -1,0 +1,115 @@
+"""Where the factors of a weight lie, given where the weight lies.
+
+A takes the mesh axes of W's in axes, B those of its out axes, and both those of its
+stack axes; the rank is whole on every device unless it is asked to be divided too.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from flora._weight import Layout, is_stored
+
+
+@dataclasses.dataclass(frozen=True)
+class Specs:
+    """The partition specs of a weight, of its factors and of its dropout keys."""
+
+    base: Spec
+    a: Spec
+    b: Spec
+    key: Spec
+
+
+def specs(layout: Layout, base: Spec, ndim: int, rank: str | None = None) -> Specs:
+    """Those of the factors, from that of the weight.
+
+    Args:
+      layout: of the weight.
+      base: its spec, of at most `ndim` entries.
+      ndim: how many axes it has.
+      rank: the mesh axis over which the rank is divided, in each factor that has no
+        other use for it.
+    """
+    entries = (*base, *(None for _ in range(ndim - len(base))))
+    stack, in_, out = (
+        tuple(entries[i] for i in axes)
+        for axes in (layout.stack, layout.in_, layout.out)
+    )
+
+    def free(others: Sequence[Any]) -> str | None:
+        return None if rank in names(others) else rank
+
+    return Specs(
+        base,
+        Spec(*stack, *in_, free((*stack, *in_))),
+        Spec(*stack, free((*stack, *out)), *out),
+        Spec(*stack),
+    )
+
+
+def names(entries: Any) -> list[str]:
+    """The mesh axes in a spec's entries, in order."""
+    parts = [x if isinstance(x, tuple) else (x,) for x in entries]
+    return [name for part in parts for name in part if isinstance(name, str)]
+
+
+def spec_of(x: Any) -> Spec | None:
+    """How an array, or a `ShapeDtypeStruct`, is divided; `None` where it does not say.
+
+    A tracer says so on a mesh with explicit axes only.
+    """
+    sharding = _sharding(x)
+    return None if sharding is None else sharding.spec
+
+
+def mesh_of(x: Any) -> Any:
+    """The mesh of an array that says how it is divided, or `None`."""
+    sharding = _sharding(x)
+    return None if sharding is None else sharding.mesh
+
+
+def _sharding(x: Any) -> NamedSharding | None:
+    if is_stored(x):  # its largest array has the weight's axes
+        x = max(jax.tree.leaves(x), key=lambda part: part.size)
+    if isinstance(x, Tracer):
+        found = jax.typeof(x).sharding
+        return found if not found.mesh.empty and found.mesh.explicit_axes else None
+    found = getattr(x, "sharding", None)
+    return found if isinstance(found, NamedSharding) else None
+
+
+def spec_problems(
+    what: str, shape: Sequence[int], spec: Spec, sizes: Mapping[str, int]
+) -> Iterator[str]:
+    """What is wrong with a spec for an array of that shape on a mesh of those sizes."""
+    if len(spec) > len(shape):
+        yield (
+            f"{what} has shape {tuple(shape)} and was given {spec}, {len(spec)} entries. "
+            f"Write at most {len(shape)}."
+        )
+        return
+    used = names(spec)
+    if unknown := sorted({*used} - {*sizes}):
+        yield (
+            f"{what} was given {spec}, but the mesh has no axis {unknown[0]!r}, only "
+            f"{', '.join(map(repr, sizes))}. Pass rules= for logical names."
+        )
+        return
+    if len(used) != len({*used}):
+        yield f"{what} was given {spec}: a mesh axis can divide one axis only."
+        return
+    for axis, (size, entry) in enumerate(zip(shape, spec, strict=False)):
+        parts = 1
+        for name in names([entry]):
+            parts *= sizes[name]
+        if size % parts:
+            yield (
+                f"{what} has shape {tuple(shape)}; axis {axis} of size {size} does not "
+                f"divide into {parts} ({entry!r}). Leave it whole, or pad it."
+            )

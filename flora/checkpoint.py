@@ -1,0 +1,399 @@
+"""Checkpoints of an adapter: asynchronous, sharded, whole or not at all by Orbax."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from flora._adapt import require_adapted
+from flora._errors import LoraError, LoraTypeError, fail
+from flora._fingerprint import fingerprint, no_values
+from flora._records import (
+    base_leaves,
+    base_problems,
+    copied,
+    described,
+    filled,
+    is_empty,
+    is_sharded,
+    items_of,
+    leaf_problems,
+    leaf_records,
+    placed,
+    sharding_of,
+    some,
+    state_problems,
+    unsavable,
+)
+from flora._select import Pattern, check_pattern
+from flora._version import __version__
+
+_FORMAT = 1
+_TRASH = "deleted"  # steps are renamed into it, which is atomic, and then removed
+
+
+class Restored(NamedTuple):
+    """What `Checkpointer.restore` returns."""
+
+    adapted: Any
+    state: Any
+    step: int
+
+
+class Checkpointer:
+    """Saves and restores A, B, `Trained` leaves and the optimizer's state.
+
+    The base is never written; a fingerprint of it is.  A step appears under its name
+    once it is complete, by one rename, so that whatever kills a process leaves the
+    steps saved before.  With several processes, all of them make the same calls on one
+    shared directory.
+
+    Args:
+      directory: where the steps lie: a local path, or a URL that Orbax knows, such as
+        `gs://bucket/run1`.  Made by the first `save`.
+      max_to_keep: how many of the latest steps stay, `None` for all.
+      also: a pattern of frozen leaves that training changes all the same, such as
+        `batch_stats/*`.  They are saved whole, and are no part of the base.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, flora, flora.checkpoint
+      >>> fn = lambda p, x: x @ p["kernel"]
+      >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
+      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2), fn, params, x)
+      >>> with flora.checkpoint.Checkpointer(tempfile.mkdtemp()) as checkpointer:
+      ...     checkpointer.save(10, adapted)
+      ...     restored = checkpointer.restore(adapted)
+      >>> restored.step, bool((restored.adapted["kernel"].a == adapted["kernel"].a).all())
+      (10, True)
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        max_to_keep: int | None = 3,
+        also: Pattern = (),
+    ) -> None:
+        if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+            raise LoraTypeError(
+                f"Checkpointer: directory={directory!r}. Write a path, such as "
+                "'/checkpoints/run1'."
+            )
+        if max_to_keep is not None and not (_is_int(max_to_keep) and max_to_keep > 0):
+            raise LoraError(
+                f"Checkpointer: max_to_keep={max_to_keep!r}. Write an int of at least 1, "
+                "or None to keep all."
+            )
+        check_pattern("also", also)
+        path = os.fspath(directory)
+        self._directory = path if "://" in path else os.path.abspath(path)
+        self._max_to_keep, self._also = max_to_keep, also
+        self._manager: ocp.CheckpointManager | None = None
+        self._writes = False
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for the save under way, and lets go of Orbax's threads."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            manager.close()
+            if self._writes:
+                _empty_trash(manager)
+        self._writes = False
+
+    def save(
+        self,
+        step: int,
+        adapted: Any,
+        state: Any = None,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves a step; returns once its arrays are copied, and writes meanwhile.
+
+        The arrays can be donated or changed afterwards.  A save that is still under way
+        is waited for first, and what it raised is raised here.
+
+        Args:
+          step: a number above those saved.
+          adapted: the adapted tree, base and all.
+          state: the optimizer's state: any tree of arrays and Python numbers.
+          metadata: anything that JSON holds, for `Checkpointer.metadata`.
+
+        Raises:
+          LoraError: the step is saved or passed already, the directory holds
+            checkpoints of others, or a leaf cannot be saved.
+        """
+        _require_step(step)
+        record, items = _snapshot(adapted, state, self._also)
+        manager = self._open(writes=True)
+        self._require_new(int(step), manager)
+        record |= {"step": int(step), "metadata": _json(metadata)}
+        args = {k: ocp.args.PyTreeSave(v) for k, v in items.items() if v}
+        manager.save(
+            int(step),
+            args=ocp.args.Composite(flora=ocp.args.JsonSave(record), **args),
+            force=True,
+        )
+        _empty_trash(manager)
+
+    def wait(self) -> None:
+        """Returns once the last save is on disk; raises what went wrong with it."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def steps(self) -> tuple[int, ...]:
+        """The steps on disk, in order; waits for the save under way."""
+        self.wait()
+        manager = self._open(writes=False)
+        manager.reload()
+        return tuple(sorted(map(int, manager.all_steps())))
+
+    def latest(self) -> int | None:
+        """The last of `steps()`, or `None`."""
+        return max(self.steps(), default=None)
+
+    def metadata(self, step: int | None = None) -> Any:
+        """What `save` was given as `metadata`; of the latest step unless told."""
+        return self._record(self._choose(step))["metadata"]
+
+    def delete(self, step: int) -> None:
+        """Removes a step, such as one to go back behind.
+
+        Raises:
+          LoraError: there is no such step, or it is no checkpoint of flora's.
+        """
+        step = self._choose(step)
+        self._record(step)
+        manager = self._open(writes=True)
+        manager.delete(step)
+        _empty_trash(manager)
+
+    def restore(
+        self,
+        adapted: Any,
+        state: Any = None,
+        *,
+        step: int | None = None,
+        check_base: bool = True,
+    ) -> Restored:
+        """The adapted tree with the saved adapter on its base, the state, the step.
+
+        Args:
+          adapted: a tree with the same factors as the saved one, in any sharding: what
+            is read gets its shardings.  Factors and `Trained` leaves can be
+            `ShapeDtypeStruct`s; the base is needed and shared with the result.
+          state: what the optimizer's state looks like, `tx.init(adapted)` or the
+            `jax.eval_shape` of it; `None` to leave it.
+          step: which; the latest unless told.
+          check_base: False to put the adapter on another base: one in another dtype, or
+            a `ShapeDtypeStruct`.
+
+        Returns:
+          `Restored(adapted, state, step)`.  Dropout keys belong to one step: it has none.
+
+        Raises:
+          LoraError: there is no such step, or leaves, layouts, ranks, alphas, shapes,
+            dtypes, the base or the state are not those that were saved; every such leaf
+            is named.
+        """
+        require_adapted(adapted, "restore")
+        step = self._choose(step)
+        saved = self._record(step)
+        items = items_of(adapted, state, self._also)
+        problems = [
+            *leaf_problems(saved["leaves"], leaf_records(adapted, self._also)),
+            *state_problems(saved["state"], items.get("state"), step),
+        ]
+        if check_base:
+            base = base_leaves(adapted, self._also)
+            absent = [p for path, x in base.items() for p in no_values(path, x)]
+            problems += absent or base_problems(saved["base"], fingerprint(base))
+        fail(f"Step {step}: {p}" for p in problems)
+        tree, state = filled(adapted, state, self._read(step, items))
+        return Restored(tree, state, step)
+
+    # --- Orbax ---------------------------------------------------------------------
+
+    def _open(self, *, writes: bool) -> ocp.CheckpointManager:
+        """Orbax's manager; one that only reads leaves what others write alone."""
+        if self._manager is not None and (self._writes or not writes):
+            return self._manager
+        if writes:  # old steps will be removed: not those of others
+            found = self._open(writes=False)
+            ours = {step: _is_ours(found, step) for step in found.all_steps()}
+            fail(_not_ours(found, step) for step in ours if not ours[step])
+            self.close()
+        policy = ocp.checkpoint_managers.LatestN(self._max_to_keep)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            create=writes,
+            cleanup_tmp_directories=writes,
+            save_root_metadata=False,
+            single_host_load_and_broadcast=True,
+            todelete_subdir=_TRASH,
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._writes = writes
+        return self._manager
+
+    def _require_new(self, step: int, manager: ocp.CheckpointManager) -> None:
+        steps = manager.all_steps()
+        if steps and step <= max(steps):
+            raise LoraError(
+                f"save: step={step}, but {self._directory} holds steps {some(steps)}. "
+                "Steps go up. Write to another directory, or take back the later ones "
+                "with Checkpointer.delete(step)."
+            )
+
+    def _choose(self, step: int | None) -> int:
+        """The step, or the latest; raises unless it is there."""
+        if step is not None:
+            _require_step(step)
+        steps = self.steps()
+        if step in steps or (step is None and steps):
+            return steps[-1] if step is None else int(step)
+        wanted = "no checkpoint" if step is None else f"no step {step}"
+        path = self._open(writes=False).directory
+        found = sorted(x.name for x in path.iterdir()) if path.exists() else []
+        holds = f"steps {some(steps)}" if steps else some(found) if found else "nothing"
+        raise LoraError(
+            f"{self._directory} has {wanted}: it holds {holds}. Pass the directory that "
+            "Checkpointer(directory).save wrote to, and one of its steps."
+        )
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays."""
+        manager = self._open(writes=False)
+        if not _is_ours(manager, step):
+            raise LoraError(_not_ours(manager, step))
+        args = ocp.args.Composite(flora=ocp.args.JsonRestore())
+        record = self._orbax_restore(step, args)["flora"]
+        if record.get("format") != _FORMAT:
+            raise LoraError(
+                f"Step {step} of {self._directory} was written by flora "
+                f"{record.get('flora')} in format {record.get('format')}; flora "
+                f"{__version__} reads format {_FORMAT}. Install that version."
+            )
+        return record
+
+    def _read(self, step: int, items: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """The arrays of each item, as the given leaves look."""
+        wanted = {
+            item: {k: x for k, x in leaves.items() if not is_empty(x)}
+            for item, leaves in items.items()
+        }
+        args = {
+            item: ocp.args.PyTreeRestore(
+                item={k: 0 for k in leaves},
+                restore_args={k: _restore_args(x) for k, x in leaves.items()},
+            )
+            for item, leaves in wanted.items()
+            if leaves
+        }
+        read = self._orbax_restore(step, ocp.args.Composite(**args)) if args else {}
+        return {
+            item: {
+                k: placed(x, None if is_empty(x) else read[item][k])
+                for k, x in leaves.items()
+            }
+            for item, leaves in items.items()
+        }
+
+    def _orbax_restore(self, step: int, args: Any) -> Any:
+        manager = self._open(writes=False)
+        try:
+            return manager.restore(step, args=args)
+        except Exception as error:
+            first = str(error).strip().split("\n")[0]
+            raise LoraError(
+                f"Step {step} of {self._directory} cannot be read: "
+                f"{type(error).__name__}: {first} If its files are damaged, pass another "
+                f"step of {some(manager.all_steps())}."
+            ) from error
+
+
+def _is_ours(manager: ocp.CheckpointManager, step: int) -> bool:
+    return (manager.directory / str(step) / "flora").exists()
+
+
+def _not_ours(manager: ocp.CheckpointManager, step: int) -> str:
+    return (
+        f"{manager.directory / str(step)} is no checkpoint of flora's. Pass a directory "
+        "of its own, such as '/checkpoints/run1/adapter'."
+    )
+
+
+def _empty_trash(manager: ocp.CheckpointManager) -> None:
+    trash = manager.directory / _TRASH
+    if jax.process_index() == 0 and trash.exists():
+        for path in trash.iterdir():
+            path.rmtree(missing_ok=True)
+
+
+# --- What is saved -------------------------------------------------------------------
+
+
+def _snapshot(adapted: Any, state: Any, also: Pattern) -> tuple[dict, dict]:
+    """What JSON keeps, and copies or arrays for Orbax."""
+    require_adapted(adapted, "save")
+    items = items_of(adapted, state, also)
+    fail(
+        p
+        for item, leaves in items.items()
+        for path, x in leaves.items()
+        for p in unsavable(path if item == "whole" else f"{item} of {path}", x)
+    )
+    record = {
+        "format": _FORMAT,
+        "flora": __version__,
+        "leaves": leaf_records(adapted, also),
+        "state": described(items["state"]) if "state" in items else None,
+        "base": fingerprint(base_leaves(adapted, also)),
+    }
+    arrays = {
+        item: {k: copied(x) for k, x in leaves.items() if not is_empty(x)}
+        for item, leaves in items.items()
+    }
+    return record, arrays
+
+
+def _restore_args(x: Any) -> ocp.RestoreArgs:
+    if is_sharded(x):
+        return ocp.ArrayRestoreArgs(sharding=sharding_of(x))
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+# --- Arguments -----------------------------------------------------------------------
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def _require_step(step: Any) -> None:
+    if not _is_int(step) or step < 0:
+        raise LoraTypeError(
+            f"step={step!r}. Write an int of 0 or more; a counter on the device needs "
+            "int(step)."
+        )
+
+
+def _json(metadata: Any) -> Any:
+    """The metadata as JSON gives it back."""
+    try:
+        return json.loads(json.dumps(metadata))
+    except (TypeError, ValueError) as error:
+        raise LoraTypeError(
+            f"save: metadata={metadata!r} is not for JSON: {error}. Write dicts, lists, "
+            "strings, numbers, bools and None."
+        ) from error

@@ -1,0 +1,265 @@
+"""Frozen weights in fewer bits (QLoRA): int8, int4, NF4 and fp8, by qwix.
+
+    params = flora.quantize.quantize(params, "nf4", target="*/kernel", donate=True)
+    adapted = flora.init(key, config, model.apply, params, x)
+
+W ≈ scale · q, one scale a block.  The weight is opened where an operation reads it, one
+layer at a time inside a scan, and anew for the backward pass: nothing dense is kept.
+
+References: Dettmers et al. 2023 (QLoRA). https://arxiv.org/abs/2305.14314
+"""
+
+import dataclasses
+import functools
+import importlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora._errors import LoraError, fail
+from flora._select import Pattern, matches, named_leaves, nothing_selected
+from flora._trace import is_array
+from flora._weight import LoraWeight, Quantized, delta, is_stored
+
+__all__ = ["QTYPES", "Quantized", "dequantize", "loftq", "quantize"]
+
+# What a weight can be stored as.
+QTYPES = ("int8", "int4", "nf4", "float8_e4m3fn", "float8_e5m2")
+
+
+def quantize(
+    params: Any,
+    qtype: str,
+    *,
+    target: Pattern = "kernel",
+    exclude: Pattern = (),
+    block: int = 64,
+    dtype: Any = None,
+    donate: bool = False,
+) -> Any:
+    """The tree with each targeted weight as a `Quantized`, leaf by leaf.
+
+    Args:
+      params: a parameter tree, adapted or not, of arrays, sharded or not, or of
+        `ShapeDtypeStruct`s.  Leaves that train whole stay as they are.
+      qtype: one of `QTYPES`.
+      target: which leaves, as in `LoraConfig`; leaves of fewer than two axes are left.
+      exclude: which of these not.
+      block: how many neighbors share a scale, along the last axis but one or, where
+        that does not divide, the last.  Every index of the other axes has its own.
+      dtype: what the weight opens to; by default its own dtype.
+      donate: whether each array is deleted as soon as it is quantized, so that there is
+        never a second copy of more than one leaf.
+
+    Returns:
+      The tree.  Each array that is stored lies as the weight did.
+
+    Raises:
+      LoraError: qwix is not installed, the type is unknown, nothing is selected, or a
+        leaf does not divide into blocks; every such leaf is named.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flora.quantize
+      >>> w = jax.random.normal(jax.random.key(0), (128, 4))
+      >>> stored = flora.quantize.quantize({"kernel": w}, "int8")
+      >>> stored["kernel"]
+      Quantized(float32[128,4] as int8+float32)
+      >>> bool(abs(flora.quantize.dequantize(stored)["kernel"] - w).max() < 0.02)
+      True
+    """
+    _require(qtype, block)
+    named, treedef = named_leaves(params)
+    hit = {p for p, x in named if matches(target, p, x) and not matches(exclude, p, x)}
+    if not hit:
+        raise LoraError(nothing_selected("target", target, [p for p, _ in named]))
+    bases = {p: _base(x) for p, x in named if p in hit}
+    chosen = {p: x for p, x in bases.items() if len(getattr(x, "shape", ())) >= 2}
+    fail(_problems(chosen, block))
+
+    def one(path: str, leaf: Any) -> Any:
+        if path not in chosen:
+            return leaf
+        stored = _stored(chosen[path], qtype, block, dtype, donate)
+        if isinstance(leaf, LoraWeight):
+            return dataclasses.replace(leaf, base=stored)
+        return stored
+
+    return treedef.unflatten([one(path, leaf) for path, leaf in named])
+
+
+def _base(leaf: Any) -> Any:
+    return leaf.base if isinstance(leaf, LoraWeight) else leaf
+
+
+def dequantize(tree: Any) -> Any:
+    """The tree with each `Quantized` as the dense array that it stands for."""
+    return jax.tree.map(
+        lambda x: x.dense() if is_stored(x) else x, tree, is_leaf=is_stored
+    )
+
+
+def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
+    """Bases quantized, and factors that make up for the rounding as well as they can.
+
+    Alternates Q = quantized(W − scale A B) and scale A B = the best approximation of
+    W − Q of that rank, by singular values, `steps` times.  Of the pairs the nearest to W
+    is taken.  The adapted model starts nearer to the pretrained one than with B = 0.
+
+    Args:
+      adapted: an adapted tree of dense arrays; its factors are not read.
+      qtype: as of `quantize`.
+      block: as of `quantize`.
+      steps: how often.
+
+    Returns:
+      The tree with stored bases and other factors; leaves not adapted are shared.
+
+    Raises:
+      LoraError: no leaf is adapted, a base is stored already, or as in `quantize`.
+
+    References: Li et al. 2023 (LoftQ), algorithm 1. https://arxiv.org/abs/2310.08659
+    """
+    _require(qtype, block)
+    named, treedef = named_leaves(adapted)
+    chosen = {p: x.base for p, x in named if isinstance(x, LoraWeight)}
+    if not chosen or not isinstance(steps, int) or steps < 1:
+        raise LoraError(
+            f"loftq: {len(chosen)} leaves are adapted and steps={steps!r}. Pass the tree "
+            "that flora.init returned, and steps of 1 or more."
+        )
+    fail(_problems(chosen, block))
+
+    def one(w: LoraWeight) -> LoraWeight:
+        make = _maker(qtype, block, jnp.dtype(w.base.dtype))
+        wide = w.base.astype(jnp.promote_types(w.base.dtype, jnp.float32))
+        tries, change = [], jnp.zeros_like(wide)
+        for _ in range(steps):
+            stored = make((wide - change).astype(w.base.dtype))
+            rest = wide - stored.dense().astype(wide.dtype)
+            a, b = _factors(w, rest)
+            change = delta(dataclasses.replace(w, a=a, b=b))
+            made = dataclasses.replace(w, base=stored, a=a, b=b)
+            tries.append((float(jnp.linalg.norm(rest - change)), made))
+        return min(tries, key=lambda pair: pair[0])[1]
+
+    return treedef.unflatten(
+        [one(x) if isinstance(x, LoraWeight) else x for _, x in named]
+    )
+
+
+def _factors(w: LoraWeight, change: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A and B of w's shapes whose scale A B is nearest to `change`, `[...]`."""
+    layout = w.layout
+    order = (*layout.stack, *layout.in_, *layout.out)
+    stack, in_, out = (math.prod(s) for s in layout.sizes(change.shape))
+    flat = change.transpose(order).reshape(stack, in_, out)
+    u, s, v = jnp.linalg.svd(flat, full_matrices=False)
+    root = jnp.sqrt(s[:, : w.rank] / w.scale)
+    a = u[:, :, : w.rank] * root[:, None, :]
+    b = root[:, :, None] * v[:, : w.rank, :]
+    return a.reshape(w.a.shape).astype(w.a.dtype), b.reshape(w.b.shape).astype(
+        w.b.dtype
+    )
+
+
+def _require(qtype: str, block: int) -> None:
+    try:
+        importlib.import_module("qwix")
+    except ImportError as error:
+        raise LoraError(
+            'quantize needs qwix. Write pip install "flora-jax[quantize]".'
+        ) from error
+    if qtype not in QTYPES:
+        raise LoraError(f"qtype={qtype!r}. Write one of {', '.join(QTYPES)}.")
+    if not isinstance(block, int) or block < 1:
+        raise LoraError(f"block={block!r}. Write a positive number, such as 64.")
+
+
+def _problems(chosen: dict[str, Any], block: int) -> list[str]:
+    problems = []
+    for path, x in chosen.items():
+        if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+            problems.append(
+                f"'{path}' is {x!r}; only floating arrays can be quantized."
+            )
+        elif _blocked_axis(x.shape, block) is None:
+            problems.append(
+                f"'{path}' has shape {tuple(x.shape)}; neither of the last two axes "
+                f"divides into blocks of {block}. Exclude it, or write another block."
+            )
+    return problems
+
+
+def _blocked_axis(shape: Any, block: int) -> int | None:
+    """The axis along which neighbors share a scale."""
+    axes = [len(shape) - 2, len(shape) - 1]
+    return next((i for i in axes if shape[i] and shape[i] % block == 0), None)
+
+
+def _stored(x: Any, qtype: str, block: int, dtype: Any, donate: bool) -> Quantized:
+    make = _maker(qtype, block, jnp.dtype(dtype or x.dtype))
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.eval_shape(make, x)
+    made = make(x)
+    if donate and isinstance(x, jax.Array):
+        jax.block_until_ready(made)
+        x.delete()
+    return made
+
+
+@functools.cache
+def _maker(qtype: str, block: int, dtype: Any) -> Any:
+    """Quantizes an array; compiled once for leaves of one shape and place."""
+    qwix = importlib.import_module("qwix")
+
+    @jax.jit
+    def make(x: jax.Array) -> Quantized:
+        axis = _blocked_axis(x.shape, block)
+        others = [i for i in range(x.ndim) if i != axis]
+        stored = qwix.quantize(
+            x.astype(jnp.promote_types(x.dtype, jnp.float32)),
+            qtype if qtype == "nf4" else jnp.dtype(qtype),
+            channelwise_axes=others,
+            tiled_axes={axis: block},
+            scale_dtype=dtype,
+        )
+        return Quantized(stored, _open)
+
+    return make
+
+
+def _open(stored: Any) -> jax.Array:
+    if stored.qtype != "nf4":
+        return importlib.import_module("qwix").dequantize(stored)
+    # A table that every element looks up is slow on TPU; choosing by bits fuses.
+    values = _looked_up(stored.qvalue, _NF4).astype(stored.scale.dtype)
+    blocks: list[int] = []
+    for whole, count in zip(values.shape, stored.scale.shape, strict=True):
+        blocks += [count, whole // count]
+    scale = stored.scale.reshape([n for c in stored.scale.shape for n in (c, 1)])
+    return (values.reshape(blocks) * scale).reshape(values.shape)
+
+
+# The levels of NF4, by the code that qwix stores: Dettmers et al. 2023, appendix E.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def _looked_up(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
+    """`levels[codes]` of 16 levels, by the four bits of each code."""
+    codes = codes.astype(jnp.int32)
+    found: list[Any] = [jnp.float32(x) for x in levels]
+    for bit in range(4):
+        odd = (codes >> bit) & 1 == 1
+        found = [
+            jnp.where(odd, hi, lo)
+            for lo, hi in zip(found[::2], found[1::2], strict=True)
+        ]
+    return found[0]

@@ -1,0 +1,253 @@
+"""Where the arrays of an adapted tree lie on a mesh.
+
+    adapted = flora.init(key, config, model.apply, params, x)    # factors lie as params do
+    places = flora.sharding.shardings(adapted)                   # for jit and checkpoints
+    step = jax.jit(step, in_shardings=(places, ...), out_shardings=(places, ...))
+
+A factor is divided as its weight is: A takes the mesh axes of W's in axes, B those of its
+out axes, stack axes follow.  So x A is reduced where x W is, z B lies where x W lies, and
+no step gathers more than the frozen model's does, but for the factors themselves.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+from flax.linen.spmd import logical_to_mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from flora._errors import LoraError, fail
+from flora._placement import names, spec_of, spec_problems, specs
+from flora._select import named_leaves, path_of
+from flora._weight import LoraWeight, Trained, base_of, is_leaf, is_stored
+
+__all__ = ["of_state", "shardings"]
+
+Rules = Sequence[tuple[str, Any]]
+Named = list[tuple[str, Any]]
+
+NOTHING = Spec()  # of a leaf that says nothing, told apart by identity
+
+
+def shardings(
+    tree: Any,
+    like: Any = None,
+    *,
+    mesh: Any = None,
+    rules: Rules | None = None,
+    rank: str | None = None,
+) -> Any:
+    """A tree of `NamedSharding`s with the structure of `tree`.
+
+    Args:
+      tree: an adapted tree, an adapter or a base, of arrays, tracers or
+        `jax.ShapeDtypeStruct`s.
+      like: where the base lies: `NamedSharding`s or `PartitionSpec`s in a tree with the
+        base's paths, or with fewer (one for a whole module).  By default each leaf's own
+        sharding, or else the names that `nn.Partitioned`, `nn.LogicallyPartitioned` or
+        an `nnx.Variable` give its axes; leaves that say nothing are whole everywhere.
+      mesh: a `jax.sharding.Mesh`; by default that of `like` or of the leaves, or the one
+        that is set.
+      rules: `(logical name, mesh axes)` pairs; by default Flax's current ones.
+      rank: a mesh axis over which to divide the rank too, in each factor that does not
+        use it already.
+
+    Returns:
+      Each array replaced by its sharding: for `jax.jit`, `jax.device_put`,
+      `jax.lax.with_sharding_constraint` and checkpoints.
+
+    Raises:
+      LoraError: no mesh, an unknown mesh axis, a path of `like` that the tree lacks, or
+        an axis that does not divide; every such leaf is named.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flora, flora.sharding
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = jax.sharding.AbstractMesh((2, 2), ("fsdp", "tp"))
+      >>> params = {"kernel": jnp.ones((8, 6))}
+      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2),
+      ...                      lambda p, x: x @ p["kernel"], params, jnp.ones((2, 8)))
+      >>> like = {"kernel": P("fsdp", "tp")}
+      >>> places = flora.sharding.shardings(adapted, like, mesh=mesh)
+      >>> places["kernel"].a.spec == P("fsdp", None)
+      True
+      >>> places["kernel"].b.spec == P(None, "tp")
+      True
+    """
+    named, treedef = named_leaves(tree)
+    given = _given(tree, named, like)
+    mesh = mesh or _mesh(named, like)
+    sizes = dict(mesh.shape)
+    if rank is not None and rank not in sizes:
+        raise LoraError(f"rank={rank!r} is no axis of the mesh: {', '.join(sizes)}.")
+    rules = nn.get_logical_axis_rules() if rules is None else rules
+    parts = [
+        _parts(path, leaf, _on_mesh(given[path], sizes, rules), rank)
+        for path, leaf in named
+    ]
+    fail(
+        problem
+        for each in parts
+        for what, x, spec in each.values()
+        for problem in spec_problems(what, x.shape, spec, sizes)
+    )
+    placed = [
+        {name: _where(mesh, x, spec) for name, (_, x, spec) in each.items()}
+        for each in parts
+    ]
+    return treedef.unflatten(
+        [_in_place(leaf, x) for (_, leaf), x in zip(named, placed, strict=True)]
+    )
+
+
+def of_state(state: Any, tree: Any, places: Any) -> Any:
+    """Where the arrays of an optimizer's state lie: each with what it is the moment of.
+
+    Args:
+      state: of `tx.init(tree)`, such as `jax.eval_shape(tx.init, tree)`.
+      tree: the adapted tree or the adapter that the optimizer was made for.
+      places: `shardings(tree)`.
+
+    Returns:
+      `state` with each array replaced by its sharding.  An array whose path ends as the
+      path of an array of the tree does, and that has its shape, lies as that one; all
+      else, such as counts, is whole everywhere.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    found = dict(
+        zip(
+            [(keys, tuple(x.shape)) for keys, x in flat],
+            jax.tree.leaves(places),
+            strict=True,
+        )
+    )
+    whole = NamedSharding(next(iter(found.values())).mesh, Spec())
+
+    def place(keys: Any, x: Any) -> NamedSharding:
+        shape = tuple(getattr(x, "shape", ()))
+        ends = (found.get((keys[i:], shape)) for i in range(len(keys) + 1))
+        return next((end for end in ends if end is not None), whole)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _given(tree: Any, named: Named, like: Any) -> dict[str, Spec]:
+    """The spec of each leaf's base, in the names of the mesh or logical ones."""
+    if like is not None:
+        return _looked_up([path for path, _ in named], like)
+    has_variables = any(
+        isinstance(x, nnx.Variable)
+        for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    )
+    whole = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((), bool), tree, is_leaf=is_leaf
+    )
+    told = (nnx if has_variables else nn).get_partition_spec(whole)
+    by_name = _looked_up([path for path, _ in named], told)
+    lies = {path: spec_of(base_of(leaf)) for path, leaf in named}
+    return {path: lies[path] or by_name[path] or NOTHING for path in by_name}
+
+
+def _looked_up(paths: Sequence[str], like: Any) -> dict[str, Spec]:
+    """For each path the spec in `like` with that path, or for the module around it."""
+
+    def stop(x: Any) -> bool:
+        return x is None or isinstance(x, Spec | jax.sharding.Sharding)
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(like, is_leaf=stop)
+    by_path = {path_of(keys): x for keys, x in flat}
+    fail(
+        f"like: '{path}' is {x!r}. Write a NamedSharding or a PartitionSpec."
+        for path, x in by_path.items()
+        if x is not None and not isinstance(x, Spec | NamedSharding)
+    )
+    found, problems = {}, []
+    for path in paths:
+        parts = path.split("/")
+        around = ["/".join(parts[:i]) for i in range(len(parts), -1, -1)]
+        hit = next((p for p in around if p in by_path), None)
+        if hit is None:
+            close = difflib.get_close_matches(path, by_path, 1)
+            near = f" Closest: '{close[0]}'." if close else ""
+            problems.append(f"like has no sharding for '{path}'.{near}")
+        else:
+            x = by_path[hit]
+            found[path] = (x.spec if isinstance(x, NamedSharding) else x) or Spec()
+    fail(problems)
+    return found
+
+
+def _mesh(named: Named, like: Any) -> Any:
+    """The mesh of what is given, or the one that is set."""
+    arrays = [getattr(x, "sharding", None) for x in jax.tree.leaves(named)]
+    for x in (*jax.tree.leaves(like), *arrays):
+        if isinstance(x, NamedSharding):
+            return x.mesh
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise LoraError(
+            "shardings: nothing says which mesh. Pass mesh=, or call it under "
+            "jax.set_mesh(mesh)."
+        )
+    try:
+        return jax.sharding.get_mesh()
+    except ValueError:  # inside jit the devices are not known
+        return mesh
+
+
+def _on_mesh(spec: Spec, sizes: Mapping[str, int], rules: Rules) -> Spec:
+    """A spec in the names of the mesh; logical names go through the rules."""
+    if spec is NOTHING:
+        return spec
+    if set(names(spec)) <= set(sizes):
+        return Spec(*(None if x is Spec.UNCONSTRAINED else x for x in spec))
+    return logical_to_mesh(spec, rules) if rules else spec
+
+
+def _parts(
+    path: str, leaf: Any, spec: Spec, rank: str | None
+) -> dict[str, tuple[str, Any, Spec]]:
+    """`{attribute: (what it is called, array, spec)}` of a leaf."""
+    if not isinstance(leaf, LoraWeight):
+        return {"": (f"'{path}'", base_of(leaf), spec)}
+    layout = leaf.layout
+    ndim = len((*layout.stack, *layout.in_, *layout.out))
+    found = specs(layout, spec, ndim, rank)
+    if leaf.base is None and spec is NOTHING:  # an adapter lies where it lies
+        own = {x: spec_of(getattr(leaf, x)) or Spec() for x in ("a", "b")}
+        found = dataclasses.replace(found, **own)
+    called = {"base": f"'{path}'", "a": f"a of '{path}'", "b": f"b of '{path}'"}
+    called["key"] = f"key of '{path}'"
+    return {
+        name: (what, getattr(leaf, name), getattr(found, name))
+        for name, what in called.items()
+        if getattr(leaf, name) is not None
+    }
+
+
+def _where(mesh: Any, x: Any, spec: Spec) -> Any:
+    """The sharding of an array, or of each array of a stored weight.
+
+    Scales of blocks are divided as the weight is, along each axis of which every device
+    would get as many.
+    """
+
+    def place(part: Any) -> NamedSharding:
+        entries = [
+            entry if not any(spec_problems("", [n], Spec(entry), mesh.shape)) else None
+            for n, entry in zip(part.shape, spec, strict=False)
+        ]
+        return NamedSharding(mesh, Spec(*entries))
+
+    return jax.tree.map(place, x) if is_stored(x) else NamedSharding(mesh, spec)
+
+
+def _in_place(leaf: Any, placed: dict[str, NamedSharding]) -> Any:
+    if isinstance(leaf, LoraWeight):
+        return dataclasses.replace(leaf, **placed)
+    return Trained(placed[""]) if isinstance(leaf, Trained) else placed[""]

@@ -1,0 +1,316 @@
+"""Bases in fewer bits: the model of the opened weights, and nothing dense kept."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import qwix
+from contract import adapt, array, close, is_weight, randomized, scalar, weights
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+import flora
+import flora.quantize
+import flora.sharding
+from flora._fingerprint import fingerprint
+from flora.quantize import QTYPES, dequantize, quantize
+
+
+def dense(p, x):
+    return jnp.tanh(x @ p["w"]) @ p["v"].T
+
+
+def heads(p, x):
+    q = jnp.einsum("bi,ihd->bhd", x, p["q"])
+    return jnp.einsum("bhd,hdo->bo", jnp.tanh(q), p["o"])
+
+
+def scanned(p, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["stack"])[0]
+
+
+def rematted(p, x):
+    step = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w.astype(x.dtype)), None))
+    return jax.lax.scan(step, x, p["stack"])[0]
+
+
+def looped(p, x):
+    return jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ p["w"]), x)
+
+
+def tied(p, x):
+    ids = jnp.argmax(x[:, :6], -1)
+    return jnp.tanh(p["table"][ids]) @ p["table"].T
+
+
+def convolved(p, x):
+    y = jax.lax.conv_general_dilated(
+        x[:, None, :], p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))  # fmt: skip
+    return jnp.tanh(y)
+
+
+def branched(p, x):
+    return jax.lax.cond(x[0, 0] > 0, lambda: x @ p["w"], lambda: jnp.tanh(x @ p["w"]))
+
+
+def jitted(p, x):
+    return jax.jit(dense)(p, x)
+
+
+def same_x(p, x):
+    return jax.nn.silu(x @ p["gate"]) * (x @ p["up"])
+
+
+def of_two(p, x):
+    return x @ p["w"] + x @ (p["w"] * 2)
+
+
+MODELS = {
+    "dense": (dense, {"w": (8, 4), "v": (6, 4)}),
+    "heads": (heads, {"q": (8, 2, 4), "o": (2, 4, 6)}),
+    "scan": (scanned, {"stack": (3, 8, 8)}),
+    "scan of remat": (rematted, {"stack": (3, 8, 8)}),
+    "loop": (looped, {"w": (8, 8)}),
+    "tied embedding": (tied, {"table": (6, 8)}),
+    "convolution": (convolved, {"k": (3, 8, 4)}),
+    "branches": (branched, {"w": (8, 4)}),
+    "inner jit": (jitted, {"w": (8, 4), "v": (6, 4)}),
+    "one x": (same_x, {"gate": (8, 4), "up": (8, 4)}),
+    "one weight changed": (of_two, {"w": (8, 4)}),
+}
+
+
+def case(name, qtype="int8", **config):
+    """The model, its tree on a stored base, and the same on the opened base."""
+    fn, shapes = MODELS[name]
+    params = {k: array(*s, seed=i) for i, (k, s) in enumerate(shapes.items())}
+    x = array(4, 8, seed=9)
+    stored = quantize(params, qtype, target="*", block=2)
+    adapted = randomized(adapt(fn, stored, x, dtype=jnp.float64, **config))
+    assert all(isinstance(w.base, flora.quantize.Quantized) for w in weights(adapted))
+    return fn, adapted, dequantize(adapted), x
+
+
+def step(fn):
+    def run(tree, x):
+        base, adapter = flora.split(tree)
+
+        def loss(adapter, x):
+            return scalar(flora.lora(fn)(flora.join(base, adapter), x))
+
+        return jax.value_and_grad(loss, (0, 1))(adapter, x)
+
+    return run
+
+
+@pytest.mark.parametrize("qtype", QTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gradients_are_those_over_the_opened_base(x64, name, qtype):
+    fn, adapted, opened, x = case(name, qtype)
+    got, want = jax.jit(step(fn))(adapted, x), jax.jit(step(fn))(opened, x)
+    close(got, want)
+    assert float(optax.tree.norm(got[1][0])) > 0
+    start = dataclasses.replace
+    zero = jax.tree.map(
+        lambda w: start(w, b=0 * w.b) if is_weight(w) else w, adapted, is_leaf=is_weight
+    )
+    close(flora.lora(fn)(zero, x), fn(dequantize(flora.split(adapted)[0]), x), 1e-14)
+
+
+@pytest.mark.parametrize("form", ["thin_last", "concat", "merged"])
+@pytest.mark.parametrize("name", ["dense", "heads", "scan", "one x"])
+def test_in_other_forms(x64, name, form):
+    fn, adapted, opened, x = case(name, form=form)
+    close(jax.jit(step(fn))(adapted, x), jax.jit(step(fn))(opened, x))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_dense_is_kept_for_the_backward_pass(x64, name):
+    for form in ("direct", "concat"):
+        fn, adapted, opened, x = case(name, form=form)
+        base, adapter = flora.split(adapted)
+
+        def apply(a, x, fn=fn, base=base):
+            return flora.lora(fn)(flora.join(base, a), x)
+
+        _, pull = jax.vjp(apply, adapter, x)
+        held = [y for y in jax.tree.leaves(pull) if hasattr(y, "dtype")]
+        dense = [np.sort(np.ravel(w.base)) for w in weights(opened)]
+        dense += [np.sort(np.ravel(w.base[0])) for w in weights(opened)]
+        for y in held:
+            values = np.sort(np.ravel(np.asarray(y, np.float64)))
+            assert not any(np.array_equal(values, w) for w in dense), y.shape
+
+
+def test_transformations(x64):
+    fn, adapted, opened, x = case("dense")
+    two = jnp.stack([x, 2 * x])
+    run = flora.lora(fn)
+    batched = jax.vmap(run, (None, 0))
+    close(batched(adapted, two), batched(opened, two))
+    close(jax.checkpoint(run)(adapted, x), run(opened, x))
+    both = [jax.jvp(lambda x, t=t: run(t, x), (x,), (x,))[1] for t in (adapted, opened)]
+    close(*both)
+    plain = flora.merge(adapted)
+    close(fn(plain, x), flora.lora(fn)(adapted, x))
+
+
+def test_weights_that_are_stored_but_not_adapted():
+    fn = dense
+    params = {"w": array(8, 4, dtype=jnp.float32), "v": array(6, 4, dtype=jnp.float32)}
+    stored = quantize(params, "int8", target="*", block=2)
+    x = array(4, 8, dtype=jnp.float32)
+    close(flora.lora(fn)(stored, x), fn(dequantize(stored), x), 1e-6)
+    tree = randomized(adapt(fn, stored, x, target="w"))
+    close(flora.lora(fn)(tree, x), fn(dequantize(flora.merge(tree)), x))
+    base, adapter = flora.split(tree)
+    assert isinstance(base["v"], flora.quantize.Quantized)
+    close(flora.join(base, adapter), tree, 0)
+
+
+class Model(nn.Module):
+    """A Linen model, compiled as a whole-tree step with an optimizer."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8)(nn.relu(nn.Dense(16)(x)))
+
+
+def test_a_linen_model_trains_on_a_stored_base():
+    x, y = array(32, 8, dtype=jnp.float32), array(32, 8, seed=1, dtype=jnp.float32)
+    stored = quantize(Model().init(jax.random.key(0), x), "nf4", block=4)
+    adapted = adapt(Model().apply, stored, x, target="kernel", rank=4)
+    tx = flora.optimizer(optax.adam(3e-2), adapted)
+    apply = flora.lora(Model().apply)
+
+    @jax.jit
+    def train(tree, state):
+        loss = lambda t: jnp.mean((apply(t, x) - y) ** 2)  # noqa: E731
+        value, grads = flora.value_and_grad(loss)(tree)
+        updates, state = tx.update(grads, state, tree)
+        return optax.apply_updates(tree, updates), state, value
+
+    tree, state, losses = adapted, tx.init(adapted), []
+    for _ in range(30):
+        tree, state, value = train(tree, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.8 * losses[0]
+    for one, other in zip(weights(tree), weights(adapted), strict=True):
+        assert all(map(np.array_equal, *map(jax.tree.leaves, (one.base, other.base))))
+    assert "uint4" in repr(adapted["params"]["Dense_0"]["kernel"].base)
+
+
+def test_a_sharded_tree_is_quantized_where_it_lies():
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tp"))
+    place = NamedSharding(mesh, Spec("fsdp", "tp"))
+    w = jax.device_put(array(64, 8, dtype=jnp.float32), place)
+    whole = quantize({"kernel": np.asarray(w) + jnp.zeros_like(w)}, "int8", block=4)
+    stored = quantize({"kernel": w}, "int8", block=4, donate=True)
+    assert w.is_deleted()
+    for part in jax.tree.leaves(stored):
+        assert part.sharding.is_equivalent_to(place, 2)
+    close(stored, whole, 0)
+    tree = adapt(lambda p, x: x @ p["kernel"], stored, jnp.ones((2, 64)))
+    assert tree["kernel"].a.sharding.spec[0] == "fsdp"
+    places = flora.sharding.shardings(tree)
+    close(jax.device_put(tree, places), tree, 0)
+    wide = flora.sharding.shardings(tree, {"kernel": Spec(("fsdp", "tp"))}, mesh=mesh)
+    close(jax.device_put(tree, wide), tree, 0)
+    text = flora.quantize._maker("int8", 4, jnp.dtype("float32")).lower(
+        jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=place)).compile().as_text()  # fmt: skip
+    assert "all-gather" not in text
+    assert "all-reduce" not in text
+
+
+def test_shapes_alone():
+    shapes = {"kernel": jax.ShapeDtypeStruct((64, 8), jnp.bfloat16)}
+    stored = quantize(shapes, "nf4")
+    tree = adapt(lambda p, x: x @ p["kernel"], stored, jnp.ones((2, 64), jnp.bfloat16))
+    assert tree["kernel"].a.shape == (64, 2)
+    assert tree["kernel"].base.dtype == jnp.bfloat16
+
+
+def test_reports_and_trees_that_are_adapted_already(x64):
+    params = {"w": array(8, 4, dtype=jnp.float32), "v": array(6, 4, dtype=jnp.float32)}
+    x = array(4, 8, dtype=jnp.float32)
+    plain = quantize(params, "nf4", target="*", block=2)
+    later = quantize(adapt(dense, params, x), "nf4", target="*", block=2)
+    close(later, adapt(dense, plain, x), 0)
+    report = flora.coverage(dense, plain, x)
+    assert {report[path].status for path in params} == {"factored"}
+    row = next(row for row in flora.summary(later).rows if row.path == "w")
+    assert (row.shape, row.dtype, row.parameters) == ((8, 4), "uint4+float32", 32)
+    assert row.bytes == 8 * 4 // 2 + 4 * 4 * 4 + row.trained_bytes
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("qtype", QTYPES)
+def test_what_is_opened_is_what_qwix_opens(qtype, dtype):
+    w = quantize(array(3, 128, 16, dtype=dtype), qtype, target="*")
+    assert w.dtype == w.dense().dtype == dtype
+    assert np.array_equal(w.dense(), qwix.dequantize(w.stored))
+    codes = {int(x) for x in np.unique(np.asarray(w.stored.qvalue, np.float32))}
+    assert qtype != "nf4" or codes == set(range(16))
+
+
+def test_a_fingerprint_sees_every_part(x64):
+    _, adapted, _, _ = case("dense", "nf4")
+    base = flora.split(adapted)[0]
+    found = fingerprint(base)
+    assert set(found) == {f"{k}/{part}" for k in "wv" for part in ("qvalue", "scale")}
+    other = fingerprint(jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(3), base))
+    assert all(found[k] != other[k] for k in found)
+
+
+def test_loftq_is_nearer_than_rounding(x64):
+    fn, shapes = MODELS["heads"]
+    params = {k: array(*s, seed=i) for i, (k, s) in enumerate(shapes.items())}
+    x = array(4, 8, seed=9)
+    adapted = adapt(fn, params, x, dtype=jnp.float64)
+
+    def off(tree):
+        found = dequantize(flora.merge(tree))
+        return sum(float(jnp.sum((found[k] - params[k]) ** 2)) for k in params)
+
+    def left(w, name):
+        return np.asarray(params[name] - w.base.dense()).reshape(8, 8)
+
+    once = flora.quantize.loftq(adapted, "int4", block=2, steps=1)
+    often = flora.quantize.loftq(adapted, "int4", block=2)
+    stored = quantize(params, "int4", target="*", block=2)
+    rounded = off({k: dataclasses.replace(adapted[k], base=stored[k]) for k in stored})
+    assert off(often) <= off(once) < 0.8 * rounded
+    # Eckart and Young: what is left is the tail of the singular values.
+    w, rest = once["q"], left(once["q"], "q")
+    change = np.asarray(w.scale * jnp.einsum("ir,rhd->ihd", w.a, w.b)).reshape(8, 8)
+    tail = np.linalg.svd(rest, compute_uv=False)[w.rank :]
+    np.testing.assert_allclose(np.linalg.norm(rest - change), np.linalg.norm(tail))
+
+
+BAD = {
+    "type": ({"kernel": jnp.ones((64, 4))}, {"qtype": "int3"}, "qtype='int3'. Write one"),
+    "block": ({"kernel": jnp.ones((64, 4))}, {"block": 0}, "block=0"),
+    "no target": ({"w": jnp.ones((64, 4))}, {}, "target='kernel' selects none"),
+    "does not divide": ({"kernel": jnp.ones((60, 4))}, {}, r"\(60, 4\); neither of"),
+    "integers": ({"kernel": jnp.ones((64, 4), int)}, {}, "only floating arrays"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_stored_is_refused(name):
+    params, settings, message = BAD[name]
+    with pytest.raises(flora.LoraError, match=message):
+        quantize(params, **{"qtype": "int8"} | settings)
+
+
+def test_a_stored_weight_cannot_train_or_pass_for_an_array():
+    stored = quantize({"kernel": jnp.ones((64, 4))}, "int8")
+    fn = lambda p, x: x @ p["kernel"]  # noqa: E731
+    with pytest.raises(flora.LoraError, match=r"'kernel' is Quantized\(.*cannot train"):
+        adapt(fn, stored, jnp.ones((2, 64)), target=(), train="kernel")
+    with pytest.raises(flora.LoraError, match=r"Run the function through flora.lora"):
+        fn(stored, jnp.ones((2, 64)))

@@ -15,6 +15,8 @@ from flora._select import named_leaves
 from flora._trace import is_array
 from flora._weight import LoraWeight, Trained, is_node
 
+FROZEN = "frozen"
+
 
 def mask(adapted: Any) -> Any:
     """True at the leaves that train (A, B and `Trained`), False at all others.
@@ -34,19 +36,37 @@ def mask(adapted: Any) -> Any:
     return _labels(adapted, True, False)
 
 
-def _labels(tree: Any, train: Any, freeze: Any) -> Any:
-    def label(leaf: Any) -> Any:
-        if isinstance(leaf, LoraWeight):
-            return dataclasses.replace(
-                leaf,
-                base=None if leaf.base is None else freeze,
-                a=train,
-                b=train,
-                key=None if leaf.key is None else freeze,
-            )
-        return Trained(train) if isinstance(leaf, Trained) else freeze
+def map_parts(fn: Callable[[str, str, Any], Any], tree: Any) -> Any:
+    """The tree with `fn(path, part, x)` in the place of each array x.
 
-    return jax.tree.map(label, tree, is_leaf=is_node)
+    The one place that says which arrays train and as what.  `part` is 'a' or 'b' for a
+    factor, 'train' for a leaf that trains whole, and 'frozen' for all else; `path` is the
+    leaf's.
+
+    Args:
+      fn: what to put there.
+      tree: an adapted tree, an adapter, gradients or updates of one, whole or masked.
+    """
+    named, treedef = named_leaves(tree)
+    return treedef.unflatten([_mapped(fn, path, leaf) for path, leaf in named])
+
+
+def _mapped(fn: Callable[[str, str, Any], Any], path: str, leaf: Any) -> Any:
+    if isinstance(leaf, LoraWeight):
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, x: fn(path, _part(keys), x), leaf
+        )
+    part = "train" if isinstance(leaf, Trained) else FROZEN
+    return jax.tree.map(lambda x: fn(path, part, x), leaf)
+
+
+def _part(keys: Any) -> str:
+    """What an array of a `LoraWeight` is, given its path inside."""
+    return keys[0].name if keys[0].name in ("a", "b") else FROZEN
+
+
+def _labels(tree: Any, train: Any, freeze: Any) -> Any:
+    return map_parts(lambda _, part, x: freeze if part == FROZEN else train, tree)
 
 
 def optimizer(
@@ -74,7 +94,7 @@ def optimizer(
         )
     require_adapted(adapted, "optimizer")
     inner = optax.multi_transform(
-        {"train": tx, "freeze": _freeze()},
+        {"train": tx, "freeze": freeze()},
         lambda tree: _labels(tree, "train", "freeze"),
     )
 
@@ -107,7 +127,7 @@ def _is_node_or_none(x: Any) -> bool:
     return x is None or is_node(x)
 
 
-def _freeze() -> optax.GradientTransformation:
+def freeze() -> optax.GradientTransformation:
     """Updates of -0.0: p + -0.0 is p bit for bit, -0.0 included; p + 0.0 is not."""
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:

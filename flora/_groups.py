@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from flora._adapt import require_adapted
 from flora._errors import LoraTypeError, fail
@@ -239,7 +240,7 @@ def factor_problem(x: Any) -> str | None:
     """What keeps x from multiplying a learning rate."""
     real = isinstance(x, numbers.Real) and not isinstance(x, bool)
     scalar = is_array(x) and x.shape == () and jnp.issubdtype(x.dtype, jnp.number)
-    concrete = not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+    concrete = not isinstance(x, Tracer | jax.ShapeDtypeStruct)
     if (real or scalar) and not (concrete and not 0 <= float(x) < math.inf):
         return None
     return f"{x!r}; expected a finite number of at least 0, or an array of shape ()."

@@ -265,7 +265,7 @@ def _compared(x: LoraWeight, leaf: Measures, w: Subspace) -> Measures:
 
 def ratio(x: Any, y: Any) -> Any:
     """x/y, and 0 where y is."""
-    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
+    return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
 
 
 def _ranks(factors: Mapping[str, LoraWeight]) -> dict[str, dict[str, Any]]:
@@ -297,7 +297,7 @@ def effective_rank(sigma: Any) -> jax.Array:
     """exp(-Σ p ln p) with p = σ/Σσ, of singular values `[..., n]`."""
     p = ratio(sigma, sigma.sum(-1, keepdims=True))
     entropy = -jnp.sum(jax.scipy.special.xlogy(p, p), -1)
-    return jnp.where(sigma[..., 0] > 0, jnp.exp(entropy), 0)
+    return jnp.where(sigma[..., 0] == 0, 0, jnp.exp(entropy))
 
 
 def stable_rank(sigma: Any) -> jax.Array:

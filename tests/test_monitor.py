@@ -152,6 +152,15 @@ def test_the_start_is_all_zeros_and_no_nan():
     assert found["w/norm_a"] > 0
 
 
+def test_what_diverged_is_not_a_number():
+    w = tree()["q"]
+    adapted = {"w": dataclasses.replace(w, b=w.b.at[0, 0].set(jnp.nan))}
+    subspaces = monitor.reference(adapted, k=1)
+    found = monitor.measure(adapted, adapted, reference=subspaces).floats()
+    fine = [name for name, x in found.items() if not np.isnan(x)]
+    assert fine == ["w/norm_a", "w/grad_a"]
+
+
 def test_orthogonal_factors_have_full_effective_rank():
     q = np.linalg.qr(np.random.default_rng(0).normal(size=(9, 4)))[0]
     adapter = {"w": flora.LoraWeight(None, jnp.asarray(q), jnp.asarray(q.T), rank=4)}
@@ -274,7 +283,7 @@ def test_inside_a_scan_and_a_sweep():
 
         return jax.lax.scan(step, (adapter, tx.init(adapter)), None, length=25)[1]
 
-    losses, reports = jax.jit(jax.vmap(run))(jnp.array([0.0, 0.3]))
+    losses, reports = jax.jit(jax.vmap(run))(jnp.array([0.0, 0.03]))
     assert reports.leaves["up"].norm_b.shape == (2, 25)
     # B starts at zero and moves first, A does not move at the first step.
     assert not reports.leaves["up"].norm_b[:, 0].any()

@@ -208,7 +208,8 @@ def restart(
       initializer: how A and B start, as `LoraConfig.init`.
 
     Returns:
-      `(adapted, state)`.  Works under `jax.jit`; leaves without factors are shared.
+      `(adapted, state)`.  Works under `jax.jit` (on a mesh, with the step's
+      `out_shardings`); leaves without factors are shared.
 
     Raises:
       LoraError: the tree has no factors or no base, a base is stored in fewer bits, or
@@ -270,9 +271,13 @@ def _drawn(root: Any, initializer: Initializer, path: str, leaf: Any) -> tuple[A
 
 
 def _like(new: jax.Array, old: Any) -> jax.Array:
+    """`new` in the shape, dtype and place of `old`."""
     new = new.reshape(old.shape).astype(old.dtype)
-    traced = isinstance(old, Tracer)
-    return new if traced else jax.device_put(new, old.sharding)
+    if not isinstance(old, Tracer):
+        return jax.device_put(new, old.sharding)
+    place = jax.typeof(old).sharding  # on a mesh with explicit axes, a part of its type
+    explicit = not place.mesh.empty and place.mesh.explicit_axes
+    return jax.sharding.reshard(new, place) if explicit else new
 
 
 def _renewed_state(tx: Any, state: Any, adapted: Any) -> Any:

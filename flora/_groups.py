@@ -30,8 +30,9 @@ def partition(
     Args:
       transforms: `{group: transformation}`.
       groups: `{pattern: group}` or `{pattern: {part: group}}`.  Patterns are those of
-        `LoraConfig`, on the paths of leaves; a part is 'a', 'b', or 'train' for a leaf
-        that trains whole.  The first entry that names an array decides.
+        `LoraConfig`, on the paths of leaves; a part is 'a', 'b', a name in a variant's
+        `extra` such as 'magnitude', or 'train' for a leaf that trains whole.  The first
+        entry that names an array decides.
       adapted: the adapted tree, or the adapter alone.
 
     Returns:
@@ -135,9 +136,9 @@ def scale_rates(rates: Where, adapted: Any) -> optax.GradientTransformation:
 def decay_mask(adapted: Any, decay: Where | None = None) -> Callable[[Any], Any]:
     """Which arrays weight decay shrinks, for `optax.adamw(mask=...)`.
 
-    By default A, B, and leaves that train whole and have two axes or more; not norms and
-    biases.  Frozen leaves never decay.  (Norms stacked by a scan have two axes: name
-    them.)
+    By default A, B, and leaves that train whole and have two axes or more; not norms,
+    biases and what a variant has in `extra`.  Frozen leaves never decay.  (Norms stacked
+    by a scan have two axes: name them.)
 
     Args:
       adapted: the adapted tree, or the adapter alone.
@@ -167,8 +168,8 @@ def decay_mask(adapted: Any, decay: Where | None = None) -> Callable[[Any], Any]
     def decays(path: str, part: str, x: Any) -> bool:
         if part == FROZEN:
             return False
-        factor = part in ("a", "b")
-        return table.get((path, part), factor or len(shapes[path, part]) >= 2)
+        wide = part == "train" and len(shapes[path, part]) >= 2
+        return table.get((path, part), wide or part in ("a", "b"))
 
     return functools.partial(map_parts, decays)
 

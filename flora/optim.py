@@ -13,13 +13,19 @@ from flora._adapt import join, require_adapted, split
 from flora._errors import LoraError, LoraTypeError, fail
 from flora._select import named_leaves
 from flora._trace import is_array
-from flora._weight import LoraWeight, Trained, is_node
+from flora._weight import (
+    LoraWeight,
+    Trained,
+    is_node,
+    parts_of,
+    trained_parts,
+)
 
 FROZEN = "frozen"
 
 
 def mask(adapted: Any) -> Any:
-    """True at the leaves that train (A, B and `Trained`), False at all others.
+    """True at the leaves that train (A, B, `extra` and `Trained`), False at all others.
 
     Args:
       adapted: an adapted tree, or gradients of one.
@@ -39,9 +45,9 @@ def mask(adapted: Any) -> Any:
 def map_parts(fn: Callable[[str, str, Any], Any], tree: Any) -> Any:
     """The tree with `fn(path, part, x)` in the place of each array x.
 
-    The one place that says which arrays train and as what.  `part` is 'a' or 'b' for a
-    factor, 'train' for a leaf that trains whole, and 'frozen' for all else; `path` is the
-    leaf's.
+    The one place that says which arrays train and as what.  `part` is 'a', 'b' or the
+    name of an array in `extra`, 'train' for a leaf that trains whole, and 'frozen' for
+    all else; `path` is the leaf's.
 
     Args:
       fn: what to put there.
@@ -52,17 +58,18 @@ def map_parts(fn: Callable[[str, str, Any], Any], tree: Any) -> Any:
 
 
 def _mapped(fn: Callable[[str, str, Any], Any], path: str, leaf: Any) -> Any:
-    if isinstance(leaf, LoraWeight):
-        return jax.tree_util.tree_map_with_path(
-            lambda keys, x: fn(path, _part(keys), x), leaf
-        )
-    part = "train" if isinstance(leaf, Trained) else FROZEN
-    return jax.tree.map(lambda x: fn(path, part, x), leaf)
+    if not isinstance(leaf, LoraWeight):
+        part = "train" if isinstance(leaf, Trained) else FROZEN
+        return jax.tree.map(lambda x: fn(path, part, x), leaf)
+    trained = trained_parts(leaf)
 
+    def one(keys: Any, x: Any) -> Any:
+        field = keys[0].name
+        part = keys[1].key if field == "extra" else field
+        here = field in ("a", "b", "extra") and part in trained
+        return fn(path, part if here else FROZEN, x)
 
-def _part(keys: Any) -> str:
-    """What an array of a `LoraWeight` is, given its path inside."""
-    return keys[0].name if keys[0].name in ("a", "b") else FROZEN
+    return jax.tree_util.tree_map_with_path(one, leaf)
 
 
 def _labels(tree: Any, train: Any, freeze: Any) -> Any:
@@ -111,7 +118,7 @@ def _whole(grads: Any, params: Any) -> Any:
 
     def fill(leaf: Any, g: Any) -> Any:
         if isinstance(leaf, LoraWeight) and isinstance(g, LoraWeight):
-            return dataclasses.replace(leaf, a=g.a, b=g.b)
+            return dataclasses.replace(leaf, a=g.a, b=g.b, extra=g.extra)
         return leaf if g is None else g
 
     try:
@@ -194,7 +201,7 @@ def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
 
 def _untrainable(path: str, leaf: Any) -> list[str]:
     """What keeps a leaf of an adapter from being differentiated."""
-    values = [leaf.a, leaf.b] if isinstance(leaf, LoraWeight) else [leaf.value]
+    values = [leaf.value] if isinstance(leaf, Trained) else [*parts_of(leaf).values()]
     floating = [is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact) for x in values]
     if all(floating):
         return []

@@ -102,8 +102,8 @@ def lora_fa(
       A transformation whose `update` needs `params`, which hold A.
 
     Raises:
-      LoraError: `tx` is no transformation, damping is negative; at `update`, there are no
-        parameters, or B comes without its A.
+      LoraError: `tx` is no transformation, damping is negative; a leaf has a variant; at
+        `update`, there are no parameters, or B comes without its A.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, flora, flora.recipes
@@ -131,6 +131,16 @@ def lora_fa(
         {"train": tx, FROZEN: freeze()}, lambda tree: map_parts(label, tree)
     )
 
+    def init(params: Any) -> Any:
+        fail(
+            f"lora_fa: '{path}' has the variant {leaf.variant!r}; the gradient of B is "
+            "known for W + scale A B alone. Leave it to another group of "
+            "flora.recipes.partition."
+            for path, leaf in named_leaves(params)[0]
+            if isinstance(leaf, LoraWeight) and leaf.variant is not None and is_array(leaf.b)
+        )
+        return inner.init(params)
+
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         if params is None:
             raise LoraError(
@@ -138,7 +148,7 @@ def lora_fa(
             )
         return inner.update(_projected(updates, params, damping), state, params, **extra)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _projected(grads: Any, params: Any, damping: float) -> Any:
@@ -212,8 +222,9 @@ def restart(
       `out_shardings`); leaves without factors are shared.
 
     Raises:
-      LoraError: the tree has no factors or no base, a base is stored in fewer bits, or
-        the state is not that of `tx` or keeps moments out of the tree's structure.
+      LoraError: the tree has no factors or no base, a base is stored in fewer bits, a
+        leaf has a variant, or the state is not that of `tx` or keeps moments out of the
+        tree's structure.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, flora, flora.recipes
@@ -253,6 +264,12 @@ def _unmergeable(path: str, leaf: Any) -> list[str]:
         return [
             f"restart: '{path}' is {leaf.base!r}, and merging would round ΔW away. Keep "
             "its base in floating point."
+        ]
+    if leaf.variant is not None:
+        return [
+            f"restart: '{path}' has the variant {leaf.variant!r}, which starts in its own "
+            "way. Write flora.init(key, config, fn, flora.merge(adapted), ...) and a new "
+            "optimizer."
         ]
     return [f"restart: {p}" for p in weight_problems(path, leaf)]
 

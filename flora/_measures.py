@@ -17,12 +17,21 @@ from flora._errors import LoraError, fail
 from flora._gram import columns, rows, whole
 from flora._select import named_leaves
 from flora._trace import is_array
-from flora._weight import LoraWeight, compute_dtype
+from flora._weight import (
+    LoraWeight,
+    compute_dtype,
+    on_parts,
+    parts_of,
+    product_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
     """Of one adapted leaf: arrays `[*stack]`, one value for each matrix.
+
+    ΔW is scale A B.  With a variant it is scale a b of the factors that the variant makes;
+    its column factors (DoRA's magnitudes) are not part of it.
 
     Attributes:
       norm_a: ‖A‖_F; as all norms here, Frobenius'.
@@ -131,7 +140,8 @@ def measure(
       difference of large products (a residual start) are within √ε ‖A‖ ‖B‖.
 
     Raises:
-      LoraError: no leaf has factors, or `grads` or `reference` lack one.
+      LoraError: no leaf has factors, `grads` or `reference` lack one, or a leaf with a
+        variant has no base or no ΔW.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora, flora.monitor
@@ -151,21 +161,30 @@ def measure(
     given = {} if grads is None else dict(named_leaves(grads)[0])
     fail(
         f"measure: {what} '{path}'. Pass {remedy} of the same tree."
-        for path in factors
+        for path, x in factors.items()
         for what, remedy, missing in (
-            ("grads has no factors for", "gradients", not _has_factors(given.get(path))),
-            ("reference lacks", "the reference", path not in (reference or {})),
+            (
+                "grads has no factors for",
+                "gradients",
+                grads is not None and not _alike(x, given.get(path)),
+            ),
+            (
+                "reference lacks",
+                "the reference",
+                reference is not None and path not in reference,
+            ),
         )
-        if missing and (grads if what.startswith("grads") else reference) is not None
+        if missing
     )
-    leaves = {path: _norms(x, given.get(path)) for path, x in factors.items()}
+    products = {path: _product(path, x) for path, x in factors.items()}
+    leaves = {p: _norms(x, products[p], given.get(p)) for p, x in factors.items()}
     if reference is not None:
         leaves = {
-            path: _compared(factors[path], leaf, reference[path])
+            path: _compared(products[path], leaf, reference[path])
             for path, leaf in leaves.items()
         }
     if spectrum:
-        ranks = _ranks(factors)
+        ranks = _ranks(products)
         leaves = {p: dataclasses.replace(x, **ranks[p]) for p, x in leaves.items()}
     return Report(leaves)
 
@@ -192,9 +211,43 @@ def _has_factors(x: Any) -> bool:
     return isinstance(x, LoraWeight) and is_array(x.a) and is_array(x.b)
 
 
+def _alike(x: LoraWeight, grad: Any) -> bool:
+    return _has_factors(grad) and {*parts_of(grad)} == {*parts_of(x)}
+
+
 def _wide(x: LoraWeight) -> LoraWeight:
-    dtype = compute_dtype(x.a.dtype, x.b.dtype)
-    return dataclasses.replace(x, a=x.a.astype(dtype), b=x.b.astype(dtype))
+    dtype = compute_dtype(*(part.dtype for part in parts_of(x).values()))
+    return on_parts(lambda _, part: part.astype(dtype), x)
+
+
+def _product(path: str, x: LoraWeight) -> LoraWeight:
+    """Plain LoRA of the factors that a variant makes, its column factors aside."""
+    if x.variant is None:
+        return x
+    if x.base is None:
+        raise LoraError(
+            f"measure: '{path}' has the variant {x.variant!r}, which needs W to say what "
+            "ΔW is. Pass the whole tree, flora.join(base, adapter)."
+        )
+    product = product_of(x)
+    if product.between is not None:
+        raise LoraError(
+            f"measure: '{path}' has the variant {x.variant!r} with a function between A "
+            "and B: there is no ΔW. Measure a tree without it."
+        )
+    return dataclasses.replace(x, a=product.a, b=product.b, variant=None)
+
+
+def _moved(x: LoraWeight, grad: LoraWeight) -> tuple[Any, Any]:
+    """How the factors of ΔW change along a gradient, to first order."""
+    if x.variant is None:
+        return grad.a, grad.b
+
+    def factors(parts: dict[str, Any]) -> tuple[Any, Any]:
+        made = product_of(on_parts(lambda name, _: parts[name], x))
+        return made.a, made.b
+
+    return jax.jvp(factors, (parts_of(x),), (parts_of(grad),))[1]
 
 
 def _sum(x: Any) -> Any:
@@ -209,29 +262,29 @@ def _trace(x: Any) -> Any:
     return jnp.trace(x, axis1=-2, axis2=-1)
 
 
-def _norms(x: LoraWeight, grad: Any) -> Measures:
+def _norms(x: LoraWeight, product: LoraWeight, grad: Any) -> Measures:
     """The norms of a leaf's factors, of their product, and of their gradients.
 
     ‖A g_B + g_A B‖² = tr(AᵀA g_B g_Bᵀ) + tr(g_Aᵀ g_A B Bᵀ) + 2 tr((Aᵀ g_A)(B g_Bᵀ)).
     """
-    n = len(x.layout.stack)
-    aa, bb = columns(x.a, x.a, n), rows(x.b, x.b, n)
+    n, a, b = len(x.layout.stack), product.a, product.b
+    aa, bb = columns(a, a, n), rows(b, b, n)
     norms = Measures(
-        norm_a=_root(_trace(aa)),
-        norm_b=_root(_trace(bb)),
+        norm_a=_root(_trace(columns(x.a, x.a, n))),
+        norm_b=_root(_trace(rows(x.b, x.b, n))),
         norm_delta=x.scale * _root(_sum(aa * bb)),
     )
     if grad is None:
         return norms
-    g = _wide(grad)
-    gaga, gbgb = columns(g.a, g.a, n), rows(g.b, g.b, n)
-    # tr(gBᵀ Aᵀ gA B) = Σ (Aᵀ gA)ᵣₛ (gB Bᵀ)ᵣₛ
-    cross = _sum(columns(x.a, g.a, n) * rows(g.b, x.b, n))
+    grad = _wide(grad)
+    da, db = _moved(x, grad)
+    dada, dbdb = columns(da, da, n), rows(db, db, n)
+    cross = _sum(columns(a, da, n) * rows(db, b, n))
     return dataclasses.replace(
         norms,
-        grad_a=_root(_trace(gaga)),
-        grad_b=_root(_trace(gbgb)),
-        grad_delta=x.scale * _root(_sum(aa * gbgb) + _sum(gaga * bb) + 2 * cross),
+        grad_a=_root(_trace(columns(grad.a, grad.a, n))),
+        grad_b=_root(_trace(rows(grad.b, grad.b, n))),
+        grad_delta=x.scale * _root(_sum(aa * dbdb) + _sum(dada * bb) + 2 * cross),
     )
 
 

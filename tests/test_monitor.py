@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import flora
 from flora import monitor
 from flora._weight import Quantized
+from flora.variants import AdaLoRA, DoRA, VeRA
 
 
 def f32(*shape, seed=0):
@@ -107,6 +108,38 @@ def test_measure(way, dtype):
             np.testing.assert_allclose(
                 np.ravel(got), want, rtol=2e-5, err_msg=f"{path} {name}"
             )
+
+
+@pytest.mark.parametrize("variant", [DoRA(), VeRA(), AdaLoRA()])
+def test_variants(variant):
+    """ΔW is that of the variant's factors, and moves as its gradients say."""
+    x = f32(5, 6)
+    params = {"w": f32(6, 4, seed=1)}
+    adapted = contract.adapt(lambda p, x: x @ p["w"], params, x, variant=variant)
+
+    def moved(w, g, t):
+        add = {k: v + t * g.extra[k] for k, v in w.extra.items()}
+        return dataclasses.replace(w, a=w.a + t * g.a, b=w.b + t * g.b, extra=add)
+
+    w = adapted["w"]
+    noise = jax.tree.map(lambda v: f32(*v.shape, seed=v.ndim), w)
+    w, g = moved(w, noise, 0.3), jax.tree.map(lambda v: f32(*v.shape, seed=7), w)
+
+    def change(w):  # without column factors
+        made = w.variant.product(w)
+        return w.scale * np.asarray(made.a, np.float64) @ np.asarray(made.b, np.float64)
+
+    got = jax.jit(monitor.measure)({"w": w}, {"w": g}).leaves["w"]
+    np.testing.assert_allclose(got.norm_delta, np.linalg.norm(change(w)), rtol=1e-5)
+    np.testing.assert_allclose(got.grad_a, np.linalg.norm(g.a), rtol=1e-5)
+    along = (change(moved(w, g, 1e-2)) - change(moved(w, g, -1e-2))) / 2e-2
+    np.testing.assert_allclose(got.grad_delta, np.linalg.norm(along), rtol=1e-3)
+    s = np.linalg.svd(change(w), compute_uv=False)
+    np.testing.assert_allclose(got.stable_rank, (s**2).sum() / s[0] ** 2, rtol=1e-4)
+    with pytest.raises(flora.LoraError, match="needs W"):
+        monitor.measure(flora.split({"w": w})[1])
+    with pytest.raises(flora.LoraError, match="grads has no factors for 'w'"):
+        monitor.measure({"w": w}, {"w": dataclasses.replace(g, extra=None)})
 
 
 def test_what_is_not_asked_for_is_not_there():

@@ -13,6 +13,7 @@ import flora
 import flora.monitor
 from flora import recipes
 from flora._weight import Quantized
+from flora.variants import DoRA, VeRA
 
 RANK, ALPHA = 2, 6.0
 SCALE = ALPHA / math.sqrt(RANK)  # rank-stabilized
@@ -474,6 +475,39 @@ def test_composes_with_optax(name):
     assert frozen == (name == "lora_fa")
     assert jax.tree.structure(average) == jax.tree.structure(flora.split(adapted)[1])
     assert not np.array_equal(average["kernel"].b, adapted["kernel"].b)
+
+
+def test_parts_of_variants():
+    """Magnitudes have rates and groups of their own; VeRA's A and B stay frozen."""
+    p, x = {"w": f32(6, 4), "v": f32(4, 3)}, f32(2, 6)
+
+    def adapt(variant):
+        return contract.adapt(lambda p, x: x @ p["w"] @ p["v"], p, x, variant=variant)
+
+    dora, vera = adapt(DoRA()), adapt(VeRA())
+    rates = {"w": {"magnitude": 5.0}, "*": {"b": 2.0, "magnitude": 0.0}}
+    tx = recipes.scale_rates(rates, dora)
+    got, _ = tx.update(dora, tx.init(dora), dora)
+    contract.close(got["w"].extra["magnitude"], 5 * dora["w"].extra["magnitude"])
+    assert not got["v"].extra["magnitude"].any()
+    contract.close(got["v"].a, dora["v"].a)
+    mask = recipes.decay_mask(dora)(dora)["w"]
+    assert (mask.a, mask.b, mask.extra["magnitude"]) == (True, True, False)
+    with pytest.raises(flora.LoraError, match=r"has no part 'b'; the parts.* d, v"):
+        recipes.scale_rates({"w": {"b": 1.0}}, vera)
+    tx = recipes.partition(
+        {"d": optax.sgd(1.0), "v": optax.sgd(2.0)}, {"*": {"d": "d", "v": "v"}}, vera
+    )
+    updates, _ = tx.update(vera, tx.init(vera), vera)
+    assert np.array_equal(bits(updates["w"].a), bits(jnp.full((6, 2), -0.0)))
+    contract.close(updates["w"].extra["d"], -vera["w"].extra["d"])
+    with pytest.raises(flora.LoraError, match=r"lora_fa: 'w' has the variant DoRA\(\)"):
+        recipes.lora_fa(optax.sgd(0.1)).init({"w": dora["w"]})
+    with pytest.raises(flora.LoraError, match=r"restart: 'w' has the variant DoRA\(\)"):
+        sgd_restart({"w": dora["w"]})
+    plus = recipes.lora_plus(3.0)
+    got, _ = plus.update(vera, plus.init(vera), vera)  # B is frozen: no rate is raised
+    contract.close(got, vera)
 
 
 # Restarts.

@@ -18,7 +18,7 @@ from flora._select import (
 )
 from flora._trace import is_array
 from flora._transform import weight_problems
-from flora._weight import LoraWeight, delta, is_stored
+from flora._weight import LoraWeight, base_of, delta, is_stored
 
 Named = list[tuple[str, Any]]
 
@@ -207,7 +207,7 @@ def plain_problems(path: str, w: LoraWeight, first: Any, base: Any) -> list[str]
             f"to_plain: '{path}' has another {(differ + parts)[0]} in start than after "
             "training. Pass the start of this very run."
         ]
-    shape = tuple(getattr(base, "shape", ()))
+    shape = tuple(getattr(base_of(base), "shape", ()))
     wanted = w.layout.factor_shapes(shape, w.rank) if w.layout.fits(len(shape)) else ()
     if wanted != (tuple(w.a.shape), tuple(w.b.shape)):
         return [

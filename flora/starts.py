@@ -37,7 +37,7 @@ from flora._residual import (
 from flora._select import Pattern, named_leaves
 from flora._trace import is_array
 from flora._transform import lora
-from flora._weight import LoraWeight, base_of, is_stored
+from flora._weight import LoraWeight, Trained, base_of, is_stored
 
 __all__ = [
     "base_gradients",
@@ -261,7 +261,8 @@ def each_base_gradient(
     values = {p: x for p, x in plain.items() if is_array(x) or is_stored(x)}
 
     def loss(group: Any, rest: Any, args: Any, kwargs: Any) -> Any:
-        tree = treedef.unflatten([{**plain, **rest, **group}[p] for p in plain])
+        marked = {p: Trained(x) for p, x in group.items()}  # all others are frozen
+        tree = treedef.unflatten([{**plain, **rest, **marked}[p] for p in plain])
         value = lora(loss_fn)(tree, *args, **kwargs)
         if jnp.shape(value) != ():
             raise LoraTypeError(

@@ -246,7 +246,7 @@ def test_export_to_the_original_weights(x64, name, stabilized):
 
 
 def test_export_in_bfloat16_is_free_of_the_rounded_base():
-    fn, params, adapted, _ = case("dense", jnp.bfloat16)
+    _, params, adapted, _ = case("dense", jnp.bfloat16)
     start = starts.olora(adapted)
     plain = starts.to_plain(start, start, params)
     close(flora.merge(plain), params, 0)
@@ -257,7 +257,7 @@ def test_export_in_bfloat16_is_free_of_the_rounded_base():
 
 
 def test_under_jit_and_in_shapes(x64):
-    fn, _, adapted, x = case("heads")
+    _, _, adapted, _ = case("heads")
     close(jax.jit(starts.pissa)(adapted), starts.pissa(adapted), 1e-12)
     planned = jax.eval_shape(starts.olora, jax.eval_shape(lambda t: t, adapted))
     assert jax.tree.structure(planned) == jax.tree.structure(adapted)

@@ -7,13 +7,16 @@ import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from flora._errors import LoraError, fail
-from flora._residual import nothing_adapted
+from flora._matrices import whole
+from flora._residual import nothing_adapted, variant_problem
 from flora._select import named_leaves
 from flora._trace import is_array
 from flora._weight import LoraWeight
+from flora.variants import AdaLoRA
 
 Sizes = Mapping[str, tuple[int, int, int]]
 
@@ -37,23 +40,23 @@ def components_of(verb: str, tree: Any) -> dict[str, LoraWeight]:
 def _component_problems(verb: str, path: str, w: LoraWeight) -> list[str]:
     if not (is_array(w.a) and is_array(w.b)):
         return [f"{verb}: '{path}' is {w!r} and holds no arrays."]
-    return []
+    problem = variant_problem(verb, path, w, AdaLoRA)
+    return [problem] if problem else []
 
 
 def gated(w: LoraWeight) -> bool:
     """Whether components have a number e `[*stack, rank]` of their own."""
-    return "e" in (getattr(w, "extra", None) or {})
+    return isinstance(w.variant, AdaLoRA)
 
 
 def on_components(fn: Callable, w: LoraWeight, *others: LoraWeight) -> LoraWeight:
     """A node of `fn(part, *parts of the others)` for A, B and e, without a base."""
     a = fn(w.a, *(x.a for x in others))
     b = fn(w.b, *(x.b for x in others))
-    made = dataclasses.replace(w, base=None, a=a, b=b, key=None)
-    if not gated(w):
-        return made
-    e = fn(w.extra["e"], *(x.extra["e"] for x in others))
-    return dataclasses.replace(made, extra={"e": e})
+    extra = None
+    if gated(w):
+        extra = {"e": fn(w.extra["e"], *(x.extra["e"] for x in others))}
+    return dataclasses.replace(w, base=None, a=a, b=b, key=None, extra=extra)
 
 
 def replaced(tree: Any, new: Mapping[str, Any]) -> Any:
@@ -140,3 +143,15 @@ def filled(
         fits = sum(r * cost[p] for p, r in ranks(level).items()) <= parameters
         low, high = (level, high) if fits else (low, level)
     return ranks(low)
+
+
+def best(found: Mapping[str, Any], count: Any) -> dict[str, jax.Array]:
+    """Which numbers of all leaves are among the `count` largest; of equals the first."""
+    flat = jnp.concatenate([whole(s).reshape(-1) for s in found.values()])
+    order = jnp.argsort(-flat, stable=True)
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
+    keep, kept, at = place < count, {}, 0
+    for path, s in found.items():
+        kept[path] = keep[at : at + s.size].reshape(s.shape)
+        at += s.size
+    return kept

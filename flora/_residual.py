@@ -1,6 +1,7 @@
 """One leaf at a time: factors from values, and the base that is left."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,12 +20,13 @@ from flora._select import (
 from flora._trace import is_array
 from flora._transform import weight_problems
 from flora._weight import LoraWeight, base_of, delta, is_stored
+from flora.variants import DoRA
 
 Named = list[tuple[str, Any]]
 
 
 def selected(
-    verb: str, adapted: Any, target: Pattern
+    verb: str, adapted: Any, target: Pattern, *, dense: bool = True
 ) -> tuple[dict[str, LoraWeight], Named, Any]:
     """The chosen adapted leaves, whose values can be read, all leaves, the structure."""
     named, treedef = named_leaves(adapted)
@@ -35,7 +37,9 @@ def selected(
     chosen = {path: w for path, w in nodes.items() if matches(target, path, w)}
     if not chosen:
         raise LoraError(nothing_selected("target", target, list(nodes)))
-    fail(p for path, w in chosen.items() for p in _value_problems(verb, path, w))
+    fail(
+        p for path, w in chosen.items() for p in _value_problems(verb, path, w, dense)
+    )
     return chosen, named, treedef
 
 
@@ -47,22 +51,37 @@ def nothing_adapted(verb: str, named: Named) -> str:
     )
 
 
-def _value_problems(verb: str, path: str, w: LoraWeight) -> list[str]:
+def _value_problems(verb: str, path: str, w: LoraWeight, dense: bool) -> list[str]:
     if problems := weight_problems(path, w):
         return [f"{verb}: {problem}" for problem in problems]
-    if is_stored(w.base):
+    if problem := variant_problem(verb, path, w):
+        return [problem]
+    if dense and is_stored(w.base):
         return [
             f"{verb}: '{path}' is {w.base!r}, and {verb} computes with dense weights. "
             "Start from those, and call flora.quantize.quantize on the result."
         ]
-    if not all(is_array(x) for x in (w.base, w.a, w.b)):
+    parts = jax.tree.leaves(dataclasses.replace(w, key=None))
+    if not all(is_array(x) for x in parts):
         return [f"{verb}: '{path}' is {w!r} and holds no arrays."]
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in (w.base, w.a, w.b)):
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in parts):
+        plan = f"; to plan, jax.eval_shape(flora.starts.{verb}, ...)" if dense else ""
         return [
             f"{verb}: '{path}' is a ShapeDtypeStruct, and {verb} reads values. Pass "
-            f"arrays; to plan, jax.eval_shape(flora.starts.{verb}, ...)."
+            f"arrays{plan}."
         ]
     return []
+
+
+def variant_problem(verb: str, path: str, w: LoraWeight, *known: type) -> str:
+    """Why the verb cannot deal with a variant; '' for LoRA, DoRA and those it knows."""
+    if w.variant is None or isinstance(w.variant, (DoRA, *known)):
+        return ""
+    names = ", ".join(kind.__name__ for kind in (DoRA, *known))
+    return (
+        f"{verb}: '{path}' has variant {w.variant!r}, of which {verb} cannot tell what its "
+        f"factors do. Use LoRA or {names}, or leave it out of target."
+    )
 
 
 def rank_problems(
@@ -84,7 +103,8 @@ def rank_problems(
 
 def matrix_sizes(w: LoraWeight) -> tuple[int, int, int]:
     """Stack, in and out, as numbers."""
-    return jax.eval_shape(lambda x: matrices(x, w.layout), w.base).shape
+    stack, in_, out = (math.prod(s) for s in w.layout.sizes(tuple(w.base.shape)))
+    return stack, in_, out
 
 
 def made(
@@ -92,7 +112,7 @@ def made(
 ) -> LoraWeight:
     """The node with the base and factors that `fn(w, *values, **settings)` computes."""
     places = place_of(w.base), place_of(w.a), place_of(w.b)
-    bare = dataclasses.replace(w, key=None)
+    bare = dataclasses.replace(w, key=None, extra=None, variant=None)
     run = compiled(fn, places, tuple(settings))
     base, a, b = run(bare, *values, **settings)
     return dataclasses.replace(w, base=base, a=a, b=b)
@@ -194,7 +214,9 @@ def plain_problems(path: str, w: LoraWeight, first: Any, base: Any) -> list[str]
         ]
     if base is None:
         return [f"to_plain: original has no '{path}'. Pass the plain parameters."]
-    same = ("layout", "rank", "alpha", "rank_stabilized")
+    if problem := variant_problem("to_plain", path, w):
+        return [problem]
+    same = ("layout", "rank", "alpha", "rank_stabilized", "variant")
     differ = [name for name in same if getattr(w, name) != getattr(first, name)]
     parts = [
         name

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora._components import (
+    best,
     budget_problems,
     by_path,
     components_of,
@@ -46,7 +47,7 @@ from flora._components import (
     shares,
 )
 from flora._errors import LoraError, fail
-from flora._matrices import compiled, place_of, stacked, whole
+from flora._matrices import compiled, place_of, stacked
 from flora._residual import matrix_sizes
 from flora._weight import LoraWeight, compute_dtype
 
@@ -283,14 +284,7 @@ def top(found: Mapping[str, Any], count: Any) -> dict[str, jax.Array]:
       found: what `scores` returns.
       count: an int, or an integer array under jit; exactly so many are kept.
     """
-    flat = jnp.concatenate([whole(s).reshape(-1) for s in found.values()])
-    order = jnp.argsort(-flat, stable=True)
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
-    keep, kept, at = place < count, {}, 0
-    for path, s in found.items():
-        kept[path] = keep[at : at + s.size].reshape(s.shape)
-        at += s.size
-    return kept
+    return best(found, count)
 
 
 def masked(adapted: Any, kept: Kept) -> Any:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from flora import _residual
 from flora._errors import LoraError, LoraTypeError, fail
+from flora._eva import eva
 from flora._keys import consumed, path_salt, require_key
 from flora._matrices import compiled, place_of
 from flora._residual import (
@@ -42,6 +43,7 @@ from flora._weight import LoraWeight, Trained, base_of, is_stored
 __all__ = [
     "base_gradients",
     "each_base_gradient",
+    "eva",
     "lora_ga",
     "olora",
     "pissa",

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as Spec
 import flora
 import flora.sharding
 from flora import budget
+from flora.variants import AdaLoRA, VeRA
 
 SHAPES = {"stack": (3, 8, 8), "q": (8, 2, 4), "out": (8, 5)}
 
@@ -257,6 +258,46 @@ def test_sharded_trees_stay_where_they_lie():
           jax.device_get(flora.merge(budget.masked(whole, kept))))  # fmt: skip
 
 
+def with_e(size=0.3):
+    """A tree of AdaLoRA's, as if trained."""
+    adapted, x = tree(variant=AdaLoRA())
+    adapted = randomized(adapted)
+    return {p: dataclasses.replace(w, extra={"e": size * array(
+        *w.a.shape[: len(w.layout.stack)], 4, seed=i, dtype=jnp.float32)})
+            for i, (p, w) in enumerate(adapted.items())}, x  # fmt: skip
+
+
+def test_adaloras_own_numbers_are_scored_zeroed_and_cut():
+    adapted, x = with_e()
+    loss = lambda t: (flora.lora(fn)(t, x) ** 2).mean()  # noqa: E731
+    _, grads = flora.value_and_grad(loss)(adapted)
+    seen = budget.observe(budget.unseen(adapted), adapted, grads)
+    found = budget.scores(seen)
+    for path, w in adapted.items():
+        g = grads[path]
+        wanted = numpy_scores([(w.a, w.b, g.a, g.b)], w, 0.85, 0.85)
+        i = np.abs(np.asarray(w.extra["e"] * g.extra["e"], np.float64))
+        s = 0.15 * i
+        wanted = wanted + s * 0.15 * np.abs(i - s)
+        np.testing.assert_allclose(found[path], wanted, rtol=1e-4)
+    kept = budget.top(found, 7)
+    less = budget.masked(adapted, kept)
+    for path, w in less.items():
+        assert np.array_equal(w.extra["e"] != 0, kept[path])
+        assert w.a is adapted[path].a
+        assert w.b is adapted[path].b
+    small = budget.compacted(adapted, kept)
+    close(flora.lora(fn)(small, x), flora.lora(fn)(less, x))
+    for w in small.values():
+        if is_weight(w):
+            assert w.extra["e"].shape[-1] == w.rank < 4
+    wanted = [np.linalg.norm(x.T @ x - np.eye(4)) for w in adapted.values()
+              for x in (*np.asarray(w.a).reshape(-1, 8, 4),
+                        *np.moveaxis(np.asarray(w.b).reshape(-1, 4, w.b.size // 4 if
+                        w.b.ndim < 3 else 8), 1, 2))]  # fmt: skip
+    assert float(budget.orthogonality(adapted)) == pytest.approx(np.mean(wanted), rel=1e-5)
+
+
 def test_orthogonality():
     adapted, _ = tree()
     adapted = randomized(adapted)
@@ -291,6 +332,7 @@ BAD = {
         tree()[0], 500, importance=dict.fromkeys(SHAPES, 0)),
     "components_at: first=3, last=4": lambda: budget.components_at(
         0, 3, 4, warmup=1, final=1, total=9),
+    "unseen: 'out' has variant VeRA(": lambda: budget.unseen(tree(variant=VeRA())[0]),
     "masked: kept has nothing for 'q'.": lambda: budget.masked(
         tree()[0], {"stack": 1, "out": 1}),
     "observe: grads has nothing for 'q'": lambda: budget.observe(

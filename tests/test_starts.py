@@ -14,6 +14,7 @@ import flora
 import flora.quantize
 import flora.sharding
 from flora import starts
+from flora.variants import DoRA, VeRA
 
 
 def dense(p, x):
@@ -309,6 +310,19 @@ def test_sharded_trees_stay_where_they_lie(kind):
               1e-5)  # fmt: skip
 
 
+def test_with_dora_and_back(x64):
+    fn, params, adapted, x = case("scan", variant=DoRA())
+    for start in (starts.pissa(adapted), starts.olora(adapted)):
+        close(flora.lora(fn)(start, x), fn(params, x), 1e-12)
+        w = start["stack"]
+        assert w.variant == DoRA()
+        assert w.extra is adapted["stack"].extra
+        trained = {"stack": dataclasses.replace(
+            w, a=1.1 * w.a, extra={"magnitude": 1.2 * w.extra["magnitude"]})}
+        plain = starts.to_plain(trained, start, params)
+        close(flora.lora(fn)(plain, x), flora.lora(fn)(trained, x), 1e-12)
+
+
 W = {"w": array(8, 5, dtype=jnp.float32)}
 
 
@@ -349,6 +363,10 @@ BAD = {
     "at_once=0. Write": lambda: list(starts.each_base_gradient(sum, tree(), at_once=0)),
     "loss_fn returned an array of shape (2, 5); expected a scalar": lambda:
         starts.base_gradients(lambda p: jnp.ones((2, 8)) @ p["w"], tree()),
+    "pissa: 'w' has variant VeRA(d_initial=0.1, seed=0), of which pissa cannot tell":
+        lambda: starts.pissa(tree(variant=VeRA())),
+    "to_plain: 'w' has variant VeRA(": lambda: starts.to_plain(
+        tree(variant=VeRA()), tree(variant=VeRA()), W),
     "to_plain: none of the tree's 1 leaves is adapted": lambda: starts.to_plain(
         W, tree(), W),
     "to_plain: 'w' has no factors in start": lambda: starts.to_plain(tree(), W, W),

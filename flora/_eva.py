@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from flora._components import best, replaced
 from flora._errors import LoraError, fail
@@ -63,7 +64,8 @@ def eva(
     Ranks move to the layers whose directions explain most: of all leaves and stacked
     layers the first round(rho·rank) directions compete by λ_i / tr(Xᵀ X), and as many
     win as there were ranks.  alpha moves along, so the scale stays.  The directions are
-    those of Xᵀ X, uncentered (PEFT subtracts the mean of x), over all batches.
+    those of Xᵀ X, uncentered (PEFT subtracts the mean of x), over all batches.  For a
+    tied embedding a lookup counts as one input of each direction.
 
     Args:
       key: a typed PRNG key, consumed; for the first directions and for estimating traces.
@@ -94,7 +96,7 @@ def eva(
     fail(
         f"eva: '{path}' is a tracer, and ranks depend on values. Call eva outside of jit."
         for path, w in chosen.items()
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(w))
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(w))
     )
     root = consumed(key)
     keys = {p: jax.random.fold_in(root, path_salt(p)) for p in chosen}

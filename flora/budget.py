@@ -32,6 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from flora._components import (
     best,
@@ -333,7 +334,7 @@ def compacted(adapted: Any, kept: Kept) -> Any:
         f"compacted: kept has a tracer at '{path}', and ranks depend on its values. Call "
         "compacted outside of jax.jit."
         for path, keep in kept.items()
-        if isinstance(keep, jax.core.Tracer)
+        if isinstance(keep, Tracer)
     )
     fail(
         f"compacted: '{path}' is an adapter without its base. Write flora.join."
@@ -353,7 +354,7 @@ def _cut(w: LoraWeight, keep: np.ndarray) -> Any:
     order = np.argsort(~keep, axis=-1, kind="stable")[..., :rank]
 
     def taken(x: Any, axis: int) -> Any:
-        at = np.expand_dims(order, [i for i in range(n, x.ndim) if i != axis])
+        at = np.expand_dims(order, tuple(i for i in range(n, x.ndim) if i != axis))
         return compiled(jnp.take_along_axis, place_of(x), ("axis",))(x, at, axis=axis)
 
     share = rank / w.rank

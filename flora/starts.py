@@ -5,12 +5,15 @@
     ...                                                     # train, as ever
     plain = flora.starts.to_plain(trained, start, params)   # LoRA on the original weights
 
+EVA leaves the base alone: A along the directions of each layer's inputs, B = 0.
+
 PiSSA, OLoRA and LoRA-GA put a part of W into the factors and take it out of the base:
 W_res = W − scale A B, rounded once to W's dtype, so W_res + scale A B is W up to half a
 unit in the last place of W_res.  In bfloat16 that is seen in the outputs (2⁻⁹ of W_res);
 `to_plain` works on the original weights and is free of it.
 
-A base in fewer bits comes after: `flora.quantize.quantize(pissa(adapted), "nf4")`.
+A base in fewer bits comes after: `flora.quantize.quantize(pissa(adapted), "nf4")`, or
+with `flora.quantize.loftq`.  All take LoRA and DoRA, whose magnitudes stay right.
 """
 
 import dataclasses

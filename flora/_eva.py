@@ -88,6 +88,15 @@ def eva(
       LoraError: nothing is selected, a leaf holds no values or receives no inputs, or
         `batches` is empty or an iterator.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, flora, flora.starts
+      >>> params = {"kernel": jnp.ones((6, 4))}
+      >>> fn, x = lambda p, x: x @ p["kernel"], jnp.zeros((5, 6)).at[:, 2].set(1.0)
+      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=1), fn, params, x)
+      >>> start = flora.starts.eva(jax.random.key(1), adapted, fn, [(x,)])
+      >>> abs(start["kernel"].a[:, 0]).round(3).tolist()
+      [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+
     References: Paischer et al. 2024 (EVA). https://arxiv.org/abs/2410.07170
     """
     require_key(key, "eva")
@@ -257,7 +266,9 @@ def _with_probes(q: jax.Array, key: Any, sizes: Any) -> jax.Array:
     q = q[:, :, :count]
     p = jax.random.normal(jax.random.fold_in(key, 1), (stack, in_, probes), q.dtype)
     for _ in range(2):  # the second time for what rounding left
-        p = p - jnp.matmul(q, jnp.matmul(q.mT, p, precision="highest"), precision="highest")
+        p = p - jnp.matmul(
+            q, jnp.matmul(q.mT, p, precision="highest"), precision="highest"
+        )
         p = jnp.linalg.qr(p)[0]
     return jnp.concatenate([q, p], -1)
 

@@ -29,9 +29,7 @@ def stacked(w: LoraWeight) -> tuple[jax.Array, jax.Array]:
     return w.a.reshape(count, -1, rank), w.b.reshape(count, rank, -1)
 
 
-def folded(
-    w: LoraWeight, a: jax.Array, b: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def folded(w: LoraWeight, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Factors `[stack, in, rank]` and `[stack, rank, out]` in w's axes and dtypes."""
     n = len(w.layout.stack)
     shape_a = (*w.a.shape[:-1], a.shape[-1])

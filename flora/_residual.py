@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from flora._errors import LoraError, fail
 from flora._matrices import compiled, folded, lying_as, matrices, place_of, svd, whole
@@ -37,9 +38,7 @@ def selected(
     chosen = {path: w for path, w in nodes.items() if matches(target, path, w)}
     if not chosen:
         raise LoraError(nothing_selected("target", target, list(nodes)))
-    fail(
-        p for path, w in chosen.items() for p in _value_problems(verb, path, w, dense)
-    )
+    fail(p for path, w in chosen.items() for p in _value_problems(verb, path, w, dense))
     return chosen, named, treedef
 
 
@@ -108,13 +107,21 @@ def matrix_sizes(w: LoraWeight) -> tuple[int, int, int]:
 
 
 def made(
-    w: LoraWeight, fn: Callable, values: tuple[Any, ...] = (), **settings: Any
+    w: LoraWeight,
+    fn: Callable,
+    values: tuple[Any, ...] = (),
+    *,
+    donate: bool = False,
+    **settings: Any,
 ) -> LoraWeight:
     """The node with the base and factors that `fn(w, *values, **settings)` computes."""
     places = place_of(w.base), place_of(w.a), place_of(w.b)
     bare = dataclasses.replace(w, key=None, extra=None, variant=None)
     run = compiled(fn, places, tuple(settings))
     base, a, b = run(bare, *values, **settings)
+    if donate and isinstance(w.base, jax.Array) and not isinstance(w.base, Tracer):
+        jax.block_until_ready(base)
+        w.base.delete()
     return dataclasses.replace(w, base=base, a=a, b=b)
 
 

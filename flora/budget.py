@@ -223,7 +223,8 @@ def observe(
     now = {p: on_components(product, w, of[p]) for p, w in nodes.items()}
     mean = {p: on_components(moved, i, seen.sensitivity[p]) for p, i in now.items()}
     off = {
-        p: on_components(strayed, i, mean[p], seen.uncertainty[p]) for p, i in now.items()
+        p: on_components(strayed, i, mean[p], seen.uncertainty[p])
+        for p, i in now.items()
     }
     return Importance(mean, off)
 

@@ -63,6 +63,7 @@ def pissa(
     method: str = "svd",
     niter: int = 4,
     key: Any = None,
+    donate: bool = False,
 ) -> Any:
     """The tree with W's principal part in the factors and the rest in the base.
 
@@ -77,6 +78,8 @@ def pissa(
       method: 'svd', exact, or 'randomized', in time linear in the rank.
       niter: power iterations of the randomized method.
       key: a typed PRNG key, consumed; for the randomized method.
+      donate: whether each base is deleted as soon as its leaf is done, so that there is
+        never a second copy of more than one.
 
     Returns:
       A new tree.  Arrays lie where those lay that they replace; leaves that did not
@@ -103,14 +106,14 @@ def pissa(
 
     def one(path: str, w: LoraWeight) -> LoraWeight:
         own = None if root is None else jax.random.fold_in(root, path_salt(path))
-        return made(w, _residual.pissa, (own,), passes=niter)
+        return made(w, _residual.pissa, (own,), donate=donate, passes=niter)
 
     return treedef.unflatten(
         [one(path, leaf) if path in chosen else leaf for path, leaf in named]
     )
 
 
-def olora(adapted: Any, *, target: Pattern = "*") -> Any:
+def olora(adapted: Any, *, target: Pattern = "*", donate: bool = False) -> Any:
     """The tree with factors from a QR decomposition and the rest in the base.
 
     Wᵀ = Q R, A = (R_r)ᵀ with R's first rows, B = (Q_r)ᵀ with Q's first columns, whose
@@ -119,6 +122,7 @@ def olora(adapted: Any, *, target: Pattern = "*") -> Any:
     Args:
       adapted: as of `pissa`.
       target: likewise.
+      donate: likewise.
 
     Returns:
       As of `pissa`.
@@ -131,7 +135,10 @@ def olora(adapted: Any, *, target: Pattern = "*") -> Any:
     chosen, named, treedef = selected("olora", adapted, target)
     fail(rank_problems("olora", chosen, 1))
     return treedef.unflatten(
-        [made(x, _residual.olora) if path in chosen else x for path, x in named]
+        [
+            made(x, _residual.olora, donate=donate) if path in chosen else x
+            for path, x in named
+        ]
     )
 
 
@@ -349,7 +356,9 @@ def _method_key(verb: str, method: str, niter: int, key: Any) -> Any:
     """The root key of the randomized method; `None` for the exact one."""
     _require_choice("method", method, ("svd", "randomized"))
     if isinstance(niter, bool) or not isinstance(niter, int) or niter < 0:
-        raise LoraError(f"niter={niter!r}. Write a number of power iterations, such as 4.")
+        raise LoraError(
+            f"niter={niter!r}. Write a number of power iterations, such as 4."
+        )
     if method == "randomized":
         require_key(key, verb)
         return consumed(key)

@@ -261,6 +261,16 @@ def test_export_in_bfloat16_is_free_of_the_rounded_base():
     assert planned["w"].a.shape == (8, 4)
 
 
+def test_bases_can_be_given_up_one_by_one():
+    _, params, adapted, _ = case("dense", jnp.float32)
+    kept, names = jax.tree.map(jnp.copy, adapted), list(params)
+    start = starts.olora(adapted, donate=True)
+    assert all(params[k].is_deleted() for k in names)
+    close(start, starts.olora(kept), 0)
+    starts.pissa(kept, target="w", donate=True)
+    assert [kept[k].base.is_deleted() for k in ("w", "v")] == [True, False]
+
+
 def test_under_jit_and_in_shapes(x64):
     _, _, adapted, _ = case("heads")
     close(jax.jit(starts.pissa)(adapted), starts.pissa(adapted), 1e-12)

@@ -1,0 +1,387 @@
+"""Ranks by budget: planned before training, or moved to where they matter during it.
+
+Before: `rank_pattern` divides a number of parameters among the leaves.
+
+    planned = flora.init(key, flora.LoraConfig(rank=1, ...), fn, shapes, x)
+    ranks = flora.budget.rank_pattern(planned, 2_000_000)
+    config = flora.LoraConfig(rank_pattern=ranks, ...)
+
+During (AdaLoRA): component k of a leaf is column k of A with row k of B, and with
+`extra["e"][k]` where the variant has such (`flora.variants.AdaLoRA`).  Each step:
+
+    loss, grads = flora.value_and_grad(loss_fn)(adapted, x)
+    seen = flora.budget.observe(seen, adapted, grads)          # from flora.budget.unseen
+    ...                                                        # the optimizer's update
+    count = flora.budget.components_at(step, first, last, warmup=200, final=500, total=5000)
+    kept = flora.budget.top(flora.budget.scores(seen), count)
+    adapted = flora.budget.masked(adapted, kept)
+
+All of that has fixed shapes and belongs inside `jax.jit`; components out of budget are
+zeroed, keep their gradients and can come back.  At the end, outside of jit,
+`flora.budget.compacted(adapted, kept)` cuts them off.
+
+References: Zhang et al. 2023 (AdaLoRA). https://arxiv.org/abs/2303.10512
+"""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from flora._components import (
+    best,
+    budget_problems,
+    by_path,
+    components_of,
+    filled,
+    gated,
+    nodes_of,
+    on_components,
+    replaced,
+    require_paths,
+    shares,
+)
+from flora._errors import LoraError, fail
+from flora._matrices import compiled, place_of, stacked
+from flora._residual import matrix_sizes
+from flora._weight import LoraWeight, compute_dtype
+
+__all__ = [
+    "Importance",
+    "compacted",
+    "components_at",
+    "masked",
+    "observe",
+    "orthogonality",
+    "patterns",
+    "rank_pattern",
+    "scores",
+    "top",
+    "unseen",
+]
+
+Kept = Mapping[str, Any]
+
+
+def rank_pattern(
+    adapted: Any,
+    parameters: int,
+    *,
+    importance: str | Mapping[str, float] = "equal",
+    smallest: int = 1,
+    largest: int | None = None,
+) -> dict[str, int]:
+    """A rank for each adapted leaf, within a number of trained parameters.
+
+    rank_i ∝ importance_i between `smallest` and `largest`, rounded down; what rounding
+    leaves over goes, one rank at a time, to the leaves that lost most (not with 'equal').
+
+    Args:
+      adapted: an adapted tree of any rank, of arrays or `jax.ShapeDtypeStruct`s.
+      parameters: the most that all A and B may have together.
+      importance: 'equal', one rank everywhere; 'parameters', each leaf trains the same
+        share of its weight, rank ∝ in·out/(in + out); or a number of 0 or more for the
+        path of each leaf.
+      smallest: the least rank of a leaf.
+      largest: the most, besides what its matrix has.
+
+    Returns:
+      `{path: rank}` for `LoraConfig.rank_pattern`: a full path each, special characters
+      escaped, longer ones first, so that each matches its own leaf only.  With one alpha
+      the scale alpha/rank differs among leaves; for one scale write
+      `alpha_pattern={path: 2 * r for path, r in ranks.items()}`.
+
+    Raises:
+      LoraError: the budget does not suffice for `smallest`, or an importance is missing,
+        negative, or of no adapted leaf.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flora, flora.budget
+      >>> params = {"wide": jnp.ones((30, 70)), "thin": jnp.ones((30, 10))}
+      >>> adapted = flora.init(
+      ...     jax.random.key(0), flora.LoraConfig(rank=1, target="*"),
+      ...     lambda p, x: (x @ p["wide"], x @ p["thin"]), params, jnp.ones((2, 30)))
+      >>> flora.budget.rank_pattern(adapted, 600)
+      {'thin': 4, 'wide': 4}
+      >>> flora.budget.rank_pattern(adapted, 600, importance="parameters")
+      {'thin': 2, 'wide': 5}
+    """
+    nodes = nodes_of("rank_pattern", adapted)
+    sizes = {path: matrix_sizes(w) for path, w in nodes.items()}
+    cost = {path: stack * (in_ + out) for path, (stack, in_, out) in sizes.items()}
+    fail(budget_problems(parameters, smallest, largest))
+    most = {
+        path: min(in_, out, largest or in_) for path, (_, in_, out) in sizes.items()
+    }
+    least = {path: min(smallest, most[path]) for path in nodes}
+    needed = sum(least[path] * cost[path] for path in nodes)
+    if needed > parameters:
+        raise LoraError(
+            f"rank_pattern: rank {smallest} in {len(nodes)} leaves takes {needed:,} "
+            f"parameters and the budget is {parameters:,}. Write parameters={needed} or "
+            "more, or exclude leaves."
+        )
+    share = shares(importance, sizes)
+    exact = filled(parameters, share, cost, least, most)
+    found = {p: math.floor(r + 1e-9) for p, r in exact.items()}
+    left = parameters - sum(r * cost[p] for p, r in found.items())
+    if importance != "equal":
+        for p in sorted(nodes, key=lambda p: found[p] - exact[p]):
+            if share[p] > 0 and found[p] < most[p] and cost[p] <= left:
+                found[p], left = found[p] + 1, left - cost[p]
+    return by_path(found)
+
+
+def patterns(adapted: Any) -> dict[str, dict[str, Any]]:
+    """The `rank_pattern` and `alpha_pattern` with which `flora.init` makes these ranks.
+
+    Args:
+      adapted: an adapted tree, such as `compacted` or `flora.starts.eva` returns.
+
+    Returns:
+      `{"rank_pattern": {path: rank}, "alpha_pattern": {path: alpha}}`, paths as of
+      `rank_pattern`, to pass on: `LoraConfig(..., **patterns(adapted))`.
+    """
+    nodes = nodes_of("patterns", adapted)
+    return {
+        "rank_pattern": by_path({path: w.rank for path, w in nodes.items()}),
+        "alpha_pattern": by_path({path: w.alpha for path, w in nodes.items()}),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Importance:
+    """Running averages of |p·∂L/∂p| for each trained element, by path.
+
+    Attributes:
+      sensitivity: the average, a node with A's and B's shapes for each path.
+      uncertainty: the average distance from it.
+    """
+
+    sensitivity: Mapping[str, LoraWeight]
+    uncertainty: Mapping[str, LoraWeight]
+
+
+jax.tree_util.register_dataclass(
+    Importance, data_fields=["sensitivity", "uncertainty"], meta_fields=[]
+)
+
+
+def unseen(adapted: Any) -> Importance:
+    """The `Importance` before the first step: zeros, in float32, lying as A and B do."""
+    nodes = components_of("unseen", adapted)
+
+    def zeros(x: Any) -> jax.Array:
+        return jnp.zeros_like(x, compute_dtype(x.dtype))
+
+    found = [{p: on_components(zeros, w) for p, w in nodes.items()} for _ in range(2)]
+    return Importance(*found)
+
+
+def observe(
+    seen: Importance,
+    adapted: Any,
+    grads: Any,
+    *,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+) -> Importance:
+    """The averages after one more step, before or after its update.
+
+    I = |p·∂L/∂p|, S ← β₁ S + (1−β₁) I, U ← β₂ U + (1−β₂) |I − S|.
+
+    Args:
+      seen: the averages so far.
+      adapted: the tree that the gradients were taken at.
+      grads: gradients of the tree, or of its adapter.
+      beta1: β₁.
+      beta2: β₂.
+
+    References: Zhang et al. 2023, eqs. 8 to 10. https://arxiv.org/abs/2303.10512
+    """
+    nodes = components_of("observe", adapted)
+    of = nodes_of("observe", grads)
+    require_paths("observe: grads", of, nodes)
+    require_paths("observe: seen", seen.sensitivity, nodes)
+
+    def product(p: Any, g: Any) -> Any:
+        wide = compute_dtype(p.dtype)
+        return jnp.abs(p.astype(wide) * g.astype(wide))
+
+    def moved(i: Any, s: Any) -> Any:
+        return beta1 * s + (1 - beta1) * i
+
+    def strayed(i: Any, s: Any, u: Any) -> Any:
+        return beta2 * u + (1 - beta2) * jnp.abs(i - s)
+
+    now = {p: on_components(product, w, of[p]) for p, w in nodes.items()}
+    mean = {p: on_components(moved, i, seen.sensitivity[p]) for p, i in now.items()}
+    off = {
+        p: on_components(strayed, i, mean[p], seen.uncertainty[p])
+        for p, i in now.items()
+    }
+    return Importance(mean, off)
+
+
+def scores(seen: Importance) -> dict[str, jax.Array]:
+    """How much each component matters, `{path: [*stack, rank]}`.
+
+    s = S U element by element; of component k the mean of s over A's in axes, plus the
+    mean over B's out axes, plus that of e where there is one.
+
+    References: Zhang et al. 2023, eqs. 7 and 11. https://arxiv.org/abs/2303.10512
+    """
+
+    def one(s: LoraWeight, u: LoraWeight) -> jax.Array:
+        both = on_components(lambda x, y: x * y, s, u)
+        n = len(s.layout.stack)
+        total = both.a.mean(tuple(range(n, both.a.ndim - 1)))
+        total += both.b.mean(tuple(range(n + 1, both.b.ndim)))
+        return total + both.extra["e"] if gated(both) else total
+
+    return {p: one(s, seen.uncertainty[p]) for p, s in seen.sensitivity.items()}
+
+
+def components_at(
+    step: Any, first: int, last: int, *, warmup: int, final: int, total: int
+) -> Any:
+    """How many components to keep at a step: a cubic from `first` down to `last`.
+
+    `first` up to step `warmup`, `last` from step `total − final` on, and between them
+    last + (first − last)(1 − (step − warmup)/(total − final − warmup))³, rounded down.
+
+    Args:
+      step: an int, or an array under jit (then float32 may round one component off).
+      first: at the start, such as the ranks' sum over leaves and stacked layers.
+      last: at the end.
+      warmup: steps that keep all.
+      final: steps at the end that keep `last`.
+      total: all steps.
+
+    References: Zhang et al. 2023, appendix A. https://arxiv.org/abs/2303.10512
+    """
+    if not 0 < last <= first or min(warmup, final) < 0 or warmup + final >= total:
+        raise LoraError(
+            f"components_at: first={first}, last={last}, warmup={warmup}, final={final}, "
+            f"total={total}. Expected 0 < last <= first and warmup + final < total."
+        )
+    share = (step - warmup) / (total - final - warmup)
+    if isinstance(step, numbers.Integral):
+        rest = 1 - min(max(share, 0), 1)
+        return math.floor(last + (first - last) * rest**3)
+    rest = 1 - jnp.clip(share, 0, 1)
+    return jnp.floor(last + (first - last) * rest**3).astype(jnp.int32)
+
+
+def top(found: Mapping[str, Any], count: Any) -> dict[str, jax.Array]:
+    """Which components are among the `count` best of all leaves, `{path: [*stack, rank]}`.
+
+    Args:
+      found: what `scores` returns.
+      count: an int, or an integer array under jit; exactly so many are kept.
+    """
+    return best(found, count)
+
+
+def masked(adapted: Any, kept: Kept) -> Any:
+    """The tree with all other components zeroed, of the same shapes.
+
+    Where there is an e, it is zeroed and A and B stay, as published; elsewhere row k of B
+    is.  Either keeps its gradient, so a component can come back.
+
+    Args:
+      adapted: an adapted tree, or an adapter.
+      kept: what `top` returns.
+    """
+    nodes = components_of("masked", adapted)
+    require_paths("masked: kept", kept, nodes)
+
+    def one(w: LoraWeight, keep: Any) -> LoraWeight:
+        if gated(w):
+            e = w.extra["e"]
+            e = jnp.where(keep, e, jnp.zeros((), e.dtype))
+            return dataclasses.replace(w, extra={**w.extra, "e": e})
+        rows = jnp.expand_dims(keep, tuple(range(keep.ndim, w.b.ndim)))
+        b = jnp.where(rows, w.b, jnp.zeros((), w.b.dtype))
+        return dataclasses.replace(w, b=b)
+
+    return replaced(adapted, {p: one(w, kept[p]) for p, w in nodes.items()})
+
+
+def compacted(adapted: Any, kept: Kept) -> Any:
+    """The tree with smaller ranks: components that are not kept are cut off.
+
+    alpha falls with the rank, so that the scale and the model stay the same as of
+    `masked(adapted, kept)`.  The layers of a stack have one rank: the largest of
+    theirs, the others padded with components that are zero.
+
+    Args:
+      adapted: an adapted tree with its bases.
+      kept: what `top` returned, as arrays, not tracers: shapes depend on the values.
+
+    Returns:
+      The tree.  A leaf of which nothing is kept is a plain, frozen one again.  An
+      optimizer's state does not fit it: make a new one.
+    """
+    nodes = components_of("compacted", adapted)
+    require_paths("compacted: kept", kept, nodes)
+    fail(
+        f"compacted: kept has a tracer at '{path}', and ranks depend on its values. Call "
+        "compacted outside of jax.jit."
+        for path, keep in kept.items()
+        if isinstance(keep, Tracer)
+    )
+    fail(
+        f"compacted: '{path}' is an adapter without its base. Write flora.join."
+        for path, w in nodes.items()
+        if w.base is None
+    )
+    pruned = components_of("compacted", masked(adapted, kept))
+    new = {p: _cut(w, np.asarray(kept[p])) for p, w in pruned.items()}
+    return replaced(adapted, new)
+
+
+def _cut(w: LoraWeight, keep: np.ndarray) -> Any:
+    rank = int(keep.sum(-1).max(initial=0))
+    if rank == 0:
+        return w.base
+    n = len(w.layout.stack)
+    order = np.argsort(~keep, axis=-1, kind="stable")[..., :rank]
+
+    def taken(x: Any, axis: int) -> Any:
+        at = np.expand_dims(order, tuple(i for i in range(n, x.ndim) if i != axis))
+        return compiled(jnp.take_along_axis, place_of(x), ("axis",))(x, at, axis=axis)
+
+    share = rank / w.rank
+    alpha = w.alpha * (math.sqrt(share) if w.rank_stabilized else share)
+    made = dataclasses.replace(
+        w, a=taken(w.a, w.a.ndim - 1), b=taken(w.b, n), rank=rank, alpha=alpha
+    )
+    if not gated(w):
+        return made
+    return dataclasses.replace(made, extra={**w.extra, "e": taken(w.extra["e"], n)})
+
+
+def orthogonality(adapted: Any) -> jax.Array:
+    """The mean of ‖AᵀA − I‖_F, and of ‖B Bᵀ − I‖_F where there is an e; to add to a loss.
+
+    Without an e the singular values are in B, and only A is to be orthonormal.
+
+    References: Zhang et al. 2023, eq. 4. https://arxiv.org/abs/2303.10512
+    """
+    found = []
+    for w in components_of("orthogonality", adapted).values():
+        a, b = stacked(w)
+        for x in (a, b.mT) if gated(w) else (a,):
+            x = x.astype(compute_dtype(x.dtype))
+            off = jnp.matmul(x.mT.conj(), x, precision="highest") - jnp.eye(x.shape[-1])
+            square = (off * off.conj()).real.sum((1, 2))
+            safe = jnp.where(square > 0, square, 1)  # √ has no gradient at 0
+            found.append(jnp.where(square > 0, jnp.sqrt(safe), 0))
+    return jnp.concatenate(found).mean()

@@ -249,17 +249,23 @@ def with_columns(
     run: Callable[[Factored, Any], Any],
     out: Sequence[tuple[Hashable, int]],
     v: Views | None = None,
+    x_axes: Sequence[tuple[Hashable, int]] = (),
 ) -> Any:
     """(x (W + scale A B)) ⊙ columns, for a linear `run(weight, x)`.
 
-    Dropout acts on what adapting changes: x W keeps the x that was dropped.
+    Where x meets the out axes, as with Wᵀ, (x ⊙ columns) (W + scale A B)ᵀ; `x_axes` are
+    label and size of its axes.  Dropout acts on what adapting changes: x W keeps the x that was dropped.
 
     References: Liu et al. 2024 (DoRA), section 4.3 and its implementation in PEFT.
       https://arxiv.org/abs/2402.09353
     """
     dropped = drop(x, w, salt)
     plain = dataclasses.replace(w, columns=None, key=None)
-    y = on_columns(run(plain, dropped), v or views(w, "w"), out)
+    v = v or views(w, "w")
+    if {*v.column_labels} <= {label for label, _ in x_axes}:
+        y = run(plain, on_columns(dropped, v, x_axes))
+    else:
+        y = on_columns(run(plain, dropped), v, out)
     if dropped is x or w.base is None:
         return y
     frozen = dataclasses.replace(plain, a=None, b=None)

@@ -88,8 +88,11 @@ def _on_columns(ctx: Any, eqn: Any, x: Any, w: Factored, side: int) -> Any:
         x = x.astype(eqn.invars[1 - side].aval.dtype)
         return _product(ctx, eqn, *((w, x) if side == 0 else (x, w)))
 
-    out = [(label, named.sizes[label]) for label in named.out]
-    return with_columns(w, x, ctx.salt, run, out)
+    out, x_axes = (
+        [(label, named.sizes[label]) for label in labels]
+        for labels in (named.out, named.x.labels)
+    )
+    return with_columns(w, x, ctx.salt, run, out, x_axes=x_axes)
 
 
 @dataclasses.dataclass(frozen=True)

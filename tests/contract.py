@@ -56,9 +56,17 @@ def array(*shape, seed=0, dtype=jnp.float64):
     return jnp.asarray(values, dtype)
 
 
+def waves(key, a, b, dtype):
+    """A of no meaning and B = 0, which compile quickly."""
+    del key
+    return jnp.sin(3 * jnp.arange(a[0] * a[1], dtype=dtype) + 1).reshape(a), jnp.zeros(
+        b, dtype
+    )
+
+
 def adapt(fn, params, *args, key=0, **config):
     """An adapted tree; every leaf of two axes or more is a target unless told."""
-    settings = {"rank": 2, "alpha": 6.0, "target": "*"} | config
+    settings = {"rank": 2, "alpha": 6.0, "target": "*", "init": waves} | config
     return flora.init(
         jax.random.key(key), flora.LoraConfig(**settings), fn, params, *args
     )
@@ -67,10 +75,10 @@ def adapt(fn, params, *args, key=0, **config):
 def randomized(adapted, key=1, size=0.3):
     """The adapted tree with A and B random, as if trained."""
     leaves, treedef = jax.tree.flatten(adapted, is_leaf=is_weight)
-    keys = iter(jax.random.split(jax.random.key(key), 2 * len(leaves)))
+    drawn = np.random.default_rng(key)
 
     def draw(x):
-        return (size * jax.random.normal(next(keys), x.shape)).astype(x.dtype)
+        return jnp.asarray(size * drawn.normal(size=x.shape), x.dtype)
 
     return treedef.unflatten(
         [

@@ -9,7 +9,6 @@ from models import MODELS
 
 import flora
 
-
 # What takes long to compile in every transformation: default tests compile it in two.
 LARGE = ("transformer block", "scanned decoder", "nnx decoder", "lstm", "gru")
 

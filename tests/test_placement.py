@@ -119,7 +119,7 @@ def test_shardings_of_each_array(given):
 def test_a_path_of_like_that_the_tree_lacks_is_named():
     tree = adapt(attention, params(), IDS)
     like = LIKE | {"qq": Spec("tp")}
-    with pytest.raises(flora.LoraError, match="'qq' is no leaf .* Closest: 'q'"):
+    with pytest.raises(flora.LoraError, match=r"'qq' is no leaf .* Closest: 'q'"):
         flora.sharding.shardings(tree, like, mesh=MESH)
     adapter = flora.split(tree)[1]  # that lacks the frozen leaves
     places = flora.sharding.shardings(adapter, like, mesh=MESH)
@@ -141,7 +141,7 @@ def test_places_of_another_tree_are_refused(tree, places):
 
 
 def test_what_is_no_mesh_is_refused():
-    with pytest.raises(flora.LoraError, match="mesh is a tuple. Pass a jax.sharding.Mesh"):
+    with pytest.raises(flora.LoraError, match=r"mesh is a tuple. Pass a jax.sharding.Mesh"):
         flora.sharding.shardings({"w": normal(8, 6)}, Spec(), mesh=(4, 2))
 
 

@@ -101,6 +101,23 @@ def _sharding(x: Any) -> NamedSharding | None:
     return found if isinstance(found, NamedSharding) else None
 
 
+def places_of_parts(mesh: Any, stored: Any, spec: Spec) -> Any:
+    """The sharding of each array of a stored weight.
+
+    Scales of blocks are divided as the weight is, along each axis of which every device
+    would get as many.
+    """
+
+    def place(part: Any) -> NamedSharding:
+        entries = [
+            entry if not any(spec_problems("", [n], Spec(entry), mesh.shape)) else None
+            for n, entry in zip(part.shape, spec, strict=False)
+        ]
+        return NamedSharding(mesh, Spec(*entries))
+
+    return jax.tree.map(place, stored)
+
+
 def spec_problems(
     what: str, shape: Sequence[int], spec: Spec, sizes: Mapping[str, int]
 ) -> Iterator[str]:

@@ -91,6 +91,8 @@ class Checkpointer:
         check_pattern("also", also)
         path = os.fspath(directory)
         self._directory = path if "://" in path else os.path.abspath(path)
+        if os.path.isfile(self._directory):
+            raise LoraError(f"Checkpointer: {path} is a file. Pass a directory.")
         self._max_to_keep, self._also = max_to_keep, also
         self._manager: ocp.CheckpointManager | None = None
         self._writes = False

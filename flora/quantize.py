@@ -18,11 +18,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from flora._errors import LoraError, fail
+from flora._placement import mesh_of, places_of_parts, spec_of
 from flora._select import Pattern, matches, named_leaves, nothing_selected
 from flora._trace import is_array
-from flora._weight import LoraWeight, Quantized, delta, is_stored
+from flora._weight import LoraWeight, Quantized, Trained, delta, is_stored
 
 __all__ = ["QTYPES", "Quantized", "dequantize", "loftq", "quantize"]
 
@@ -71,23 +73,38 @@ def quantize(
       True
     """
     _require(qtype, block)
+    _require_dtype(dtype)
     named, treedef = named_leaves(params)
     hit = {p for p, x in named if matches(target, p, x) and not matches(exclude, p, x)}
     if not hit:
         raise LoraError(nothing_selected("target", target, [p for p, _ in named]))
     bases = {p: _base(x) for p, x in named if p in hit}
     chosen = {p: x for p, x in bases.items() if len(getattr(x, "shape", ())) >= 2}
+    fail([] if chosen else [_nothing_to_store(p, x) for p, x in bases.items()])
     fail(_problems(chosen, block))
+    made: dict[int, Quantized] = {}  # one array may stand in several places
 
     def one(path: str, leaf: Any) -> Any:
         if path not in chosen:
             return leaf
-        stored = _stored(chosen[path], qtype, block, dtype, donate)
+        x = chosen[path]
+        if id(x) not in made:
+            made[id(x)] = _stored(x, qtype, block, dtype, donate)
+        stored = made[id(x)]
         if isinstance(leaf, LoraWeight):
             return dataclasses.replace(leaf, base=stored)
         return stored
 
     return treedef.unflatten([one(path, leaf) for path, leaf in named])
+
+
+def _nothing_to_store(path: str, x: Any) -> str:
+    if isinstance(x, Trained):
+        return f"'{path}' trains whole and stays as it is. Select frozen weights."
+    return (
+        f"'{path}' has shape {tuple(getattr(x, 'shape', ()))}; only leaves of at least 2 "
+        "axes are stored in fewer bits. Select others."
+    )
 
 
 def _base(leaf: Any) -> Any:
@@ -109,7 +126,8 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
     is taken.  The adapted model starts nearer to the pretrained one than with B = 0.
 
     Args:
-      adapted: an adapted tree of dense arrays; its factors are not read.
+      adapted: an adapted tree of dense arrays, tracers or `ShapeDtypeStruct`s; of its
+        factors only the places are read.
       qtype: as of `quantize`.
       block: as of `quantize`.
       steps: how often.
@@ -133,21 +151,48 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
     fail(_problems(chosen, block))
 
     def one(w: LoraWeight) -> LoraWeight:
-        make = _maker(qtype, block, jnp.dtype(w.base.dtype))
-        wide = w.base.astype(jnp.promote_types(w.base.dtype, jnp.float32))
-        tries, change = [], jnp.zeros_like(wide)
-        for _ in range(steps):
-            stored = make((wide - change).astype(w.base.dtype))
-            rest = wide - stored.dense().astype(wide.dtype)
-            a, b = _factors(w, rest)
-            change = delta(dataclasses.replace(w, a=a, b=b))
-            made = dataclasses.replace(w, base=stored, a=a, b=b)
-            tries.append((float(jnp.linalg.norm(rest - change)), made))
-        return min(tries, key=lambda pair: pair[0])[1]
+        found = functools.partial(_nearest, qtype=qtype, block=block, steps=steps)
+        if not isinstance(w.base, jax.ShapeDtypeStruct):
+            return _placed_as(w, found(w))
+        stored = _stored(w.base, qtype, block, None, donate=False)
+        return dataclasses.replace(w, base=stored)
 
     return treedef.unflatten(
         [one(x) if isinstance(x, LoraWeight) else x for _, x in named]
     )
+
+
+def _nearest(w: LoraWeight, *, qtype: str, block: int, steps: int) -> LoraWeight:
+    """Of the pairs of stored base and factors the nearest to the weight."""
+    make = _maker(qtype, block, jnp.dtype(w.base.dtype))
+    wide = w.base.astype(jnp.promote_types(w.base.dtype, jnp.float32))
+    best, least, change = w, jnp.inf, jnp.zeros_like(wide)
+    for step in range(steps):
+        stored = make((wide - change).astype(w.base.dtype))
+        rest = wide - stored.dense().astype(wide.dtype)
+        a, b = _factors(w, rest)
+        change = delta(dataclasses.replace(w, a=a, b=b))
+        made = dataclasses.replace(w, base=stored, a=a, b=b)
+        left = jnp.linalg.norm(rest - change)
+        if step == 0:
+            best, least = made, left
+            continue
+        nearer = left < least
+        best = jax.tree.map(functools.partial(_either, nearer), made, best)
+        least = jnp.minimum(left, least)
+    return best
+
+
+def _either(first: Any, x: Any, y: Any) -> Any:
+    return jnp.where(first, x, y)
+
+
+def _placed_as(w: LoraWeight, made: LoraWeight) -> LoraWeight:
+    """What was made, with its factors where those of w lie."""
+    if spec_of(w.a) is None or isinstance(w.a, Tracer):
+        return made
+    a, b = jax.device_put((made.a, made.b), (w.a.sharding, w.b.sharding))
+    return dataclasses.replace(made, a=a, b=b)
 
 
 def _factors(w: LoraWeight, change: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -174,8 +219,20 @@ def _require(qtype: str, block: int) -> None:
         ) from error
     if qtype not in QTYPES:
         raise LoraError(f"qtype={qtype!r}. Write one of {', '.join(QTYPES)}.")
-    if not isinstance(block, int) or block < 1:
+    if not isinstance(block, int) or isinstance(block, bool) or block < 1:
         raise LoraError(f"block={block!r}. Write a positive number, such as 64.")
+
+
+def _require_dtype(dtype: Any) -> None:
+    try:
+        floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise LoraError(
+            f"dtype={dtype!r}. Write a floating dtype that weights open to, such as "
+            "jnp.bfloat16."
+        )
 
 
 def _problems(chosen: dict[str, Any], block: int) -> list[str]:
@@ -202,12 +259,24 @@ def _blocked_axis(shape: Any, block: int) -> int | None:
 def _stored(x: Any, qtype: str, block: int, dtype: Any, donate: bool) -> Quantized:
     make = _maker(qtype, block, jnp.dtype(dtype or x.dtype))
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.eval_shape(make, x)
+        return _lying_as(x, jax.eval_shape(make, x))
     made = make(x)
-    if donate and isinstance(x, jax.Array):
+    if donate and isinstance(x, jax.Array) and not isinstance(x, Tracer):
         jax.block_until_ready(made)
         x.delete()
     return made
+
+
+def _lying_as(x: jax.ShapeDtypeStruct, stored: Quantized) -> Quantized:
+    """The shapes of what is stored, lying as the weight does if that says so."""
+    spec = spec_of(x)
+    if spec is None:
+        return stored
+    return jax.tree.map(
+        lambda part, place: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=place),
+        stored,
+        places_of_parts(mesh_of(x), stored, spec),
+    )
 
 
 @functools.cache

@@ -18,11 +18,18 @@ import flax.linen as nn
 import jax
 from flax import nnx
 from flax.linen.spmd import logical_to_mesh
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from flora._errors import LoraError, fail
-from flora._placement import names, spec_of, spec_of_extra, spec_problems, specs
+from flora._errors import LoraError, LoraTypeError, fail
+from flora._placement import (
+    names,
+    places_of_parts,
+    spec_of,
+    spec_of_extra,
+    spec_problems,
+    specs,
+)
 from flora._select import named_leaves, path_of
 from flora._weight import LoraWeight, Trained, base_of, is_leaf, is_stored
 
@@ -81,7 +88,12 @@ def shardings(
     """
     named, treedef = named_leaves(tree)
     given = _given(tree, named, like)
-    mesh = mesh or _mesh(named, like)
+    mesh = _mesh(named, like) if mesh is None else mesh
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise LoraTypeError(
+            f"shardings: mesh is a {type(mesh).__name__}. Pass a jax.sharding.Mesh, such "
+            'as jax.make_mesh((4, 2), ("fsdp", "tp")).'
+        )
     sizes = dict(mesh.shape)
     if rank is not None and rank not in sizes:
         raise LoraError(f"rank={rank!r} is no axis of the mesh: {', '.join(sizes)}.")
@@ -94,7 +106,7 @@ def shardings(
         problem
         for each in parts
         for what, x, spec in each.values()
-        for problem in spec_problems(what, x.shape, spec, sizes)
+        for problem in spec_problems(what, getattr(x, "shape", ()), spec, sizes)
     )
     placed = [
         {name: _where(mesh, x, spec) for name, (_, x, spec) in each.items()}
@@ -117,15 +129,22 @@ def of_state(state: Any, tree: Any, places: Any) -> Any:
       `state` with each array replaced by its sharding.  An array whose path ends as the
       path of an array of the tree does, and that has its shape, lies as that one; all
       else, such as counts, is whole everywhere.
+
+    Raises:
+      LoraError: `places` are not the shardings of `tree`.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    found = dict(
-        zip(
-            [(keys, tuple(x.shape)) for keys, x in flat],
-            jax.tree.leaves(places),
-            strict=True,
+    where, _ = jax.tree_util.tree_flatten_with_path(places)
+    fits = [keys for keys, _ in flat] == [keys for keys, _ in where]
+    if not flat or not fits or not all(isinstance(x, NamedSharding) for _, x in where):
+        raise LoraError(
+            f"of_state: places has {len(where)} leaves for the {len(flat)} arrays of the "
+            "tree, or other ones. Pass the tree of tx.init and its shardings(tree)."
         )
-    )
+    found = {
+        (keys, tuple(getattr(x, "shape", ()))): place
+        for (keys, x), (_, place) in zip(flat, where, strict=True)
+    }
     whole = NamedSharding(next(iter(found.values())).mesh, Spec())
 
     def place(keys: Any, x: Any) -> NamedSharding:
@@ -139,7 +158,9 @@ def of_state(state: Any, tree: Any, places: Any) -> Any:
 def _given(tree: Any, named: Named, like: Any) -> dict[str, Spec]:
     """The spec of each leaf's base, in the names of the mesh or logical ones."""
     if like is not None:
-        return _looked_up([path for path, _ in named], like)
+        parts = [x for _, x in named if not isinstance(x, Trained)]
+        whole = any(base_of(x) is not None for x in parts)  # not an adapter alone
+        return _looked_up([path for path, _ in named], like, whole=whole)
     has_variables = any(
         isinstance(x, nnx.Variable)
         for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
@@ -153,8 +174,13 @@ def _given(tree: Any, named: Named, like: Any) -> dict[str, Spec]:
     return {path: lies[path] or by_name[path] or NOTHING for path in by_name}
 
 
-def _looked_up(paths: Sequence[str], like: Any) -> dict[str, Spec]:
-    """For each path the spec in `like` with that path, or for the module around it."""
+def _looked_up(
+    paths: Sequence[str], like: Any, *, whole: bool = False
+) -> dict[str, Spec]:
+    """For each path the spec in `like` with that path, or for the module around it.
+
+    `whole`: the paths are all that there are, and `like` may have no others.
+    """
 
     def stop(x: Any) -> bool:
         return x is None or isinstance(x, Spec | jax.sharding.Sharding)
@@ -166,20 +192,35 @@ def _looked_up(paths: Sequence[str], like: Any) -> dict[str, Spec]:
         for path, x in by_path.items()
         if x is not None and not isinstance(x, Spec | NamedSharding)
     )
-    found, problems = {}, []
+    found, problems, used = {}, [], set()
     for path in paths:
         parts = path.split("/")
         around = ["/".join(parts[:i]) for i in range(len(parts), -1, -1)]
         hit = next((p for p in around if p in by_path), None)
         if hit is None:
-            close = difflib.get_close_matches(path, by_path, 1)
-            near = f" Closest: '{close[0]}'." if close else ""
-            problems.append(f"like has no sharding for '{path}'.{near}")
+            problems.append(
+                f"like has no sharding for '{path}'.{_nearest(path, by_path)}"
+            )
         else:
             x = by_path[hit]
+            used.add(hit)
             found[path] = (x.spec if isinstance(x, NamedSharding) else x) or Spec()
     fail(problems)
+    fail(
+        f"like: '{path}' is no leaf or module of the tree.{_nearest(path, paths)}"
+        for path in by_path
+        if whole and path not in used and not _around(path, paths)
+    )
     return found
+
+
+def _around(path: str, paths: Sequence[str]) -> bool:
+    return any(x == path or x.startswith(f"{path}/") for x in paths)
+
+
+def _nearest(path: str, paths: Any) -> str:
+    close = difflib.get_close_matches(path, paths, 1)
+    return f" Closest: '{close[0]}'." if close else ""
 
 
 def _mesh(named: Named, like: Any) -> Any:
@@ -236,20 +277,8 @@ def _parts(
 
 
 def _where(mesh: Any, x: Any, spec: Spec) -> Any:
-    """The sharding of an array, or of each array of a stored weight.
-
-    Scales of blocks are divided as the weight is, along each axis of which every device
-    would get as many.
-    """
-
-    def place(part: Any) -> NamedSharding:
-        entries = [
-            entry if not any(spec_problems("", [n], Spec(entry), mesh.shape)) else None
-            for n, entry in zip(part.shape, spec, strict=False)
-        ]
-        return NamedSharding(mesh, Spec(*entries))
-
-    return jax.tree.map(place, x) if is_stored(x) else NamedSharding(mesh, spec)
+    """The sharding of an array, or of each array of a stored weight."""
+    return places_of_parts(mesh, x, spec) if is_stored(x) else NamedSharding(mesh, spec)
 
 
 def _in_place(leaf: Any, placed: dict[str, NamedSharding]) -> Any:

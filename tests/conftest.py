@@ -1,12 +1,22 @@
 """Eight CPU devices and quick compilation, fixed before JAX starts."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The same operations in the same order, but code that is made twice as fast.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # What one worker has compiled the others load, and so do processes of tests.
+    COMPILED = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 import contract
 import jax

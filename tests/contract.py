@@ -56,9 +56,17 @@ def array(*shape, seed=0, dtype=jnp.float64):
     return jnp.asarray(values, dtype)
 
 
+def waves(key, a, b, dtype):
+    """A of no meaning and B = 0, which compile quickly."""
+    del key
+    return jnp.sin(3 * jnp.arange(a[0] * a[1], dtype=dtype) + 1).reshape(a), jnp.zeros(
+        b, dtype
+    )
+
+
 def adapt(fn, params, *args, key=0, **config):
     """An adapted tree; every leaf of two axes or more is a target unless told."""
-    settings = {"rank": 2, "alpha": 6.0, "target": "*"} | config
+    settings = {"rank": 2, "alpha": 6.0, "target": "*", "init": waves} | config
     return flora.init(
         jax.random.key(key), flora.LoraConfig(**settings), fn, params, *args
     )
@@ -67,10 +75,10 @@ def adapt(fn, params, *args, key=0, **config):
 def randomized(adapted, key=1, size=0.3):
     """The adapted tree with A and B random, as if trained."""
     leaves, treedef = jax.tree.flatten(adapted, is_leaf=is_weight)
-    keys = iter(jax.random.split(jax.random.key(key), 2 * len(leaves)))
+    drawn = np.random.default_rng(key)
 
     def draw(x):
-        return (size * jax.random.normal(next(keys), x.shape)).astype(x.dtype)
+        return jnp.asarray(size * drawn.normal(size=x.shape), x.dtype)
 
     return treedef.unflatten(
         [
@@ -156,14 +164,21 @@ def close_to_formula(adapted, pairs, dense, tolerance=None):
                 np.testing.assert_allclose(got, want, rtol=0, atol=max(atol, 1e-30))
 
 
-def close_to_merged(fn, adapted, *args, tolerance=1e-12, of_gradients=None):
-    """Outputs and gradients, in one compiled program; in float64 unless told."""
+def close_to_merged(
+    fn, adapted, *args, tolerance=1e-12, of_gradients=None, start=None
+):
+    """Outputs and gradients, in one compiled program; in float64 unless told.
+
+    `start` is the tree as `adapt` made it: there the base model's outputs come out.
+    """
 
     @jax.jit
     def both(t, args):
         outs = flora.lora(fn)(t, *args), fn(flora.merge(t), *args)
         return outs, gradients(fn, t, *args)
 
+    if start is not None:
+        close(*both(start, args)[0], COMPILED)
     outs, grads = both(adapted, args)
     close(*outs, tolerance)
     close_to_formula(adapted, *grads, tolerance=of_gradients or tolerance)
@@ -193,17 +208,14 @@ def dense_arrays(fn, shapes, *args, views=()):
 
 
 def close_at_start(fn, adapted, params, *args):
-    """The base model's outputs, bit for bit where operations run one by one.
+    """The base model's outputs, bit for bit, where operations run one by one.
 
-    Within rounding where a function holds loops or branches, which JAX compiles.
+    Loops and branches JAX compiles even then: those are left to compiled programs.
     """
-    outs = flora.lora(fn)(adapted, *args), fn(params, *args)
     kinds = {eqn.primitive for eqn in equations(jax.make_jaxpr(fn)(params, *args))}
-    if kinds & {P.scan, P.while_, P.cond, P.remat, P.shard_map}:
-        close(*outs, COMPILED)
-    else:
+    if not kinds & {P.scan, P.while_, P.cond, P.remat, P.shard_map}:
+        outs = flora.lora(fn)(adapted, *args), fn(params, *args)
         chex.assert_trees_all_equal(*outs)
-    return outs[1]
 
 
 def check(fn, params, *args, tolerance=None, views=(), vmap=True, **config):
@@ -215,12 +227,15 @@ def check(fn, params, *args, tolerance=None, views=(), vmap=True, **config):
     shape.  `vmap=False` is for operations that JAX itself cannot batch.
     """
     adapted = adapt(fn, params, *args, **config)
-    apply = flora.lora(fn)
-    plain = close_at_start(fn, adapted, params, *args)
-    close(jax.jit(apply)(adapted, *args), jax.jit(fn)(params, *args), COMPILED)
+    close_at_start(fn, adapted, params, *args)
+    run = jax.jit(lambda t, args: _everything(fn, t, args, vmap))
+    start = run(adapted, args)
+    plain = start["merged"]  # by the base's own weights, since B = 0
+    chex.assert_trees_all_equal(*map(of_floats, (start["weights"], params)))
+    close(start["factored"], plain, COMPILED)
     adapted = randomized(adapted)
-    got = jax.jit(lambda t, args: _everything(fn, t, args, vmap))(adapted, args)
-    expected = got.pop("merged")
+    got = run(adapted, args)
+    expected, _ = got.pop("merged"), got.pop("weights")
     differs = jax.tree.map(lambda x, y: not np.array_equal(x, y), expected, plain)
     assert any(jax.tree.leaves(differs)), "the factors change nothing"
     pairs, dense = got.pop("gradients")
@@ -235,6 +250,10 @@ def check(fn, params, *args, tolerance=None, views=(), vmap=True, **config):
     return adapted
 
 
+def of_floats(tree):
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
 def _everything(fn, adapted, args, vmap):
     """The function in every transformation of the contract, as one program."""
     apply = flora.lora(fn)
@@ -247,8 +266,10 @@ def _everything(fn, adapted, args, vmap):
     def first(out):
         return jax.tree.map(lambda y: y[0], out)
 
+    merged = flora.merge(adapted)
     return {
-        "merged": fn(flora.merge(adapted), *args),
+        "weights": merged,
+        "merged": fn(merged, *args),
         "factored": apply(adapted, *args),
         "remat": jax.checkpoint(apply)(adapted, *args),
         "inner jit": flora.lora(jax.jit(fn))(adapted, *args),
@@ -279,9 +300,9 @@ def check_model(model):
     adapted = adapt(fn, params, *args, target=model.target, **config)
     close_at_start(fn, adapted, params, *args)
     # Not too large: a model that is ill-conditioned there magnifies rounding.
-    adapted = randomized(adapted, size=0.1)
+    start, adapted = adapted, randomized(adapted, size=0.1)
     loose = {"tolerance": tolerance, "of_gradients": 3 * tolerance}
-    close_to_merged(fn, adapted, *args, **loose)
+    close_to_merged(fn, adapted, *args, start=start, **loose)
     dense = dense_arrays_of_step(fn, adapted, *args, views=views)
     assert dense == [], [eqn.primitive for eqn in dense]
     report = flora.coverage(fn, params, *args)

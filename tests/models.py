@@ -4,12 +4,16 @@ Widths are chosen so that no activation has a weight's shape.
 """
 
 import dataclasses
+import itertools
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 IDS = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
@@ -27,18 +31,55 @@ class Model:
 
 
 def normal(*shape, seed=7, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def filled(make):
+    """What `make()` returns, but drawn by NumPy, which compiles nothing.
+
+    Scales and variances are near 1, all biases near 0; counters and keys are 0.
+    """
+    seeds = itertools.count()
+
+    def fill(path, x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(np.zeros((*x.shape, 2), np.uint32))
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return jnp.zeros(x.shape, x.dtype)
+        drawn = np.random.default_rng(next(seeds)).normal(size=x.shape)
+        if re.search(r"\b(scale|var|sigma)\b", jax.tree_util.keystr(path)):
+            drawn = 1 + 0.1 * np.tanh(drawn)
+        elif len(x.shape) < 2:
+            drawn = 0.1 * drawn
+        else:
+            drawn = drawn / math.sqrt(math.prod(x.shape[:-1]))
+        return jnp.asarray(drawn, x.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(make))
 
 
 def linen(module, *args, settings=None, **options):
     """A Linen module on `args`."""
-    variables = module.init(jax.random.key(0), *args)
+    variables = filled(lambda: module.init(jax.random.key(0), *args))
     return Model(module.apply, variables, args, settings=settings or {}, **options)
+
+
+def nnx_split(build):
+    """The graph and the state of an NNX module."""
+    graphs = []
+
+    def state():
+        graph, state = nnx.split(build(nnx.Rngs(0)))
+        graphs.append(graph)
+        return state
+
+    state = filled(state)
+    return graphs[0], state
 
 
 def of_nnx(build, *args, **options):
     """An NNX module; its state is the parameter tree."""
-    graph, state = nnx.split(build(nnx.Rngs(0)))
+    graph, state = nnx_split(build)
 
     def fn(state, *args):
         return nnx.merge(graph, state)(*args)
@@ -122,7 +163,7 @@ class Normed(nn.Module):
 
 def batch_norm():
     module, x = Normed(), normal(3, 5)
-    variables = module.init(jax.random.key(0), x, False)
+    variables = filled(lambda: module.init(jax.random.key(0), x, False))
 
     def fn(variables, x):
         return module.apply(variables, x, train=True, mutable=["batch_stats"])

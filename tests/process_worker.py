@@ -15,6 +15,8 @@ import warnings
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
+    # Another process was writing that program just then: it is compiled here too.
+    warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
     JOB = json.loads(sys.argv[1])
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = (

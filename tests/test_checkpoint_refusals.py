@@ -153,6 +153,13 @@ def test_what_is_no_checkpoint_is_refused(saver, tmp_path):
     assert (others / "5" / "weights").read_text() == "precious"
 
 
+def test_a_file_is_no_directory(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("precious")
+    with pytest.raises(flora.LoraError, match=r"file is a file. Pass a directory"):
+        Checkpointer(path)
+
+
 def test_another_format_is_refused(saver):
     saver.save(1, adapt())
     saver.wait()

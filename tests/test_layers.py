@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax import lax
-from models import IDS, Model, linen, normal, of_nnx
+from models import IDS, Model, filled, linen, nnx_split, normal, of_nnx
 
 import flora
 from flora._compat import P
@@ -26,7 +26,7 @@ def hooked(lhs, rhs, dims, precision=None, preferred_element_type=None):
 
 def with_state(module, x, **settings):
     """A module whose call changes other collections."""
-    variables = module.init(jax.random.key(0), x, True)
+    variables = filled(lambda: module.init(jax.random.key(0), x, True))
     others = [name for name in variables if name != "params"]
 
     def fn(variables, x):
@@ -137,7 +137,7 @@ class NnxNormed(nnx.Module):
 
 def with_whole_state(build, *args):
     """An NNX module whose call hands back its whole state, changed where it changes."""
-    graph, state = nnx.split(build(nnx.Rngs(0)))
+    graph, state = nnx_split(build)
 
     def fn(state, *args):
         module = nnx.merge(graph, state)

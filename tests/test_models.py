@@ -9,8 +9,19 @@ from models import MODELS
 
 import flora
 
+# What takes long to compile in every transformation: default tests compile it in two.
+LARGE = ("transformer block", "scanned decoder", "nnx decoder", "lstm", "gru")
 
-@pytest.mark.parametrize("name", MODELS)
+
+@pytest.mark.parametrize("name", LARGE)
+def test_contract_of_large_models(name):
+    contract.check_model(MODELS[name]())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in LARGE else ()) for n in MODELS],
+)
 def test_contract_of_models(name):
     model = MODELS[name]()
     adapted = contract.check(model.fn, model.params, *model.args, target=model.target,

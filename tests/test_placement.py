@@ -116,6 +116,35 @@ def test_shardings_of_each_array(given):
     assert lies(flora.sharding.shardings(adapter)["q"].a) == Spec("fsdp")
 
 
+def test_a_path_of_like_that_the_tree_lacks_is_named():
+    tree = adapt(attention, params(), IDS)
+    like = LIKE | {"qq": Spec("tp")}
+    with pytest.raises(flora.LoraError, match=r"'qq' is no leaf .* Closest: 'q'"):
+        flora.sharding.shardings(tree, like, mesh=MESH)
+    adapter = flora.split(tree)[1]  # that lacks the frozen leaves
+    places = flora.sharding.shardings(adapter, like, mesh=MESH)
+    assert lies(places["q"].a) == Spec("fsdp")
+
+
+def test_python_numbers_are_whole():
+    places = flora.sharding.shardings({"rate": 0.5, "w": normal(8, 6)}, Spec(), mesh=MESH)
+    assert lies(places["rate"]) == Spec()
+
+
+@pytest.mark.parametrize(
+    ("tree", "places"),
+    [({}, {}), ({"w": jnp.ones(2)}, {}), ({"w": jnp.ones(2)}, {"w": Spec()})],
+)
+def test_places_of_another_tree_are_refused(tree, places):
+    with pytest.raises(flora.LoraError, match=r"of_state: places has .* Pass the tree"):
+        flora.sharding.of_state({"mu": jnp.ones(2)}, tree, places)
+
+
+def test_what_is_no_mesh_is_refused():
+    with pytest.raises(flora.LoraError, match=r"mesh is a tuple. Pass a jax.sharding.Mesh"):
+        flora.sharding.shardings({"w": normal(8, 6)}, Spec(), mesh=(4, 2))
+
+
 def on_mesh(spec):
     return NamedSharding(MESH, spec)
 

@@ -100,25 +100,42 @@ def step(fn):
         base, adapter = flora.split(tree)
 
         def loss(adapter, x):
-            return scalar(flora.lora(fn)(flora.join(base, adapter), x))
+            out = flora.lora(fn)(flora.join(base, adapter), x)
+            return scalar(out), out
 
-        return jax.value_and_grad(loss, (0, 1))(adapter, x)
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(adapter, x)
 
     return run
 
 
-@pytest.mark.parametrize("qtype", QTYPES)
-@pytest.mark.parametrize("name", MODELS)
+def few_and_all(qtypes=("int8", "nf4"), names=("dense", "scan of remat", "one x")):
+    """Some pairs of model and type, all models and all types among them; all if slow."""
+    for name in MODELS:
+        for qtype in QTYPES:
+            few = qtype in qtypes or name in names
+            yield pytest.param(name, qtype, marks=[] if few else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "qtype"), list(few_and_all()))
 def test_the_gradients_are_those_over_the_opened_base(x64, name, qtype):
     fn, adapted, opened, x = case(name, qtype)
-    got, want = jax.jit(step(fn))(adapted, x), jax.jit(step(fn))(opened, x)
-    close(got, want)
+    stored = jax.jit(step(fn))
+
+    @jax.jit
+    def of_opened(tree, x):
+        return step(fn)(tree, x), fn(flora.merge(tree), x)
+
+    got = stored(adapted, x)
+    close(got, of_opened(opened, x)[0])
     assert float(optax.tree.norm(got[1][0])) > 0
-    start = dataclasses.replace
-    zero = jax.tree.map(
-        lambda w: start(w, b=0 * w.b) if is_weight(w) else w, adapted, is_leaf=is_weight
+    zero, plain = (
+        jax.tree.map(
+            lambda w: dataclasses.replace(w, b=0 * w.b), tree, is_leaf=is_weight
+        )
+        for tree in (adapted, opened)
     )
-    close(flora.lora(fn)(zero, x), fn(dequantize(flora.split(adapted)[0]), x), 1e-14)
+    (_, out), _ = stored(zero, x)
+    close(out, of_opened(plain, x)[1], 1e-14)
 
 
 @pytest.mark.parametrize("form", ["thin_last", "concat", "merged"])
@@ -226,6 +243,53 @@ def test_a_sharded_tree_is_quantized_where_it_lies():
     assert "all-reduce" not in text
 
 
+def test_one_array_in_two_places_is_donated_once():
+    w = array(64, 8, dtype=jnp.float32)
+    whole = quantize({"kernel": w}, "int8")["kernel"]
+    stored = quantize({"a": {"kernel": w}, "b": {"kernel": w}}, "int8", donate=True)
+    assert w.is_deleted()
+    close(stored, {"a": {"kernel": whole}, "b": {"kernel": whole}}, 0)
+
+
+def test_inside_jit():
+    params = {"kernel": array(64, 8, dtype=jnp.float32)}
+    make = lambda p: quantize(p, "int8", donate=True)  # noqa: E731
+    close(jax.jit(make)(params), quantize(params, "int8"), 0)
+
+
+def test_shapes_say_where_they_lie_as_arrays_do():
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tp"))
+    place = NamedSharding(mesh, Spec("fsdp", "tp"))
+    w = jax.device_put(array(64, 8, dtype=jnp.float32), place)
+    made = jax.tree.leaves(quantize({"kernel": w}, "int8"))
+    shape = jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=place)
+    planned = jax.tree.leaves(quantize({"kernel": shape}, "int8"))
+    for x, y in zip(made, planned, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def test_loftq_on_a_mesh_inside_jit_and_of_shapes():
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tp"))
+    params = {"kernel": array(16, 8, dtype=jnp.float32)}
+    fn, x = lambda p, x: x @ p["kernel"], jnp.ones((2, 16))
+    place = NamedSharding(mesh, Spec("fsdp", "tp"))
+    sharded = adapt(fn, jax.device_put(params, place), x)
+    plain, settings = adapt(fn, params, x), {"qtype": "int8", "block": 4, "steps": 2}
+    start = lambda tree: flora.quantize.loftq(tree, **settings)  # noqa: E731
+    got, want = start(sharded)["kernel"], start(plain)["kernel"]
+    for part in ("a", "b"):
+        lies, lay = getattr(got, part).sharding, getattr(sharded["kernel"], part).sharding
+        assert lies.is_equivalent_to(lay, 2)
+    assert got.a.sharding.spec[0] == "fsdp"
+    compiled = jax.jit(start)(plain)["kernel"]
+    for one in (got, compiled):
+        close(one.a @ one.b, want.a @ want.b, 1e-2)  # rounding may flip a code
+    shapes = start(adapt(fn, {"kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32)}, x))
+    assert isinstance(shapes["kernel"].base, flora.quantize.Quantized)
+    assert shapes["kernel"].a.shape == (16, 2)
+
+
 def test_shapes_alone():
     shapes = {"kernel": jax.ShapeDtypeStruct((64, 8), jnp.bfloat16)}
     stored = quantize(shapes, "nf4")
@@ -297,6 +361,9 @@ BAD = {
     "no target": ({"w": jnp.ones((64, 4))}, {}, "target='kernel' selects none"),
     "does not divide": ({"kernel": jnp.ones((60, 4))}, {}, r"\(60, 4\); neither of"),
     "integers": ({"kernel": jnp.ones((64, 4), int)}, {}, "only floating arrays"),
+    "vectors": ({"kernel": jnp.ones(64)}, {}, r"'kernel' has shape \(64,\); only leaves"),
+    "opens to integers": ({"kernel": jnp.ones((64, 4))}, {"dtype": "int8"}, "dtype='int8'"),
+    "no dtype": ({"kernel": jnp.ones((64, 4))}, {"dtype": "foo"}, "dtype='foo'"),
 }  # fmt: skip
 
 

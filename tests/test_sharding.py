@@ -52,14 +52,20 @@ def spec_of(weight):
     return Spec(*axes)
 
 
-@pytest.mark.parametrize("where", ["base", "base and factors"])
-def test_sharded_training_has_the_losses_of_one_device(where):
+@pytest.fixture(scope="module")
+def one_device():
+    """An adapted decoder, the function, and what training gives on one device."""
     model = linen(Decoder(), batch())
     adapted = contract.adapt(
         model.fn, model.params, batch(), target=model.target, alpha=4.0
     )
     apply = flora.lora(model.fn)
-    expected, trained = train(adapted, batch(), apply)
+    return adapted, apply, *train(adapted, batch(), apply)
+
+
+@pytest.mark.parametrize("where", ["base", "base and factors"])
+def test_sharded_training_has_the_losses_of_one_device(where, one_device):
+    adapted, apply, expected, trained = one_device
     assert expected[-1] < expected[0] - 0.1
 
     def place(x):

@@ -199,7 +199,7 @@ def observe(
     Args:
       seen: the averages so far.
       adapted: the tree that the gradients were taken at.
-      grads: gradients of the tree, or of its adapter.
+      grads: gradients of the tree, or of its adapter, by the loss alone.
       beta1: β₁.
       beta2: β₂.
 
@@ -371,7 +371,9 @@ def _cut(w: LoraWeight, keep: np.ndarray) -> Any:
 def orthogonality(adapted: Any) -> jax.Array:
     """The mean of ‖AᵀA − I‖_F, and of ‖B Bᵀ − I‖_F where there is an e; to add to a loss.
 
-    Without an e the singular values are in B, and only A is to be orthonormal.
+    Without an e the singular values are in B, and only A is to be orthonormal.  Its own
+    gradient raises |p·∂L/∂p| too, and can drown what the loss says about components:
+    give `observe` the gradients of the loss without it.
 
     References: Zhang et al. 2023, eq. 4. https://arxiv.org/abs/2303.10512
     """

@@ -298,6 +298,45 @@ def test_adaloras_own_numbers_are_scored_zeroed_and_cut():
     assert float(budget.orthogonality(adapted)) == pytest.approx(np.mean(wanted), rel=1e-5)
 
 
+@pytest.mark.parametrize("variant", [None, AdaLoRA(std=0.1)])
+def test_the_budget_goes_where_the_change_is(variant):
+    """One of two weights needs a change of rank 2; of 12 components 3 may stay."""
+    draw = functools.partial(array, dtype=jnp.float32)
+    p = {"u": draw(16, 16) / 4, "v": draw(16, 8, seed=1) / 4}
+    change = draw(16, 2, seed=2) @ draw(2, 16, seed=3) / 8
+    x = draw(128, 16, seed=4)
+
+    def net(p, x):
+        return jnp.tanh(x @ p["u"]) @ p["v"]
+
+    y = net({"u": p["u"] + change, "v": p["v"]}, x)
+    adapted = adapt(net, p, x, rank=6, variant=variant)
+    tx = flora.optimizer(optax.adam(1e-2), adapted)
+
+    def loss(tree):
+        return ((flora.lora(net)(tree, x) - y) ** 2).mean()
+
+    def step(carry, i):
+        adapted, state, seen, _ = carry
+        value, grads = flora.value_and_grad(loss)(adapted)
+        seen = budget.observe(seen, adapted, grads)
+        updates, state = tx.update(grads, state, adapted)
+        adapted = optax.apply_updates(adapted, updates)
+        count = budget.components_at(i, 12, 3, warmup=80, final=150, total=400)
+        kept = budget.top(budget.scores(seen), count)
+        return (budget.masked(adapted, kept), state, seen, kept), value
+
+    start = adapted, tx.init(adapted), budget.unseen(adapted), {
+        path: jnp.ones(6, bool) for path in p}  # fmt: skip
+    (adapted, _, _, kept), values = jax.jit(
+        lambda start: jax.lax.scan(step, start, jnp.arange(400))
+    )(start)
+    assert {path: int(k.sum()) for path, k in kept.items()} == {"u": 3, "v": 0}
+    small = budget.compacted(adapted, kept)
+    assert small["v"] is adapted["v"].base
+    assert float(loss(small)) < 1e-3 * float(values[0])
+
+
 def test_orthogonality():
     adapted, _ = tree()
     adapted = randomized(adapted)

@@ -81,7 +81,7 @@ class Decoder(nn.Module):
     layers: int = 4
     heads: int = 8
     vocab: int = 512
-    length: int = 32
+    length: int = 24
 
     @nn.compact
     def __call__(self, ids: jax.Array, cache: Cache, at: jax.Array):
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(1, 1, nn.broadcast),
+            in_axes=(1, 1, nn.broadcast),  # pyright: ignore
             out_axes=1,
             length=self.layers,
         )
@@ -127,8 +127,8 @@ def generate(run: Callable, model: Decoder, prompts: jax.Array) -> tuple[Any, An
     return tokens.swapaxes(0, 1), logits.swapaxes(0, 1)
 
 
-def make_adapters(model: Decoder, params: Any, seed: int) -> tuple[list[Any], Any]:
-    """Adapters of ranks 4, 8 and 16, with B random as if they were trained; and a call."""
+def make_adapters(model: Decoder, params: Any, seed: int) -> list[Any]:
+    """Adapters of ranks 4, 8 and 16, with B random as if they were trained."""
     call = jnp.zeros((1, 2), jnp.int32), model.empty(1), jnp.int32(0)
     made = []
     for n in range(ADAPTERS):
@@ -136,10 +136,12 @@ def make_adapters(model: Decoder, params: Any, seed: int) -> tuple[list[Any], An
         key = jax.random.fold_in(jax.random.key(seed), n)
         adapted = flora.init(key, config, model.apply, params, *call)
         _, adapter = flora.split(adapted)
-        made.append(
-            jax.tree.map(lambda x: jax.random.normal(key, x.shape) / 16, adapter)
-        )
-    return made, call
+        made.append(jax.tree.map(functools.partial(_drawn, key), adapter))
+    return made
+
+
+def _drawn(key: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.random.normal(key, x.shape) / 16
 
 
 class Server:
@@ -267,7 +269,7 @@ def table(seconds: dict[str, list[float]], tokens: int, title: str) -> Table:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Serves, checks and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
-    parser.add_argument("--requests", type=int, default=36)
+    parser.add_argument("--requests", type=int, default=27)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--d", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
@@ -276,10 +278,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = Decoder(d=options.d, ff=options.d * 11 // 4, layers=options.layers)
     call = jnp.zeros((1, 2), jnp.int32), model.empty(1), jnp.int32(0)
     params = jax.jit(model.init)(jax.random.key(0), *call)
-    adapters, _ = make_adapters(model, params, 1)
+    adapters = make_adapters(model, params, 1)
     rng = np.random.default_rng(0)
     ids = rng.permutation(np.arange(options.requests) % (ADAPTERS + 1)) + BASE
-    shape = options.requests, model.length // 2
+    shape = options.requests, model.length // 3
     prompts = jnp.asarray(rng.integers(0, model.vocab, shape))
     server = Server(model, params, adapters, options.method)
     error = check(server, ids, prompts)

@@ -77,7 +77,7 @@ def compressed(w: Any, rank: int, key: Any = None) -> tuple[Factors, float]:
 
 
 def _randomized(w: Any, columns: int, key: Any) -> tuple[Any, Any, Any]:
-    wide = {"precision": lax.Precision.HIGHEST}
+    wide: dict[str, Any] = {"precision": lax.Precision.HIGHEST}
     start = jax.random.normal(key, (w.shape[0], w.shape[2], columns), w.dtype)
     q, _ = jnp.linalg.qr(jnp.einsum("sio,sor->sir", w, start, **wide))
     for _ in range(4):

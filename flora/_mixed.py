@@ -25,8 +25,9 @@ from flora._weight import LoraWeight, Trained
 METHODS = ("auto", "gather", "masked")
 
 # Of method="auto": adapters times tokens a row, above which a row copies its factors.
-# On 2 CPU cores copying wins from about 64 to 256 on (examples/serve_many.py).
-MASK_UP_TO = 128
+# Measured on 2 CPU cores alone (d 512 and 1024, k = 8): with 36 rows masks win up to 128,
+# with 8 rows, whose copies stay in the cache, copies win from 64 on.
+MASK_UP_TO = 64
 
 
 def lora(fn: Callable, *, method: str = "auto") -> Callable:
@@ -44,8 +45,10 @@ def lora(fn: Callable, *, method: str = "auto") -> Callable:
     - "masked" multiplies by the factors of all adapters, side by side: z = x [A_1 ... A_k],
       of which all but adapter i's part is set to zero, then z [B_1; ...; B_k].  Nothing is
       copied, but the thin products are k times as wide.  An embedding looks rows up.
-    - "auto" chooses for each leaf: "masked" where k · tokens of a row ≤ 128, as in
-      decoding, and for lookups; else "gather".
+      All adapters meet all rows, and 0 · NaN is NaN: `stack` refuses what is not finite,
+      but an adapter whose z overflows reaches other rows.
+    - "auto" chooses for each leaf: "masked" where there are at least k rows and
+      k · tokens of a row ≤ 64, as in decoding, and for lookups; else "gather".
 
     Args:
       fn: a function of a parameter tree first.  Every array among its other arguments
@@ -97,7 +100,7 @@ def lora(fn: Callable, *, method: str = "auto") -> Callable:
         def row(i: Any, *arrays: Any) -> Any:
             given = filled(rest, mapped, [x[None] for x in arrays])
             args, kwargs = rest_def.unflatten(given)
-            outs = _one_row(fn, method, pairs, i, args, kwargs)
+            outs = _one_row(fn, method, pairs, len(ids), i, args, kwargs)
             return jax.tree_util.tree_map_with_path(_without_batch, outs)
 
         return jax.vmap(row)(ids, *(rest[i] for i in mapped))
@@ -201,7 +204,13 @@ def _without_batch(path: Any, y: Any) -> Any:
 
 
 def _one_row(
-    fn: Callable, method: str, pairs: _Pairs, i: Any, args: Any, kwargs: Any
+    fn: Callable,
+    method: str,
+    pairs: _Pairs,
+    rows: int,
+    i: Any,
+    args: Any,
+    kwargs: Any,
 ) -> Any:
     """`fn` on one row: traced with one adapter, then run with what stands for it.
 
@@ -228,7 +237,8 @@ def _one_row(
     staged = stage(run, leaves, treedef, args, kwargs)
     lazy = [f for path, x in lora.values() for f in _lazy_pair(path, x, i, pairs.count)]
     at = range(len(leaves) - len(lazy), len(leaves))
-    gathered = _to_gather(staged, filled(leaves, at, lazy), method, pairs.count)
+    limit = MASK_UP_TO // pairs.count if rows >= pairs.count else 0
+    gathered = _to_gather(staged, filled(leaves, at, lazy), method, limit)
     values = [
         f
         for path, x in lora.values()
@@ -302,7 +312,7 @@ def _product(
 
 
 def _to_gather(
-    staged: Staged, values: Sequence[Any], method: str, count: int
+    staged: Staged, values: Sequence[Any], method: str, limit: int
 ) -> set[str]:
     """The leaves of which each row gets copies."""
     paths = {p for x in values if isinstance(x, Factored) for p in x.site.paths}
@@ -314,18 +324,18 @@ def _to_gather(
     uses: Mapping[str, list[Use]] = {path: [] for path in paths}
     for use in log:
         uses[use.path].append(use)
-    return {path for path, mine in uses.items() if _is_long(mine, count)}
+    return {path for path, mine in uses.items() if _is_long(mine, limit)}
 
 
 def _ran(context: Context, staged: Staged, values: Sequence[Any]) -> None:
     interpret(context, staged.jaxpr, _inputs(staged, values))
 
 
-def _is_long(uses: Sequence[Use], count: int) -> bool:
-    """Whether a row has so many tokens that copies cost less than wider products."""
+def _is_long(uses: Sequence[Use], limit: int) -> bool:
+    """Whether a row has more tokens than may be multiplied by all adapters."""
     kinds = {use.primitive for use in uses if use.firm}
     if kinds & {"gather", "dynamic_slice"}:
         return False
     tokens = max((use.rows for use in uses), default=0)
     dense = any(use.dense for use in uses) or "conv_general_dilated" in kinds
-    return dense or count * tokens > MASK_UP_TO
+    return dense or tokens > limit

@@ -359,14 +359,15 @@ def test_one_product_with_w_for_the_whole_batch(method):
 
 
 def test_auto_copies_factors_where_rows_are_long():
-    for tokens, copies in ((128 // COUNT, False), (128 // COUNT + 1, True)):
-        fn, *inputs = wide_case(tokens)
+    for tokens, rows, copies in ((12, 6, False), (13, 6, True), (1, 4, True)):
+        fn, base, stacked, ids, x = wide_case(tokens)
+        inputs = base, stacked, ids[:rows], x[:rows]
         found = [
             tuple(v.aval.shape)
             for e in equations(jax.make_jaxpr(flora.multi.lora(fn))(*inputs))
             for v in e.outvars
         ]
-        assert ((ROWS, IN, RANK) in found) == copies
+        assert ((rows, IN, RANK) in found) == copies
 
 
 def test_no_adapter_reaches_another_ones_rows():

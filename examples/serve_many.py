@@ -78,7 +78,7 @@ class Decoder(nn.Module):
 
     d: int = 512
     ff: int = 1408
-    layers: int = 4
+    layers: int = 3
     heads: int = 8
     vocab: int = 512
     length: int = 24
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--requests", type=int, default=27)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--d", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--method", default="auto", help="of flora.multi.lora")
     options = parser.parse_args(argv)
     model = Decoder(d=options.d, ff=options.d * 11 // 4, layers=options.layers)

@@ -221,7 +221,7 @@ def _node_problems(
 
 
 def variant_problems(verb: str, path: str, node: Any) -> list[str]:
-    if getattr(node, "variant", None) is None:
+    if not isinstance(node, LoraWeight) or node.variant is None:
         return []
     return [
         f"{verb}: '{path}' is a {node.variant}, whose change is no scale A B. Use "

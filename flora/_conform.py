@@ -90,10 +90,9 @@ def _described(x: Any) -> str:
         return f"trained whole {shape_of(x.value)}"
     n = len(x.layout.stack)
     a, b = shape_of(x.a), shape_of(x.b)
-    extra = jax.tree.map(shape_of, getattr(x, "extra", None))
-    variant = getattr(x, "variant", None)
+    extra = jax.tree.map(shape_of, x.extra)
     return f"W with {x.layout}, A {a[:-1]} x rank, B rank x {b[:n] + b[n + 1 :]}" + (
-        f", {variant} {extra}" if variant is not None or extra else ""
+        f", {x.variant} {extra}" if x.variant is not None or extra else ""
     )
 
 
@@ -171,9 +170,9 @@ def conform_problems(path: str, node: LoraWeight, to: Statics) -> list[str]:
             "lower its own by flora.multi.combine([adapter], [1], rank=...)."
         ]
     changes = Statics.of(node) != to
-    if changes and getattr(node, "variant", None) is not None:
+    if changes and node.variant is not None:
         return [
-            f"'{path}' is a {node.variant}, whose rank {node.rank} and scale "  # pyright: ignore[reportAttributeAccessIssue]
+            f"'{path}' is a {node.variant}, whose rank {node.rank} and scale "
             f"{node.scale:g} are its own. Pass adapters of one config."
         ]
     return []

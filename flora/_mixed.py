@@ -11,7 +11,6 @@ import numpy as np
 from jax.core import Tracer
 
 from flora._adapt import join
-from flora._conform import stop
 from flora._errors import LoraError, LoraTypeError, fail
 from flora._factored import Dim, Factored, Origin, Site
 from flora._forms import materialized
@@ -20,7 +19,7 @@ from flora._rules import ENTERS, RULES, RULES_FOR_SQUARES
 from flora._stacked import BASE, chosen, only_if, picked, require_stacked
 from flora._trace import Staged, filled, is_array, stage
 from flora._transform import lora as of_one
-from flora._weight import LoraWeight, Trained
+from flora._weight import LoraWeight, Trained, is_leaf
 
 METHODS = ("auto", "gather", "masked")
 
@@ -133,9 +132,9 @@ def _paired(base: Any, stacked: Any) -> _Pairs:
         f"multi.lora: '{path}' is a {x.variant}, which has no mixed batches. Run "
         "flora.lora(fn) on flora.join(base, flora.multi.select(stacked, i))."
         for path, x in nodes
-        if getattr(x, "variant", None) is not None
+        if isinstance(x, LoraWeight) and x.variant is not None
     )
-    leaves, base_def = jax.tree.flatten(base, is_leaf=lambda x: x is None or stop(x))
+    leaves, base_def = jax.tree.flatten(base, is_leaf=lambda x: x is None or is_leaf(x))
     abstract = treedef.unflatten(
         [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), x)
          for _, x in nodes]

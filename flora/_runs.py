@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from flora._adapt import join
-from flora._conform import aligned, common, flattened, on_arrays
+from flora._conform import aligned, common, flattened, on_arrays, stop
 from flora._errors import LoraError, LoraTypeError, fail
 from flora._stacked import side_by_side
 from flora._trace import is_array
@@ -178,6 +178,7 @@ def train_step(
 
         value, grads = jax.value_and_grad(of_adapter)(adapter)
         updates, state = tx(hyper).update(grads, state, adapter)
+        updates = jax.tree.map(_of_trained, updates, is_leaf=stop)
         return optax.apply_updates(adapter, updates), state, value
 
     def step(base: Any, runs: Runs, *batch: Any) -> tuple[Runs, jax.Array]:
@@ -193,6 +194,16 @@ def train_step(
         return dataclasses.replace(runs, adapter=adapter, state=state), losses
 
     return step
+
+
+def _of_trained(updates: Any) -> Any:
+    """Zeros for what a variant never trains, whatever the optimizer makes of it."""
+    if not isinstance(updates, LoraWeight) or updates.variant is None:
+        return updates
+    frozen, extra = updates.variant.frozen, dict(updates.extra or {})
+    extra |= {k: jnp.zeros_like(x) for k, x in extra.items() if k in frozen}
+    ab = {k: jnp.zeros_like(getattr(updates, k)) for k in ("a", "b") if k in frozen}
+    return dataclasses.replace(updates, extra=extra or updates.extra, **ab)
 
 
 def _axis(x: Any, axis: int | None) -> Any:

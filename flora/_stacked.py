@@ -26,7 +26,7 @@ from flora._conform import (
 )
 from flora._errors import LoraError, LoraTypeError, fail
 from flora._trace import is_array
-from flora._weight import LoraWeight, Trained
+from flora._weight import LoraWeight
 
 BASE = -1  # the index that stands for the base alone
 _SETTINGS = ("dropout", "fallback", "form")
@@ -264,21 +264,24 @@ def select(stacked: Any, i: Any) -> Any:
     Args:
       stacked: what `stack` returned.
       i: an int or a traced integer scalar.  -1 or `None` is the base alone: B = 0.  A
-        traced one out of range gives NaN.
+        traced one that there is not gives NaN.
 
     Returns:
       An adapter for `flora.join`, of the same structure whatever `i` is.
 
     Raises:
-      LoraError: `i` is out of range, or stands for the base where a leaf trains whole.
+      LoraError: `i` is out of range, or stands for the base where a leaf trains whole or
+        is a variant.
     """
     named, treedef, count = require_stacked(stacked, "select")
     i = as_index(i, count, "select")
-    whole = [path for path, x in named if isinstance(x, Trained)]
-    if isinstance(i, int) and i == BASE and whole:
-        raise LoraError(
-            f"select: '{whole[0]}' trains whole, so no adapter stands for the base alone. "
-            "Run the function on the base."
+    if isinstance(i, int) and i == BASE:
+        fail(
+            f"select: '{path}' {'trains whole' if kind is None else f'is a {kind}'}, so no "
+            "adapter stands for the base alone. Run the function on the base."
+            for path, x in named
+            if x is not None and not _has_zero(x)
+            for kind in [getattr(x, "variant", None)]
         )
     return treedef.unflatten([chosen(x, i, count) for _, x in named])
 
@@ -288,12 +291,15 @@ def chosen(node: Any, i: Any, count: int) -> Any:
     if isinstance(i, int) and i != BASE:
         return jax.tree.map(lambda x: x[i], node)
     one = jax.tree.map(lambda x: picked(x, i, count), node)
-    if isinstance(node, LoraWeight):
+    if _has_zero(node):
         return dataclasses.replace(one, b=only_if(one.b, i, count))
-    if isinstance(node, Trained):
-        bad = (jnp.asarray(i) < 0) | (jnp.asarray(i) >= count)
-        return Trained(jnp.where(bad, jnp.nan, one.value).astype(one.value.dtype))
-    return one
+    bad = (jnp.asarray(i) < 0) | (jnp.asarray(i) >= count)
+    return jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x).astype(x.dtype), one)
+
+
+def _has_zero(node: Any) -> bool:
+    """Whether B = 0 makes the base of it."""
+    return isinstance(node, LoraWeight) and node.variant is None
 
 
 def picked(x: Any, i: Any, count: int) -> Any:

@@ -15,7 +15,9 @@ from contract import adapt, array, close, equations
 
 import flora
 import flora.multi
+import flora.quantize
 from flora._compat import P as Primitives
+from flora.variants import DoRA, VeRA
 
 METHODS = ("gather", "masked", "auto")
 LAYOUTS = [
@@ -605,3 +607,83 @@ def test_what_runs_refuse():
         flora.multi.finish(adapters)
     with pytest.raises(flora.LoraError, match="expected what"):
         flora.multi.train_step(regression, optax.sgd)(None, adapters)
+
+
+# --- Variants ------------------------------------------------------------------------
+
+
+def of_variant(variant, count=2):
+    """A base, adapters of a variant, x and y."""
+    params = {"w": array(5, 3, dtype=jnp.float64)}
+    x, y = array(16, 5, seed=3), array(16, 3, seed=4)
+    made = [
+        contract.randomized(
+            adapt(product, params, x, key=k, variant=variant, dtype=jnp.float64), key=k
+        )
+        for k in range(count)
+    ]
+    return params, [flora.split(t)[1] for t in made], x, y
+
+
+def product(p, x):
+    return x @ p["w"]
+
+
+def test_variants_are_stacked_and_selected(x64):
+    params, adapters, x, _ = of_variant(DoRA())
+    stacked = flora.multi.stack(adapters)
+    assert stacked["w"].extra["magnitude"].shape == (2, 3)
+    apply = flora.lora(product)
+    for i, one in enumerate(adapters):
+        for made in (flora.multi.select(stacked, i), jax.jit(flora.multi.select)(stacked, i)):
+            close(apply(flora.join(params, made), x), apply(flora.join(params, one), x))
+    assert np.isnan(jax.jit(flora.multi.select)(stacked, -1)["w"].b).all()
+    for match, call in (
+        ("'w' is a DoRA.*stands for the base", lambda: flora.multi.select(stacked, -1)),
+        ("'w' is a DoRA.*no mixed", lambda: flora.multi.lora(product)(params, stacked, [0], x)),
+        ("'w' is a DoRA", lambda: flora.multi.combine(adapters, [0.5, 0.5])),
+        ("'w' is a DoRA.*are its own", lambda: flora.multi.stack(adapters, rank=3)),
+    ):
+        with pytest.raises(flora.LoraError, match=match):
+            call()
+
+
+@pytest.mark.parametrize("variant", [DoRA(), VeRA()], ids=["DoRA", "VeRA"])
+def test_variants_train_side_by_side(x64, variant):
+    """What a variant freezes stays bit for bit, with weight decay too."""
+    base, adapters, x, y = of_variant(variant)
+
+    def loss(adapted, x, y):
+        return jnp.mean(jnp.square(flora.lora(product)(adapted, x) - y))
+
+    rates = jnp.array([1e-2, 3e-2])
+    runs = flora.multi.start(adapters, make_tx, rates)
+    step = jax.jit(flora.multi.train_step(loss, make_tx))
+    for _ in range(3):
+        runs, _ = step(base, runs, x, y)
+    for one, found, rate in zip(adapters, flora.multi.finish(runs), rates, strict=True):
+        adapted = flora.join(base, one)
+        tx = flora.optimizer(make_tx(float(rate)), adapted)
+        state = tx.init(adapted)
+        for _ in range(3):
+            _, grads = flora.value_and_grad(loss)(adapted, x, y)
+            updates, state = tx.update(grads, state, adapted)
+            adapted = optax.apply_updates(adapted, updates)
+        close(found, flora.split(adapted)[1], 1e-9)
+        for name in variant.frozen:
+            np.testing.assert_array_equal(getattr(found["w"], name), getattr(one["w"], name))
+
+
+def test_a_base_in_fewer_bits():
+    params, x = {"w": array(64, 64, dtype=jnp.float32)}, array(3, 2, 64, dtype=jnp.float32)
+    stored = flora.quantize.quantize(params, "int8", target="*")
+
+    def fn(p, x):
+        return jnp.einsum("nti,io->nto", x, p["w"])
+
+    adapters = adapters_of(fn, params, x, settings=((1, 2.0), (2, 3.0)))
+    mixed = flora.multi.lora(fn)(stored, flora.multi.stack(adapters), [1, None, 0], x)
+    for n, i in enumerate((1, None, 0)):
+        run = flora.lora(fn)
+        tree = stored if i is None else flora.join(stored, adapters[i])
+        close(mixed[n], run(tree, x[n : n + 1])[0], 2e-5)

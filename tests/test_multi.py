@@ -7,10 +7,12 @@ import chex
 import contract
 import jax
 import jax.numpy as jnp
+import many
 import models
 import numpy as np
 import optax
 import pytest
+import serve_many
 from contract import adapt, array, close, equations
 
 import flora
@@ -687,3 +689,19 @@ def test_a_base_in_fewer_bits():
         run = flora.lora(fn)
         tree = stored if i is None else flora.join(stored, adapters[i])
         close(mixed[n], run(tree, x[n : n + 1])[0], 2e-5)
+
+
+# --- Examples ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_serve_many():
+    options = ["--requests", "9", "--rounds", "1", "--d", "64", "--layers", "1"]
+    for method in METHODS:
+        assert serve_many.main([*options, "--method", method])["error"] < 1e-4
+
+
+@pytest.mark.slow
+def test_many_runs_have_the_losses_of_single_ones():
+    sizes = ["--tokens", "16", "--d", "32", "--layers", "1"]
+    assert many.main(["--runs", "3", "--rounds", "2", *sizes])[3]["differ"] <= 1e-4

@@ -1,0 +1,291 @@
+"""`combine`: one adapter of several."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora._conform import aligned, require_rank
+from flora._errors import LoraError, fail
+from flora._keys import consumed, path_salt, require_key
+from flora._lowrank import (
+    compressed,
+    flat_factors,
+    merged,
+    multiplied,
+    recompressed,
+)
+from flora._select import named_leaves
+from flora._tables import plain_text, table
+from flora._trace import is_array
+from flora._weight import LoraWeight, Trained, compute_dtype
+
+_IN_FACTORS = ("linear", "cat", "svd", "peft_linear")
+_DENSE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
+
+
+@dataclasses.dataclass(frozen=True)
+class Combined:
+    """An adapter, and what it lacks of what it stands for.
+
+    Attributes:
+      adapter: for `flora.join`.
+      errors: for each leaf ‖ΔW - wanted ΔW‖ / ‖wanted ΔW‖ (Frobenius).
+    """
+
+    adapter: Any
+    errors: Mapping[str, float]
+
+    def __rich__(self) -> Any:
+        worst = max(self.errors.values(), default=0.0)
+        rows = [(path, f"{error:.2e}") for path, error in self.errors.items()]
+        return table(f"largest error {worst:.2e}", ("leaf", ">relative error"), rows)
+
+    def __str__(self) -> str:
+        return plain_text(self)
+
+
+def combine(
+    adapters: Sequence[Any],
+    weights: Sequence[float],
+    *,
+    method: str = "linear",
+    rank: int | None = None,
+    density: float | None = None,
+    sign: str = "total",
+    key: Any = None,
+    base: Any = None,
+) -> Combined:
+    """One adapter of several: ΔW = w₁ ΔW₁ + ... + w_k ΔW_k, or voted on.
+
+    With ΔW_i = scale_i A_i B_i, whatever alpha, rank or rank_stabilized each has:
+
+    - "linear", "cat": the sum, exactly: A = [A_1 ... A_k], B = [w_i scale_i B_i]; the
+      rank is the sum of ranks.  "linear" with `rank` is the best of that rank.
+    - "svd": the best of `rank`, by default the largest of the ranks.  Found in the
+      factors: no dense ΔW is formed.
+    - "peft_linear": what PEFT calls linear, A = Σ ±√|w_i scale_i| A_i and the same for
+      B.  It has products of A_i with B_j in it, which make it another ΔW.
+    - "magnitude_prune", "ties", "dare_linear", "dare_ties": on each dense ΔW, one leaf at
+      a time, then the best of `rank` (by default the largest).  Their own ranks are full,
+      so look at the errors.  Pruning keeps int(density · n) elements of each matrix.
+
+    Args:
+      adapters: of one base.
+      weights: one number each; positive for "ties" and "dare_ties".
+      method: one of these.
+      rank: of the result.
+      density: the share of elements that stay, in (0, 1], for the dense methods.
+      sign: for voting, 'total' (by the sum) or 'frequency' (by the number).
+      key: a typed PRNG key for "dare_...", consumed.  The draw of a leaf depends on the
+        key and its path only.
+      base: the plain tree, for leaves that train whole: v = v₀ + Σ w_i (v_i - v₀), or
+        voted on.  Not needed where the weights of a sum add up to 1.
+
+    Returns:
+      A `Combined`: the adapter, of scale 1 and float32 or wider, with the settings of the
+      first; and each leaf's error against the ΔW that the method defines.
+
+    Raises:
+      LoraError: adapters that do not fit, settings that the method lacks or does not
+        take, whole leaves without a base; all leaves are named.
+
+    Example:
+      >>> import jax.numpy as jnp, flora, flora.multi
+      >>> one = {"w": flora.LoraWeight(None, jnp.ones((2, 1)), jnp.ones((1, 2)), alpha=3.0)}
+      >>> both = flora.multi.combine([one, one], [1.0, -0.5])
+      >>> both.adapter["w"].rank, both.errors
+      (2, {'w': 0.0})
+
+    References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
+      Yadav et al. 2023, TIES. https://arxiv.org/abs/2306.01708
+      Yu et al. 2023, DARE. https://arxiv.org/abs/2311.03099
+    """
+    leaves, treedef = aligned(adapters, "combine")
+    weights = _weights(weights, len(adapters))
+    fail(_option_problems(weights, method, rank, density, sign))
+    if method.startswith("dare"):
+        require_key(key, "combine")
+        key = consumed(key)
+    elif key is not None:
+        raise LoraError(f"combine: method={method!r} draws nothing. Leave out key=.")
+    values = {} if base is None else dict(named_leaves(base)[0])
+    how = _How(weights, method, rank, density or 1.0, sign, key)
+    fail(p for path, nodes in leaves for p in _node_problems(path, nodes, how, values))
+    errors: dict[str, float] = {}
+    made = []
+    for path, nodes in leaves:
+        if isinstance(nodes[0], LoraWeight):
+            node, errors[path] = _of_factors(path, nodes, how)
+        else:
+            node = _of_whole(path, nodes, how, values.get(path))
+        made.append(node)
+    return Combined(treedef.unflatten(made), errors)
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """The arguments of `combine`, checked."""
+
+    weights: list[float]
+    method: str
+    rank: int | None
+    density: float
+    sign: str
+    key: Any
+
+    def dense(self, path: str, tasks: Any) -> jax.Array:
+        key = (
+            None if self.key is None else jax.random.fold_in(self.key, path_salt(path))
+        )
+        options = {"density": self.density, "sign": self.sign, "key": key}
+        return merged(tasks, self.weights, method=self.method, **options)
+
+
+def _weights(weights: Any, count: int) -> list[float]:
+    values = (
+        list(weights) if isinstance(weights, Sequence | np.ndarray | jax.Array) else []
+    )
+    if len(values) != count or not all(map(_is_finite, values)):
+        raise LoraError(
+            f"combine: weights={weights!r}; expected {count} finite numbers, one for each "
+            "adapter."
+        )
+    return [float(w) for w in values]
+
+
+def _is_finite(x: Any) -> bool:
+    scalar = isinstance(x, numbers.Real) or (is_array(x) and np.shape(x) == ())
+    return scalar and math.isfinite(float(x))
+
+
+def _option_problems(
+    weights: list[float], method: Any, rank: Any, density: Any, sign: Any
+) -> list[str]:
+    require_rank(rank, "combine")
+    if method not in (*_IN_FACTORS, *_DENSE):
+        known = ", ".join((*_IN_FACTORS, *_DENSE))
+        return [f"combine: method={method!r}. Write one of {known}."]
+    found = []
+    if method in ("cat", "peft_linear") and rank is not None:
+        found.append(f"combine: method={method!r} has its own rank. Leave out rank=.")
+    if (density is None) == (method in _DENSE):
+        what = "needs" if density is None else "takes no"
+        found.append(f"combine: method={method!r} {what} density=.")
+    elif density is not None and not (_is_finite(density) and 0 < density <= 1):
+        found.append(f"combine: density={density!r}. It must lie in (0, 1].")
+    if sign not in ("total", "frequency"):
+        found.append(f"combine: sign={sign!r}. Write 'total' or 'frequency'.")
+    if method.endswith("ties") and min(weights) <= 0:
+        found.append(
+            f"combine: weights={weights}; a vote has no place for weights of 0 or less. "
+            "Leave those adapters out, or write method='dare_linear' or "
+            "'magnitude_prune'."
+        )
+    return found
+
+
+def _node_problems(
+    path: str, nodes: Sequence[Any], how: _How, values: Mapping[str, Any]
+) -> list[str]:
+    first = nodes[0]
+    if isinstance(first, LoraWeight):
+        found = variant_problems("combine", path, first)
+        ranks = sorted({x.rank for x in nodes})
+        if how.method == "peft_linear" and len(ranks) > 1:
+            found.append(
+                f"combine: '{path}' has ranks {ranks}; 'peft_linear' adds up factors of "
+                "one rank. Write method='linear', which is exact for any."
+            )
+        return found
+    if not isinstance(first, Trained):
+        return []
+    sums_to_one = how.method in _IN_FACTORS and abs(sum(how.weights) - 1) < 1e-6
+    value = values.get(path)
+    if value is None and not sums_to_one:
+        return [
+            f"combine: '{path}' trains whole, and changes of it are to be weighted by "
+            f"{how.weights}. Pass base=, the plain tree."
+        ]
+    if value is not None and np.shape(value) != np.shape(first.value):
+        return [
+            f"combine: '{path}' has shape {np.shape(first.value)} in the adapters and "
+            f"{np.shape(value)} in base. Pass the base that they were trained on."
+        ]
+    return []
+
+
+def variant_problems(verb: str, path: str, node: Any) -> list[str]:
+    if not isinstance(node, LoraWeight) or node.variant is None:
+        return []
+    return [
+        f"{verb}: '{path}' is a {node.variant}, whose change is no scale A B. Use "
+        "flora.merge and flora.multi.extract."
+    ]
+
+
+def _of_factors(
+    path: str, nodes: Sequence[LoraWeight], how: _How
+) -> tuple[LoraWeight, float]:
+    """The combined node of a leaf, and its error."""
+    pairs = [flat_factors(x.a, x.b, x.layout) for x in nodes]
+    pairs = [(a, x.scale * b) for (a, b), x in zip(pairs, nodes, strict=True)]
+    rank, error = how.rank or max(x.rank for x in nodes), 0.0
+    if how.method in _DENSE:
+        tasks = jnp.stack([multiplied(a, b) for a, b in pairs])
+        (a, b), error = compressed(how.dense(path, tasks), rank)
+    elif how.method == "peft_linear":
+        a, b = _peft_linear(nodes, how.weights)
+    else:
+        a = jnp.concatenate([a for a, _ in pairs], 2)
+        weighted = [w * b for (_, b), w in zip(pairs, how.weights, strict=True)]
+        b = jnp.concatenate(weighted, 1)
+        if how.method == "svd" or how.rank is not None:
+            (a, b), error = recompressed(a, b, rank)
+    return _as_node(nodes[0], a, b), error
+
+
+def _peft_linear(nodes: Sequence[LoraWeight], weights: list[float]) -> Any:
+    made_a, made_b = [], []
+    for x, w in zip(nodes, weights, strict=True):
+        a, b = flat_factors(x.a, x.b, x.layout)
+        root = math.sqrt(abs(w * x.scale))
+        made_a.append(math.copysign(root, w) * a)
+        made_b.append(root * b)
+    return sum(made_a[1:], made_a[0]), sum(made_b[1:], made_b[0])
+
+
+def _as_node(like: LoraWeight, a: Any, b: Any) -> LoraWeight:
+    """Flat factors of scale 1 in a node's shapes."""
+    n, rank = len(like.layout.stack), a.shape[2]
+    return dataclasses.replace(
+        like,
+        base=None,
+        key=None,
+        a=a.reshape(*like.a.shape[:-1], rank),
+        b=b.reshape(*like.b.shape[:n], rank, *like.b.shape[n + 1 :]),
+        rank=rank,
+        alpha=float(rank),
+        rank_stabilized=False,
+    )
+
+
+def _of_whole(path: str, nodes: Sequence[Any], how: _How, old: Any) -> Any:
+    """The combined value of a leaf that trains whole."""
+    if not isinstance(nodes[0], Trained):
+        return nodes[0]
+    like = nodes[0].value
+    dtype = compute_dtype(*(x.value.dtype for x in nodes))
+    start = jnp.zeros(like.shape, dtype) if old is None else jnp.asarray(old, dtype)
+    tasks = jnp.stack([x.value.astype(dtype) - start for x in nodes])
+    if how.method in _DENSE:
+        flat = tasks.reshape(len(nodes), 1, 1, -1)
+        change = how.dense(path, flat).reshape(like.shape)
+    else:
+        change = jnp.tensordot(jnp.asarray(how.weights, dtype), tasks, 1)
+    return Trained((start + change).astype(like.dtype))

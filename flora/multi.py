@@ -1,0 +1,36 @@
+"""Many adapters of one base: stack, serve, train and combine them.
+
+    stacked = flora.multi.stack([one, two, three])
+    y = flora.multi.lora(model.apply)(base, stacked, [0, 2, None, 1], x)
+    stacked = flora.multi.put(stacked, 1, four)          # compiles nothing
+
+    runs = flora.multi.start(adapters, optax.adamw, learning_rates)
+    runs, losses = flora.multi.train_step(loss, optax.adamw)(base, runs, x)
+    adapters = flora.multi.finish(runs)
+
+    both = flora.multi.combine([one, two], [0.7, 0.3]).adapter
+
+References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
+"""
+
+from flora._combine import Combined, combine
+from flora._extract import extract
+from flora._mixed import lora
+from flora._runs import Runs, finish, start, train_step
+from flora._stacked import pad, put, select, stack, unstack
+
+__all__ = [
+    "Combined",
+    "Runs",
+    "combine",
+    "extract",
+    "finish",
+    "lora",
+    "pad",
+    "put",
+    "select",
+    "stack",
+    "start",
+    "train_step",
+    "unstack",
+]

@@ -122,11 +122,11 @@ def measure(
 ) -> Report:
     """Norms, ranks and overlaps of every adapted leaf, inside jit and for little.
 
-    About 8 rank² (in + out) multiplications a leaf: rank/tokens of what its factors cost
-    in the training step, with gradients and spectrum.  The QR and singular value
-    decompositions are of thin and of rank × rank matrices, those of all leaves of one
-    rank together; where even that is too slow, measure in some steps only, or without
-    `spectrum`.
+    About 5 rank² (in + out) multiplications a leaf, to the 3 · tokens · rank (in + out)
+    that its factors cost in the training step.  The QR and singular value decompositions
+    are of thin and of rank × rank matrices, the latter together for all leaves of one
+    rank; they are loops on some devices.  Where that is too slow, measure in some steps
+    only, or without `spectrum`.
 
     Args:
       adapted: the adapted tree, or the adapter alone.

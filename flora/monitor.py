@@ -72,7 +72,9 @@ def reference(adapted: Any, k: int = 8) -> dict[str, Subspace]:
 
 def _with_bases(adapted: Any, verb: str) -> dict[str, LoraWeight]:
     factors = factors_of(adapted, verb)
-    fail(f"{verb}: {p}" for path, x in factors.items() for p in weight_problems(path, x))
+    fail(
+        f"{verb}: {p}" for path, x in factors.items() for p in weight_problems(path, x)
+    )
     return factors
 
 

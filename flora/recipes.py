@@ -137,7 +137,9 @@ def lora_fa(
             "known for W + scale A B alone. Leave it to another group of "
             "flora.recipes.partition."
             for path, leaf in named_leaves(params)[0]
-            if isinstance(leaf, LoraWeight) and leaf.variant is not None and is_array(leaf.b)
+            if isinstance(leaf, LoraWeight)
+            and leaf.variant is not None
+            and is_array(leaf.b)
         )
         return inner.init(params)
 
@@ -146,7 +148,9 @@ def lora_fa(
             raise LoraError(
                 "lora_fa: the step needs A. Write tx.update(grads, state, params)."
             )
-        return inner.update(_projected(updates, params, damping), state, params, **extra)
+        return inner.update(
+            _projected(updates, params, damping), state, params, **extra
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -274,7 +278,9 @@ def _unmergeable(path: str, leaf: Any) -> list[str]:
     return [f"restart: {p}" for p in weight_problems(path, leaf)]
 
 
-def _drawn(root: Any, initializer: Initializer, path: str, leaf: Any) -> tuple[Any, Any]:
+def _drawn(
+    root: Any, initializer: Initializer, path: str, leaf: Any
+) -> tuple[Any, Any]:
     """New factors of one leaf, for each matrix of its stack, lying as the old ones do."""
     _, in_, out = (math.prod(s) for s in leaf.layout.sizes(leaf.base.shape))
     stack = leaf.a.shape[: len(leaf.layout.stack)]

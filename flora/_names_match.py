@@ -16,6 +16,7 @@ from flora._names import PARAMETERS, Module, Names, Slot, split_name
 from flora._select import named_leaves
 from flora._weight import base_of, is_stored
 
+_VECTORS = ("bias", "scale", "mean", "var")
 # A row of a weight: which parameter it is of, and which row.
 Row = tuple[str, int]
 
@@ -54,7 +55,7 @@ def match_names(weights: Mapping[str, Any], tree: Any) -> Names:
     slots, problems = [], []
     rows: dict[str, dict[bytes, list[Row]]] = {}
     for path, leaf in arrays.items():
-        if leaf.ndim < 2:
+        if leaf.ndim < 2 or path.rpartition("/")[2] in _VECTORS:
             continue
         kind = str(leaf.dtype)
         if kind not in rows:
@@ -63,11 +64,8 @@ def match_names(weights: Mapping[str, Any], tree: Any) -> Names:
             slots += _slots(path, leaf, rows[kind], dense)
         except LookupError as error:
             problems.append(f"match_names: '{path}' {leaf.shape}: {error.args[0]}")
-    # Stacked norms and biases have two axes as well, and are named by their neighbors.
-    named = {s.path for s in slots}
-    beside = _beside(slots, arrays, weights)
-    fail(p for p in problems if p.split("'")[1] not in {s.path for s in beside} | named)
-    return Names(tuple(slots + beside))
+    fail(problems)
+    return Names((*slots, *_beside(slots, arrays, weights)))
 
 
 def _rows(dense: Mapping[str, np.ndarray], dtype: Any) -> dict[bytes, list[Row]]:
@@ -118,8 +116,11 @@ def _slots(
             found.append(made)
     if not found:
         raise LookupError(
-            "its values are in none of the weights. Write its names={leaf: module}."
+            "its values are in none of the weights, or each row in several. Write its "
+            "names={leaf: module}."
         )
+    fewest = min(map(len, found))  # stacked layers could also pass for fused ones
+    found = [f for f in found if len(f) == fewest]
     if len({tuple((s.name, s.module.rows, s.part) for s in f) for f in found}) > 1:
         raise LookupError(
             f"it may be {' or '.join(f[0].name for f in found[:2])}. Write its "
@@ -153,14 +154,12 @@ def _stacked(
             return None
         layer = _runs(options)  # type: ignore[arg-type]
         if layer is None:
-            raise LookupError(
-                "rows of it are in several weights. Write its names={leaf: module}."
-            )
+            return None
         layers.append(layer)
     first = layers[0]
     parts = [[n for n, _ in layer] for layer in layers]
     if any([r for _, r in layer] != [r for _, r in first] for layer in layers):
-        raise LookupError("its layers lie in other orders. Write its names={leaf: module}.")
+        return None
     slots = []
     for k, (_, order) in enumerate(first):
         template = _template([names[k] for names in parts], grid)
@@ -241,25 +240,36 @@ def _slot(path: str, name: str, *, tied: bool = False) -> Slot:
 def _beside(
     slots: Iterable[Slot], arrays: Mapping[str, np.ndarray], weights: Mapping[str, Any]
 ) -> list[Slot]:
-    """Biases beside named weights, and norms that have one value in all."""
-    found, names = [], {*weights}
+    """Biases and norms: beside a weight that has a name, or by values if they are told apart."""
+    found = []
     parents = collections.defaultdict(list)
     for slot in slots:
         parents[slot.path.rpartition("/")[0]].append(slot)
-    small = {n: np.asarray(x) for n, x in weights.items() if len(np.shape(x)) == 1}
     for path, leaf in arrays.items():
         parent, _, last = path.rpartition("/")
-        if last not in PARAMETERS or any(s.path == path for s in parents[parent]):
+        if last not in _VECTORS:
             continue
         for s in parents[parent]:
             name = f"{split_name(s.name)[0]}.{PARAMETERS[last]}"
-            if (s.holes and s.at((0,) * s.holes)) or name in names:
-                if not s.holes and name not in names:
-                    continue
-                found.append(dataclasses.replace(s, path=path, name=name))
+            known = dataclasses.replace(s, path=path, name=name)
+            if known.at((0,) * s.holes) in weights:
+                found.append(known)
         if not parents[parent]:
-            hits = [n for n, x in small.items() if x.shape == leaf.shape
-                    and np.array_equal(x.astype(leaf.dtype), leaf)]  # fmt: skip
-            if len(hits) == 1:
-                found.append(_slot(path, hits[0]))
+            found += _by_value(path, leaf, weights)
     return found
+
+
+def _by_value(path: str, leaf: np.ndarray, weights: Mapping[str, Any]) -> list[Slot]:
+    """The slot of a vector, or of a stack of them, if one name fits."""
+    vectors: dict[bytes, list[str]] = collections.defaultdict(list)
+    parameter = PARAMETERS[path.rpartition("/")[2]]
+    for name, x in weights.items():
+        if len(np.shape(x)) == 1 and split_name(name)[1] == parameter:
+            vectors[_digest(np.asarray(x).astype(leaf.dtype))].append(name)
+    for n in range(leaf.ndim):
+        grid, flat = leaf.shape[:n], leaf.reshape(*leaf.shape[:n], -1)
+        hits = [vectors[_digest(row)] for row in flat.reshape(-1, flat.shape[-1])]
+        if all(len(h) == 1 for h in hits):
+            name = _template([h[0] for h in hits], grid)
+            return [] if name is None else [_slot(path, name)]
+    return []

@@ -109,7 +109,24 @@ def sort_out(
     fail(p for lora in loras for p in _flag_problems(file, lora, config))
     for name in [n for n in of_base if n.endswith(f"{_BASE}.bias")]:
         whole[name] = of_base.pop(name)
-    return Content(loras, whole, of_base)
+    return Content(loras, _without_copies(whole), of_base)
+
+
+def _without_copies(whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters, but for the second and third copy of a bias that trains whole.
+
+    With `bias='all'`, PEFT writes the biases of `modules_to_save` under three names.
+    """
+    kept = {}
+    for name, x in whole.items():
+        if ".original_module." in name and name.replace(".original_module", "") in whole:
+            continue  # what it was before
+        plain = name.replace(".modules_to_save.", ".")
+        if plain == name or not np.array_equal(whole.get(plain, x), x):
+            kept[name] = x
+        else:
+            kept[plain] = x
+    return kept
 
 
 def _tensor_problems(file: Path, key: str, x: np.ndarray) -> Iterator[str]:
@@ -118,7 +135,7 @@ def _tensor_problems(file: Path, key: str, x: np.ndarray) -> Iterator[str]:
             f"{file}: '{key}' does not start with '{PREFIX}', as every key of PEFT's "
             "does. Save the adapter with PEFT's save_pretrained."
         )
-    elif ".default." in key or ".modules_to_save." in key:
+    elif ".default." in key or key.endswith(".default"):
         yield (
             f"{file}: '{key}' names an adapter inside; expected a key without it, such "
             "as '….lora_A.weight'. Save the adapter with PEFT's save_pretrained."

@@ -34,14 +34,15 @@ class Part:
 
     @property
     def alpha(self) -> float:
-        """Rounded where that is what it was before it was divided."""
+        """An int where it was one before it was divided."""
         value = self.scale * (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
-        near = float(f"{value:.12g}")
-        return int(near) if near == int(near) else near
+        return round(value) if abs(value - round(value)) < 1e-12 * abs(value) else value
 
 
-def parts(path: str, node: LoraWeight, slots: Sequence[Slot]) -> Iterator[Part]:
-    """What each module that lies in a leaf has of its node."""
+def parts(
+    path: str, node: LoraWeight, slots: Sequence[Slot], known: str = ""
+) -> Iterator[Part]:
+    """What each module that lies in a leaf has of its node, whose kind may be known."""
     stack = node.a.shape[: len(node.layout.stack)]
     a, b = np.asarray(node.a), np.asarray(node.b)
     a = a.reshape(*stack, -1, a.shape[-1])
@@ -49,7 +50,7 @@ def parts(path: str, node: LoraWeight, slots: Sequence[Slot]) -> Iterator[Part]:
     columns = (node.extra or {}).get("magnitude") if hasattr(node, "extra") else None  # type: ignore[attr-defined]
     m = None if columns is None else np.asarray(columns).reshape(*stack, -1)
     for slot in slots:
-        kind = kind_of(path, node, slot)
+        kind = kind_of(path, node, slot, known)
         if slot.holes > len(stack) or (slot.holes < len(stack) and kind != "raw"):
             raise LoraError(_stack_problem(path, slot, node, len(stack)))
         at = positions(slot, slots_beside(slots), b.shape[-1])
@@ -72,19 +73,20 @@ def _stack_problem(path: str, slot: Slot, node: LoraWeight, count: int) -> str:
     )
 
 
-def kind_of(path: str, node: LoraWeight, slot: Slot) -> str:
-    """'linear', 'conv', 'embedding' or 'raw'."""
+def kind_of(path: str, node: LoraWeight, slot: Slot, known: str) -> str:
+    """'linear', 'conv', 'embedding' or 'raw': by the names, then by convention."""
     word, layout = leaf_word(path), node.layout
     if split_name(slot.name)[1] != "weight":
         return "raw"
-    if slot.module.kind:
-        return slot.module.kind
+    if slot.module.kind or known:
+        return slot.module.kind or known
     if word == "embedding":
         return "embedding"
-    if word == "kernel" and len(layout.in_) > 2:
-        return "conv"
-    clear = len(layout.in_) == 1 if word == "kernel" else layout.in_ > layout.out
-    if not clear or (word != "kernel" and len(layout.in_) > 1):
+    if word == "kernel":
+        # Two in axes may be a window and channels, or heads and their features.
+        many = 2 if "conv" in path.rpartition("/")[0].rpartition("/")[2].lower() else 3
+        return "conv" if len(layout.in_) >= many else "linear"
+    if len(layout.in_) > 1 or layout.in_ < layout.out:
         raise LoraError(
             f"save: '{path}' ({layout}) may be a linear layer, a convolution or an "
             f"embedding of PyTorch. Write names={{'{path}': flora.peft.Module("

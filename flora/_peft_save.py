@@ -31,6 +31,7 @@ def written(
     adapted: Any,
     *,
     names: Any,
+    kinds: Mapping[str, str],
     base: Any,
     serving: bool,
     dtype: Any,
@@ -47,19 +48,20 @@ def written(
     named = require_adapted(adapted, "save")
     fail(p for path, leaf in named for p in _problems(path, leaf))
     paths = [path for path, _ in named]
+    slots = default_slots(paths) if names is None else given_slots(names, paths)
     by_path: dict[str, list[Slot]] = collections.defaultdict(list)
-    for slot in default_slots(paths) if names is None else given_slots(names, paths):
+    for slot in slots:
         by_path[slot.path].append(slot)
     fail(_unnamed(named, by_path))
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
     nodes = nodes if base is None else with_start(nodes, base)
     found: dict[str, list[Part]] = {}
     for path, node in nodes.items():
-        for part in parts(path, node, by_path[path]):
+        for part in parts(path, node, by_path[path], kinds.get(path, "")):
             found.setdefault(part.lora.name, []).append(part)
     made = [joined(some) for some in found.values()]
     made = [part for part in made if not is_idle(part)]
-    made = _nested(made)
+    made = _nested(made, None if names is None else slots)
     whole = _whole(named, by_path, made)
     if serving:
         made = for_serving(made, whole, named, by_path)
@@ -127,9 +129,30 @@ def _unnamed(named: Named, by_path: Slots) -> Iterator[str]:
             )
 
 
-def _nested(made: Sequence[Part]) -> list[Part]:
-    """Adapters of several parameters of one module, the last declared outermost."""
+def _nested(made: Sequence[Part], declared: Sequence[Slot] | None) -> list[Part]:
+    """Adapters of several parameters of one module, the last declared outermost.
+
+    Names that were given tell the order; else what goes down comes last, as in all
+    experts of HF.
+    """
     count = collections.Counter(p.lora.module for p in made)
+    if declared is not None:
+        at = {slot.name: i for i, slot in enumerate(declared)}
+        made = sorted(made, key=lambda p: at[p.slot.name])
+    else:
+        made = sorted(made, key=lambda p: p.lora.parameter.startswith("down"))
+    first = {
+        p.lora.module: [q.lora.parameter for q in made if q.lora.module == p.lora.module]
+        for p in made
+        if p.lora.raw
+    }
+    fail(
+        f"save: '{module}' has adapters of {', '.join(words)}; PEFT nests them in the "
+        "order in which the PyTorch module declares them. Pass names= in that order: "
+        "names={'…': flora.peft.Module('…', parameter='…'), ...}."
+        for module, words in first.items()
+        if declared is None and sum(not w.startswith("down") for w in words) > 1
+    )
     left = dict(count)
     result = []
     for part in made:

@@ -13,7 +13,7 @@ References: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from flora._discover import discover
+from flora._discover import Finding, discover
 from flora._errors import LoraError, LoraTypeError, fail
 from flora._names import Module, Names
 from flora._names_match import match_names
@@ -98,9 +98,11 @@ def load(
     config = read(folder)
     content = _in_dtype(sort_out(read_tensors(folder), config, folder), dtype)
     given = expected_layouts(leaves)
-    if fn is not None:
-        given |= _followed(fn, named, treedef, args, kwargs or {}, given)
+    uses = {} if fn is None else _followed(fn, named, treedef, args, kwargs or {}, given)
+    given |= {path: f.layout for path, f in uses.items() if f.layout is not None}
     found = plan(folder, config, content, leaves, names, given)
+    if not config.ensure_weight_tying:
+        fail(_untied(uses, found, folder))
     fail(coverage_problems(leaves, found, folder / WEIGHTS))
     new = {path: _node(site, config, folder) for path, site in found.sites.items()}
     fail(_base_problems(found, leaves, folder))
@@ -154,16 +156,35 @@ def _followed(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     given: Mapping[str, Layout],
-) -> dict[str, Layout]:
-    """The layouts that a call of `fn` implies."""
+) -> dict[str, Finding]:
+    """What a call of `fn` does with each leaf."""
     leaves = [abstract(base_of(leaf)) for _, leaf in named]
     paths = {
         i: path
         for i, (path, _) in enumerate(named)
         if is_array(leaves[i]) and len(leaves[i].shape) > 1
     }
-    found = discover(stage(fn, leaves, treedef, args, kwargs), leaves, paths, given)
-    return {path: f.layout for path, f in found.items() if f.layout is not None}
+    return discover(stage(fn, leaves, treedef, args, kwargs), leaves, paths, given)
+
+
+def _readers(finding: Finding) -> set[str]:
+    """The kinds of PyTorch modules that would read a leaf as the function does."""
+    kinds = {"gather": "embedding", "conv_general_dilated": "conv"}
+    return {kinds.get(use.primitive, "linear") for use in finding.uses if use.firm}
+
+
+def _untied(uses: Mapping[str, Finding], found: Plan, folder: Any) -> Iterator[str]:
+    """Embeddings that the function also multiplies by, which PEFT would not adapt there."""
+    for path, site in found.sites.items():
+        kinds = _readers(uses[path]) if path in uses else set()
+        lora = site.pieces[0].lora
+        if lora.kind == "embedding" and {"embedding", "linear"} <= kinds:
+            yield (
+                f"{folder / CONFIG}: '{lora.module}' is adapted as an embedding alone, but "
+                f"the function also multiplies by '{path}' (tied weights). PEFT leaves "
+                "that product as it was. Train with ensure_weight_tying=True, or untie "
+                "the weights in the tree."
+            )
 
 
 def _node(site: Site, config: PeftConfig, folder: Any) -> LoraWeight:
@@ -278,6 +299,9 @@ def save(
     adapted: Any,
     *,
     names: Any = None,
+    fn: Callable | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
     base: Any = None,
     serving: bool = False,
     base_model_name_or_path: str | None = None,
@@ -292,7 +316,13 @@ def save(
     Args:
       dir: the directory; made if need be.
       adapted: an adapted tree, or the adapter that `flora.split` returned.
-      names: as for `load`.
+      names: as for `load`.  Adapters of several raw parameters of one module are nested
+        in the order that the names have.
+      fn: the function that the tree runs in, traced on `args` and `kwargs` to tell
+        convolutions and embeddings from linear layers.  Without it a kernel with three
+        in axes, or with two in a module called something with 'conv', is one.
+      args: the other arguments of one call.
+      kwargs: likewise.
       base: the plain base that the file's user will have, where the adapted tree's own
         was changed at the start (PiSSA, OLoRA, LoRA-GA…): the difference, which must be
         of low rank, is written as further rows of A and columns of B.
@@ -307,9 +337,17 @@ def save(
         that PEFT, or with `serving` a server, does not have.
     """
     folder = directory("save", dir)
+    kinds: dict[str, str] = {}
+    if fn is not None:
+        named, treedef = named_leaves(adapted)
+        given = expected_layouts(dict(named))
+        for path, f in _followed(fn, named, treedef, args, kwargs or {}, given).items():
+            read_by = sorted(_readers(f))
+            kinds[path] = read_by[0] if read_by else ""
     config, tensors = written(
         adapted,
         names=names,
+        kinds=kinds,
         base=base,
         serving=serving,
         dtype=dtype,

@@ -16,7 +16,8 @@ from flora._errors import LoraError
 from flora._names import Slot
 from flora._peft_keys import Lora
 from flora._peft_layouts import leaf_word
-from flora._weight import Layout, LoraWeight
+from flora._peft_groups import AcrossGroups, blocks, spread
+from flora._weight import Layout, LoraWeight, Variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,35 +94,35 @@ def _of_conv(lora: Lora, slot: Slot, in_: Sequence[int]) -> tuple[Any, Any]:
     own = in_[-1] if last else in_[0]
     b = lora.b.reshape(lora.b.shape[:2])
     groups = channels // own
+    a = lora.a
     if groups == 1:
-        a, b = lora.a, b.T
+        b = b.T
+    elif (own := _apart(a, groups)) is None:
+        a, b = spread(a, b, groups)
     else:
-        a, b = _of_groups(lora, slot, groups, b)
+        a, b = own, blocks(b, groups)
     if last:
         a = np.moveaxis(a, 1, -1)
-    return a.reshape(r, -1).T, b
+    return a.reshape(a.shape[0], -1).T, b
 
 
-def _of_groups(lora: Lora, slot: Slot, groups: int, b: Any) -> tuple[Any, Any]:
-    """Those of a convolution in groups, if no group reads the channels of another."""
-    r, channels, *window = lora.a.shape
-    blocks = lora.a.reshape(groups, r // groups, groups, channels // groups, *window)
-    own = np.stack([blocks[k, :, k] for k in range(groups)])
-    across = np.abs(blocks).sum(dtype=np.float64) - np.abs(own).sum(dtype=np.float64)
-    if across > 1e-6 * np.abs(own).sum(dtype=np.float64):
-        raise LoraError(
-            f"'{lora.key('a')}' {lora.a.shape} belongs to a convolution in {groups} "
-            f"groups, whose kernel '{slot.path}' reads {channels // groups} channels; "
-            "PEFT's A reads all of them, so what it adds is no change of the kernel (PEFT "
-            "cannot merge it either). Train without that layer in target_modules."
-        )
-    out = b.shape[0]
-    spread = np.zeros((r, out), b.dtype)
-    for k in range(groups):
-        rows = slice(k * r // groups, (k + 1) * r // groups)
-        columns = slice(k * out // groups, (k + 1) * out // groups)
-        spread[rows, columns] = b[columns].T
-    return own.reshape(r, channels // groups, *window), spread
+def _apart(a: np.ndarray, groups: int) -> np.ndarray | None:
+    """A `[r, in/g, *window]` if no group reads the channels of another."""
+    r, channels, *window = a.shape
+    parts = a.reshape(groups, r // groups, groups, channels // groups, *window)
+    own = np.stack([parts[k, :, k] for k in range(groups)])
+    if np.count_nonzero(parts) > np.count_nonzero(own):
+        return None
+    return own.reshape(r, channels // groups, *window)
+
+
+def across(piece: Piece, layout: Layout, shape: Sequence[int]) -> int:
+    """How many groups a convolution's adapter reads across; 0 if it does not."""
+    lora = piece.lora
+    if lora.kind != "conv" or lora.b.shape[1] == piece.rank:
+        return 0
+    groups = piece.rank // lora.b.shape[1]
+    return groups if _apart(lora.a, groups) is None else 0
 
 
 def node(
@@ -137,8 +138,8 @@ def node(
     wide = math.prod(out)
     made = [(p, *matrices(p, layout, shape)) for p in pieces]
     used: dict[tuple[int, ...], int] = {}
-    for p in pieces:
-        used[p.index] = used.get(p.index, 0) + p.rank
+    for p, a, _ in made:
+        used[p.index] = used.get(p.index, 0) + a.shape[-1]
     rank, scale, same = max(used.values()), _scale(pieces), _agree(pieces)
     dtype = np.result_type(*(x.dtype for _, a, b in made for x in (a, b)))
     a_all = np.zeros((*stack, math.prod(in_), rank), dtype)
@@ -146,8 +147,8 @@ def node(
     filled: dict[tuple[int, ...], int] = {}
     for p, a, b in made:
         start = filled.get(p.index, 0)
-        ranks = slice(start, start + p.rank)
-        filled[p.index] = start + p.rank
+        filled[p.index] = start + a.shape[-1]
+        ranks = slice(start, filled[p.index])
         a_all[p.index][..., :, ranks] = a
         factor = 1.0 if p.scale == scale else p.scale / scale
         at = positions(p.slot, beside, wide)
@@ -162,7 +163,23 @@ def node(
         rank=rank,
         alpha=float(first.alpha if plain else scale * rank),
         rank_stabilized=plain and first.rank_stabilized,
+        variant=_variant(path, pieces, layout, shape),
     )
+
+
+def _variant(
+    path: str, pieces: Sequence[Piece], layout: Layout, shape: Sequence[int]
+) -> Variant | None:
+    groups = max(across(p, layout, shape) for p in pieces)
+    if not groups:
+        return None
+    if layout.stack or any(p.lora.magnitude is not None for p in pieces):
+        raise LoraError(
+            f"'{path}' is a convolution in {groups} groups whose adapter reads across "
+            "them; flora has that neither for stacked kernels nor with DoRA. Train "
+            "without that layer in target_modules."
+        )
+    return AcrossGroups(groups)
 
 
 def _agree(pieces: Sequence[Piece]) -> bool:

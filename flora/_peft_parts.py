@@ -9,6 +9,7 @@ import numpy as np
 from flora._errors import LoraError
 from flora._names import Slot, split_name
 from flora._peft_factors import is_channel_last, positions
+from flora._peft_groups import AcrossGroups, gathered
 from flora._peft_keys import Lora
 from flora._peft_layouts import leaf_word
 from flora._weight import LoraWeight
@@ -47,7 +48,7 @@ def parts(
     a, b = np.asarray(node.a), np.asarray(node.b)
     a = a.reshape(*stack, -1, a.shape[-1])
     b = b.reshape(*stack, b.shape[len(stack)], -1)
-    columns = (node.extra or {}).get("magnitude") if hasattr(node, "extra") else None  # type: ignore[attr-defined]
+    columns = (node.extra or {}).get("magnitude")
     m = None if columns is None else np.asarray(columns).reshape(*stack, -1)
     for slot in slots:
         kind = kind_of(path, node, slot, known)
@@ -82,17 +83,22 @@ def kind_of(path: str, node: LoraWeight, slot: Slot, known: str) -> str:
         return slot.module.kind or known
     if word == "embedding":
         return "embedding"
-    if word == "kernel":
-        # Two in axes may be a window and channels, or heads and their features.
-        many = 2 if "conv" in path.rpartition("/")[0].rpartition("/")[2].lower() else 3
-        return "conv" if len(layout.in_) >= many else "linear"
-    if len(layout.in_) > 1 or layout.in_ < layout.out:
-        raise LoraError(
-            f"save: '{path}' ({layout}) may be a linear layer, a convolution or an "
-            f"embedding of PyTorch. Write names={{'{path}': flora.peft.Module("
-            f"'{split_name(slot.name)[0]}', kind='linear')}}, 'conv' or 'embedding'."
-        )
-    return "linear"
+    if isinstance(node.variant, AcrossGroups):
+        return "conv"
+    if word == "kernel" and len(layout.in_) != 2:
+        return "conv" if len(layout.in_) > 2 else "linear"
+    # Two in axes may be a window and channels, or heads and their features.
+    named = slot.module.name != "-"
+    if word == "kernel" and "conv" in path.rpartition("/")[0].rpartition("/")[2].lower():
+        return "conv"
+    if (word == "kernel" and named) or (len(layout.in_) == 1 and layout.in_ > layout.out):
+        return "linear"
+    raise LoraError(
+        f"save: '{path}' ({layout}) may be a linear layer, a convolution or an embedding "
+        "of PyTorch. Pass fn= and args= to follow it, or write names={"
+        f"'{path}': flora.peft.Module('{split_name(slot.name)[0]}', kind='linear')}}, "
+        "'conv' or 'embedding'."
+    )
 
 
 def _part(
@@ -108,7 +114,6 @@ def _part(
     module, parameter = split_name(name)
     rank = a.shape[-1]
     stabilized, scale = node.rank_stabilized, node.scale
-    groups = slot.module.groups
     if kind == "conv":
         a, b, rank = _as_conv(node, slot, a, b)
         m = m if m is None else m.reshape(1, -1, *(1,) * (a.ndim - 2))
@@ -128,7 +133,7 @@ def _part(
             kind = "linear"
     lora = Lora(module, a, b, m, None, "linear" if kind == "raw" else kind)
     lora = dataclasses.replace(lora, parameter=parameter, raw=kind == "raw")
-    return Part(lora, slot, rank, scale, stabilized and groups == 1)
+    return Part(lora, slot, rank, scale, stabilized and rank == node.rank)
 
 
 def _as_conv(
@@ -143,6 +148,9 @@ def _as_conv(
     a = a.T.reshape(rank, *sizes)
     a = np.moveaxis(a, -1, 1) if last else a
     b = b.T.reshape(-1, rank, *(1,) * (len(axes) - 1))
+    if isinstance(node.variant, AcrossGroups):
+        a, b = gathered(a, b.reshape(b.shape[0], rank).T, node.variant.groups)
+        return a, b.reshape(*b.shape, *(1,) * (len(axes) - 1)), a.shape[0]
     if groups == 1:
         return a, b, rank
     channels = a.shape[1]

@@ -15,6 +15,7 @@ from flora._errors import LoraError, LoraTypeError, fail
 from flora._names import Slot, default_slots, given_slots, split_name
 from flora._peft_config import parse
 from flora._peft_file import CONFIG
+from flora._peft_groups import AcrossGroups
 from flora._peft_keys import PREFIX
 from flora._peft_parts import Part, is_idle, joined, parts, slots_beside
 from flora._peft_serving import for_serving
@@ -22,6 +23,7 @@ from flora._peft_start import with_start
 from flora._peft_targets import covers, selects
 from flora._peft_whole import taken
 from flora._weight import LoraWeight, Trained, base_of
+from flora.variants import DoRA
 
 Slots = Mapping[str, Sequence[Slot]]
 Named = Sequence[tuple[str, Any]]
@@ -100,13 +102,12 @@ class Whole:
 
 def _problems(path: str, leaf: Any) -> Iterator[str]:
     if isinstance(leaf, LoraWeight):
-        variant = getattr(leaf, "variant", None)
-        if variant is not None and type(variant).__name__ != "DoRA":
+        if not isinstance(leaf.variant, DoRA | AcrossGroups | None):
             yield (
-                f"save: '{path}' is {variant!r}, which PEFT's LoRA files cannot hold. "
+                f"save: '{path}' is {leaf.variant!r}, which PEFT's LoRA files cannot hold. "
                 "Ship flora.merge(adapted)."
             )
-        values = [leaf.a, leaf.b, *jax.tree.leaves(getattr(leaf, "extra", None))]
+        values = [leaf.a, leaf.b, *jax.tree.leaves(leaf.extra)]
     else:
         values = [leaf.value] if isinstance(leaf, Trained) else []
     for x in values:

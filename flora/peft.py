@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flora._discover import Finding, discover
 from flora._errors import LoraError, LoraTypeError, fail
@@ -37,6 +37,7 @@ from flora._placement import mesh_of, spec_of, specs
 from flora._select import named_leaves
 from flora._trace import is_array, stage
 from flora._weight import Layout, LoraWeight, Trained, abstract, base_of, is_stored
+from flora.variants import DoRA
 
 __all__ = ["Module", "Names", "load", "match_names", "save"]
 
@@ -206,12 +207,14 @@ def _node(site: Site, config: PeftConfig, folder: Any) -> LoraWeight:
     if not config.use_dora:
         return new
     m = magnitude(site.layout, base.shape, site.pieces, site.beside)
-    return dataclasses.replace(new, **_dora(m))
-
-
-def _dora(m: np.ndarray) -> dict[str, Any]:
-    """The fields of a node whose columns have magnitudes."""
-    raise LoraError("DoRA is not supported yet.")
+    m = jnp.asarray(m)
+    spec = spec_of(base)
+    if spec is not None:
+        found = specs(site.layout, spec, len(base.shape))
+        stack = len(site.layout.stack)
+        parts = (*found.b[:stack], *found.b[stack + 1 :])
+        m = jax.device_put(m, NamedSharding(mesh_of(base), PartitionSpec(*parts)))
+    return dataclasses.replace(new, extra={"magnitude": m}, variant=DoRA())
 
 
 def _placed(made: LoraWeight) -> dict[str, Any]:

@@ -329,14 +329,16 @@ def _bound(rule: Rule, values: Mapping[str, str]) -> Rule:
     """The rule with what the leaf's pattern caught."""
     if isinstance(rule, str):
         rule = Module(rule)
+    if isinstance(rule, tuple | list):
+        return [_bound(part, values) for part in rule]  # type: ignore[misc]
     if not isinstance(rule, Module):
-        return [x for part in rule for x in [_bound(part, values)]]  # type: ignore
+        return rule  # reported with its leaf
     name = _HOLE.sub(lambda h: values.get(h[1], h[0]), rule.name)
     return dataclasses.replace(rule, name=name)
 
 
 def _slots_of(path: str, rule: Rule, names: Any) -> list[Slot]:
-    modules = [rule] if isinstance(rule, str | Module) else list(rule)
+    modules = list(rule) if isinstance(rule, tuple | list) else [rule]
     modules = [Module(m) if isinstance(m, str) else m for m in modules]
     if not modules or not all(isinstance(m, Module) for m in modules):
         raise LoraTypeError(

@@ -17,6 +17,7 @@ from flora._peft_layouts import conv_layout, layouts, leaf_word, turned
 from flora._peft_parameters import (
     in_order,
     parameter_layouts,
+    turned_embedding,
     turned_parameter,
     with_parameters,
     without_ties,
@@ -73,13 +74,13 @@ def plan(
     finder = Finder(slots)
     shapes = {p: tuple(getattr(base_of(x), "shape", ())) for p, x in leaves.items()}
     content = in_order(content, config, finder, shapes, file, ordered=names is not None)
-    content = without_ties(content, finder, file)
+    named, content = content, without_ties(content, finder, file)
     fail(_lost(content, finder, file, paths))
     sites = _sites(config, content, finder, leaves, given, file)
     weights, parameters = _universe(slots, sites, shapes)
     fail(
         [
-            *target_problems(config, content, weights, parameters, folder),
+            *target_problems(config, named, weights, parameters, folder),
             *whole_problems(config, content, parameters, folder),
         ]
     )
@@ -241,7 +242,7 @@ def _checked(
     new, problems = [], []
     for piece in pieces:
         lora, slot = piece.lora, piece.slot
-        piece = turned_parameter(piece, layout, shape)
+        piece = turned_parameter(turned_embedding(piece, layout), layout, shape)
         if any(i >= n for i, n in zip(piece.index, stack, strict=False)):
             problems.append(
                 f"{file}: '{lora.key('a')}' is index {piece.index} of the stack '{path}', "

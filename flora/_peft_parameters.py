@@ -181,3 +181,18 @@ def turned_parameter(
     return dataclasses.replace(
         piece, lora=dataclasses.replace(lora, a=lora.b.T, b=lora.a.T)
     )
+
+
+def turned_embedding(piece: Piece, layout: Layout) -> Piece:
+    """An embedding's factors, exchanged where the leaf's layout is that of its product."""
+    lora = piece.lora
+    if lora.kind != "embedding" or layout.in_ < layout.out:
+        return piece
+    if lora.magnitude is not None:
+        raise LoraError(
+            f"'{piece.slot.path}' has the layout {layout}, of a product; the magnitudes of "
+            f"'{lora.module}' are of a lookup. Pass the plain tree, and no fn=."
+        )
+    return dataclasses.replace(
+        piece, lora=dataclasses.replace(lora, a=lora.b.T, b=lora.a.T)
+    )

@@ -128,6 +128,13 @@ def _part(
         if slot.module.columns is not None:
             a = a[np.argsort(slot.module.columns)]
         a, b = a.T, b.T
+        if kind == "embedding" and node.layout.in_ > node.layout.out:
+            if m is not None:
+                raise LoraError(
+                    f"save: '{slot.path}' has a magnitude for each row, and PEFT's "
+                    "embeddings one for each column. Ship flora.merge(adapted)."
+                )
+            a, b = b.T, a.T
         if slot.module.tied:
             a, b = b.T, a.T
             kind = "linear"

@@ -28,7 +28,7 @@ from flora._names_match import match_names
 from flora._peft_config import PeftConfig, read
 from flora._peft_factors import magnitude, node
 from flora._peft_file import CONFIG, WEIGHTS, directory, read_tensors, write
-from flora._peft_keys import Content, sort_out
+from flora._peft_keys import PREFIX, Content, sort_out
 from flora._peft_load import Plan, Site, coverage_problems, expected_layouts, plan
 from flora._peft_residual import residual
 from flora._peft_save import written
@@ -247,9 +247,9 @@ def _whole(found: Plan, leaves: Mapping[str, Any], folder: Any) -> dict[str, Any
                 put(value, slot, index, x.astype(value.dtype), beside)
             except ValueError as error:
                 problems.append(
-                    f"{folder / WEIGHTS}: '{slot.at(index)}' does not fit the base's "
-                    f"'{path}' {tuple(base.shape)}: {error}. Is it the adapter of "
-                    "another base?"
+                    f"{folder / WEIGHTS}: '{PREFIX}{slot.at(index)}' has shape {x.shape}, "
+                    f"which does not fit the base's '{path}' {tuple(base.shape)}: {error}. "
+                    "Is it the adapter of another base?"
                 )
         for slot, index, x in found.bias.get(path, []):
             added = np.zeros_like(value)

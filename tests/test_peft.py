@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import peft_files as files
 import pytest
-from peft_files import D, F, PREFIX, X, delta, linear, params, up_adapters, values
+from peft_files import PREFIX, D, F, X, delta, linear, params, up_adapters, values
 
 import flora
 import flora.peft

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft_files as files
 import pytest
-from peft_files import D, F, PREFIX, linear, params, up_adapters, values
+from peft_files import PREFIX, D, F, linear, params, up_adapters, values
 
 import flora
 import flora.peft

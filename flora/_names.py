@@ -271,12 +271,14 @@ class Names:
 def given_slots(
     names: Names | Mapping[str, Rule] | Callable[[str], Rule | None],
     paths: Sequence[str],
+    *,
+    partial: bool = False,
 ) -> list[Slot]:
-    """The slots of names that a caller wrote."""
+    """The slots of names that a caller wrote; `partial` if the tree may lack leaves."""
     if isinstance(names, Names):
         return list(names.slots)
     if isinstance(names, Mapping):
-        found = _by_patterns(names, paths)
+        found = _by_patterns(names, paths, partial=partial)
     elif callable(names):
         found = {path: rule for path in paths if (rule := names(path)) is not None}
     else:
@@ -289,7 +291,9 @@ def given_slots(
     return slots + _siblings(slots, paths)
 
 
-def _by_patterns(names: Mapping[str, Rule], paths: Sequence[str]) -> dict[str, Rule]:
+def _by_patterns(
+    names: Mapping[str, Rule], paths: Sequence[str], *, partial: bool
+) -> dict[str, Rule]:
     found: dict[str, Rule] = {}
     for pattern, rule in names.items():
         if not isinstance(pattern, str):
@@ -299,7 +303,7 @@ def _by_patterns(names: Mapping[str, Rule], paths: Sequence[str]) -> dict[str, R
             )
         regex = _leaf_regex(pattern)
         hits = [(path, m) for path in paths if (m := regex.fullmatch(path))]
-        if not hits:
+        if not hits and not partial:
             raise LoraError(
                 f"names: '{pattern}' matches none of the {len(paths)} leaves, such as "
                 f"'{paths[0] if paths else ''}'. Write a leaf's path, or its end."

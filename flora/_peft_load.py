@@ -78,9 +78,10 @@ def plan(
     fail(_lost(content, finder, file, paths))
     sites = _sites(config, content, finder, leaves, given, file)
     weights, parameters = _universe(slots, sites, shapes)
+    tied = {x.module for x in named.loras} - {x.module for x in content.loras}
     fail(
         [
-            *target_problems(config, named, weights, parameters, folder),
+            *target_problems(config, named, weights, parameters, tied, folder),
             *whole_problems(config, content, parameters, folder),
         ]
     )

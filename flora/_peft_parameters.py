@@ -123,7 +123,7 @@ def parameter_layouts(
 def without_ties(content: Content, finder: Finder, file: Path) -> Content:
     """The content without second adapters of one shared weight, which must agree."""
     embeddings = [x for x in content.loras if x.kind == "embedding"]
-    kept = []
+    kept, of_base = [], dict(content.of_base)
     for lora in content.loras:
         slots = [slot for slot, _ in finder.all(lora.name)]
         if lora.kind != "linear" or (slots and not any(s.module.tied for s in slots)):
@@ -137,6 +137,10 @@ def without_ties(content: Content, finder: Finder, file: Path) -> Content:
             and np.array_equal(e.b.T, lora.a)
         ]
         if twins:
+            own = f"{lora.module}.base_layer.weight"
+            first = of_base.get(f"{twins[0].module}.base_layer.weight")
+            if np.array_equal(of_base.get(own, first), first):  # type: ignore[arg-type]
+                of_base.pop(own, None)
             continue
         if not slots:
             kept.append(lora)  # reported as lost
@@ -156,7 +160,7 @@ def without_ties(content: Content, finder: Finder, file: Path) -> Content:
                     f"both lie in '{slot.path}'. PEFT adapts the first alone. Train with "
                     "ensure_weight_tying=True, or untie the weights in the tree."
                 )
-    return dataclasses.replace(content, loras=tuple(kept))
+    return dataclasses.replace(content, loras=tuple(kept), of_base=of_base)
 
 
 def turned_parameter(

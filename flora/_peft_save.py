@@ -50,7 +50,12 @@ def written(
     named = require_adapted(adapted, "save")
     fail(p for path, leaf in named for p in _problems(path, leaf))
     paths = [path for path, _ in named]
-    slots = default_slots(paths) if names is None else given_slots(names, paths)
+    bare = any(isinstance(x, LoraWeight) and x.base is None for _, x in named)
+    slots = (
+        default_slots(paths)
+        if names is None
+        else given_slots(names, paths, partial=bare)
+    )
     by_path: dict[str, list[Slot]] = collections.defaultdict(list)
     for slot in slots:
         by_path[slot.path].append(slot)

@@ -58,6 +58,7 @@ def target_problems(
     content: Content,
     weights: Sequence[str],
     parameters: Sequence[str],
+    tied: set[str],
     folder: Path,
 ) -> Iterator[str]:
     """What the config selects and the file lacks, and the other way round.
@@ -67,13 +68,14 @@ def target_problems(
       content: of the file.
       weights: the modules of the base that have a weight.
       parameters: all parameters of the base.
+      tied: modules that share another one's weight; PEFT adapts them unasked.
       folder: where both lie.
     """
     here, file = folder / CONFIG, folder / WEIGHTS
     held = {lora.module for lora in content.loras if not lora.raw}
     universe = sorted({*weights, *held})
     yield from _names_that_match_nothing(config, universe, parameters, here)
-    for module in sorted(held):
+    for module in sorted(held - tied):
         if not selects(config, module):
             yield (
                 f"{file}: '{PREFIX}{module}' is adapted, but {here.name} does not select "

@@ -4,6 +4,8 @@ PyTorch is imported inside the functions: the default tests do without it.
 """
 
 import copy
+import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -222,7 +224,60 @@ def _experts(torch):
     return Net(), fn, np.random.default_rng(0).normal(size=(5, 6))
 
 
+def _llama(torch, *, tied=False):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+        tie_word_embeddings=tied, attn_implementation="eager", rms_norm_eps=1e-6,
+    )  # fmt: skip
+
+    class Net(LlamaForCausalLM):  # logits alone
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs).logits
+
+    return Net(config), llama, np.random.default_rng(0).integers(0, 13, (2, 6))
+
+
+def rms(p, x):
+    return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p["scale"]
+
+
+def llama(p, tokens, heads=4, groups=2, layers=2):
+    m = p["model"]
+    x = jnp.take(m["embed_tokens"]["embedding"], tokens, axis=0)
+    size = x.shape[-1] // heads
+    steps = jnp.arange(tokens.shape[1])
+    angles = steps[:, None] * 10000.0 ** (-jnp.arange(0, size, 2) / size)
+    cos, sin = (jnp.tile(f(angles), 2)[:, None] for f in (jnp.cos, jnp.sin))
+
+    def turned(x):
+        one, two = jnp.split(x, 2, -1)
+        return x * cos + jnp.concatenate([-two, one], -1) * sin
+
+    for i in range(layers):
+        q = m["layers"][str(i)]
+        a, h = q["self_attn"], rms(q["input_layernorm"], x)
+        split = [dense(a[f"{n}_proj"], h).reshape(*x.shape[:2], -1, size) for n in "qkv"]
+        query, key, value = turned(split[0]), turned(split[1]), split[2]
+        key, value = (jnp.repeat(t, heads // groups, axis=2) for t in (key, value))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / size**0.5
+        scores = jnp.where(steps[:, None] >= steps, scores, -jnp.inf)
+        y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
+        x = x + dense(a["o_proj"], y.reshape(x.shape))
+        h, f = rms(q["post_attention_layernorm"], x), q["mlp"]
+        x = x + dense(f["down_proj"], jax.nn.silu(dense(f["gate_proj"], h))
+                      * dense(f["up_proj"], h))  # fmt: skip
+    x = rms(m["norm"], x)
+    if "lm_head" in p:
+        return dense(p["lm_head"], x)
+    return x @ m["embed_tokens"]["embedding"].T
+
+
 MODELS = {
+    "llama": _llama,
+    "tied": functools.partial(_llama, tied=True),
     "mlp": _mlp,
     "gpt2": _gpt2,
     "conv": _conv,
@@ -235,6 +290,8 @@ MODELS = {
 def params_of(kind, model):
     """The tree that the JAX function takes."""
     tree = flax_tree(model)
+    if kind == "tied":
+        tree.pop("lm_head", None)
     if kind == "experts":  # as Flax has them, [expert, in, out]
         tree["experts"] = {k: x.swapaxes(1, 2) for k, x in tree["experts"].items()}
     return tree
@@ -247,17 +304,54 @@ def run(model, x):
         return model(torch.as_tensor(x)).numpy()
 
 
-def adapt(model, config, *, seed=1, size=0.3):
-    """A PEFT model with trained-looking adapters, and its base as it was before."""
+def wrapped(model, config):
+    """A PEFT model around a copy."""
     import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
+
+
+def adapt(model, config, *, seed=1, size=0.3):
+    """A PEFT model with adapters that look trained."""
     import torch
 
-    base = copy.deepcopy(model)
-    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
+    adapted = wrapped(model, config)
     torch.manual_seed(seed)
     for name, p in adapted.named_parameters():
         if p.requires_grad:
             p.data += size * torch.randn_like(p)
             if "magnitude" in name:
                 p.data.abs_()
-    return adapted.eval(), base
+    return adapted.eval()
+
+
+def saved(adapted, folder):
+    """The folder that `save_pretrained` wrote."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(str(folder))
+    return folder
+
+
+def reloaded(model, folder):
+    """PEFT's own reading of a folder, around a copy of the model."""
+    import peft
+
+    with warnings.catch_warnings():
+        # A missing key, above all, is a warning to PEFT.
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers
+        for text in NOISE:
+            warnings.filterwarnings("ignore", message=text)
+        return peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
+
+
+# Warnings of PEFT that say nothing about what was read.
+NOISE = (
+    ".*groups > 1. Merging is not supported.*",
+    ".*fan_in_fan_out.*",
+    ".*tie.*",
+    ".*pattern keys did not match any.*",  # said of every key for target_parameters
+)

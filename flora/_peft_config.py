@@ -14,7 +14,7 @@ Names = str | tuple[str, ...]
 
 # Fields that say nothing about how the adapter computes.
 _METADATA = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
+    "base_model_name_or_path", "corda_config", "eva_config",
     "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
@@ -62,6 +62,14 @@ class PeftConfig:
     lora_bias: bool = False
     ensure_weight_tying: bool = False
     task_type: str | None = None
+    auto_mapping: Mapping[str, Any] | None = None
+
+    @property
+    def gives_words(self) -> bool:
+        """Whether the base is known to end in a product with a vocabulary."""
+        name = str((self.auto_mapping or {}).get("base_model_class"))
+        ends = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "MaskedLM")
+        return self.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") or name.endswith(ends)
 
     def rank(self, module: str) -> int:
         """The rank of one module."""
@@ -246,4 +254,5 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_dora": _FLAG,
     "lora_bias": _FLAG,
     "ensure_weight_tying": _FLAG,
+    "auto_mapping": (_optional(lambda x: isinstance(x, dict)), "an object"),
 }  # fmt: skip

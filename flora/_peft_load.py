@@ -16,6 +16,7 @@ from flora._peft_keys import Content
 from flora._peft_layouts import conv_layout, layouts, leaf_word, turned
 from flora._peft_parameters import (
     in_order,
+    may_be_tied,
     parameter_layouts,
     turned_embedding,
     turned_parameter,
@@ -61,6 +62,8 @@ def plan(
     leaves: Mapping[str, Any],
     names: Any,
     given: Mapping[str, Layout],
+    *,
+    followed: bool,
 ) -> Plan:
     """Finds the leaf of each tensor; all that does not fit is reported at once."""
     file = folder / WEIGHTS
@@ -76,6 +79,7 @@ def plan(
     content = in_order(content, config, finder, shapes, file, ordered=names is not None)
     named, content = content, without_ties(content, finder, file)
     fail(_lost(content, finder, file, paths))
+    fail([] if followed else may_be_tied(content, config, shapes))
     sites = _sites(config, content, finder, leaves, given, file)
     weights, parameters = _universe(slots, sites, shapes)
     tied = {x.module for x in named.loras} - {x.module for x in content.loras}

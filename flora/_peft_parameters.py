@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +150,11 @@ def without_ties(content: Content, finder: Finder, file: Path) -> Content:
             f"'{slots[0].path}', but is not the transpose of the embedding's factors. "
             "Train with ensure_weight_tying=True, or untie the weights in the tree."
         )
+    whole = {
+        name: x
+        for name, x in content.whole.items()
+        if finder.all(name) or not _is_copy(name, x, content, finder)
+    }
     held = {x.name for x in content.loras}
     for slot in finder.slots:
         if slot.module.tied and not slot.holes:
@@ -160,7 +165,33 @@ def without_ties(content: Content, finder: Finder, file: Path) -> Content:
                     f"both lie in '{slot.path}'. PEFT adapts the first alone. Train with "
                     "ensure_weight_tying=True, or untie the weights in the tree."
                 )
-    return dataclasses.replace(content, loras=tuple(kept), of_base=of_base)
+    return dataclasses.replace(content, loras=tuple(kept), whole=whole, of_base=of_base)
+
+
+def _is_copy(name: str, x: np.ndarray, content: Content, finder: Finder) -> bool:
+    """Whether it is the tied weight of a head that another name has too."""
+    return x.ndim == 2 and any(
+        np.array_equal(x, other) and finder.all(n)
+        for n, other in content.whole.items()
+        if n != name
+    )
+
+
+def may_be_tied(
+    content: Content, config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
+    """Embeddings that a language model without another vocabulary has for both ends."""
+    if not config.gives_words or config.ensure_weight_tying:
+        return
+    for lora in content.loras:
+        words = lora.a.shape[1]
+        if lora.kind == "embedding" and sum(words in s for s in shapes.values()) < 2:
+            yield (
+                f"'{lora.module}' is adapted as an embedding alone, and no other leaf of the "
+                f"base has its {words} words: tied weights, it seems, and PEFT leaves the "
+                "product with them as it was. Pass fn= and args= to follow the leaf, or "
+                "train with ensure_weight_tying=True."
+            )
 
 
 def turned_parameter(

@@ -101,7 +101,9 @@ def load(
     given = expected_layouts(leaves)
     uses = {} if fn is None else _followed(fn, named, treedef, args, kwargs or {}, given)
     given |= {path: f.layout for path, f in uses.items() if f.layout is not None}
-    found = plan(folder, config, content, leaves, names, given)
+    found = plan(
+        folder, config, content, leaves, names, given, followed=fn is not None
+    )
     if not config.ensure_weight_tying:
         fail(_untied(uses, found, folder))
     fail(coverage_problems(leaves, found, folder / WEIGHTS))

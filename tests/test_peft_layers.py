@@ -138,7 +138,7 @@ def embedding_files(tmp_path, more=(), **config):
         f"{PREFIX}embed.lora_embedding_B": values(4, 2),
         **dict(more),
     }
-    config = {"target_modules": ["embed"]} | config
+    config = {"target_modules": ["embed"], "task_type": None} | config
     return tensors, files.write(tmp_path / "a", tensors, **config)
 
 
@@ -192,6 +192,14 @@ def test_ties_that_do_not_hold(tmp_path):
     args = (jnp.zeros((2, 5), jnp.int32),)
     with pytest.raises(flora.LoraError, match="tied weights"):
         flora.peft.load(folder, tree, fn=tied_fn, args=args)
+    for config in (
+        {"task_type": "CAUSAL_LM"},
+        {"auto_mapping": {"base_model_class": "MistralForCausalLM"}},
+    ):
+        files_of = embedding_files(tmp_path, **config)[1]
+        with pytest.raises(flora.LoraError, match=r"its 7 words: tied weights, it seems"):
+            flora.peft.load(files_of, tree)
+    _, folder = embedding_files(tmp_path)
     Module = flora.peft.Module
     names = {"embed": [Module("embed"), Module("head", tied=True)]}
     with pytest.raises(flora.LoraError, match="PEFT adapts the first alone"):
@@ -201,6 +209,22 @@ def test_ties_that_do_not_hold(tmp_path):
     _, folder = embedding_files(tmp_path, other, target_modules=["embed", "head"])
     with pytest.raises(flora.LoraError, match="not the transpose of the embedding"):
         flora.peft.load(folder, tree, names=names)
+    with pytest.raises(flora.LoraError, match=r"'head.weight', which none"):
+        flora.peft.load(folder, tree)
+
+
+def test_a_tied_weight_that_trains_whole(tmp_path):
+    """PEFT writes it under both names."""
+    whole = {f"{PREFIX}{n}.weight": values(7, 4, seed=3) for n in ("embed", "head")}
+    tensors = files.linear("mix", 4, 4) | whole
+    config = {"target_modules": ["mix"], "ensure_weight_tying": True}
+    folder = files.write(tmp_path / "a", tensors, modules_to_save=["embed"], **config)
+    tree = {"embed": {"embedding": jnp.asarray(values(7, 4))},
+            "mix": {"kernel": jnp.asarray(values(4, 4))}}  # fmt: skip
+    loaded = flora.peft.load(folder, tree)
+    np.testing.assert_array_equal(loaded["embed"]["embedding"].value, values(7, 4, seed=3))
+    whole[f"{PREFIX}head.weight"] = values(7, 4, seed=4)
+    files.write(folder, tensors | whole, modules_to_save=["embed"], **config)
     with pytest.raises(flora.LoraError, match=r"'head.weight', which none"):
         flora.peft.load(folder, tree)
 

@@ -14,7 +14,7 @@ import flora
 import flora.peft
 from flora.peft import Module
 
-pytestmark = [pytest.mark.peft, pytest.mark.usefixtures("x64", "quiet")]
+pytestmark = [pytest.mark.peft, pytest.mark.usefixtures("x64")]
 
 UP = {"r": 3, "lora_alpha": 7, "target_modules": ["up", "down"]}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -102,16 +102,6 @@ NAMES = {
     ),
 }
 NAMES["grouped"] = NAMES["conv"]
-
-
-@pytest.fixture
-def quiet(recwarn):
-    """PEFT's and PyTorch's own warnings."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def tolerance_of(kind):

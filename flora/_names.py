@@ -26,6 +26,7 @@ PARAMETERS = {
 }
 _COLLECTIONS = ("params", "batch_stats")
 _HOLE = re.compile(r"\{([^{}]*)\}")
+Words = tuple[str, ...]
 KINDS = ("", "linear", "conv", "embedding")
 
 
@@ -53,6 +54,11 @@ class Module:
     kind: str = ""
     groups: int = 1
     tied: bool = False
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """The rows as a tuple."""
+        return self.rows if isinstance(self.rows, tuple) else None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -193,10 +199,13 @@ def matched_slots(paths: Sequence[str], wanted: Iterable[str]) -> list[Slot]:
         if first != path:
             twice[first] = path
     found: dict[str, str] = {}
-    shift = max(_shifts(leaves, wanted), key=lambda s: (_hits(leaves, wanted, s), -sum(s)))
+    shift, table = max(
+        ((shift, _table(leaves, shift[1])) for shift in _SHIFTS),
+        key=lambda s: (_hits(s[1], wanted, s[0]), -sum(s[0])),
+    )
     for name in wanted:
         for words, template in _forms(name, shift):
-            path = _lookup(leaves, words, shift)
+            path = table.get(words)
             if path in twice:
                 raise LoraError(
                     f"'{name}' may be '{path}' or '{twice[path]}'. Pass "
@@ -207,20 +216,30 @@ def matched_slots(paths: Sequence[str], wanted: Iterable[str]) -> list[Slot]:
                 break
     prefix = _prefix(wanted, shift)
     rest = {
-        p: Slot(p, ".".join([*prefix, *words[shift[1] :]])) for words, p in leaves.items()
+        p: Slot(p, ".".join([*prefix, *words[shift[1] :]]))
+        for words, p in leaves.items()
     }
     return [Slot(p, found[p]) if p in found else rest[p] for p in rest]
 
 
-def _shifts(leaves: Any, wanted: Sequence[str]) -> list[tuple[int, int]]:
-    """How many first words names may have, or leaves may have, that the others lack."""
-    return [(0, 0), *((n, 0) for n in (1, 2, 3)), *((0, n) for n in (1, 2, 3))]
+# How many first words names may have, or leaves may have, that the others lack.
+_SHIFTS = ((0, 0), *((n, 0) for n in (1, 2, 3)), *((0, n) for n in (1, 2, 3)))
 
 
-def _hits(leaves: Any, wanted: Sequence[str], shift: tuple[int, int]) -> int:
+def _table(leaves: Mapping[Words, str], dropped: int) -> dict[Words, str | None]:
+    """The leaves by what is left of their names; `None` where two have the same."""
+    found: dict[Words, str | None] = {}
+    for words, path in leaves.items():
+        left = words[dropped:]
+        found[left] = None if left in found else path
+    return found
+
+
+def _hits(
+    table: Mapping[Words, str | None], wanted: Sequence[str], shift: tuple[int, int]
+) -> int:
     return sum(
-        any(_lookup(leaves, words, shift) for words, _ in _forms(name, shift))
-        for name in wanted
+        any(table.get(words) for words, _ in _forms(name, shift)) for name in wanted
     )
 
 
@@ -229,9 +248,7 @@ def _prefix(wanted: Sequence[str], shift: tuple[int, int]) -> list[str]:
     return list(heads.pop()) if len(heads) == 1 else []
 
 
-def _forms(
-    name: str, shift: tuple[int, int]
-) -> Iterator[tuple[tuple[str, ...], str]]:
+def _forms(name: str, shift: tuple[int, int]) -> Iterator[tuple[tuple[str, ...], str]]:
     """The words of a name, whole and without one or two of its numbers."""
     raw = name.split(".")
     head, body = raw[: shift[0]], raw[shift[0] :]
@@ -242,16 +259,11 @@ def _forms(
     for removed in [(), *((i,) for i in numbers), *pairs]:
         kept = [w for i, w in enumerate(body) if i not in removed]
         holes = iter("ijk")
-        shown = [f"{{{next(holes)}}}" if i in removed else w for i, w in enumerate(body)]
+        shown = [
+            f"{{{next(holes)}}}" if i in removed else w for i, w in enumerate(body)
+        ]
         words = tuple(x for w in kept[:-1] for x in _unjoined(w).split("."))
         yield (*words, kept[-1]), ".".join([*head, *shown])
-
-
-def _lookup(leaves: Any, words: tuple[str, ...], shift: tuple[int, int]) -> str | None:
-    if not shift[1]:
-        return leaves.get(words)
-    found = [p for have, p in leaves.items() if have[shift[1] :] == words]
-    return found[0] if len(found) == 1 else None
 
 
 Rule = str | Module | Sequence[str | Module]
@@ -342,9 +354,10 @@ def _bound(rule: Rule, values: Mapping[str, str]) -> Rule:
 
 
 def _slots_of(path: str, rule: Rule, names: Any) -> list[Slot]:
-    modules = list(rule) if isinstance(rule, tuple | list) else [rule]
-    modules = [Module(m) if isinstance(m, str) else m for m in modules]
-    if not modules or not all(isinstance(m, Module) for m in modules):
+    given = list(rule) if isinstance(rule, tuple | list) else [rule]
+    named = [Module(m) if isinstance(m, str) else m for m in given]
+    modules = [m for m in named if isinstance(m, Module)]
+    if not modules or len(modules) < len(named):
         raise LoraTypeError(
             f"names: '{path}' is given {rule!r}. Write a module's dotted path, a "
             "flora.peft.Module, or a list of them."

@@ -10,7 +10,7 @@ from typing import Any
 from flora._errors import LoraError, fail
 from flora._peft_file import CONFIG, read_json
 
-Names = str | tuple[str, ...]
+Names = str | frozenset[str]
 
 # Fields that say nothing about how the adapter computes.
 _METADATA = {
@@ -46,7 +46,7 @@ class PeftConfig:
     r: int
     lora_alpha: float
     target_modules: Names | None = None
-    exclude_modules: Names = ()
+    exclude_modules: Names = frozenset()
     target_parameters: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -118,6 +118,10 @@ def parse(raw: Mapping[str, Any], path: Path) -> PeftConfig:
     for name in ("layers_to_transform", "layers_pattern"):
         if isinstance(given.get(name), int | str):
             given[name] = [given[name]] if given[name] != "" else []
+    sets = ("target_modules", "exclude_modules")
+    given |= {
+        k: frozenset(v) for k, v in given.items() if k in sets and isinstance(v, list)
+    }
     given |= {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
     return PeftConfig(**given)
 
@@ -188,8 +192,14 @@ def _start_problems(start: Any) -> Iterator[str]:
 
 def _is_number(x: Any) -> bool:
     return (
-        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(float(x))
+        isinstance(x, int | float)
+        and not isinstance(x, bool)
+        and math.isfinite(float(x))
     )
+
+
+def _is_alpha(x: Any) -> bool:
+    return _is_number(x) and x > 0
 
 
 def _is_rank(x: Any) -> bool:
@@ -207,7 +217,11 @@ def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
 def _dict_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda x: (
         x is None
-        or (isinstance(x, dict) and all(map(_is_regex, x)) and all(map(good, x.values())))
+        or (
+            isinstance(x, dict)
+            and all(map(_is_regex, x))
+            and all(map(good, x.values()))
+        )
     )
 
 
@@ -235,12 +249,12 @@ _NAMES = _list_of(_is_name)
 _FLAG = (_is_flag, "true or false")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "an int of at least 1"),
-    "lora_alpha": (_is_number, "a finite number"),
+    "lora_alpha": (_is_alpha, "a finite number above 0"),
     "target_modules": (_optional(_NAMES, _is_regex), "a list of names or one regex"),
     "exclude_modules": (_optional(_NAMES, _is_regex), "a list of names or one regex"),
     "target_parameters": (_optional(_NAMES), "a list of names"),
     "rank_pattern": (_dict_of(_is_rank), "an object {regex: int of at least 1}"),
-    "alpha_pattern": (_dict_of(_is_number), "an object {regex: finite number}"),
+    "alpha_pattern": (_dict_of(_is_alpha), "an object {regex: finite number above 0}"),
     "modules_to_save": (_optional(_NAMES), "a list of names"),
     "layers_to_transform": (
         _optional(_is_index, _list_of(_is_index)), "an index or a list of them"),

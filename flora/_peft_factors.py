@@ -53,8 +53,8 @@ def positions(slot: Slot, beside: Sequence[Slot], out: int) -> np.ndarray:
 
 
 def _width(slot: Slot, out: int) -> int:
-    rows = slot.module.rows
-    return out // slot.part[1] if rows is None else len(tuple(rows))  # type: ignore
+    rows = slot.module.order
+    return out // slot.part[1] if rows is None else len(tuple(rows))
 
 
 def is_channel_last(path: str, sizes: Sequence[int], window: Sequence[int]) -> bool:
@@ -80,16 +80,16 @@ def matrices(piece: Piece, layout: Layout, shape: Sequence[int]) -> tuple[Any, A
         a, b = lora.a.T, lora.b.T
     if slot.module.columns is not None:
         a = a[..., list(slot.module.columns), :]
-    return a, b if slot.module.rows is None else b[..., _rows(slot)]
+    return a, b if slot.module.order is None else b[..., _rows(slot)]
 
 
 def _rows(slot: Slot) -> list[int]:
-    return list(slot.module.rows)  # type: ignore[arg-type]
+    return list(slot.module.order or ())
 
 
 def _of_conv(lora: Lora, slot: Slot, in_: Sequence[int]) -> tuple[Any, Any]:
     """A `[window · in, r]` and b `[r, out]` of a convolution."""
-    r, channels, *window = lora.a.shape
+    _, channels, *window = lora.a.shape
     last = is_channel_last(slot.path, in_, window)
     own = in_[-1] if last else in_[0]
     b = lora.b.reshape(lora.b.shape[:2])
@@ -202,12 +202,12 @@ def magnitude(
     found = np.full((*stack, math.prod(out)), np.nan, np.float64)
     for p in pieces:
         m = np.asarray(p.lora.magnitude).reshape(-1)
-        m = m if p.slot.module.rows is None else m[_rows(p.slot)]
+        m = m if p.slot.module.order is None else m[_rows(p.slot)]
         found[(*p.index, positions(p.slot, beside, found.shape[-1]))] = m
     if np.isnan(found).any():
         raise LoraError(
             f"'{pieces[0].slot.path}' stacks modules of which only some are adapted; DoRA "
             "needs a magnitude for each. Unstack the layers, or adapt all of them."
         )
-    dtype = np.result_type(*(p.lora.magnitude.dtype for p in pieces))  # type: ignore
+    dtype = np.result_type(*(np.asarray(p.lora.magnitude).dtype for p in pieces))
     return found.astype(dtype).reshape(*stack, *out)

@@ -70,7 +70,9 @@ def blocks(b: np.ndarray, groups: int) -> np.ndarray:
     return found
 
 
-def gathered(a: np.ndarray, b: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+def gathered(
+    a: np.ndarray, b: np.ndarray, groups: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The reverse of `spread`."""
     total, channels, *window = a.shape
     r, out = total // groups, b.shape[1]

@@ -40,6 +40,7 @@ class Lora:
       depth: how many adapters of other parameters of the module lie outside of it.
       parameter: the parameter's name.
       raw: whether `target_parameters` selected it.
+      inner: whether it lies in a module that is adapted itself.
     """
 
     module: str
@@ -51,6 +52,7 @@ class Lora:
     depth: int = 0
     parameter: str = "weight"
     raw: bool = False
+    inner: bool = False
 
     @property
     def name(self) -> str:
@@ -119,7 +121,10 @@ def _without_copies(whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
     kept = {}
     for name, x in whole.items():
-        if ".original_module." in name and name.replace(".original_module", "") in whole:
+        if (
+            ".original_module." in name
+            and name.replace(".original_module", "") in whole
+        ):
             continue  # what it was before
         plain = name.replace(".modules_to_save.", ".")
         if plain == name or not np.array_equal(whole.get(plain, x), x):
@@ -155,9 +160,11 @@ def _lora(owner: str, embedding: bool, parts: Mapping[str, np.ndarray]) -> Lora:
     while module.endswith(_BASE):
         module = module.removesuffix(_BASE)
     depth = (len(owner) - len(module)) // len(_BASE)
-    module = module.replace(f"{_BASE}.", ".")  # of nn.MultiheadAttention
+    inner = f"{_BASE}." in module  # of nn.MultiheadAttention
+    module = module.replace(f"{_BASE}.", ".")
     kind = "embedding" if embedding else "linear" if parts["a"].ndim == 2 else "conv"
-    return Lora(module, **parts, kind=kind, depth=depth)
+    known = (parts["a"], parts["b"], parts.get("magnitude"), parts.get("bias"))
+    return Lora(module, *known, kind=kind, depth=depth, inner=inner)
 
 
 def _flag_problems(file: Path, lora: Lora, config: PeftConfig) -> Iterator[str]:

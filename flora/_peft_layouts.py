@@ -24,10 +24,10 @@ def turned(leaves: Iterable[tuple[str, Any]]) -> bool:
     shapes = {path: tuple(getattr(x, "shape", ())) for path, x in leaves}
     for path, shape in shapes.items():
         head, _, last = path.rpartition("/")
-        bias = shapes.get(f"{head}/bias")
-        if last == "kernel" and len(shape) == 2 and bias and len(bias) == 1:
-            if shape[0] == bias[0] != shape[1]:
-                return True
+        bias = shapes.get(f"{head}/bias", ())
+        matrix = last == "kernel" and len(shape) == 2 and shape[0] != shape[1]
+        if matrix and bias == shape[:1]:
+            return True
     return False
 
 
@@ -72,7 +72,9 @@ def layouts(
         return [min(usual, key=lambda x: len(x.in_))]
     apart = {}
     for layout in found:  # axes of size 1 make no difference
-        apart.setdefault(tuple(layout.role(i) for i, n in enumerate(shape) if n > 1), layout)
+        apart.setdefault(
+            tuple(layout.role(i) for i, n in enumerate(shape) if n > 1), layout
+        )
     return list(apart.values())
 
 

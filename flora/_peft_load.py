@@ -115,7 +115,9 @@ def _lost(
     content: Content, finder: Finder, file: Path, paths: Sequence[str]
 ) -> Iterator[str]:
     keys = {x.name: x.key("a") for x in content.loras}
-    keys |= {plain(n): f"base_model.model.{n}" for n in (*content.whole, *content.of_base)}
+    keys |= {
+        plain(n): f"base_model.model.{n}" for n in (*content.whole, *content.of_base)
+    }
     for name, key in keys.items():
         if not finder.all(name):
             yield (
@@ -141,7 +143,9 @@ def _sites(
             pieces.setdefault(slot.path, []).append(piece)
     problems: list[str] = []
     sites = {}
-    conv1d = config.fan_in_fan_out and turned((p, base_of(x)) for p, x in leaves.items())
+    conv1d = config.fan_in_fan_out and turned(
+        (p, base_of(x)) for p, x in leaves.items()
+    )
     for path, found in pieces.items():
         beside = tuple(s for s in finder.slots if s.path == path and not s.module.tied)
         base = base_of(leaves[path])
@@ -227,7 +231,9 @@ def _layout(
 def _out_features(piece: Piece, beside: Sequence[Slot]) -> int:
     """How many out features the leaf has, of all modules that share it."""
     own = piece.lora.b.shape[0]
-    widths = [len(s.module.rows) if s.module.rows is not None else own for s in beside]  # type: ignore
+    widths = [
+        len(s.module.order) if s.module.order is not None else own for s in beside
+    ]
     return sum(widths) if beside else own
 
 
@@ -254,7 +260,7 @@ def _checked(
                 f"which has {stack}. Is it the adapter of a deeper base?"
             )
             continue
-        rows = slot.module.rows
+        rows = slot.module.order
         have = int(np.prod(in_)), int(np.prod(out))
         need = piece.lora.a.shape[1], piece.lora.b.shape[0]
         if lora.kind == "conv":

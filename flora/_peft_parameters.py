@@ -98,7 +98,10 @@ def in_order(
 
 
 def _may_fit(
-    lora: Lora, config: PeftConfig, finder: Finder, shapes: Mapping[str, tuple[int, ...]]
+    lora: Lora,
+    config: PeftConfig,
+    finder: Finder,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> bool:
     rank = config.rank(lora.site)
     experts, rest = divmod(lora.a.shape[0], rank)
@@ -158,7 +161,9 @@ def without_ties(content: Content, finder: Finder, file: Path) -> Content:
     held = {x.name for x in content.loras}
     for slot in finder.slots:
         if slot.module.tied and not slot.holes:
-            first = [s for s in finder.slots if s.path == slot.path and not s.module.tied]
+            first = [
+                s for s in finder.slots if s.path == slot.path and not s.module.tied
+            ]
             if any(s.name in held for s in first) and slot.name not in held:
                 raise LoraError(
                     f"{file}: '{first[0].name}' is adapted and '{slot.name}' is not, but "
@@ -194,9 +199,7 @@ def may_be_tied(
             )
 
 
-def turned_parameter(
-    piece: Piece, layout: Layout, shape: tuple[int, ...]
-) -> Piece:
+def turned_parameter(piece: Piece, layout: Layout, shape: tuple[int, ...]) -> Piece:
     """A raw matrix's factors, exchanged where the leaf reads it the other way round.
 
     PEFT adds B A to a raw matrix as it is, whatever its axes mean.
@@ -207,7 +210,10 @@ def turned_parameter(
     if not lora.raw or not matrix or lora.a.shape[0] != piece.rank:
         return piece
     sizes = tuple(shape[i] for i in free)
-    kept, other = (lora.b.shape[0], lora.a.shape[1]) == sizes, lora.b.shape[0] == sizes[1]
+    kept, other = (
+        (lora.b.shape[0], lora.a.shape[1]) == sizes,
+        lora.b.shape[0] == sizes[1],
+    )
     as_named = leaf_word(slot.path) not in ("kernel", "embedding")
     same = kept and (as_named or not other or sizes[0] != sizes[1])
     columns = free[1] if same else free[0]

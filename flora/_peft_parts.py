@@ -36,7 +36,9 @@ class Part:
     @property
     def alpha(self) -> float:
         """An int where it was one before it was divided."""
-        value = self.scale * (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        value = self.scale * (
+            math.sqrt(self.rank) if self.rank_stabilized else self.rank
+        )
         return round(value) if abs(value - round(value)) < 1e-12 * abs(value) else value
 
 
@@ -89,9 +91,14 @@ def kind_of(path: str, node: LoraWeight, slot: Slot, known: str) -> str:
         return "conv" if len(layout.in_) > 2 else "linear"
     # Two in axes may be a window and channels, or heads and their features.
     named = slot.module.name != "-"
-    if word == "kernel" and "conv" in path.rpartition("/")[0].rpartition("/")[2].lower():
+    if (
+        word == "kernel"
+        and "conv" in path.rpartition("/")[0].rpartition("/")[2].lower()
+    ):
         return "conv"
-    if (word == "kernel" and named) or (len(layout.in_) == 1 and layout.in_ > layout.out):
+    if (word == "kernel" and named) or (
+        len(layout.in_) == 1 and layout.in_ > layout.out
+    ):
         return "linear"
     raise LoraError(
         f"save: '{path}' ({layout}) may be a linear layer, a convolution or an embedding "
@@ -151,7 +158,10 @@ def _as_conv(
     stack = len(node.layout.stack)
     sizes = node.a.shape[stack : stack + len(axes)]
     rank, groups = a.shape[-1], slot.module.groups
-    last = is_channel_last(slot.path, sizes, sizes[:-1]) and leaf_word(slot.path) != "weight"
+    last = (
+        is_channel_last(slot.path, sizes, sizes[:-1])
+        and leaf_word(slot.path) != "weight"
+    )
     a = a.T.reshape(rank, *sizes)
     a = np.moveaxis(a, -1, 1) if last else a
     b = b.T.reshape(-1, rank, *(1,) * (len(axes) - 1))
@@ -164,26 +174,30 @@ def _as_conv(
     spread = np.zeros((groups, rank, groups, channels, *a.shape[2:]), a.dtype)
     for k in range(groups):
         spread[k, :, k] = a
-    return spread.reshape(groups * rank, groups * channels, *a.shape[2:]), b, groups * rank
+    return (
+        spread.reshape(groups * rank, groups * channels, *a.shape[2:]),
+        b,
+        groups * rank,
+    )
 
 
 def joined(parts: Sequence[Part]) -> Part:
     """The adapter of a module whose rows lie in several places."""
     first = parts[0]
     if len(parts) == 1:
-        rows = first.slot.module.rows
+        rows = first.slot.module.order
         if rows is None or first.slot.module.tied:
             return _trimmed(first)
         _check_rows(parts)
     else:
         _check_rows(parts)
-    total = sum(len(tuple(p.slot.module.rows)) for p in parts)  # type: ignore[arg-type]
+    total = sum(len(p.slot.module.order or ()) for p in parts)
     rank = sum(p.rank for p in parts)
     scale = max((p.scale for p in parts), key=abs)
     dtype = np.result_type(*(p.lora.b.dtype for p in parts))
     b, m, start = np.zeros((total, rank), dtype), np.zeros(total, np.float64), 0
     for p in parts:
-        rows = list(p.slot.module.rows)  # type: ignore[arg-type]
+        rows = list(p.slot.module.order or ())
         b[np.ix_(rows, range(start, start + p.rank))] = p.lora.b * dtype.type(
             p.scale / scale
         )
@@ -203,8 +217,8 @@ def joined(parts: Sequence[Part]) -> Part:
 
 
 def _check_rows(parts: Sequence[Part]) -> None:
-    rows = [i for p in parts for i in p.slot.module.rows or ()]
-    if any(p.slot.module.rows is None for p in parts) or sorted(rows) != [
+    rows = [i for p in parts for i in p.slot.module.order or ()]
+    if any(p.slot.module.order is None for p in parts) or sorted(rows) != [
         *range(len(rows))
     ]:
         where = "', '".join(p.slot.path for p in parts)

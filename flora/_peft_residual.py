@@ -66,7 +66,7 @@ def changed(
             continue  # PEFT starts those as plain LoRA
         slot = piece.slot
         at = positions(slot, beside, flat.shape[-1])
-        rows = np.arange(len(at)) if slot.module.rows is None else slot.module.rows
+        rows = np.asarray(slot.module.order or range(len(at)))
         if len(at) != piece.lora.b.shape[0]:
             raise LoraError(
                 f"'{slot.path}' holds {len(at)} of the {piece.lora.b.shape[0]} rows of "
@@ -74,10 +74,10 @@ def changed(
                 "adapter as plain LoRA in PEFT: "
                 "path_initial_model_for_weight_conversion=."
             )
-        columns = slot.module.columns or range(flat.shape[-2])
+        columns = np.asarray(slot.module.columns or range(flat.shape[-2]))
         matrix = flat[piece.index]
         own = np.empty((len(at), flat.shape[-2]), value.dtype)
-        own[np.ix_(np.asarray(rows), np.asarray(columns))] = matrix[:, at].T
+        own[np.ix_(rows, columns)] = matrix[:, at].T
         left = own.astype(np.float64) - change(piece, own)
         matrix[:, at] = left[np.ix_(rows, columns)].T.astype(value.dtype)
     return flat.reshape(turned.shape).transpose(np.argsort(order))

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from flora._adapt import require_adapted
 from flora._errors import LoraError, LoraTypeError, fail
@@ -116,7 +117,7 @@ def _problems(path: str, leaf: Any) -> Iterator[str]:
     else:
         values = [leaf.value] if isinstance(leaf, Trained) else []
     for x in values:
-        if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer) or not hasattr(x, "size"):
+        if isinstance(x, jax.ShapeDtypeStruct | Tracer) or not hasattr(x, "size"):
             yield f"save: '{path}' holds {x!r}; expected arrays. Save outside of jax.jit."
         elif not bool(jnp.isfinite(x).all()):
             bad = int((~jnp.isfinite(x)).sum())
@@ -148,7 +149,9 @@ def _nested(made: Sequence[Part], declared: Sequence[Slot] | None) -> list[Part]
     else:
         made = sorted(made, key=lambda p: p.lora.parameter.startswith("down"))
     first = {
-        p.lora.module: [q.lora.parameter for q in made if q.lora.module == p.lora.module]
+        p.lora.module: [
+            q.lora.parameter for q in made if q.lora.module == p.lora.module
+        ]
         for p in made
         if p.lora.raw
     }
@@ -234,7 +237,7 @@ def _assembled(some: Sequence[tuple[Slot, np.ndarray]]) -> np.ndarray:
     total = sum(len(x) for _, x in some)
     value = np.zeros((total, *some[0][1].shape[1:]), some[0][1].dtype)
     for slot, x in some:
-        rows = sorted(slot.module.rows)  # type: ignore[type-var]
+        rows = sorted(slot.module.order or ())
         value[rows] = x
     return value
 

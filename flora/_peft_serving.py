@@ -100,8 +100,8 @@ def _with_neighbors(
 def _zeros(name: str, slot: Slot, base: Any, like: Part) -> Part:
     r, in_ = like.lora.a.shape
     size = int(np.prod(base.shape[slot.holes :]))
-    rows = slot.module.rows
-    out = len(tuple(rows)) if rows is not None else size // in_ // slot.part[1]  # type: ignore
+    rows = slot.module.order
+    out = len(tuple(rows)) if rows is not None else size // in_ // slot.part[1]
     if rows is None and size != in_ * out * slot.part[1]:
         raise LoraError(
             f"save: '{name}' must be written as zeros for SGLang, but '{slot.path}' of shape "

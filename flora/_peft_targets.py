@@ -16,22 +16,28 @@ def covers(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
+def ends(name: str) -> list[str]:
+    """The name, and all that is left of it from a dot on."""
+    words = name.split(".")
+    return [".".join(words[i:]) for i in range(len(words))]
+
+
 def selects(config: PeftConfig, module: str) -> bool:
     """Whether PEFT would adapt a module of that path."""
     excluded = config.exclude_modules
     if isinstance(excluded, str):
         if re.fullmatch(excluded, module):
             return False
-    elif any(covers(module, name) for name in excluded or ()):
+    elif any(end in excluded for end in ends(module)):
         return False
     if any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in config.modules_to_save):
         return False
-    targets = config.target_modules or ()
+    targets = config.target_modules or frozenset()
     if isinstance(targets, str):
         return is_all_linear(config) or bool(re.fullmatch(targets, module))
     if module in targets:
         return True
-    return any(covers(module, t) for t in targets) and _in_layers(config, module)
+    return any(e in targets for e in ends(module)) and _in_layers(config, module)
 
 
 def is_all_linear(config: PeftConfig) -> bool:
@@ -75,7 +81,8 @@ def target_problems(
     held = {lora.module for lora in content.loras if not lora.raw}
     universe = sorted({*weights, *held})
     yield from _names_that_match_nothing(config, universe, parameters, here)
-    for module in sorted(held - tied):
+    inner = {lora.module for lora in content.loras if lora.inner}
+    for module in sorted(held - tied - inner):
         if not selects(config, module):
             yield (
                 f"{file}: '{PREFIX}{module}' is adapted, but {here.name} does not select "
@@ -108,15 +115,18 @@ def target_problems(
 def _names_that_match_nothing(
     config: PeftConfig, universe: Sequence[str], parameters: Sequence[str], here: Path
 ) -> Iterator[str]:
-    targets = config.target_modules or ()
+    targets = config.target_modules or frozenset()
     if isinstance(targets, str):
-        targets = ()  # a regex that selects too much or little shows in the keys
+        targets = (
+            frozenset()
+        )  # a regex that selects too much or little shows in the keys
     for field, names, among in (
         ("target_modules", targets, universe),
         ("target_parameters", config.target_parameters, parameters),
     ):
-        for name in names:
-            if not any(covers(m, name) for m in among):
+        known = {end for m in among for end in ends(m)}
+        for name in sorted(names):
+            if name not in known:
                 yield (
                     f"{here}: {field} has '{name}', which matches none of the "
                     f"{len(among)} names in the base{_near(name, among)}. PEFT would "
@@ -147,7 +157,9 @@ def whole_problems(
             )
         else:
             for name in wanted:
-                if name not in held and not name.endswith((".running_mean", ".running_var")):
+                if name not in held and not name.endswith(
+                    (".running_mean", ".running_var")
+                ):
                     yield (
                         f"{file}: '{PREFIX}{name}' is missing; modules_to_save names "
                         f"'{entry}' and the base has it. Save the adapter anew."
@@ -195,8 +207,9 @@ def _in_module(name: str, entry: str) -> bool:
 
 def shown(names: object, most: int = 4) -> str:
     """Names for a message, not too many."""
-    if not isinstance(names, tuple | list):
+    if not isinstance(names, tuple | list | frozenset):
         return repr(names)
+    names = sorted(names)
     some = ", ".join(map(repr, names[:most]))
     return f"[{some}{', …' if len(names) > most else ''}]"
 

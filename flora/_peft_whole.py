@@ -21,13 +21,19 @@ def put(
     """Writes a parameter of PyTorch into its place in a leaf, `[*stack, ...]`."""
     shape = target.shape[slot.holes :]
     if any(i >= n for i, n in zip(index, target.shape, strict=False)):
-        raise ValueError(f"index {tuple(index)} of a stack {target.shape[: slot.holes]}")
+        raise ValueError(
+            f"index {tuple(index)} of a stack {target.shape[: slot.holes]}"
+        )
     view = target[tuple(index)] if index else target
-    if slot.module.rows is None and slot.part[1] == 1:
+    if slot.module.order is None and slot.part[1] == 1:
         view[...] = _turned(slot.path, value, shape)
         return
-    rows = slice(None) if slot.module.rows is None else list(slot.module.rows)  # type: ignore
-    wide = int(np.prod(shape)) if value.ndim == 1 else int(np.prod(shape)) // value.shape[1]
+    rows = slice(None) if slot.module.order is None else list(slot.module.order)
+    wide = (
+        int(np.prod(shape))
+        if value.ndim == 1
+        else int(np.prod(shape)) // value.shape[1]
+    )
     at, flat = positions(slot, beside, wide), view.reshape(-1, wide)
     if not np.shares_memory(flat, view):
         raise ValueError("a leaf whose features do not lie in a row")
@@ -74,9 +80,9 @@ def taken(
         value = value.reshape(-1)
         if parts:
             value = value[positions(slot, beside, value.size)]
-    if slot.module.rows is not None:
+    if slot.module.order is not None:
         ordered = np.empty_like(value)
-        rows = np.argsort(slot.module.rows)  # type: ignore[arg-type]
+        rows = np.argsort(slot.module.order)
         ordered[...] = value[rows]
         value = ordered
     return value

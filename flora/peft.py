@@ -95,15 +95,17 @@ def load(
     leaves = dict(named)
     fail(_tree_problems(named))
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise LoraTypeError(f"flora.peft.load: dtype={dtype!r}. Write a floating dtype.")
+        raise LoraTypeError(
+            f"flora.peft.load: dtype={dtype!r}. Write a floating dtype."
+        )
     config = read(folder)
     content = _in_dtype(sort_out(read_tensors(folder), config, folder), dtype)
     given = expected_layouts(leaves)
-    uses = {} if fn is None else _followed(fn, named, treedef, args, kwargs or {}, given)
-    given |= {path: f.layout for path, f in uses.items() if f.layout is not None}
-    found = plan(
-        folder, config, content, leaves, names, given, followed=fn is not None
+    uses = (
+        {} if fn is None else _followed(fn, named, treedef, args, kwargs or {}, given)
     )
+    given |= {path: f.layout for path, f in uses.items() if f.layout is not None}
+    found = plan(folder, config, content, leaves, names, given, followed=fn is not None)
     if not config.ensure_weight_tying:
         fail(_untied(uses, found, folder))
     fail(coverage_problems(leaves, found, folder / WEIGHTS))
@@ -201,7 +203,9 @@ def _node(site: Site, config: PeftConfig, folder: Any) -> LoraWeight:
                 f"'{site.path}' is {base!r}. Pass arrays."
             )
         left = residual(base, site.layout, site.pieces, site.beside, config.residual)
-        base = jax.device_put(left, base.sharding if isinstance(base, jax.Array) else None)
+        base = jax.device_put(
+            left, base.sharding if isinstance(base, jax.Array) else None
+        )
     made = node(site.path, site.base, site.layout, site.pieces, site.beside)
     new = dataclasses.replace(
         made, base=base, dropout=float(config.lora_dropout), **_placed(made)

@@ -27,7 +27,10 @@ def params():
         "layers": {
             str(i): {"up": linear(D, F, i), "down": linear(F, D, i)} for i in range(2)
         },
-        "norm": {"scale": jnp.asarray(values(D)), "bias": jnp.asarray(values(D, seed=1))},
+        "norm": {
+            "scale": jnp.asarray(values(D)),
+            "bias": jnp.asarray(values(D, seed=1)),
+        },
         "head": linear(D, 3, 5),
     }
 

@@ -1,5 +1,7 @@
 """Loading: each kind of adapter against its formula in NumPy, from files written by hand."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,7 +12,7 @@ from peft_files import PREFIX, D, F, X, delta, linear, params, up_adapters, valu
 
 import flora
 import flora.peft
-from flora._peft_config import PeftConfig
+from flora._peft_config import parse
 from flora._peft_targets import selects
 
 
@@ -112,10 +114,22 @@ def test_patterns_in_their_order_and_rslora(tmp_path):
         ({"target_modules": ("up",), "exclude_modules": ("0.up",)}, "a.0.up", False),
         ({"target_modules": ("up",), "exclude_modules": r"a\..*"}, "a.0.up", False),
         ({"target_modules": ("up",), "modules_to_save": ("a",)}, "a.0.up", False),
-        ({"target_modules": ("up",), "layers_to_transform": (1,)}, "m.layers.1.up", True),
-        ({"target_modules": ("up",), "layers_to_transform": (1,)}, "m.layers.2.up", False),
+        (
+            {"target_modules": ("up",), "layers_to_transform": (1,)},
+            "m.layers.1.up",
+            True,
+        ),
+        (
+            {"target_modules": ("up",), "layers_to_transform": (1,)},
+            "m.layers.2.up",
+            False,
+        ),
         # without a word before the list PEFT's pattern finds no index
-        ({"target_modules": ("up",), "layers_to_transform": (1,)}, "layers.1.up", False),
+        (
+            {"target_modules": ("up",), "layers_to_transform": (1,)},
+            "layers.1.up",
+            False,
+        ),
         # the first index counts, not the last
         (
             {"target_modules": ("up",), "layers_to_transform": (1,)},
@@ -140,7 +154,12 @@ def test_patterns_in_their_order_and_rslora(tmp_path):
     ],
 )
 def test_rules_of_targets(config, module, chosen):
-    assert selects(PeftConfig(8, 8, **config), module) is chosen
+    raw = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()} | {
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 8,
+    }
+    assert selects(parse(raw, Path("x")), module) is chosen
 
 
 @pytest.mark.parametrize(
@@ -149,7 +168,11 @@ def test_rules_of_targets(config, module, chosen):
         {"target_modules": ["layers.0.up", "layers.1.up"]},
         {"target_modules": r".*\.up"},
         {"target_modules": ["up", "down"], "exclude_modules": ["down"]},
-        {"target_modules": ["up"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {
+            "target_modules": ["up"],
+            "layers_to_transform": [0, 1],
+            "layers_pattern": "layers",
+        },
     ],
 )
 def test_ways_to_select(tmp_path, settings):
@@ -159,13 +182,19 @@ def test_ways_to_select(tmp_path, settings):
 
 
 def test_all_linear_may_leave_out_the_head(tmp_path):
-    tensors = up_adapters() | linear("layers.0.down", F, D) | linear("layers.1.down", F, D)
+    tensors = (
+        up_adapters() | linear("layers.0.down", F, D) | linear("layers.1.down", F, D)
+    )
     folder = files.write(tmp_path / "a", tensors, target_modules="all-linear")
     loaded = flora.peft.load(folder, params())
     assert not isinstance(loaded["head"]["kernel"], flora.LoraWeight)
     short = {k: v for k, v in tensors.items() if "1.down" not in k}
-    with pytest.raises(flora.LoraError, match=r"layers.1.down.lora_A.weight' is missing"):
-        flora.peft.load(files.write(folder, short, target_modules="all-linear"), params())
+    with pytest.raises(
+        flora.LoraError, match=r"layers.1.down.lora_A.weight' is missing"
+    ):
+        flora.peft.load(
+            files.write(folder, short, target_modules="all-linear"), params()
+        )
 
 
 def test_modules_and_biases_that_train_whole(tmp_path):
@@ -190,9 +219,13 @@ def test_modules_and_biases_that_train_whole(tmp_path):
 
 
 def test_bias_of_b_goes_into_the_bias(tmp_path):
-    added = {f"{PREFIX}layers.{i}.up.lora_B.bias": values(F, seed=40 + i) for i in range(2)}
+    added = {
+        f"{PREFIX}layers.{i}.up.lora_B.bias": values(F, seed=40 + i) for i in range(2)
+    }
     tensors = up_adapters() | added
-    loaded = flora.peft.load(files.write(tmp_path / "a", tensors, lora_bias=True), params())
+    loaded = flora.peft.load(
+        files.write(tmp_path / "a", tensors, lora_bias=True), params()
+    )
     for i in range(2):
         got = loaded["layers"][str(i)]["up"]["bias"].value
         want = params()["layers"][str(i)]["up"]["bias"] + 3.0 * values(F, seed=40 + i)
@@ -208,7 +241,9 @@ def test_dora(tmp_path):
     tensors = up_adapters() | {
         f"{PREFIX}{k}.lora_magnitude_vector": v for k, v in magnitudes.items()
     }
-    loaded = flora.peft.load(files.write(tmp_path / "a", tensors, use_dora=True), params())
+    loaded = flora.peft.load(
+        files.write(tmp_path / "a", tensors, use_dora=True), params()
+    )
     for i in range(2):
         w = np.asarray(params()["layers"][str(i)]["up"]["kernel"], np.float64)
         whole = w + delta(tensors, f"layers.{i}.up", 3.0)

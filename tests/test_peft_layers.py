@@ -55,7 +55,9 @@ def test_convolutions(tmp_path, window):
     tree = {"conv": {"kernel": jnp.asarray(values(*window, 3, 8))}}
     loaded = flora.peft.load(folder, tree)
     b = tensors[f"{PREFIX}conv.lora_B.weight"].reshape(8, 2)
-    torch_delta = 3.0 * np.einsum("or,ri...->oi...", b, tensors[f"{PREFIX}conv.lora_A.weight"])
+    torch_delta = 3.0 * np.einsum(
+        "or,ri...->oi...", b, tensors[f"{PREFIX}conv.lora_A.weight"]
+    )
     whole = tree["conv"]["kernel"] + np.moveaxis(torch_delta, (0, 1), (-1, -2))
     close(flora.merge(loaded)["conv"]["kernel"], whole)
     x = jnp.asarray(values(2, *(6,) * n, 3, seed=4))
@@ -91,13 +93,17 @@ def test_convolutions_in_groups_read_across_them(tmp_path):
     loaded = flora.peft.load(folder, tree)
     x = jnp.asarray(values(2, 7, 6, seed=4))
     fn, dense = conv((3,), 2), conv((3,))
-    added = dense({"conv": {"kernel": jnp.asarray(dense_of_groups(tensors), jnp.float32)}}, x)
+    added = dense(
+        {"conv": {"kernel": jnp.asarray(dense_of_groups(tensors), jnp.float32)}}, x
+    )
     close(flora.lora(fn)(loaded, x), fn(tree, x) + 1.5 * added)
     # Gradients: those of the dense kernel, seen through A and B.
     dy = jnp.asarray(values(2, 7, 8, seed=5))
     _, grads = flora.value_and_grad(lambda t: (flora.lora(fn)(t, x) * dy).sum())(loaded)
     zero = {"conv": {"kernel": jnp.zeros((3, 6, 8))}}
-    dw = np.asarray(jax.grad(lambda p: (dense(p, x) * dy).sum())(zero)["conv"]["kernel"])
+    dw = np.asarray(
+        jax.grad(lambda p: (dense(p, x) * dy).sum())(zero)["conv"]["kernel"]
+    )
     b = tensors[f"{PREFIX}conv.lora_B.weight"][:, :, 0]
     want_a = np.stack(
         [np.einsum("kio,o->ik", dw[:, :, 4 * (p // 2) : 4 * (p // 2) + 4],
@@ -154,7 +160,9 @@ def test_embeddings(tmp_path):
 def test_dora_of_embeddings(tmp_path):
     m = {f"{PREFIX}embed.lora_magnitude_vector": np.abs(values(4))}
     tensors, folder = embedding_files(tmp_path, m, use_dora=True)
-    loaded = flora.peft.load(folder, {"embed": {"embedding": jnp.asarray(values(7, 4))}})
+    loaded = flora.peft.load(
+        folder, {"embed": {"embedding": jnp.asarray(values(7, 4))}}
+    )
     a, b = (tensors[f"{PREFIX}embed.lora_embedding_{n}"] for n in "AB")
     whole = values(7, 4) + 3.0 * (b @ a).T
     want = whole * np.abs(values(4)) / np.linalg.norm(whole, axis=0)
@@ -181,7 +189,9 @@ def test_tied_weights(tmp_path):
         loaded = flora.peft.load(folder, tree, names=given)
         whole = {"embed": {"embedding": values(7, 4) + 3.0 * (b @ a).T}}
         x = jnp.asarray([[1, 2, 6, 6, 0]])
-        close(flora.lora(tied_fn)(loaded, x), tied_fn(jax.tree.map(jnp.asarray, whole), x))
+        close(
+            flora.lora(tied_fn)(loaded, x), tied_fn(jax.tree.map(jnp.asarray, whole), x)
+        )
     config = round_trip(tmp_path, tensors, loaded, names=names)
     assert config["ensure_weight_tying"] is True
 
@@ -197,7 +207,9 @@ def test_ties_that_do_not_hold(tmp_path):
         {"auto_mapping": {"base_model_class": "MistralForCausalLM"}},
     ):
         files_of = embedding_files(tmp_path, **config)[1]
-        with pytest.raises(flora.LoraError, match=r"its 7 words: tied weights, it seems"):
+        with pytest.raises(
+            flora.LoraError, match=r"its 7 words: tied weights, it seems"
+        ):
             flora.peft.load(files_of, tree)
     _, folder = embedding_files(tmp_path)
     Module = flora.peft.Module
@@ -222,7 +234,9 @@ def test_a_tied_weight_that_trains_whole(tmp_path):
     tree = {"embed": {"embedding": jnp.asarray(values(7, 4))},
             "mix": {"kernel": jnp.asarray(values(4, 4))}}  # fmt: skip
     loaded = flora.peft.load(folder, tree)
-    np.testing.assert_array_equal(loaded["embed"]["embedding"].value, values(7, 4, seed=3))
+    np.testing.assert_array_equal(
+        loaded["embed"]["embedding"].value, values(7, 4, seed=3)
+    )
     whole[f"{PREFIX}head.weight"] = values(7, 4, seed=4)
     files.write(folder, tensors | whole, modules_to_save=["embed"], **config)
     with pytest.raises(flora.LoraError, match=r"'head.weight', which none"):
@@ -321,7 +335,10 @@ def test_conv1d_of_gpt2(tmp_path, out_first):
     """HF's FlaxConv1D keeps `[out, in]`, which a square kernel does not show."""
     tensors = files.linear("c_attn", 4, 12) | files.linear("c_proj", 4, 4, seed=7)
     folder = files.write(
-        tmp_path / "a", tensors, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True
+        tmp_path / "a",
+        tensors,
+        target_modules=["c_attn", "c_proj"],
+        fan_in_fan_out=True,
     )
     kernels = {"c_attn": values(4, 12), "c_proj": values(4, 4)}
     turn = (lambda k: k.T) if out_first else (lambda k: k)

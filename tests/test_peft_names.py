@@ -68,9 +68,7 @@ def test_a_callable_and_an_order_of_rows(tmp_path):
 
 def test_one_leaf_for_several_modules(tmp_path):
     tensors = (
-        linear("q", D, 4)
-        | linear("k", D, 2, r=3, seed=3)
-        | linear("v", D, 2, seed=5)
+        linear("q", D, 4) | linear("k", D, 2, r=3, seed=3) | linear("v", D, 2, seed=5)
     )
     folder = files.write(
         tmp_path / "a", tensors, target_modules=["q", "k", "v"],
@@ -143,7 +141,9 @@ def test_stacked_by_names(tmp_path):
     tensors = linear("q", D, 4) | linear("k", D, 4, seed=3) | linear("v", D, 4, seed=5)
     folder = files.write(tmp_path / "a", tensors, target_modules=["q", "k", "v"])
     names = {"qkv": "{q|k|v}"}
-    loaded = flora.peft.load(folder, {"qkv": {"kernel": kernel(0, 3, D, 4)}}, names=names)
+    loaded = flora.peft.load(
+        folder, {"qkv": {"kernel": kernel(0, 3, D, 4)}}, names=names
+    )
     change = np.stack([files.delta(tensors, n, 3.0) for n in "qkv"])
     close(flora.merge(loaded)["qkv"]["kernel"], values(3, D, 4) + change)
     round_trip(tmp_path, tensors, loaded, names)
@@ -157,7 +157,9 @@ def test_layers_that_the_base_lacks(tmp_path):
         flora.peft.load(folder, tree)
     short = {k: v for k, v in tensors.items() if "3.up" not in k}
     files.write(folder, short, target_modules=["up"])
-    with pytest.raises(flora.LoraError, match=r"h.1.up.lora_A.weight' is missing") as caught:
+    with pytest.raises(
+        flora.LoraError, match=r"h.1.up.lora_A.weight' is missing"
+    ) as caught:
         flora.peft.load(folder, tree)
     assert "2 problems" in str(caught.value)
 
@@ -173,7 +175,9 @@ def test_prefixes(tmp_path):
         {"wrapped": {"model": {"layers": {"0": up}}}},
     ):
         loaded = flora.peft.load(folder, tree)
-        leaf = jax.tree.leaves(loaded, is_leaf=lambda x: isinstance(x, flora.LoraWeight))
+        leaf = jax.tree.leaves(
+            loaded, is_leaf=lambda x: isinstance(x, flora.LoraWeight)
+        )
         assert isinstance(leaf[0], flora.LoraWeight)
 
 
@@ -273,9 +277,13 @@ def test_names_found_by_values(tmp_path):
 
 
 def test_values_that_do_not_tell(tmp_path):
-    same = {"a.weight": values(4, D), "b.weight": values(4, D), "c.weight": values(3, D)}
+    same = {
+        "a.weight": values(4, D),
+        "b.weight": values(4, D),
+        "c.weight": values(3, D),
+    }
     tree = {"x": {"kernel": jnp.asarray(values(4, D).T)}}
-    with pytest.raises(flora.LoraError, match="'x/kernel'.*each row in several"):
+    with pytest.raises(flora.LoraError, match=r"'x/kernel'.*each row in several"):
         flora.peft.match_names(same, tree)
     with pytest.raises(flora.LoraError, match="'x/kernel'"):
         flora.peft.match_names({"c.weight": values(3, D)}, tree)

@@ -43,6 +43,8 @@ CASES = {
     "rank true": ({}, {"r": True}, ["r is True"]),
     "alpha is text": ({}, {"lora_alpha": "16"}, ["lora_alpha is '16'", "a finite number"]),
     "alpha nan": ({}, {"lora_alpha": float("nan")}, ["lora_alpha is nan"]),
+    "alpha zero": ({}, {"lora_alpha": 0}, ["lora_alpha is 0", "above 0"]),
+    "alpha negative": ({}, {"lora_alpha": -4}, ["lora_alpha is -4", "above 0"]),
     "flag is text": ({}, {"use_dora": "false"}, ["use_dora is 'false'", "true or false"]),
     "other rank": ({}, {"r": 4}, ["rank 2", "gives rank 4", "layers.0.up", "r or rank_pat"]),
     "no targets": ({}, {"target_modules": None}, ["target_modules", "both empty"]),
@@ -134,12 +136,16 @@ def _short(changes):
 def test_keys_without_the_prefix(tmp_path):
     bare = {k.removeprefix(PREFIX): v for k, v in tensors().items()}
     folder = files.write(tmp_path / "x", bare)
-    with pytest.raises(flora.LoraError, match="does not start with 'base_model.model.'"):
+    with pytest.raises(
+        flora.LoraError, match=r"does not start with 'base_model\.model\.'"
+    ):
         flora.peft.load(folder, params())
 
 
 def test_one_error_lists_all(tmp_path):
-    folder = files.write(tmp_path / "x", tensors(), r="8", lora_alpha=None, bias="maybe")
+    folder = files.write(
+        tmp_path / "x", tensors(), r="8", lora_alpha=None, bias="maybe"
+    )
     with pytest.raises(flora.LoraError) as caught:
         flora.peft.load(folder, params())
     assert "3 problems" in str(caught.value)
@@ -151,7 +157,7 @@ def test_files_cut_off(tmp_path, kept):
     path = folder / "adapter_model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
-    with pytest.raises(flora.LoraError, match="adapter_model.safetensors: no valid"):
+    with pytest.raises(flora.LoraError, match=r"adapter_model\.safetensors: no valid"):
         flora.peft.load(folder, params())
 
 
@@ -187,7 +193,9 @@ def test_missing_files(tmp_path):
         flora.peft.load(tmp_path / "none", params())
     folder = files.write(tmp_path / "x", tensors())
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(flora.LoraError, match=r"only adapter_model.bin. That is a pickle"):
+    with pytest.raises(
+        flora.LoraError, match=r"only adapter_model.bin. That is a pickle"
+    ):
         flora.peft.load(folder, params())
     (folder / "adapter_model.bin").unlink()
     with pytest.raises(flora.LoraError, match=r"has no adapter_model.safetensors"):
@@ -210,7 +218,9 @@ def test_trees_that_do_not_fit(tmp_path):
     with pytest.raises(flora.LoraError, match="the tree is empty"):
         flora.peft.load(folder, {})
     with pytest.raises(flora.LoraError, match="none of the base's 2 leaves"):
-        flora.peft.load(folder, {"a": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}})
+        flora.peft.load(
+            folder, {"a": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
+        )
     loaded = flora.peft.load(folder, params())
     other = files.write(tmp_path / "y", linear("head", D, 3), target_modules=["head"])
     with pytest.raises(flora.LoraError, match="is adapted in the tree") as caught:
@@ -249,7 +259,7 @@ def test_a_base_that_is_another(tmp_path):
     same = {f"{key}.base_layer.weight": values(7, D)}
     other = {f"{key}.base_layer.weight": values(7, D, seed=3)}
     wider = {f"{key}.base_layer.weight": values(9, D)}
-    config = {"target_modules": ["embed_tokens"]}
+    config = {"target_modules": ["embed_tokens"], "task_type": None}
     flora.peft.load(files.write(tmp_path / "1", held | same, **config), embedding)
     with pytest.raises(flora.LoraError, match="trained on another base"):
         flora.peft.load(files.write(tmp_path / "2", held | other, **config), embedding)

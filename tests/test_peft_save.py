@@ -19,7 +19,9 @@ import flora.peft
 
 
 def adapted(**settings):
-    config = flora.LoraConfig(**{"rank": 2, "alpha": 6.0, "target": "up/kernel"} | settings)
+    config = flora.LoraConfig(
+        **{"rank": 2, "alpha": 6.0, "target": "up/kernel"} | settings
+    )
     tree = flora.init(jax.random.key(0), config, files.fn, params(), X)
     return randomized(tree)
 
@@ -52,8 +54,12 @@ def test_files(tmp_path):
     assert {*tensors} == {*up_adapters()}
     for i in "01":
         node, module = tree["layers"][i]["up"]["kernel"], f"layers.{i}.up"
-        np.testing.assert_array_equal(tensors[f"{PREFIX}{module}.lora_A.weight"], node.a.T)
-        np.testing.assert_array_equal(tensors[f"{PREFIX}{module}.lora_B.weight"], node.b.T)
+        np.testing.assert_array_equal(
+            tensors[f"{PREFIX}{module}.lora_A.weight"], node.a.T
+        )
+        np.testing.assert_array_equal(
+            tensors[f"{PREFIX}{module}.lora_B.weight"], node.b.T
+        )
     expected = {
         "peft_type": "LORA", "r": 2, "lora_alpha": 6, "bias": "none",
         "target_modules": ["layers.0.up", "layers.1.up"], "use_rslora": False,
@@ -90,16 +96,25 @@ def test_exact_names_with_their_ranks_and_alphas(tmp_path):
 
 def test_names_that_end_alike(tmp_path):
     """PEFT's 'up' is also 'gate.up': what is not adapted must be excluded by name."""
-    tree = {"up": {"kernel": jnp.ones((4, 4))}, "gate": {"up": {"kernel": jnp.ones((4, 4))}}}
+    tree = {
+        "up": {"kernel": jnp.ones((4, 4))},
+        "gate": {"up": {"kernel": jnp.ones((4, 4))}},
+    }
 
     def fn(p, x):
         return x @ p["up"]["kernel"] @ p["gate"]["up"]["kernel"]
 
-    x, config = jnp.ones((2, 4)), flora.LoraConfig(rank=2, target=lambda p, _: p == "up/kernel")
+    x, config = (
+        jnp.ones((2, 4)),
+        flora.LoraConfig(rank=2, target=lambda p, _: p == "up/kernel"),
+    )
     made = flora.init(jax.random.key(0), config, fn, tree, x)
     flora.peft.save(tmp_path / "a", made)
     written, _ = files.read(tmp_path / "a")
-    assert (written["target_modules"], written["exclude_modules"]) == (["up"], ["gate.up"])
+    assert (written["target_modules"], written["exclude_modules"]) == (
+        ["up"],
+        ["gate.up"],
+    )
     flora.peft.load(tmp_path / "a", tree)
     both = flora.LoraConfig(rank=2, target="up/kernel", rank_pattern={"gate/up/kernel": 1},
                             alpha_pattern={"gate/*": 3.0})  # fmt: skip
@@ -129,7 +144,9 @@ def test_what_trains_whole(tmp_path):
     flora.peft.save(tmp_path / "b", all_biases)
     assert files.read(tmp_path / "b")[0]["bias"] == "all"
     jax.tree.map(
-        np.testing.assert_array_equal, flora.peft.load(tmp_path / "b", params()), all_biases
+        np.testing.assert_array_equal,
+        flora.peft.load(tmp_path / "b", params()),
+        all_biases,
     )
 
 
@@ -139,7 +156,11 @@ def test_an_adapter_without_its_base(tmp_path):
     _, tensors = files.read(tmp_path / "a")
     assert all(x.dtype == jnp.bfloat16 for x in tensors.values())
     loaded = flora.peft.load(tmp_path / "a", params())
-    close(loaded["layers"]["0"]["up"]["kernel"].b, tree["layers"]["0"]["up"]["kernel"].b, 1e-2)
+    close(
+        loaded["layers"]["0"]["up"]["kernel"].b,
+        tree["layers"]["0"]["up"]["kernel"].b,
+        1e-2,
+    )
 
 
 def test_dora(tmp_path):
@@ -148,7 +169,9 @@ def test_dora(tmp_path):
     config, tensors = files.read(tmp_path / "a")
     assert config["use_dora"] is True
     m = tensors[f"{PREFIX}layers.0.up.lora_magnitude_vector"]
-    np.testing.assert_array_equal(m, tree["layers"]["0"]["up"]["kernel"].extra["magnitude"])
+    np.testing.assert_array_equal(
+        m, tree["layers"]["0"]["up"]["kernel"].extra["magnitude"]
+    )
     loaded = flora.peft.load(tmp_path / "a", params())
     jax.tree.map(np.testing.assert_array_equal, loaded, tree)
     with pytest.raises(flora.LoraError, match="vLLM and SGLang refuse"):
@@ -158,7 +181,7 @@ def test_dora(tmp_path):
     with pytest.raises(flora.LoraError, match="some leaves are DoRA"):
         flora.peft.save(tmp_path / "b", mixed)
     vera = adapted(variant=flora.variants.VeRA())
-    with pytest.raises(flora.LoraError, match="VeRA.*cannot hold"):
+    with pytest.raises(flora.LoraError, match=r"VeRA.*cannot hold"):
         flora.peft.save(tmp_path / "b", vera)
     assert not (tmp_path / "b").exists()
 
@@ -187,7 +210,9 @@ def test_serving(tmp_path):
 
 
 def test_serving_writes_zeros_beside_a_projection(tmp_path):
-    tree = {n: {"kernel": jnp.asarray(values(D, F))} for n in ("q_proj", "k_proj", "v_proj")}
+    tree = {
+        n: {"kernel": jnp.asarray(values(D, F))} for n in ("q_proj", "k_proj", "v_proj")
+    }
 
     def fn(p, x):
         return sum(x @ p[n]["kernel"] for n in p)
@@ -207,7 +232,9 @@ def test_what_cannot_be_written(tmp_path):
     tree = adapted()
     node = tree["layers"]["1"]["up"]["kernel"]
     bad = adapted()
-    bad["layers"]["1"]["up"]["kernel"] = dataclasses.replace(node, b=node.b.at[0, 0].set(jnp.nan))
+    bad["layers"]["1"]["up"]["kernel"] = dataclasses.replace(
+        node, b=node.b.at[0, 0].set(jnp.nan)
+    )
     for given, settings, message in (
         (params(), {}, "none of the tree's .* leaves is adapted"),
         (bad, {}, "'layers/1/up/kernel' holds 1 of 12 values that are NaN"),

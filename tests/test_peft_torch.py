@@ -147,7 +147,9 @@ def _check_gradients(adapted, loaded, fn, x, names, scratch, tolerance):
     weights = np.random.default_rng(5).normal(size=y.shape)
     adapted.zero_grad()
     (y * torch.as_tensor(weights)).sum().backward()
-    _, grads = flora.value_and_grad(lambda t: (flora.lora(fn)(t, x) * weights).sum())(loaded)
+    _, grads = flora.value_and_grad(lambda t: (flora.lora(fn)(t, x) * weights).sum())(
+        loaded
+    )
     flora.peft.save(scratch / "grads", grads, names=names)
     got = load_file(scratch / "grads" / "adapter_model.safetensors")
     checked = set()
@@ -231,7 +233,8 @@ def test_serving_files(tmp_path, name):
     back = models.reloaded(model, tmp_path / "serving")
     close(models.run(back, x), models.run(adapted, x), tolerance_of(kind))
     written = back.peft_config["default"]
-    assert not (written.rank_pattern or written.alpha_pattern or written.use_rslora)
+    assert written.rank_pattern == written.alpha_pattern == {}
+    assert not written.use_rslora
 
 
 def test_adapters_of_flora_run_in_peft(tmp_path):

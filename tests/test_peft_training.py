@@ -62,7 +62,9 @@ def of_flora(tree, fn, data, tx):
 
     @jax.jit
     def step(tree, state, x, y):
-        loss, grads = flora.value_and_grad(lambda t: ((apply(t, x) - y) ** 2).mean())(tree)
+        loss, grads = flora.value_and_grad(lambda t: ((apply(t, x) - y) ** 2).mean())(
+            tree
+        )
         updates, state = tx.update(grads, state, tree)
         return optax.apply_updates(tree, updates), state, loss
 
@@ -104,9 +106,10 @@ def test_each_loss_is_that_of_peft(tmp_path, name):
 
 
 def test_lora_plus(tmp_path):
-    import flora.recipes
     import torch
     from peft.optimizers import create_loraplus_optimizer
+
+    import flora.recipes
 
     adapted, tree, fn, data = start(tmp_path, "plain")
     optimizer = create_loraplus_optimizer(
@@ -136,8 +139,9 @@ def adam_of_hf(rate, b1=0.9, b2=0.999, eps=1e-6):
 
 
 def test_lora_fa(tmp_path):
-    import flora.recipes
     from peft.optimizers import create_lorafa_optimizer
+
+    import flora.recipes
 
     adapted, tree, fn, data = start(tmp_path, "plain")
     optimizer = create_lorafa_optimizer(adapted, r=3, lora_alpha=7, lr=RATE)

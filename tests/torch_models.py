@@ -50,7 +50,9 @@ def dense(p, x):
 
 def norm(p, x, eps=1e-5):
     mean = x.mean(-1, keepdims=True)
-    return (x - mean) / jnp.sqrt(x.var(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
+    return (x - mean) / jnp.sqrt(x.var(-1, keepdims=True) + eps) * p["scale"] + p[
+        "bias"
+    ]
 
 
 def conv(p, x, window, groups=1):
@@ -60,7 +62,12 @@ def conv(p, x, window, groups=1):
     spec = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
     pad = [(k // 2, k // 2) for k in window]
     y = jax.lax.conv_general_dilated(
-        x, p["kernel"], (1,) * n, pad, dimension_numbers=spec, feature_group_count=groups
+        x,
+        p["kernel"],
+        (1,) * n,
+        pad,
+        dimension_numbers=spec,
+        feature_group_count=groups,
     )
     return y + p["bias"]
 
@@ -259,7 +266,9 @@ def llama(p, tokens, heads=4, groups=2, layers=2):
     for i in range(layers):
         q = m["layers"][str(i)]
         a, h = q["self_attn"], rms(q["input_layernorm"], x)
-        split = [dense(a[f"{n}_proj"], h).reshape(*x.shape[:2], -1, size) for n in "qkv"]
+        split = [
+            dense(a[f"{n}_proj"], h).reshape(*x.shape[:2], -1, size) for n in "qkv"
+        ]
         query, key, value = turned(split[0]), turned(split[1]), split[2]
         key, value = (jnp.repeat(t, heads // groups, axis=2) for t in (key, value))
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / size**0.5

@@ -1,6 +1,7 @@
 """Adapter files: what was trained, how it is to be computed, and on which base."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -13,14 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
 from flora._adapt import require_adapted
 from flora._errors import LoraError, LoraTypeError, fail
 from flora._fingerprint import describe, fingerprint, no_values, same_names
 from flora._placement import mesh_of, spec_of, specs
-from flora._records import base_leaves, base_problems, placed, unsavable
+from flora._records import base_leaves, base_problems, placed
 from flora._safetensors import File, no_dtype, read, write
 from flora._select import Pattern, check_pattern, matches, path_of
+from flora._trace import is_array
 from flora._transform import weight_problems
 from flora._version import __version__
 from flora._weight import Layout, LoraWeight, Trained, abstract, is_leaf, is_node
@@ -61,7 +64,7 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
     path = _checked_path("save", path)
     check_pattern("also", also)
     require_adapted(adapted, "save")
-    leaves = _leaves(adapted)
+    leaves, frozen = _leaves(adapted), base_leaves(adapted, also)
     trained = {
         name: x
         for leaf_path, leaf in leaves.items()
@@ -74,7 +77,7 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
         "format": _FORMAT,
         "flora": __version__,
         "leaves": {p: _leaf_record(p, x, also) for p, x in leaves.items()},
-        "base": fingerprint(base_leaves(adapted, also)),
+        "base": fingerprint(frozen),
         "arrays": fingerprint(arrays),
     }
     text = json.dumps(record)
@@ -158,8 +161,9 @@ def _arrays(path: str, leaf: Any, also: Pattern) -> dict[str, Any]:
 
 
 def _unwritable(name: str, x: Any) -> list[str]:
-    problems = unsavable(name, x)
-    if problems:
+    if not is_array(x):
+        return [f"'{name}' is a {type(x).__qualname__}; expected an array."]
+    if problems := no_values(name, x):
         return problems
     if isinstance(x, jax.Array) and not (
         x.is_fully_addressable or x.is_fully_replicated
@@ -169,7 +173,7 @@ def _unwritable(name: str, x: Any) -> list[str]:
             "jax.experimental.multihost_utils.process_allgather(x, tiled=True) in all of "
             "them, or use flora.checkpoint."
         ]
-    return no_dtype(name, x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype)
+    return no_dtype(name, x.dtype)
 
 
 def _not_finite(name: str, x: np.ndarray) -> list[str]:
@@ -246,6 +250,12 @@ def _opened(path: pathlib.Path) -> tuple[File, dict[str, Any]]:
             f"{record['format']}; flora {__version__} reads format {_FORMAT}. Install "
             "that version."
         )
+    settings = {k for x in record["leaves"].values() for k in x.get("settings", {})}
+    if lacking := sorted(settings - {f.name for f in dataclasses.fields(LoraWeight)}):
+        raise LoraError(
+            f"{path} was written by flora {record['flora']} with the settings "
+            f"{', '.join(lacking)}, which flora {__version__} lacks. Install that version."
+        )
     return file, record
 
 
@@ -314,22 +324,33 @@ def _filled(
         value = jnp.asarray(value) if leaf is None else placed(leaf, value)
         return Trained(value) if record["kind"] == "trained" else value
     layout = Layout(*(tuple(record["layout"][k]) for k in ("stack", "in", "out")))
-    settings = {k: _decoded(x) for k, x in record["settings"].items()}
-    spec, mesh = spec_of(leaf), mesh_of(leaf)
-    where = None if spec is None else specs(layout, spec, len(record["shape"]))
-    a = _laid(arrays[f"a/{path}"], mesh, where and where.a)
-    b = _laid(arrays[f"b/{path}"], mesh, where and where.b)
-    parts = {k: _laid(arrays[f"extra/{k}/{path}"], mesh, None) for k in record["extra"]}
-    more = {"extra": parts} if parts else {}
-    return LoraWeight(leaf, a, b, layout=layout, **settings, **more)
+    settings: dict[str, Any] = {k: _decoded(x) for k, x in record["settings"].items()}
+    lay = functools.partial(_laid, leaf, layout, tuple(record["shape"]))
+    if record["extra"]:
+        settings["extra"] = {
+            k: lay(arrays[f"extra/{k}/{path}"]) for k in record["extra"]
+        }
+    a, b = lay(arrays[f"a/{path}"], "a"), lay(arrays[f"b/{path}"], "b")
+    return LoraWeight(leaf, a, b, layout=layout, **settings)
 
 
-def _laid(x: np.ndarray, mesh: Any, spec: Any) -> jax.Array:
-    """On the mesh, or wherever JAX puts arrays."""
-    if mesh is None:
+def _laid(
+    base: Any, layout: Layout, shape: tuple[int, ...], x: np.ndarray, part: str = ""
+) -> jax.Array:
+    """Where the weight lies: A by its in axes, B, and what has no rank, by its out axes."""
+    spec, mesh = spec_of(base), mesh_of(base)
+    if spec is None:
         return jnp.asarray(x)
-    spec = jax.sharding.PartitionSpec() if spec is None else spec
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), x.__getitem__)
+    found, stack = specs(layout, spec, len(shape)), len(layout.stack)
+    if part:
+        place = found.a if part == "a" else found.b
+    else:
+        sizes = layout.sizes(shape)
+        like_out = x.shape == (*sizes[0], *sizes[2])
+        place = Spec(*found.b[:stack], *found.b[stack + 1 :]) if like_out else Spec()
+    return jax.make_array_from_callback(
+        x.shape, NamedSharding(mesh, place), x.__getitem__
+    )
 
 
 def _decoded(value: Any) -> Any:

@@ -133,7 +133,9 @@ def _info(path: pathlib.Path, name: str, entry: Any) -> Info:
     if not all(type(n) is int and n >= 0 for n in numbers):
         _refuse(path, f"its header has {entry!r} for '{name}'")
     if stop - start != math.prod(shape) * DTYPES[kind].itemsize:
-        _refuse(path, f"'{name}', {kind}{list(shape)}, was given {stop - start:,} bytes")
+        _refuse(
+            path, f"'{name}', {kind}{list(shape)}, was given {stop - start:,} bytes"
+        )
     return Info(DTYPES[kind], shape, start, stop)
 
 
@@ -180,7 +182,8 @@ def write(
     leaves a hidden `.<name>.<random>.tmp` beside it, which nobody reads.
     """
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
-    header, end = {"__metadata__": dict(metadata)}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
     for name in order:
         x = arrays[name]
         span = [end, end := end + x.nbytes]
@@ -192,8 +195,7 @@ def write(
     def chunks() -> Iterator[Any]:
         yield len(text).to_bytes(8, "little") + text
         for name in order:
-            flat = np.ascontiguousarray(arrays[name]).reshape(-1)
-            yield memoryview(flat.view(np.uint8))
+            yield np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
 
     replace(pathlib.Path(path), chunks)
 

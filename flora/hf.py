@@ -67,7 +67,8 @@ class Tensor:
 
     def given(self, tensor: np.ndarray, leaf: tuple[int, ...]) -> np.ndarray:
         """A leaf's values (one of its stack), `[...]`, of a tensor's."""
-        return tensor.transpose(self.axes).reshape(self.of_one(leaf))
+        order = range(tensor.ndim) if self.axes is None else self.axes
+        return tensor.transpose(order).reshape(self.of_one(leaf))
 
     def taken(self, leaf: np.ndarray) -> np.ndarray:
         """A tensor's values of a leaf's (one of its stack): the inverse of `given`."""

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from models.llama import Llama
-from models.llama_config import LlamaConfig
 
 import flora.hf
 from flora.hf import Tensor
+from models.llama import Llama
+from models.llama_config import LlamaConfig
 
 UNUSED = ("*.rotary_emb.inv_freq",)
 

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+
 from models.llama_config import LlamaConfig, frequencies
 
 
@@ -77,7 +78,7 @@ class Step(NamedTuple):
 
     angles: jax.Array
     mask: jax.Array
-    used: jax.Array | int
+    used: jax.Array
 
 
 class Attention(nn.Module):
@@ -216,7 +217,7 @@ class Body(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         if segments is None:
             segments = jnp.ones_like(ids)
-        keys, used = (positions, segments), 0
+        keys, used = (positions, segments), jnp.int32(0)
         if cache is not None:
             used, held = cache.used, (cache.positions, cache.segments)
             put = jax.lax.dynamic_update_slice

@@ -56,7 +56,9 @@ class Text:
         """Reads tokenizer.json, tokenizer_config.json, config.json and the template."""
         folder = pathlib.Path(folder)
         if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder} has no tokenizer.json. Save a fast tokenizer there.")
+            raise ValueError(
+                f"{folder} has no tokenizer.json. Save a fast tokenizer there."
+            )
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         settings, template = _json(folder / "tokenizer_config.json"), None
         if (folder / "chat_template.jinja").is_file():
@@ -70,7 +72,9 @@ class Text:
             if k.endswith("_token") and isinstance(x, str | dict)
         }
         ends = _json(folder / "generation_config.json").get("eos_token_id")
-        ends = _json(folder / "config.json").get("eos_token_id") if ends is None else ends
+        ends = (
+            _json(folder / "config.json").get("eos_token_id") if ends is None else ends
+        )
         stop = [*ends] if isinstance(ends, list) else [] if ends is None else [ends]
         end = tokenizer.token_to_id(special.get("eos_token", ""))
         stop += [end] if end is not None and end not in stop else []
@@ -89,7 +93,10 @@ class Text:
 
         jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         jinja.globals["raise_exception"] = stop
-        jinja.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "sort_keys": False}
+        jinja.policies["json.dumps_kwargs"] = {
+            "ensure_ascii": False,
+            "sort_keys": False,
+        }
         try:
             return jinja.from_string(self.template).render(
                 messages=messages, add_generation_prompt=prompt, **self.special
@@ -110,7 +117,9 @@ class Text:
         """The tokens of a parsed line."""
         if "messages" in line:
             return self._chat(line["messages"])
-        if isinstance(line.get("prompt"), str) and isinstance(line.get("completion"), str):
+        if isinstance(line.get("prompt"), str) and isinstance(
+            line.get("completion"), str
+        ):
             start = len(line["prompt"])
             text = line["prompt"] + line["completion"]
             return self._ended(text, [(start, len(text))])
@@ -144,7 +153,9 @@ class Text:
             return one
         return Example((*one.ids, end), (*one.trained, True))
 
-    def _masked(self, text: str, spans: list[tuple[int, int]], *, special: bool) -> Example:
+    def _masked(
+        self, text: str, spans: list[tuple[int, int]], *, special: bool
+    ) -> Example:
         found = self.tokenizer.encode(text, add_special_tokens=special)
         trained = tuple(
             any(start <= i < stop for start, stop in spans) and j > i
@@ -188,7 +199,9 @@ def read_examples(path: str | os.PathLike[str], text: Text) -> list[Example]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     if not any(any(x.trained[1:]) for x in found):
-        raise ValueError(f"{path}: none of {len(found)} examples has a token to train on.")
+        raise ValueError(
+            f"{path}: none of {len(found)} examples has a token to train on."
+        )
     return found
 
 
@@ -224,8 +237,9 @@ def _parts(example: Example, length: int) -> Iterator[Example]:
 
 
 def _row(parts: Sequence[Example], length: int) -> dict[str, np.ndarray]:
-    row = {k: np.zeros(length, np.int32) for k in ARRAYS}
-    row["weights"] = np.zeros(length, np.float32)
+    row: dict[str, np.ndarray] = {
+        k: np.zeros(length, np.float32 if k == "weights" else np.int32) for k in ARRAYS
+    }
     at = 0
     for segment, part in enumerate(parts, 1):
         stop = at + len(part.ids)

@@ -7,19 +7,19 @@ tokenizer and a chat template; everything in the files that a checkpoint from th
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-import flora.hf
 from lm_data import ARRAYS, Text, batch_of, pack
 from models.hf_llama import tensors
 from models.llama import Llama
 from models.llama_config import LlamaConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import flora.hf
 
 CAPITALS = {
     "Europe": (
@@ -67,9 +67,9 @@ CONFIG: dict[str, Any] = {
 def facts() -> list[tuple[str, str, str]]:
     """`(country, capital, continent)`."""
     return [
-        (*pair.split(), continent)
+        (country, capital, continent)
         for continent, pairs in CAPITALS.items()
-        for pair in pairs.split(", ")
+        for country, capital in (pair.split() for pair in pairs.split(", "))
     ]
 
 
@@ -119,7 +119,11 @@ def write_checkpoint(
     (folder / "config.json").unlink(missing_ok=True)
     tokenizer = _tokenizer(plain_text())
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": SPECIAL[2], "pad_token": SPECIAL[0], "chat_template": TEMPLATE}
+    settings = {
+        "eos_token": SPECIAL[2],
+        "pad_token": SPECIAL[0],
+        "chat_template": TEMPLATE,
+    }
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     config = CONFIG | {
@@ -162,7 +166,7 @@ def _pretrained(config: LlamaConfig, rows: Any, steps: int, seed: int) -> Any:
     def step(carry: Any, batch: Any) -> Any:
         def loss(params: Any) -> jax.Array:
             total = jnp.maximum(batch["weights"].sum(), 1)
-            return model.apply(params, batch, method="loss") / total
+            return cast(jax.Array, model.apply(params, batch, method="loss")) / total
 
         params, state = carry
         value, grads = jax.value_and_grad(loss)(params)
@@ -174,5 +178,5 @@ def _pretrained(config: LlamaConfig, rows: Any, steps: int, seed: int) -> Any:
     for at in range(0, steps, 50):
         some = [batch_of(rows, n, (1, 8), seed) for n in range(at, at + 50)]
         batches = {k: np.stack([x[k][0] for x in some]) for k in ARRAYS}
-        carry, losses = run(carry, batches)
+        carry, _ = run(carry, batches)
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16), carry[0])

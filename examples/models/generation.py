@@ -41,7 +41,9 @@ def generator(
         return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
 
     @jax.jit
-    def run(params: Any, ids: jax.Array, lengths: jax.Array, key: jax.Array) -> jax.Array:
+    def run(
+        params: Any, ids: jax.Array, lengths: jax.Array, key: jax.Array
+    ) -> jax.Array:
         batch, slots = ids.shape
         cache = empty_cache(model.config, batch, slots + new, model.dtype)
         places = jnp.broadcast_to(jnp.arange(slots), ids.shape)

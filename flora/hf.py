@@ -130,6 +130,8 @@ def save(
 ) -> None:
     """Writes a plain tree, such as what `flora.merge` returns, as a checkpoint.
 
+    Weights that the folder held before are removed once the new ones count.
+
     Args:
       path: the folder; `config.json` and the tokenizer are the caller's to put there.
       tree: arrays with values.
@@ -177,12 +179,20 @@ def _write(
         write(folder / name, arrays, {"format": "pt"})
     if len(shards) == 1:
         (folder / _INDEX).unlink(missing_ok=True)
+        _forget(folder, names)
         return
     where = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
     index = {"metadata": {"total_size": total}, "weight_map": where}
     text = json.dumps(index, indent=2).encode()
     replace(folder / _INDEX, lambda: iter([text]))
-    (folder / _ONE).unlink(missing_ok=True)
+    _forget(folder, names)
+
+
+def _forget(folder: pathlib.Path, names: list[str]) -> None:
+    """Removes weights that were there before."""
+    for path in (folder / _ONE, *folder.glob("model-?????-of-?????.safetensors")):
+        if path.name not in names:
+            path.unlink(missing_ok=True)
 
 
 def _taken(leaf: Any, tensor: Tensor, i: int) -> np.ndarray:

@@ -180,6 +180,8 @@ def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, dict
     with Checkpointer(job.out / "checkpoints") as checkpointer:
         if checkpointer.latest() is not None:
             adapter, state, began = resumed(job, checkpointer, adapter, state)
+        if job.held_out and not began:
+            held_out[0] = evaluate(job.base, adapter, job.held_out, args.batch)
         for n in range(began + 1, last + 1):
             batch = put(batch_of(job.rows, n - 1, shape, args.seed), job.mesh)
             key = jax.random.fold_in(root, n)

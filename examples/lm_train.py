@@ -61,7 +61,7 @@ def step_function(
         grads, values = jax.lax.scan(micro, zeros, (batches, keys))
         updates, state = tx.update(grads, state, adapter)
         adapter = optax.apply_updates(adapter, updates)
-        return adapter, state, jnp.sum(values), optax.global_norm(grads)
+        return adapter, state, jnp.sum(values), optax.tree.norm(grads)
 
     return jax.jit(step, donate_argnums=(1, 2))
 

@@ -253,14 +253,15 @@ def test_accumulated_gradients_are_those_of_one_batch(checkpoint, text):
     base, adapter = flora.split(
         flora.init(jax.random.key(0), config, model.apply, params, ids)
     )
-    step = lm_train.step_function(model, optax.sgd(1.0), dropout=False, block=16)
+    tx = optax.sgd(1.0)
+    step = lm_train.step_function(model, tx, dropout=False, block=16)
     mesh = Mesh(np.array(jax.devices("cpu")[:1]), ("fsdp",))
     found = []
     for shape in ((1, 4), (2, 2)):
         batch = {k: x.reshape(*shape, 32) for k, x in rows.items()}
         batch = lm_train.put(batch, mesh)
         mine = jax.tree.map(jnp.copy, adapter)  # it is donated
-        found.append(step(base, mine, optax.EmptyState(), batch, jax.random.key(0)))
+        found.append(step(base, mine, tx.init(mine), batch, jax.random.key(0)))
     (one, _, loss, norm), (two, _, other_loss, other_norm) = found
     np.testing.assert_allclose([loss, norm], [other_loss, other_norm], rtol=2e-5)
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
@@ -293,15 +294,15 @@ def run(checkpoint, out, *more, **sizes):
 def test_a_run_in_small_and_one_that_was_interrupted(checkpoint, tmp_path):
     whole = run(checkpoint, tmp_path / "whole", "--merge", "--prompt", "Where is Rome?")
     assert whole.train_loss[1] < whole.train_loss[0]
-    assert set(whole.held_out_losses) == {2, 4}
+    assert [*whole.held_out_losses] == [0, 2, 4]
     assert [*whole.losses] == [1, 2, 3, 4]
     assert [*whole.answers] == ["Where is Rome?"]
 
     half = run(checkpoint, tmp_path / "half", "--stop-after", "2")
     assert half.losses == {n: whole.losses[n] for n in (1, 2)}
-    with pytest.raises(SystemExit, match="has come to step 2. Write --resume"):
+    with pytest.raises(SystemExit, match="has come to step 2"):
         run(checkpoint, tmp_path / "half")
-    with pytest.raises(SystemExit, match=r"was run with --batch 8, not 16"):
+    with pytest.raises(SystemExit, match="was run with --batch 8, not 16"):
         run(checkpoint, tmp_path / "half", "--resume", batch=16)
     rest = run(checkpoint, tmp_path / "half", "--resume")
     assert rest.losses == {n: whole.losses[n] for n in (3, 4)}

@@ -26,7 +26,7 @@ import lm_tiny
 import numpy as np
 from jax.sharding import Mesh
 from lm_data import Text, batch_of, pack, read_examples
-from lm_train import evaluation, optimizer, put, step_function
+from lm_train import evaluation, optimizer, put, started, step_function
 from models import hf_llama
 from models.generation import generator
 from models.llama import Llama
@@ -74,6 +74,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--merge", action="store_true", help="write the merged model too, in HF's files"
     )
+    add("--devices", type=int, default=jax.device_count(), help="how many to use")
     add("--smoke", action="store_true", help="the tiny run, in seconds")
     args = parser.parse_args(argv)
     if not args.checkpoint:
@@ -138,7 +139,7 @@ class Results:
 
 def start(args: argparse.Namespace) -> tuple[Job, Any]:
     """Reads the checkpoint and the data; the job and the untrained adapter."""
-    mesh = Mesh(np.array(jax.devices()), ("fsdp",))
+    mesh = Mesh(np.array(jax.devices()[: args.devices]), ("fsdp",))
     text = Text.read(args.checkpoint)
     rows, held_out = (
         pack(read_examples(path, text), args.length) if path else {}
@@ -173,9 +174,11 @@ def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, dict
         clip=args.clip,
         weight_decay=args.weight_decay,
     )
-    step = step_function(job.model, tx, dropout=args.dropout > 0, block=args.block)
+    state, places = started(tx, adapter)
     shape, root = (args.accumulate, args.batch), jax.random.key(args.seed + 1)
-    state, losses, held_out, began = tx.init(adapter), {}, {}, 0
+    settings = {"dropout": args.dropout > 0, "block": args.block}
+    step = step_function(job.model, tx, places, **settings)
+    losses, held_out, began = {}, {}, 0
     last = min(args.steps, args.stop_after or args.steps)
     with Checkpointer(job.out / "checkpoints") as checkpointer:
         if checkpointer.latest() is not None:
@@ -216,7 +219,7 @@ def resumed(job: Job, checkpointer: Checkpointer, adapter: Any, state: Any) -> A
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what a step does."""
     free = ("checkpoint", "out", "eval", "eval_every", "save_every", "prompt", "resume",
-            "new_tokens", "stop_after", "merge", "smoke", "remat", "block")  # fmt: skip
+            "new_tokens", "stop_after", "merge", "smoke", "remat", "block", "devices")  # fmt: skip
     return {k: v for k, v in vars(args).items() if k not in free}
 
 

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as Spec
 from models.llama import Llama
 
 import flora
+import flora.sharding
 
 
 def optimizer(
@@ -31,13 +32,21 @@ def optimizer(
     return optax.chain(optax.clip_by_global_norm(clip), adamw), schedule
 
 
+def started(tx: optax.GradientTransformation, adapter: Any) -> tuple[Any, Any]:
+    """The optimizer's state, and where adapter and state lie: the moments as A and B do."""
+    places = flora.sharding.shardings(adapter)
+    state = jax.eval_shape(tx.init, adapter)
+    of_state = flora.sharding.of_state(state, adapter, places)
+    return jax.jit(tx.init, out_shardings=of_state)(adapter), (places, of_state)
+
+
 def step_function(
-    model: Llama, tx: optax.GradientTransformation, *, dropout: bool, block: int
+    model: Llama, tx: Any, places: tuple[Any, Any], *, dropout: bool, block: int
 ) -> Callable[..., Any]:
-    """`(base, adapter, state, batches, key) -> adapter, state, loss, norm`, compiled.
+    """`(base, adapter, state, batches, key) -> adapter, state, loss, norm`, compiled once.
 
     Batches are `{name: [accumulate, batch, tokens]}`; their gradients are summed in the
-    adapter's dtype, one micro-batch at a time.
+    adapter's dtype, one micro-batch at a time.  `places` is of `started`.
     """
     loss_of = _loss_function(model, block)
 
@@ -63,7 +72,7 @@ def step_function(
         adapter = optax.apply_updates(adapter, updates)
         return adapter, state, jnp.sum(values), optax.tree.norm(grads)
 
-    return jax.jit(step, donate_argnums=(1, 2))
+    return jax.jit(step, donate_argnums=(1, 2), out_shardings=(*places, None, None))
 
 
 def evaluation(model: Llama, block: int, mesh: Mesh) -> Callable[..., float]:

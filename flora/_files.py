@@ -1,7 +1,6 @@
 """Adapter files: what was trained, how it is to be computed, and on which base."""
 
 import dataclasses
-import functools
 import hashlib
 import importlib
 import json
@@ -14,19 +13,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as Spec
 
 from flora._adapt import require_adapted
 from flora._errors import LoraError, LoraTypeError, fail
 from flora._fingerprint import describe, fingerprint, no_values, same_names
-from flora._placement import mesh_of, spec_of, specs
+from flora._placement import mesh_of, spec_of, spec_of_extra, specs
 from flora._records import base_leaves, base_problems, placed
 from flora._safetensors import File, no_dtype, read, write
 from flora._select import Pattern, check_pattern, matches, path_of
 from flora._trace import is_array
 from flora._transform import weight_problems
 from flora._version import __version__
-from flora._weight import Layout, LoraWeight, Trained, abstract, is_leaf, is_node
+from flora._weight import (
+    Layout,
+    LoraWeight,
+    Trained,
+    abstract,
+    is_leaf,
+    is_node,
+    on_parts,
+)
 
 _FORMAT = 1
 _DATA = ("base", "a", "b", "key", "extra")  # all other fields of a node are settings
@@ -151,9 +157,8 @@ def _leaves(tree: Any) -> dict[str, Any]:
 def _arrays(path: str, leaf: Any, also: Pattern) -> dict[str, Any]:
     """What is written of a leaf, under the names that it has in the file."""
     if isinstance(leaf, LoraWeight):
-        extra = getattr(leaf, "extra", None) or {}
         parts = {"a": leaf.a, "b": leaf.b}
-        parts |= {f"extra/{name}": x for name, x in extra.items()}
+        parts |= {f"extra/{name}": x for name, x in (leaf.extra or {}).items()}
         return {f"{part}/{path}": x for part, x in parts.items()}
     if isinstance(leaf, Trained):
         return {f"whole/{path}": leaf.value}
@@ -188,7 +193,7 @@ def _not_finite(name: str, x: np.ndarray) -> list[str]:
 def _leaf_record(path: str, leaf: Any, also: Pattern) -> dict[str, Any]:
     if isinstance(leaf, LoraWeight):
         shape, settings = leaf.base.shape, _settings(path, leaf)
-        extra = sorted(getattr(leaf, "extra", None) or {})
+        extra = sorted(leaf.extra or {})
         return {"kind": "lora", "shape": [*shape], "extra": extra} | settings
     kind = "also" if matches(also, path, leaf) else "frozen"
     if isinstance(leaf, Trained):
@@ -325,32 +330,25 @@ def _filled(
         return Trained(value) if record["kind"] == "trained" else value
     layout = Layout(*(tuple(record["layout"][k]) for k in ("stack", "in", "out")))
     settings: dict[str, Any] = {k: _decoded(x) for k, x in record["settings"].items()}
-    lay = functools.partial(_laid, leaf, layout, tuple(record["shape"]))
-    if record["extra"]:
-        settings["extra"] = {
-            k: lay(arrays[f"extra/{k}/{path}"]) for k in record["extra"]
-        }
-    a, b = lay(arrays[f"a/{path}"], "a"), lay(arrays[f"b/{path}"], "b")
-    return LoraWeight(leaf, a, b, layout=layout, **settings)
+    extra = {k: arrays[f"extra/{k}/{path}"] for k in record["extra"]} or None
+    a, b = arrays[f"a/{path}"], arrays[f"b/{path}"]
+    return _laid(LoraWeight(leaf, a, b, extra=extra, layout=layout, **settings))
 
 
-def _laid(
-    base: Any, layout: Layout, shape: tuple[int, ...], x: np.ndarray, part: str = ""
-) -> jax.Array:
-    """Where the weight lies: A by its in axes, B, and what has no rank, by its out axes."""
-    spec, mesh = spec_of(base), mesh_of(base)
+def _laid(weight: LoraWeight) -> LoraWeight:
+    """Each part where the weight lies, as `flora.init` would lay it."""
+    spec, mesh = spec_of(weight.base), mesh_of(weight.base)
     if spec is None:
-        return jnp.asarray(x)
-    found, stack = specs(layout, spec, len(shape)), len(layout.stack)
-    if part:
-        place = found.a if part == "a" else found.b
-    else:
-        sizes = layout.sizes(shape)
-        like_out = x.shape == (*sizes[0], *sizes[2])
-        place = Spec(*found.b[:stack], *found.b[stack + 1 :]) if like_out else Spec()
-    return jax.make_array_from_callback(
-        x.shape, NamedSharding(mesh, place), x.__getitem__
-    )
+        return on_parts(lambda _, x: jnp.asarray(x), weight)
+    found = specs(weight.layout, spec, len(weight.base.shape))
+
+    def lay(name: str, x: np.ndarray) -> jax.Array:
+        place = {"a": found.a, "b": found.b}.get(name)
+        place = spec_of_extra(found, weight, x.shape) if place is None else place
+        sharding = NamedSharding(mesh, place)
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+    return on_parts(lay, weight)
 
 
 def _decoded(value: Any) -> Any:

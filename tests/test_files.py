@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ from jax.sharding import PartitionSpec as Spec
 from models import normal
 
 import flora
-from flora import _safetensors
+import flora.variants
 from flora._files import _digest, load, save
 from flora._safetensors import read, write
 
@@ -117,6 +115,45 @@ def test_factors_lie_as_their_weights_do(tmp_path, path, adapted):
     same(got, adapted)
     same_shardings(got, spread)
     assert got["first"]["kernel"].a.sharding.spec == Spec("data", None)
+
+
+def variant(tree=None, value=None):
+    """A model whose one weight has a variant; its magnitudes have moved."""
+
+    def fn(p, x):
+        return x @ p["kernel"]
+
+    tree = {"kernel": normal(8, 6)} if tree is None else tree
+    config = flora.LoraConfig(rank=2, variant=value or flora.variants.DoRA())
+    adapted = flora.init(jax.random.key(0), config, fn, tree, normal(2, 8))
+    return jax.tree.map(lambda x: x * 1.5, adapted)
+
+
+def test_variants_come_back_with_what_they_train(tmp_path):
+    for value in (None, flora.variants.VeRA(seed=3), flora.variants.AdaLoRA(std=0.5)):
+        adapted = variant(value=value)
+        save(tmp_path / "x", adapted)
+        got = load(tmp_path / "x", {"kernel": adapted["kernel"].base})
+        same(got, adapted)
+        assert got["kernel"].variant == adapted["kernel"].variant
+    with_dora = variant()
+    save(tmp_path / "x", with_dora)
+    assert "extra/magnitude/kernel" in read(tmp_path / "x").infos
+    base = with_dora["kernel"].base
+    place = jax.sharding.NamedSharding(mesh(2, 2), Spec("data", "model"))
+    got = load(tmp_path / "x", {"kernel": jax.device_put(base, place)})
+    same(got, with_dora)
+    assert got["kernel"].extra["magnitude"].sharding.spec == Spec("model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(flora.variants.DoRA):
+    """A variant that is not flora's."""
+
+
+def test_variants_of_others_are_refused(tmp_path):
+    with pytest.raises(flora.LoraError, match=r"'kernel' has variant=Own.*, which no"):
+        save(tmp_path / "x", variant(value=Own()))
 
 
 def test_a_plan_takes_an_adapter(path, adapted):
@@ -323,87 +360,3 @@ def test_a_failure_at_any_step_leaves_the_file_before(path, adapted, monkeypatch
 
 def plus_one(adapted):
     return jax.tree.map(lambda x: x + 1, adapted)
-
-
-KILLS = """
-import os, random, signal, sys, time, warnings
-import numpy as np
-from flora._safetensors import read, write
-
-warnings.simplefilter("ignore")  # of forks: no thread of JAX's has started
-path, draw, met = sys.argv[1], random.Random(0), 0
-write(path, {"x": np.zeros(1 << 19, np.int64)}, {})
-for trial in range(1, 13):
-    child = os.fork()
-    if not child:
-        for n in range(10**6):
-            write(path, {"x": np.full(1 << 19, 1000 * trial + n)}, {})
-    time.sleep(draw.uniform(0.02, 0.15))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    left = [n for n in os.listdir(os.path.dirname(path)) if n.endswith(".tmp")]
-    met += bool(left)
-    for name in left:
-        os.remove(os.path.join(os.path.dirname(path), name))
-    assert len(set(read(path).array("x").tolist())) == 1
-print(met)
-"""
-
-
-def test_a_killed_writer_leaves_a_whole_file(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(tmp_path / "x")], capture_output=True,
-        text=True, check=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(pathlib.Path(flora.__file__).parents[1])},
-    )  # fmt: skip
-    assert int(done.stdout) > 3, "hardly a kill met a save under way"
-
-
-# --- The format -----------------------------------------------------------------------
-
-
-def test_the_format_s_own_example_reads(tmp_path):
-    """The bytes are written out by hand here."""
-    header = b'{"t":{"dtype":"I16","shape":[2,1],"data_offsets":[0,4]},"e":'
-    header += (
-        b'{"dtype":"F32","shape":[0,3],"data_offsets":[4,4]},"__metadata__":{"a":"b"}}'
-    )
-    data = len(header).to_bytes(8, "little") + header + b"\x01\x00\xff\xff"
-    (tmp_path / "x").write_bytes(data)
-    file = read(tmp_path / "x")
-    assert file.array("t").tolist() == [[1], [-1]]
-    assert file.array("e").shape == (0, 3)
-    assert file.metadata == {"a": "b"}
-
-
-def test_arrays_are_written_as_the_format_says(tmp_path):
-    arrays = {
-        name: np.arange(6).reshape(3, 2).astype(dtype)
-        for name, dtype in _safetensors.DTYPES.items()
-    } | {"scalar": np.float32(3)[...], "transposed": np.arange(6.0).reshape(2, 3).T}
-    write(tmp_path / "x", arrays, {"note": "é"})
-    file, data = read(tmp_path / "x"), (tmp_path / "x").read_bytes()
-    assert file.metadata == {"note": "é"}
-    for name, x in arrays.items():
-        assert file.infos[name].dtype == x.dtype
-        assert file.array(name).shape == x.shape
-        assert file.array(name).tobytes() == x.tobytes()
-        assert not file.array(name).flags.writeable
-    n = int.from_bytes(data[:8], "little")
-    start, stop = json.loads(data[8 : 8 + n])["transposed"]["data_offsets"]
-    assert data[8 + n :][start:stop] == np.array([0.0, 3, 1, 4, 2, 5]).tobytes()
-
-
-@pytest.mark.third_party
-def test_the_reference_library_reads_what_flora_writes(tmp_path, path):
-    from safetensors import deserialize
-    from safetensors.numpy import load_file, save_file
-
-    arrays = {k: np.arange(6).reshape(3, 2).astype(k) for k in ("f4", "i8", "u1", "?")}
-    write(tmp_path / "x", arrays, {"format": "pt"})
-    got = load_file(tmp_path / "x")
-    assert all((got[k] == arrays[k]).all() and got[k].dtype == k for k in arrays)
-    assert {name for name, _ in deserialize(path.read_bytes())} == {*read(path).infos}
-    save_file(arrays, tmp_path / "y", {"format": "pt"})
-    file = read(tmp_path / "y")
-    assert all((file.array(k) == arrays[k]).all() for k in arrays)

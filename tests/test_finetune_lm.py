@@ -12,7 +12,9 @@ import optax
 import pytest
 from checkpoints import same
 from decoders import close, oracle
-from jax.sharding import Mesh
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
 from lm_data import Example, Text, batch_of, pack, read_examples
 from models import hf_llama
 from models.generation import generator
@@ -250,12 +252,13 @@ def test_accumulated_gradients_are_those_of_one_batch(checkpoint, text):
     assert len({*rows["weights"].sum(axis=1)}) > 1
     config = flora.LoraConfig(rank=2, target="self_attn/*/kernel")
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    base, adapter = flora.split(
-        flora.init(jax.random.key(0), config, model.apply, params, ids)
-    )
-    tx = optax.sgd(1.0)
-    step = lm_train.step_function(model, tx, dropout=False, block=16)
     mesh = Mesh(np.array(jax.devices("cpu")[:1]), ("fsdp",))
+    params = jax.device_put(params, NamedSharding(mesh, Spec()))
+    adapted = flora.init(jax.random.key(0), config, model.apply, params, ids)
+    base, adapter = flora.split(adapted)
+    tx = optax.sgd(1.0)
+    _, places = lm_train.started(tx, adapter)
+    step = lm_train.step_function(model, tx, places, dropout=False, block=16)
     found = []
     for shape in ((1, 4), (2, 2)):
         batch = {k: x.reshape(*shape, 32) for k, x in rows.items()}
@@ -277,6 +280,21 @@ def test_accumulated_gradients_are_those_of_one_batch(checkpoint, text):
     assert abs(mean(flora.join(base, adapter)) - float(loss)) < 1e-5 * float(loss)
 
 
+@pytest.fixture
+def compiled_once(tmp_path):
+    """What two runs both compile is compiled once."""
+    new = {"jax_compilation_cache_dir": str(tmp_path / "cache"),
+           "jax_persistent_cache_min_compile_time_secs": 0}  # fmt: skip
+    old = {name: getattr(jax.config, name) for name in new}
+    for name, value in new.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in old.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 SIZES = {"steps": 4, "batch": 8, "accumulate": 2, "length": 64, "block": 32, "rank": 4,
          "learning-rate": 2e-2, "warmup": 1, "save-every": 2, "eval-every": 2,
          "dropout": 0.1, "new-tokens": 4}  # fmt: skip
@@ -285,13 +303,15 @@ SIZES = {"steps": 4, "batch": 8, "accumulate": 2, "length": 64, "block": 32, "ra
 def run(checkpoint, out, *more, **sizes):
     train, held_out = lm_tiny.write_data(out.parent / "data")
     argv = ["--checkpoint", str(checkpoint), "--train", str(train), "--out", str(out)]
-    argv += ["--eval", str(held_out)]
+    argv += ["--eval", str(held_out), "--devices", "2"]
     for name, value in (SIZES | sizes).items():
         argv += [f"--{name}", str(value)]
     return finetune_lm.main([*argv, *more])
 
 
-def test_a_run_in_small_and_one_that_was_interrupted(checkpoint, tmp_path):
+def test_a_run_in_small_and_one_that_was_interrupted(
+    checkpoint, tmp_path, compiled_once
+):
     whole = run(checkpoint, tmp_path / "whole", "--merge", "--prompt", "Where is Rome?")
     assert whole.train_loss[1] < whole.train_loss[0]
     assert [*whole.held_out_losses] == [0, 2, 4]

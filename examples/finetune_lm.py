@@ -35,6 +35,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import flora
 import flora.hf
+import flora.peft
 from flora._files import load, save
 from flora.checkpoint import Checkpointer
 
@@ -273,13 +274,20 @@ def prove(job: Job, evaluate: Any, before: float, after: float) -> None:
 
 
 def export(job: Job, adapted: Any) -> None:
-    """Writes the adapter, and what servers take."""
+    """Writes the adapter for flora and for PEFT, and the merged model."""
     save(job.out / "adapter.safetensors", adapted)
+    config = job.model.config
+    flora.peft.save(
+        job.out / "peft",
+        adapted,
+        names=hf_llama.peft_names(config),
+        base_model_name_or_path=job.args.checkpoint,
+        task_type="CAUSAL_LM",
+    )
     if not job.args.merge:
         return
     folder, source = job.out / "merged", pathlib.Path(job.args.checkpoint)
-    names = hf_llama.tensors(job.model.config)
-    flora.hf.save(folder, flora.merge(adapted), names)
+    flora.hf.save(folder, flora.merge(adapted), hf_llama.tensors(config))
     for path in source.iterdir():  # config, tokenizer, template
         if (
             path.suffix in (".json", ".jinja", ".txt")

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as Spec
 
 import flora.hf
 from flora.hf import Tensor
+from flora.peft import Module
 from models.llama import Llama
 from models.llama_config import LlamaConfig
 
@@ -56,6 +57,17 @@ def _in_a_layer(config: LlamaConfig) -> dict[str, tuple[int, int] | None]:
             found[f"{name}_proj.bias"] = None
     if config.qk_norm:
         found |= {"self_attn.q_norm.weight": None, "self_attn.k_norm.weight": None}
+    return found
+
+
+def peft_names(config: LlamaConfig, *, scan: bool = True) -> dict[str, Module]:
+    """Which module of PyTorch lies in which leaf, for `flora.peft`."""
+    found = {}
+    for path, tensor in tensors(config, scan=scan).items():
+        name, _, parameter = tensor.names[0].rpartition(".")
+        if not isinstance(tensor.keys, str):  # stacked: one for each layer
+            name = name.replace("model.layers.0.", "model.layers.{i}.", 1)
+        found[path] = Module(name, parameter=parameter)
     return found
 
 

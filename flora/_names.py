@@ -1,0 +1,374 @@
+"""Names: which parameter of a PyTorch model lies where in a Flax tree.
+
+A parameter has a dotted name, a leaf a '/'-joined path.  A `Slot` ties one to the other:
+the name may have placeholders for the stacked axes of the leaf, and the features of the
+parameter may lie elsewhere, in another order, or among those of others.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flora._errors import LoraError, LoraTypeError
+
+# The last word of a leaf's path and the parameter that it is.
+PARAMETERS = {
+    "kernel": "weight",
+    "embedding": "weight",
+    "scale": "weight",
+    "weight": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+_COLLECTIONS = ("params", "batch_stats")
+_HOLE = re.compile(r"\{([^{}]*)\}")
+KINDS = ("", "linear", "conv", "embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A PyTorch module, or a part of it, that lies in a leaf.
+
+    Attributes:
+      name: its dotted path.  `{i}` is what the pattern of the leaf calls `{i}`; other
+        placeholders count along the leaf's stacked axes, in order, and `{q|k|v}` does so
+        by names.
+      parameter: the name of the parameter in it.
+      rows: which of its out features these are, in the order in which the leaf has
+        them; an int n for the first n; `None` for all.
+      columns: the order in which the leaf has its in features.
+      kind: 'linear', 'conv' or 'embedding', where the leaf does not say.
+      groups: of a convolution.
+      tied: that the module uses the weight of another one, the first of the list.
+    """
+
+    name: str
+    parameter: str = "weight"
+    rows: Sequence[int] | int | None = None
+    columns: Sequence[int] | None = None
+    kind: str = ""
+    groups: int = 1
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise LoraTypeError(
+                f"Module: name={self.name!r}. Write a dotted path such as "
+                "'model.layers.{i}.self_attn.q_proj'."
+            )
+        if self.kind not in KINDS:
+            raise LoraError(
+                f"Module: kind={self.kind!r}. Write one of {', '.join(KINDS[1:])}."
+            )
+        for field in ("rows", "columns"):
+            value = getattr(self, field)
+            if value is None:
+                continue
+            if isinstance(value, int | np.integer):
+                value = range(value)
+            order = [int(i) for i in value]
+            if len(order) != len({*order}) or min(order, default=-1) < 0:
+                raise LoraError(
+                    f"Module: {field} of '{self.name}' must name features once each, "
+                    "from 0. Write a range or a permutation."
+                )
+            object.__setattr__(self, field, tuple(order))
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where one parameter, or one of each layer, lies.
+
+    Attributes:
+      path: the leaf.
+      name: the parameter's dotted name, with a placeholder for each stacked axis.
+      module: its features and kind.
+      part: its position among those that share the leaf's out features, and of how many.
+    """
+
+    path: str
+    name: str
+    module: Module = Module("-")
+    part: tuple[int, int] = (0, 1)
+
+    @property
+    def holes(self) -> int:
+        """How many stacked axes of the leaf count parameters of their own."""
+        return len(_HOLE.findall(self.name))
+
+    def index(self, name: str) -> tuple[int, ...] | None:
+        """Where along these axes a parameter lies, `None` if it does not."""
+        pattern, choices, end = "", [], 0
+        for hole in _HOLE.finditer(self.name):
+            options = hole[1].split("|") if "|" in hole[1] else None
+            choices.append(options)
+            some = "|".join(map(re.escape, options)) if options else r"\d+"
+            pattern += re.escape(self.name[end : hole.start()]) + f"({some})"
+            end = hole.end()
+        found = re.fullmatch(pattern + re.escape(self.name[end:]), name)
+        if found is None:
+            return None
+        return tuple(
+            int(word) if options is None else options.index(word)
+            for word, options in zip(found.groups(), choices, strict=True)
+        )
+
+    def at(self, index: Sequence[int]) -> str:
+        """The name of the parameter at an index."""
+        name, left = self.name, list(index)
+        for hole in _HOLE.findall(self.name):
+            i = left.pop(0)
+            word = hole.split("|")[i] if "|" in hole else str(i)
+            name = name.replace(f"{{{hole}}}", word, 1)
+        return name
+
+
+class Finder:
+    """The slot and index of a parameter's name."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = slots
+        self._exact: dict[str, list[Slot]] = {}
+        for slot in slots:
+            if not slot.holes:
+                self._exact.setdefault(slot.name, []).append(slot)
+        self._stacked = [s for s in slots if s.holes]
+
+    def all(self, name: str) -> list[tuple[Slot, tuple[int, ...]]]:
+        """Several, where a module's features lie in several leaves."""
+        found: list[tuple[Slot, tuple[int, ...]]] = [
+            (s, ()) for s in self._exact.get(name, ())
+        ]
+        for slot in self._stacked:
+            index = slot.index(name)
+            if index is not None:
+                found.append((slot, index))
+        return found
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A parameter's module and its name in it."""
+    module, _, parameter = name.rpartition(".")
+    return module, parameter
+
+
+def default_name(path: str) -> str:
+    """The dotted name that PyTorch would give a leaf; `layers_0` is `layers.0`."""
+    *parents, last = _words(path)
+    if last in ("mean", "var", "kernel", "embedding", "scale", "weight", "bias"):
+        last = PARAMETERS[last]
+    return ".".join([*(_unjoined(w) for w in parents), last])
+
+
+def _words(path: str) -> list[str]:
+    words = [w for part in path.split("/") for w in part.split(".")]
+    return words[1:] if len(words) > 1 and words[0] in _COLLECTIONS else words
+
+
+def _unjoined(word: str) -> str:
+    """'layers_0' as 'layers.0'."""
+    return re.sub(r"_(\d+)$", r".\1", word)
+
+
+def default_slots(paths: Iterable[str]) -> list[Slot]:
+    """Names by HF's convention alone, for leaves that are not stacked."""
+    return [Slot(path, default_name(path)) for path in paths]
+
+
+def matched_slots(paths: Sequence[str], wanted: Iterable[str]) -> list[Slot]:
+    """Names by HF's convention, written as the wanted parameters write them.
+
+    A leaf may lack the first words of a name, or have more of them, if all do; a number
+    that a leaf lacks counts along an axis of it.
+    """
+    wanted = sorted({*wanted})
+    leaves: dict[tuple[str, ...], str] = {}
+    twice: dict[str, str] = {}
+    for path in paths:
+        first = leaves.setdefault(tuple(default_name(path).split(".")), path)
+        if first != path:
+            twice[first] = path
+    found: dict[str, str] = {}
+    shift = max(_shifts(leaves, wanted), key=lambda s: (_hits(leaves, wanted, s), -sum(s)))
+    for name in wanted:
+        for words, template in _forms(name, shift):
+            path = _lookup(leaves, words, shift)
+            if path in twice:
+                raise LoraError(
+                    f"'{name}' may be '{path}' or '{twice[path]}'. Pass "
+                    "names={leaf: module}."
+                )
+            if path is not None:
+                found.setdefault(path, template)
+                break
+    prefix = _prefix(wanted, shift)
+    rest = {
+        p: Slot(p, ".".join([*prefix, *words[shift[1] :]])) for words, p in leaves.items()
+    }
+    return [Slot(p, found[p]) if p in found else rest[p] for p in rest]
+
+
+def _shifts(leaves: Any, wanted: Sequence[str]) -> list[tuple[int, int]]:
+    """How many first words names may have, or leaves may have, that the others lack."""
+    return [(0, 0), *((n, 0) for n in (1, 2, 3)), *((0, n) for n in (1, 2, 3))]
+
+
+def _hits(leaves: Any, wanted: Sequence[str], shift: tuple[int, int]) -> int:
+    return sum(
+        any(_lookup(leaves, words, shift) for words, _ in _forms(name, shift))
+        for name in wanted
+    )
+
+
+def _prefix(wanted: Sequence[str], shift: tuple[int, int]) -> list[str]:
+    heads = {tuple(name.split(".")[: shift[0]]) for name in wanted}
+    return list(heads.pop()) if len(heads) == 1 else []
+
+
+def _forms(
+    name: str, shift: tuple[int, int]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The words of a name, whole and without one or two of its numbers."""
+    raw = name.split(".")
+    head, body = raw[: shift[0]], raw[shift[0] :]
+    if not body:
+        return
+    numbers = [i for i, w in enumerate(body) if w.isdigit()]
+    pairs = [(i, j) for i in numbers for j in numbers if i < j]
+    for removed in [(), *((i,) for i in numbers), *pairs]:
+        kept = [w for i, w in enumerate(body) if i not in removed]
+        holes = iter("ijk")
+        shown = [f"{{{next(holes)}}}" if i in removed else w for i, w in enumerate(body)]
+        words = tuple(x for w in kept[:-1] for x in _unjoined(w).split("."))
+        yield (*words, kept[-1]), ".".join([*head, *shown])
+
+
+def _lookup(leaves: Any, words: tuple[str, ...], shift: tuple[int, int]) -> str | None:
+    if not shift[1]:
+        return leaves.get(words)
+    found = [p for have, p in leaves.items() if have[shift[1] :] == words]
+    return found[0] if len(found) == 1 else None
+
+
+Rule = str | Module | Sequence[str | Module]
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """A finished map of names, as `flora.peft.match_names` returns it."""
+
+    slots: tuple[Slot, ...]
+
+    def __repr__(self) -> str:
+        lines = [f"  {s.path} <- {s.name}" for s in self.slots]
+        return "\n".join([f"Names of {len(lines)} parameters:", *lines])
+
+
+def given_slots(
+    names: Names | Mapping[str, Rule] | Callable[[str], Rule | None],
+    paths: Sequence[str],
+) -> list[Slot]:
+    """The slots of names that a caller wrote."""
+    if isinstance(names, Names):
+        return list(names.slots)
+    if isinstance(names, Mapping):
+        found = _by_patterns(names, paths)
+    elif callable(names):
+        found = {path: rule for path in paths if (rule := names(path)) is not None}
+    else:
+        raise LoraTypeError(
+            f"names is a {type(names).__name__}. Write {{leaf pattern: module}}, such as "
+            "{'layers_{i}/attn/q/kernel': 'model.layers.{i}.self_attn.q_proj'}, a callable "
+            "path -> module, or what flora.peft.match_names returned."
+        )
+    slots = [s for path, rule in found.items() for s in _slots_of(path, rule, names)]
+    return slots + _siblings(slots, paths)
+
+
+def _by_patterns(names: Mapping[str, Rule], paths: Sequence[str]) -> dict[str, Rule]:
+    found: dict[str, Rule] = {}
+    for pattern, rule in names.items():
+        if not isinstance(pattern, str):
+            raise LoraTypeError(
+                f"names: the key {pattern!r} is no pattern. Write a leaf's path such as "
+                "'layers_{i}/attn/q/kernel'."
+            )
+        regex = _leaf_regex(pattern)
+        hits = [(path, m) for path in paths if (m := regex.fullmatch(path))]
+        if not hits:
+            raise LoraError(
+                f"names: '{pattern}' matches none of the {len(paths)} leaves, such as "
+                f"'{paths[0] if paths else ''}'. Write a leaf's path, or its end."
+            )
+        for path, m in hits:
+            found.setdefault(path, _bound(rule, m.groupdict()))
+    return found
+
+
+def _leaf_regex(pattern: str) -> re.Pattern[str]:
+    """Of a leaf's path or of what it lies in, whole or from a word on."""
+    text, end, seen = "", 0, set()
+    for hole in _HOLE.finditer(pattern):
+        text += re.escape(pattern[end : hole.start()])
+        name = hole[1]
+        if not name.isidentifier():
+            raise LoraError(f"names: '{pattern}' has {hole[0]}. Write a name in it.")
+        text += rf"(?P={name})" if name in seen else rf"(?P<{name}>[^/.]+?)"
+        seen.add(name)
+        end = hole.end()
+    text += re.escape(pattern[end:])
+    last = "|".join(PARAMETERS)
+    return re.compile(rf"(?:.*/)?{text}(?:/(?:{last}))?")
+
+
+def _bound(rule: Rule, values: Mapping[str, str]) -> Rule:
+    """The rule with what the leaf's pattern caught."""
+    if isinstance(rule, str):
+        rule = Module(rule)
+    if isinstance(rule, tuple | list):
+        return [_bound(part, values) for part in rule]  # type: ignore[misc]
+    if not isinstance(rule, Module):
+        return rule  # reported with its leaf
+    name = _HOLE.sub(lambda h: values.get(h[1], h[0]), rule.name)
+    return dataclasses.replace(rule, name=name)
+
+
+def _slots_of(path: str, rule: Rule, names: Any) -> list[Slot]:
+    modules = list(rule) if isinstance(rule, tuple | list) else [rule]
+    modules = [Module(m) if isinstance(m, str) else m for m in modules]
+    if not modules or not all(isinstance(m, Module) for m in modules):
+        raise LoraTypeError(
+            f"names: '{path}' is given {rule!r}. Write a module's dotted path, a "
+            "flora.peft.Module, or a list of them."
+        )
+    own = PARAMETERS.get(path.rpartition("/")[2].rpartition(".")[2])
+    sharing = [m for m in modules if not m.tied]
+    slots = []
+    for m in modules:
+        parameter = own if own and m.parameter == "weight" else m.parameter
+        part = (0, 1) if m.tied else (sharing.index(m), len(sharing))
+        slots.append(Slot(path, f"{m.name}.{parameter}", m, part))
+    return slots
+
+
+def _siblings(slots: Sequence[Slot], paths: Sequence[str]) -> list[Slot]:
+    """What lies beside a named weight belongs to the same modules: biases."""
+    named = {s.path for s in slots}
+    by_parent: dict[str, list[Slot]] = {}
+    for slot in slots:
+        by_parent.setdefault(slot.path.rpartition("/")[0], []).append(slot)
+    found = []
+    for path in paths:
+        parent, _, last = path.rpartition("/")
+        if path in named or last not in PARAMETERS or parent not in by_parent:
+            continue
+        beside = by_parent[parent]
+        if len({s.path for s in beside}) == 1:
+            for s in beside:
+                name = f"{split_name(s.name)[0]}.{PARAMETERS[last]}"
+                found.append(dataclasses.replace(s, path=path, name=name))
+    return found

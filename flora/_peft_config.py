@@ -1,0 +1,249 @@
+"""adapter_config.json: what of it changes the computation, and PEFT's matching rules."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flora._errors import LoraError, fail
+from flora._peft_file import CONFIG, read_json
+
+Names = str | tuple[str, ...]
+
+# Fields that say nothing about how the adapter computes.
+_METADATA = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
+    "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+# Fields of which flora knows only the value that switches them off.
+_OFF = {
+    "alora_invocation_tokens": "Activated LoRA",
+    "arrow_config": "routing between adapters",
+    "kasa_config": "KaSA",
+    "layer_replication": "repeated layers",
+    "megatron_config": "Megatron layers",
+    "monteclora_config": "MonteCLoRA",
+    "trainable_token_indices": "trained rows of an embedding",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_qalora": "QALoRA",
+    "velora_config": "VeLoRA",
+}
+# How A and B started where that left the base as it was.
+_PLAIN_STARTS = (True, False, "true", "gaussian", "eva", "orthogonal", "mica")
+# Ways to start that took BA out of the base and can be repeated.
+RESIDUAL_STARTS = ("pissa", "olora")
+# Heads that PEFT saves whole for tasks of classification, whichever there is.
+HEADS = ("classifier", "score")
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """What an adapter_config.json says, by the names that PEFT gives it."""
+
+    r: int
+    lora_alpha: float
+    target_modules: Names | None = None
+    exclude_modules: Names = ()
+    target_parameters: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    init_lora_weights: Any = True
+    fan_in_fan_out: bool = False
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    ensure_weight_tying: bool = False
+    task_type: str | None = None
+
+    def rank(self, module: str) -> int:
+        """The rank of one module."""
+        key = pattern_of(self.rank_pattern, module)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def alpha(self, module: str) -> float:
+        """The alpha of one module."""
+        key = pattern_of(self.alpha_pattern, module)
+        return self.lora_alpha if key is None else self.alpha_pattern[key]
+
+    def scale(self, module: str) -> float:
+        """alpha/r or alpha/√r of one module."""
+        r = self.rank(module)
+        return self.alpha(module) / (math.sqrt(r) if self.use_rslora else r)
+
+    @property
+    def residual(self) -> str:
+        """How the base was changed as the adapter started, or ''."""
+        start = self.init_lora_weights
+        start = start.lower() if isinstance(start, str) else ""
+        return start if start in RESIDUAL_STARTS else ""
+
+
+def pattern_of(patterns: Iterable[str], module: str) -> str | None:
+    """The first of the keys, in their order, that covers the end of a module's path."""
+    for key in patterns:
+        if re.match(rf"(.*\.)?({key})$", module):
+            return key
+    return None
+
+
+def read(folder: Path) -> PeftConfig:
+    """The config of a directory, checked."""
+    return parse(read_json(folder), folder / CONFIG)
+
+
+def parse(raw: Mapping[str, Any], path: Path) -> PeftConfig:
+    """A config from its JSON object, checked."""
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        raise LoraError(f"{path}: {_kind_problem(kind)}")
+    fail(f"{path}: {problem}" for problem in _problems(raw))
+    names = {field.name for field in dataclasses.fields(PeftConfig)}
+    given = {k: v for k, v in raw.items() if k in names and v is not None}
+    for name in ("layers_to_transform", "layers_pattern"):
+        if isinstance(given.get(name), int | str):
+            given[name] = [given[name]] if given[name] != "" else []
+    given |= {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
+    return PeftConfig(**given)
+
+
+def _kind_problem(kind: Any) -> str:
+    if isinstance(kind, str) and kind.upper() == "LORA":
+        return f"peft_type is {kind!r}; expected 'LORA' in capitals. Correct it."
+    if kind is None:
+        return (
+            "peft_type is missing; expected 'LORA'. Is this the config of an adapter? "
+            "Write it in if the adapter is one of LoRA."
+        )
+    return (
+        f"peft_type is {kind!r}; expected 'LORA': flora reads no other kind of adapter. "
+        "Merge it in PEFT and load the merged weights."
+    )
+
+
+def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    for name, (good, wanted) in _CHECKS.items():
+        if name not in raw:
+            if name in ("r", "lora_alpha"):
+                yield (
+                    f"{name} is missing; expected {wanted}. PEFT would take 8. Write the "
+                    "value that the adapter was trained with."
+                )
+        elif not good(raw[name]):
+            yield f"{name} is {raw[name]!r}; expected {wanted}. Correct it."
+    if not raw.get("target_modules") and not raw.get("target_parameters"):
+        yield (
+            "target_modules and target_parameters are both empty; expected the names of "
+            "the adapted modules. Write them in."
+        )
+    yield from _start_problems(raw.get("init_lora_weights", True))
+    known = {field.name for field in dataclasses.fields(PeftConfig)} | _METADATA
+    for name, value in raw.items():
+        if name in _OFF and value:
+            yield (
+                f"{name} is {value!r}; expected it off: flora has no {_OFF[name]}. Merge "
+                "the adapter in PEFT, or train one without."
+            )
+        elif name not in known and name not in _OFF and value:
+            yield (
+                f"{name} is {value!r}, a field that flora does not know and that may "
+                "change the computation. Remove it if it does not."
+            )
+
+
+def _start_problems(start: Any) -> Iterator[str]:
+    low = start.lower() if isinstance(start, str) else start
+    if low in _PLAIN_STARTS or low in RESIDUAL_STARTS or low is None:
+        return
+    changed = ("pissa_niter", "corda", "loftq", "lora_ga")
+    if isinstance(low, str) and low.startswith(changed):
+        yield (
+            f"init_lora_weights is {start!r}: the base was changed as the adapter "
+            "started, in a way that cannot be repeated from the base alone. In PEFT, "
+            "save it as plain LoRA: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)."
+        )
+        return
+    yield (
+        f"init_lora_weights is {start!r}; expected true, false, "
+        f"{', '.join(repr(s) for s in (*_PLAIN_STARTS[3:], *RESIDUAL_STARTS))}. Write "
+        "true if the base is as it was."
+    )
+
+
+def _is_number(x: Any) -> bool:
+    return (
+        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(float(x))
+    )
+
+
+def _is_rank(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0
+
+
+def _is_index(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
+def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, list) and all(map(good, x))
+
+
+def _dict_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: (
+        x is None
+        or (isinstance(x, dict) and all(map(_is_regex, x)) and all(map(good, x.values())))
+    )
+
+
+def _is_regex(x: Any) -> bool:
+    try:
+        re.compile(f"({x})")
+    except (re.error, RecursionError):
+        return False
+    return isinstance(x, str) and bool(x)
+
+
+def _is_name(x: Any) -> bool:
+    return isinstance(x, str) and bool(x)
+
+
+def _is_flag(x: Any) -> bool:
+    return isinstance(x, bool)
+
+
+def _optional(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: x is None or any(good(x) for good in kinds)
+
+
+_NAMES = _list_of(_is_name)
+_FLAG = (_is_flag, "true or false")
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, "an int of at least 1"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "target_modules": (_optional(_NAMES, _is_regex), "a list of names or one regex"),
+    "exclude_modules": (_optional(_NAMES, _is_regex), "a list of names or one regex"),
+    "target_parameters": (_optional(_NAMES), "a list of names"),
+    "rank_pattern": (_dict_of(_is_rank), "an object {regex: int of at least 1}"),
+    "alpha_pattern": (_dict_of(_is_number), "an object {regex: finite number}"),
+    "modules_to_save": (_optional(_NAMES), "a list of names"),
+    "layers_to_transform": (
+        _optional(_is_index, _list_of(_is_index)), "an index or a list of them"),
+    "layers_pattern": (
+        lambda x: not x or _is_regex(x) or _NAMES(x), "a name or a list of names"),
+    "lora_dropout": (
+        lambda x: _is_number(x) and 0 <= x < 1, "a number of at least 0 and below 1"),
+    "bias": (lambda x: x in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+    "fan_in_fan_out": _FLAG,
+    "use_rslora": _FLAG,
+    "use_dora": _FLAG,
+    "lora_bias": _FLAG,
+    "ensure_weight_tying": _FLAG,
+}  # fmt: skip

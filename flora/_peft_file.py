@@ -1,0 +1,214 @@
+"""The two files of a PEFT adapter: read whole, written whole or not at all."""
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from flora._errors import LoraError, LoraTypeError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+
+_DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
+
+
+def safetensors() -> Any:
+    """The package, which is an extra."""
+    try:
+        importlib.import_module("safetensors.numpy")
+        return importlib.import_module("safetensors")
+    except ImportError as error:
+        raise LoraError(
+            "flora.peft needs the package safetensors, which is not installed. Write "
+            "pip install 'flora-jax[peft]'."
+        ) from error
+
+
+def directory(verb: str, given: Any) -> Path:
+    """The directory as a path."""
+    if not isinstance(given, str | os.PathLike) or not os.fspath(given):
+        raise LoraTypeError(
+            f"flora.peft.{verb}: dir is {given!r}; expected a directory such as "
+            "'adapters/run1'."
+        )
+    return Path(os.fsdecode(given))
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise LoraError(_no_config(folder))
+    try:
+        found = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise LoraError(
+            f"{path}: not valid JSON: {error}. Expected the JSON object that PEFT's "
+            "save_pretrained writes. Copy the file anew."
+        ) from error
+    if not isinstance(found, dict):
+        raise LoraError(
+            f"{path}: holds a JSON {type(found).__name__}; expected an object such as "
+            '{"peft_type": "LORA", "r": 8, ...}. Copy the file anew.'
+        )
+    return found
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        raise ValueError(f"the key {twice[0]!r} is there twice")
+    return found
+
+
+def _no_config(folder: Path) -> str:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        return (
+            f"{folder} {what}; expected the directory of a PEFT adapter, with {CONFIG} "
+            f"and {WEIGHTS}. flora downloads nothing: fetch it first."
+        )
+    held = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+    hint = f" Adapters lie in its folders {', '.join(held)}: name one." if held else ""
+    return f"{folder} has no {CONFIG}; expected the directory of a PEFT adapter.{hint}"
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """`{key: array}` of adapter_model.safetensors."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = (folder / _PICKLE).is_file()
+        raise LoraError(
+            f"{folder} has no {WEIGHTS}"
+            + (
+                f", only {_PICKLE}. That is a pickle, which can run code as it is read, "
+                "and flora never opens one. Load it in PEFT and save it with "
+                "safe_serialization=True."
+                if pickled
+                else "; expected the weights of the adapter. Copy the file too."
+            )
+        )
+    library, content = safetensors(), path.read_bytes()
+    try:
+        found = library.deserialize(content)
+    except Exception as error:  # the package raises an exception class of its own
+        raise LoraError(
+            f"{path}: no valid safetensors file of {len(content)} bytes: {error}. It "
+            "is cut off or damaged. Copy it anew."
+        ) from error
+    return {key: _array(path, key, spec) for key, spec in sorted(found)}
+
+
+def _array(path: Path, key: str, spec: Mapping[str, Any]) -> np.ndarray:
+    dtype = _DTYPES.get(spec["dtype"])
+    if dtype is None:
+        raise LoraError(
+            f"{path}: '{key}' has dtype {spec['dtype']}; expected one of "
+            f"{', '.join(_DTYPES)}. Save the adapter in a floating dtype."
+        )
+    return np.frombuffer(spec["data"], dtype).reshape(spec["shape"])
+
+
+def write(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Writes both files beside `folder`, then puts them in its place in one step.
+
+    Other files of the directory stay.  Whatever stops the process leaves the directory
+    as it was, or complete.
+    """
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    arrays = {k: np.ascontiguousarray(v) for k, v in sorted(tensors.items())}
+    content = safetensors().numpy.save(arrays, metadata={"format": "pt"})
+    if folder.exists() and not folder.is_dir():
+        raise LoraError(f"{folder} is a file; expected a directory to save into.")
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(folder) as new:
+        if folder.is_dir():
+            shutil.copytree(folder, new, copy_function=_link, dirs_exist_ok=True)
+        for name, data in ((CONFIG, text.encode()), (WEIGHTS, content)):
+            (new / name).unlink(missing_ok=True)  # it may be the old file itself
+            _write_through(new / name, data)
+        _sync(new)
+        _swap(new, folder)
+        _sync(folder.parent)
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A new directory next to `folder`, removed in the end."""
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        made.chmod(0o777 & ~_umask())
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _umask() -> int:
+    now = os.umask(0o022)
+    os.umask(now)
+    return now
+
+
+def _link(old: str, new: str) -> None:
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copy2(old, new)
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Makes names in a directory last, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Puts `new` where `folder` is, or would be."""
+    if not folder.exists():
+        os.rename(new, folder)
+    elif not _exchanged(new, folder):
+        # No such call here: two renames, between which the weights alone are new.
+        for name in (WEIGHTS, CONFIG):
+            os.replace(new / name, folder / name)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether Linux exchanged two directories, which is atomic."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

@@ -1,0 +1,182 @@
+"""The keys of adapter_model.safetensors: which tensor is what of which module."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from flora._errors import fail
+from flora._peft_config import PeftConfig
+from flora._peft_file import WEIGHTS
+
+PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+_MAGNITUDE, _BIAS = ".lora_magnitude_vector", ".lora_B.bias"
+# What each suffix is; PEFT wrote magnitudes both ways.
+_PARTS = {
+    _A: "a",
+    _B: "b",
+    _EMBEDDING_A: "a",
+    _EMBEDDING_B: "b",
+    _MAGNITUDE: "magnitude",
+    f"{_MAGNITUDE}.weight": "magnitude",
+    _BIAS: "bias",
+}
+_BASE = ".base_layer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The tensors of one adapted module, as the file has them.
+
+    Attributes:
+      module: its path; for a raw parameter that of the module that owns it.
+      a: A, `[r, in]`, `[r, in, *window]`, for experts `[r·E, in]`, for an embedding `[r, V]`.
+      b: B, `[out, r]`, `[out, r/groups, 1, ...]`, `[out, r·E]` or `[D, r]`.
+      magnitude: of DoRA, `[out]` or `[1, out, 1, ...]`.
+      bias: added to B's output, `[out]`.
+      depth: how many adapters of other parameters of the module lie outside of it.
+      parameter: the parameter's name.
+      raw: whether `target_parameters` selected it.
+    """
+
+    module: str
+    a: np.ndarray
+    b: np.ndarray
+    magnitude: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    kind: str = "linear"
+    depth: int = 0
+    parameter: str = "weight"
+    raw: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the parameter that it adapts."""
+        return f"{self.module}.{self.parameter}"
+
+    @property
+    def site(self) -> str:
+        """What ranks and alphas are matched against."""
+        return self.name if self.raw else self.module
+
+    def key(self, part: str) -> str:
+        """The tensor's key in the file."""
+        ends = {v: k for k, v in reversed(_PARTS.items())}
+        if self.kind == "embedding":
+            ends |= {"a": _EMBEDDING_A, "b": _EMBEDDING_B}
+        return f"{PREFIX}{self.module}{_BASE * self.depth}{ends[part]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a file holds: adapters by module, and whole parameters by name."""
+
+    loras: tuple[Lora, ...]
+    whole: Mapping[str, np.ndarray]
+    of_base: Mapping[str, np.ndarray]
+
+
+def sort_out(
+    tensors: Mapping[str, np.ndarray], config: PeftConfig, folder: Path
+) -> Content:
+    """The content of a file, checked against its config but for names."""
+    file = folder / WEIGHTS
+    fail(p for key, x in tensors.items() for p in _tensor_problems(file, key, x))
+    groups: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
+    whole, of_base = {}, {}
+    for key, x in tensors.items():
+        name = key.removeprefix(PREFIX)
+        suffix = next((s for s in sorted(_PARTS, key=len) if name.endswith(s)), None)
+        if suffix is None:
+            (of_base if f"{_BASE}." in name else whole)[name] = x
+            continue
+        # Of an embedding if its factors are, whatever its magnitude is called.
+        owner, embedding = name.removesuffix(suffix), suffix.startswith(".lora_emb")
+        embedding |= f"{PREFIX}{owner}{_EMBEDDING_A}" in tensors
+        groups.setdefault((owner, embedding), {})[_PARTS[suffix]] = x
+    fail(
+        f"{file}: '{PREFIX}{owner}' has {', '.join(sorted(parts))} but no "
+        f"{' and no '.join(sorted({'a', 'b'} - {*parts}))}; expected both "
+        f"'{_EMBEDDING_A if emb else _A}' and '{_EMBEDDING_B if emb else _B}'. Save "
+        "the adapter anew."
+        for (owner, emb), parts in groups.items()
+        if not {"a", "b"} <= {*parts}
+    )
+    loras = tuple(_lora(*owner, parts) for owner, parts in groups.items())
+    fail(p for lora in loras for p in _flag_problems(file, lora, config))
+    for name in [n for n in of_base if n.endswith(f"{_BASE}.bias")]:
+        whole[name] = of_base.pop(name)
+    return Content(loras, _without_copies(whole), of_base)
+
+
+def _without_copies(whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters, but for the second and third copy of a bias that trains whole.
+
+    With `bias='all'`, PEFT writes the biases of `modules_to_save` under three names.
+    """
+    kept = {}
+    for name, x in whole.items():
+        if ".original_module." in name and name.replace(".original_module", "") in whole:
+            continue  # what it was before
+        plain = name.replace(".modules_to_save.", ".")
+        if plain == name or not np.array_equal(whole.get(plain, x), x):
+            kept[name] = x
+        else:
+            kept[plain] = x
+    return kept
+
+
+def _tensor_problems(file: Path, key: str, x: np.ndarray) -> Iterator[str]:
+    if not key.startswith(PREFIX):
+        yield (
+            f"{file}: '{key}' does not start with '{PREFIX}', as every key of PEFT's "
+            "does. Save the adapter with PEFT's save_pretrained."
+        )
+    elif ".default." in key or key.endswith(".default"):
+        yield (
+            f"{file}: '{key}' names an adapter inside; expected a key without it, such "
+            "as '….lora_A.weight'. Save the adapter with PEFT's save_pretrained."
+        )
+    elif not x.size:
+        yield f"{file}: '{key}' has shape {x.shape}, no elements. Save it anew."
+    elif not np.isfinite(x.astype(np.float32) if x.dtype.itemsize < 4 else x).all():
+        bad = int((~np.isfinite(x.astype(np.float64))).sum())
+        yield (
+            f"{file}: '{key}' holds {bad} of {x.size} values that are NaN or infinite; "
+            "expected finite ones. Training went astray, or the file is damaged."
+        )
+
+
+def _lora(owner: str, embedding: bool, parts: Mapping[str, np.ndarray]) -> Lora:
+    module = owner
+    while module.endswith(_BASE):
+        module = module.removesuffix(_BASE)
+    depth = (len(owner) - len(module)) // len(_BASE)
+    module = module.replace(f"{_BASE}.", ".")  # of nn.MultiheadAttention
+    kind = "embedding" if embedding else "linear" if parts["a"].ndim == 2 else "conv"
+    return Lora(module, **parts, kind=kind, depth=depth)
+
+
+def _flag_problems(file: Path, lora: Lora, config: PeftConfig) -> Iterator[str]:
+    if not lora.a.ndim == lora.b.ndim >= 2:
+        yield (
+            f"{file}: '{lora.key('a')}' has shape {lora.a.shape} and '{lora.key('b')}' "
+            f"{lora.b.shape}; expected as many axes each, at least 2. Save it anew."
+        )
+    for part, flag in (("magnitude", "use_dora"), ("bias", "lora_bias")):
+        has, wants = getattr(lora, part) is not None, getattr(config, flag)
+        if has and not wants:
+            yield (
+                f"{file}: '{lora.key(part)}' is there, but the config has {flag} false; "
+                f"expected none. PEFT would ignore it. Write {flag}: true if the "
+                "adapter was trained so."
+            )
+        elif wants and not has:
+            yield (
+                f"{file}: '{lora.key(part)}' is missing; the config has {flag} true. "
+                f"PEFT would make one up. Write {flag}: false if the adapter was "
+                "trained so, or save it anew."
+            )

@@ -1,0 +1,321 @@
+"""From an adapter's directory and a base to an adapted tree."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flora._errors import fail
+from flora._names import Finder, Slot, given_slots, matched_slots, split_name
+from flora._peft_config import PeftConfig
+from flora._peft_factors import Piece
+from flora._peft_file import CONFIG, WEIGHTS
+from flora._peft_keys import Content
+from flora._peft_layouts import conv_layout, layouts, leaf_word, turned
+from flora._peft_parameters import (
+    in_order,
+    parameter_layouts,
+    turned_embedding,
+    turned_parameter,
+    with_parameters,
+    without_ties,
+)
+from flora._peft_targets import plain, target_problems, whole_problems
+from flora._weight import Layout, LoraWeight, Trained, base_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One leaf that the adapter adapts."""
+
+    path: str
+    base: Any
+    layout: Layout
+    pieces: tuple[Piece, ...]
+    beside: tuple[Slot, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where everything in a file belongs.
+
+    Attributes:
+      sites: the adapted leaves, by path.
+      whole: for each path `(slot, index, value)` of what trains whole.
+      bias: for each path `(slot, index, value)` that is added to a bias.
+      of_base: for each path `(slot, index, value)` that the base must hold.
+    """
+
+    sites: Mapping[str, Site]
+    whole: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
+    bias: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
+    of_base: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
+
+
+def plan(
+    folder: Path,
+    config: PeftConfig,
+    content: Content,
+    leaves: Mapping[str, Any],
+    names: Any,
+    given: Mapping[str, Layout],
+) -> Plan:
+    """Finds the leaf of each tensor; all that does not fit is reported at once."""
+    file = folder / WEIGHTS
+    content = with_parameters(content, config, file)
+    wanted = [
+        *(lora.name for lora in content.loras),
+        *map(plain, [*content.whole, *content.of_base]),
+    ]
+    paths = list(leaves)
+    slots = matched_slots(paths, wanted) if names is None else given_slots(names, paths)
+    finder = Finder(slots)
+    shapes = {p: tuple(getattr(base_of(x), "shape", ())) for p, x in leaves.items()}
+    content = in_order(content, config, finder, shapes, file, ordered=names is not None)
+    named, content = content, without_ties(content, finder, file)
+    fail(_lost(content, finder, file, paths))
+    sites = _sites(config, content, finder, leaves, given, file)
+    weights, parameters = _universe(slots, sites, shapes)
+    fail(
+        [
+            *target_problems(config, named, weights, parameters, folder),
+            *whole_problems(config, content, parameters, folder),
+        ]
+    )
+
+    def placed(named: Mapping[str, Any]) -> dict[str, list]:
+        found: dict[str, list] = {}
+        for name, value in named.items():
+            for slot, index in finder.all(plain(name)):
+                found.setdefault(slot.path, []).append((slot, index, value))
+        return found
+
+    bias = {
+        f"{lora.module}.bias": config.scale(lora.site) * np.asarray(lora.bias)
+        for lora in content.loras
+        if lora.bias is not None
+    }
+    fail(
+        f"{file}: '{lora.key('bias')}' is added to what '{lora.module}' gives, but the "
+        "base has no bias there to hold it. Give the module a bias of zeros in the tree."
+        for lora in content.loras
+        if lora.bias is not None and not finder.all(f"{lora.module}.bias")
+    )
+    return Plan(sites, placed(content.whole), placed(bias), placed(content.of_base))
+
+
+def _lost(
+    content: Content, finder: Finder, file: Path, paths: Sequence[str]
+) -> Iterator[str]:
+    keys = {x.name: x.key("a") for x in content.loras}
+    keys |= {plain(n): f"base_model.model.{n}" for n in (*content.whole, *content.of_base)}
+    for name, key in keys.items():
+        if not finder.all(name):
+            yield (
+                f"{file}: '{key}' belongs to '{name}', which none of the base's "
+                f"{len(paths)} leaves is, such as '{paths[0] if paths else ''}'. Is it "
+                "the adapter of another base? Or pass names={leaf: module}."
+            )
+
+
+def _sites(
+    config: PeftConfig,
+    content: Content,
+    finder: Finder,
+    leaves: Mapping[str, Any],
+    given: Mapping[str, Layout],
+    file: Path,
+) -> dict[str, Site]:
+    pieces: dict[str, list[Piece]] = {}
+    for lora in content.loras:
+        for slot, index in finder.all(lora.name):
+            rank, alpha = config.rank(lora.site), config.alpha(lora.site)
+            piece = Piece(lora, slot, index, rank, float(alpha), config.use_rslora)
+            pieces.setdefault(slot.path, []).append(piece)
+    problems: list[str] = []
+    sites = {}
+    conv1d = config.fan_in_fan_out and turned((p, base_of(x)) for p, x in leaves.items())
+    for path, found in pieces.items():
+        beside = tuple(s for s in finder.slots if s.path == path and not s.module.tied)
+        base = base_of(leaves[path])
+        bad = [p for piece in found for p in _rank_problems(piece, file)]
+        layout = None
+        if not bad:
+            flips = conv1d, config.fan_in_fan_out
+            layout, bad = _layout(path, base, found, beside, given, flips, file)
+        if layout is not None and not bad:
+            found, bad = _checked(path, base, layout, found, beside, file)
+        problems += bad
+        if layout is not None and not bad:
+            sites[path] = Site(path, base, layout, tuple(found), beside)
+    fail(problems)
+    return sites
+
+
+def _rank_problems(piece: Piece, file: Path) -> Iterator[str]:
+    lora, rank = piece.lora, piece.rank
+    a, b = lora.a.shape[0], lora.b.shape[1]
+    config = file.parent / CONFIG
+    if lora.raw:
+        if a != b or a % rank:
+            yield (
+                f"{file}: '{lora.key('a')}' has {a} rows and '{lora.key('b')}' {b} "
+                f"columns; {config} gives rank {rank}, so expected both to be {rank} "
+                "times the number of experts. Correct r or rank_pattern."
+            )
+        return
+    groups = a // b if lora.kind == "conv" and b and a % b == 0 else 1
+    if a != rank or b * groups != rank:
+        yield (
+            f"{file}: '{lora.key('a')}' has shape {lora.a.shape} and '{lora.key('b')}' "
+            f"{lora.b.shape}, rank {a}; {config} gives rank {rank} for "
+            f"'{lora.site}'. Correct r or rank_pattern, or save the adapter anew."
+        )
+    elif any(n != 1 for n in lora.b.shape[2:]):
+        yield f"{file}: '{lora.key('b')}' has shape {lora.b.shape}; expected 1×1."
+
+
+def _layout(
+    path: str,
+    base: Any,
+    pieces: Sequence[Piece],
+    beside: Sequence[Slot],
+    given: Mapping[str, Layout],
+    flips: tuple[bool, bool],
+    file: Path,
+) -> tuple[Layout | None, list[str]]:
+    """The layout of a leaf, or what is wrong."""
+    if path in given:
+        return given[path], []
+    piece, shape = pieces[0], tuple(base.shape)
+    lora, slot = piece.lora, piece.slot
+    if lora.kind == "conv":
+        window = lora.a.shape[2:]
+        layout = conv_layout(path, shape, slot.holes, window, lora.b.shape[0])
+        found = [layout] if layout else []
+    elif lora.raw:
+        experts = lora.a.shape[0] // piece.rank
+        found = parameter_layouts(lora, slot, shape, experts)
+    else:
+        torch = leaf_word(path) == "weight" and not flips[1] and lora.kind == "linear"
+        sizes = lora.a.shape[1], _out_features(piece, beside)
+        first = torch or (flips[0] and leaf_word(path) == "kernel")
+        found = layouts(path, shape, slot.holes, sizes, out_first=first)
+    if len(found) == 1:
+        return found[0], []
+    a, b = f"'{lora.key('a')}' {lora.a.shape}", f"'{lora.key('b')}' {lora.b.shape}"
+    if found:
+        return None, [
+            f"'{path}' of shape {shape} can lie in {len(found)} ways for {a} and {b}: "
+            f"{'; '.join(map(str, found[:3]))}. Pass fn= and args= to follow it, or a "
+            "tree that flora.init adapted."
+        ]
+    return None, [
+        f"{file}: {a} and {b} do not fit the base's '{path}' of shape {shape}: expected "
+        f"in features {lora.a.shape[1]} and out features {lora.b.shape[0]} among its axes"
+        ". Is it the adapter of another base? Or pass names={leaf: module}."
+    ]
+
+
+def _out_features(piece: Piece, beside: Sequence[Slot]) -> int:
+    """How many out features the leaf has, of all modules that share it."""
+    own = piece.lora.b.shape[0]
+    widths = [len(s.module.rows) if s.module.rows is not None else own for s in beside]  # type: ignore
+    return sum(widths) if beside else own
+
+
+def _checked(
+    path: str,
+    base: Any,
+    layout: Layout,
+    pieces: Sequence[Piece],
+    beside: Sequence[Slot],
+    file: Path,
+) -> tuple[list[Piece], list[str]]:
+    """The pieces as the layout needs them, and those that do not fit."""
+    shape = tuple(base.shape)
+    if not layout.fits(len(shape)):
+        return [], [f"'{path}' of shape {shape} does not have the layout {layout}."]
+    stack, in_, out = layout.sizes(shape)
+    new, problems = [], []
+    for piece in pieces:
+        lora, slot = piece.lora, piece.slot
+        piece = turned_parameter(turned_embedding(piece, layout), layout, shape)
+        if any(i >= n for i, n in zip(piece.index, stack, strict=False)):
+            problems.append(
+                f"{file}: '{lora.key('a')}' is index {piece.index} of the stack '{path}', "
+                f"which has {stack}. Is it the adapter of a deeper base?"
+            )
+            continue
+        rows = slot.module.rows
+        have = int(np.prod(in_)), int(np.prod(out))
+        need = piece.lora.a.shape[1], piece.lora.b.shape[0]
+        if lora.kind == "conv":
+            window, channels = lora.a.shape[2:], lora.a.shape[1]
+            groups = max(1, piece.rank // lora.b.shape[1])
+            need = int(np.prod(window)) * channels // groups, need[1]
+        if rows is not None or slot.part[1] > 1:
+            need, have = (need[0], 0), (have[0], 0)
+        experts = int(np.prod(stack[slot.holes :]))
+        if need != have or (lora.raw and lora.a.shape[0] != piece.rank * experts):
+            problems.append(
+                f"{file}: '{lora.key('a')}' has shape {lora.a.shape} and "
+                f"'{lora.key('b')}' {lora.b.shape}; the base's '{path}' of shape {shape} "
+                f"({layout}) has {int(np.prod(in_))} in and {int(np.prod(out))} out "
+                "features. Is it the adapter of another base?"
+            )
+            continue
+        new.append(piece)
+    return new, problems
+
+
+def _universe(
+    slots: Sequence[Slot],
+    sites: Mapping[str, Site],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[list[str], list[str]]:
+    """The base's modules that have a weight, and all of its parameters."""
+    weights, parameters = [], []
+    for slot in slots:
+        shape = shapes[slot.path]
+        stack = shape[: slot.holes]
+        if slot.path in sites:
+            stack = sites[slot.path].layout.sizes(shape)[0][: slot.holes]
+        names = [slot.at(i) for i in np.ndindex(*stack)]
+        parameters += names
+        last = leaf_word(slot.path) in ("kernel", "embedding", "weight")
+        if last and len(shape) - slot.holes >= 2:
+            weights += [split_name(n)[0] for n in names if n.endswith(".weight")]
+    return sorted({*weights}), parameters
+
+
+def expected_layouts(leaves: Mapping[str, Any]) -> dict[str, Layout]:
+    """Those of the nodes of a tree that is adapted already."""
+    return {p: x.layout for p, x in leaves.items() if isinstance(x, LoraWeight)}
+
+
+def coverage_problems(
+    leaves: Mapping[str, Any], plan: Plan, file: Path
+) -> Iterator[str]:
+    """What an adapted tree holds that the file does not, and the other way round."""
+    nodes = {p for p, x in leaves.items() if isinstance(x, LoraWeight)}
+    if not nodes:
+        return
+    for path in sorted(nodes - {*plan.sites}):
+        yield (
+            f"'{path}' is adapted in the tree, but {file} has no factors for it. Pass "
+            "the plain tree, or adapt with the same targets."
+        )
+    for path in sorted({*plan.sites} - nodes):
+        yield (
+            f"{file} has factors for '{path}', which is not adapted in the tree. Pass "
+            "the plain tree, or adapt with the same targets."
+        )
+    for path, leaf in leaves.items():
+        if isinstance(leaf, Trained) and path not in {**plan.whole, **plan.bias}:
+            yield (
+                f"'{path}' trains whole in the tree, but {file} does not hold it. Pass "
+                "the plain tree."
+            )

@@ -1,0 +1,198 @@
+"""Adapters that a file names only in part: raw parameters, and weights that are tied."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from flora._errors import LoraError
+from flora._names import Finder, Slot
+from flora._peft_config import PeftConfig
+from flora._peft_factors import Piece
+from flora._peft_keys import Content, Lora
+from flora._peft_layouts import layouts, leaf_word
+from flora._peft_targets import covers
+from flora._weight import Layout
+
+
+def with_parameters(content: Content, config: PeftConfig, file: Path) -> Content:
+    """Which modules have raw parameters adapted: those that no name selects."""
+    if not config.target_parameters:
+        return content
+    words = {e.rpartition(".")[2]: None for e in config.target_parameters}
+
+    def known(lora: Lora) -> Lora:
+        hits = [
+            w
+            for w in words
+            if any(covers(f"{lora.module}.{w}", e) for e in config.target_parameters)
+        ]
+        if not hits:
+            return lora
+        return dataclasses.replace(lora, raw=True, parameter="|".join(hits))
+
+    return dataclasses.replace(content, loras=tuple(map(known, content.loras)))
+
+
+def in_order(
+    content: Content,
+    config: PeftConfig,
+    finder: Finder,
+    shapes: Mapping[str, tuple[int, ...]],
+    file: Path,
+    *,
+    ordered: bool,
+) -> Content:
+    """Which parameter of a module each nested adapter is of.
+
+    PEFT nests them in the order in which the module declares them, the last outside.
+    Sizes tell them apart, or else the order of the names that were given.
+    """
+    groups: dict[str, list[Lora]] = {}
+    for lora in content.loras:
+        if lora.raw:
+            groups.setdefault(lora.module, []).append(lora)
+    found: dict[int, Lora] = {}
+    for module, loras in groups.items():
+        inner_first = sorted(loras, key=lambda x: -x.depth)
+        words = inner_first[0].parameter.split("|")
+        held = [w for w in words if finder.all(f"{module}.{w}")]
+        if len(held) < len(loras):
+            raise LoraError(
+                f"{file}: '{module}' has adapters of {len(loras)} parameters; of "
+                f"{', '.join(words)} the base has {', '.join(held) or 'none'}. Name "
+                "their leaves: names={'…': flora.peft.Module('…', parameter='…')}."
+            )
+        fits = []
+        for some in itertools.permutations(held, len(loras)):
+            named = [
+                dataclasses.replace(x, parameter=w)
+                for x, w in zip(inner_first, some, strict=True)
+            ]
+            if all(_may_fit(x, config, finder, shapes) for x in named):
+                fits.append(named)
+        if len(fits) > 1 and ordered:  # as the names declare them
+            at = {s.name: i for i, s in enumerate(finder.slots)}
+            fits.sort(key=lambda f: [at.get(x.name, 0) for x in f])
+        elif len(fits) > 1:
+            raise LoraError(
+                f"{file}: '{module}' has adapters of {', '.join(held)} with shapes that "
+                "fit either way. Pass names= with these leaves in the order in which the "
+                "PyTorch module declares them."
+            )
+        if not fits:
+            sizes = ", ".join(f"A {x.a.shape} B {x.b.shape}" for x in inner_first)
+            have = [shapes[finder.all(f"{module}.{w}")[0][0].path] for w in held]
+            raise LoraError(
+                f"{file}: the adapters of '{module}' have {sizes}; the leaves of "
+                f"{', '.join(held)} have {', '.join(map(str, have))}, which do not fit. "
+                "Is the adapter one of another base?"
+            )
+        for old, new in zip(inner_first, fits[0], strict=True):
+            found[id(old)] = new
+    return dataclasses.replace(
+        content, loras=tuple(found.get(id(x), x) for x in content.loras)
+    )
+
+
+def _may_fit(
+    lora: Lora, config: PeftConfig, finder: Finder, shapes: Mapping[str, tuple[int, ...]]
+) -> bool:
+    rank = config.rank(lora.site)
+    experts, rest = divmod(lora.a.shape[0], rank)
+    if rest:
+        return False
+    return all(
+        bool(parameter_layouts(lora, slot, shapes[slot.path], experts))
+        for slot, _ in finder.all(lora.name)
+    )
+
+
+def parameter_layouts(
+    lora: Lora, slot: Slot, shape: tuple[int, ...], experts: int
+) -> list[Layout]:
+    ndim = len(shape) - slot.holes
+    stack = slot.holes + (1 if experts > 1 or ndim == 3 else 0)
+    sizes = lora.a.shape[1], lora.b.shape[0]
+    found = layouts(slot.path, shape, stack, sizes)
+    return [x for x in found if shape[x.stack[-1]] == experts] if ndim == 3 else found
+
+
+def without_ties(content: Content, finder: Finder, file: Path) -> Content:
+    """The content without second adapters of one shared weight, which must agree."""
+    embeddings = [x for x in content.loras if x.kind == "embedding"]
+    kept = []
+    for lora in content.loras:
+        slots = [slot for slot, _ in finder.all(lora.name)]
+        if lora.kind != "linear" or (slots and not any(s.module.tied for s in slots)):
+            kept.append(lora)
+            continue
+        twins = [
+            e
+            for e in embeddings
+            if e.a.T.shape == lora.b.shape
+            and np.array_equal(e.a.T, lora.b)
+            and np.array_equal(e.b.T, lora.a)
+        ]
+        if twins:
+            continue
+        if not slots:
+            kept.append(lora)  # reported as lost
+            continue
+        raise LoraError(
+            f"{file}: '{lora.key('b')}' adapts a weight that is tied to "
+            f"'{slots[0].path}', but is not the transpose of the embedding's factors. "
+            "Train with ensure_weight_tying=True, or untie the weights in the tree."
+        )
+    held = {x.name for x in content.loras}
+    for slot in finder.slots:
+        if slot.module.tied and not slot.holes:
+            first = [s for s in finder.slots if s.path == slot.path and not s.module.tied]
+            if any(s.name in held for s in first) and slot.name not in held:
+                raise LoraError(
+                    f"{file}: '{first[0].name}' is adapted and '{slot.name}' is not, but "
+                    f"both lie in '{slot.path}'. PEFT adapts the first alone. Train with "
+                    "ensure_weight_tying=True, or untie the weights in the tree."
+                )
+    return dataclasses.replace(content, loras=tuple(kept))
+
+
+def turned_parameter(
+    piece: Piece, layout: Layout, shape: tuple[int, ...]
+) -> Piece:
+    """A raw matrix's factors, exchanged where the leaf reads it the other way round.
+
+    PEFT adds B A to a raw matrix as it is, whatever its axes mean.
+    """
+    lora, slot = piece.lora, piece.slot
+    free = [i for i in range(len(shape)) if i not in layout.stack]
+    matrix = len(shape) - slot.holes == 2 and len(free) == 2
+    if not lora.raw or not matrix or lora.a.shape[0] != piece.rank:
+        return piece
+    sizes = tuple(shape[i] for i in free)
+    kept, other = (lora.b.shape[0], lora.a.shape[1]) == sizes, lora.b.shape[0] == sizes[1]
+    as_named = leaf_word(slot.path) not in ("kernel", "embedding")
+    same = kept and (as_named or not other or sizes[0] != sizes[1])
+    columns = free[1] if same else free[0]
+    if columns in layout.in_:
+        return piece
+    return dataclasses.replace(
+        piece, lora=dataclasses.replace(lora, a=lora.b.T, b=lora.a.T)
+    )
+
+
+def turned_embedding(piece: Piece, layout: Layout) -> Piece:
+    """An embedding's factors, exchanged where the leaf's layout is that of its product."""
+    lora = piece.lora
+    if lora.kind != "embedding" or layout.in_ < layout.out:
+        return piece
+    if lora.magnitude is not None:
+        raise LoraError(
+            f"'{piece.slot.path}' has the layout {layout}, of a product; the magnitudes of "
+            f"'{lora.module}' are of a lookup. Pass the plain tree, and no fn=."
+        )
+    return dataclasses.replace(
+        piece, lora=dataclasses.replace(lora, a=lora.b.T, b=lora.a.T)
+    )

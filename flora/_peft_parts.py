@@ -1,0 +1,236 @@
+"""From the nodes of a tree to A and B of each PyTorch module."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from flora._errors import LoraError
+from flora._names import Slot, split_name
+from flora._peft_factors import is_channel_last, positions
+from flora._peft_groups import AcrossGroups, gathered
+from flora._peft_keys import Lora
+from flora._peft_layouts import leaf_word
+from flora._weight import LoraWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The adapter of a module, or of those of its rows that lie in one leaf.
+
+    Attributes:
+      lora: A and B as PEFT has them, or with some of B's rows alone.
+      slot: where it came from.
+      rank: r.
+      scale: of B A.
+      rank_stabilized: whether the scale is given as alpha/√r.
+    """
+
+    lora: Lora
+    slot: Slot
+    rank: int
+    scale: float
+    rank_stabilized: bool
+
+    @property
+    def alpha(self) -> float:
+        """An int where it was one before it was divided."""
+        value = self.scale * (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return round(value) if abs(value - round(value)) < 1e-12 * abs(value) else value
+
+
+def parts(
+    path: str, node: LoraWeight, slots: Sequence[Slot], known: str = ""
+) -> Iterator[Part]:
+    """What each module that lies in a leaf has of its node, whose kind may be known."""
+    stack = node.a.shape[: len(node.layout.stack)]
+    a, b = np.asarray(node.a), np.asarray(node.b)
+    a = a.reshape(*stack, -1, a.shape[-1])
+    b = b.reshape(*stack, b.shape[len(stack)], -1)
+    columns = (node.extra or {}).get("magnitude")
+    m = None if columns is None else np.asarray(columns).reshape(*stack, -1)
+    for slot in slots:
+        kind = kind_of(path, node, slot, known)
+        if slot.holes > len(stack) or (slot.holes < len(stack) and kind != "raw"):
+            raise LoraError(_stack_problem(path, slot, node, len(stack)))
+        at = positions(slot, slots_beside(slots), b.shape[-1])
+        for index in np.ndindex(*stack[: slot.holes]):
+            own = None if m is None else m[index][..., at]
+            yield _part(node, slot, index, kind, (a[index], b[index][..., at]), own)
+
+
+def slots_beside(slots: Sequence[Slot]) -> list[Slot]:
+    """Those that share the leaf's out features."""
+    return [s for s in slots if not s.module.tied]
+
+
+def _stack_problem(path: str, slot: Slot, node: LoraWeight, count: int) -> str:
+    return (
+        f"save: '{path}' ({node.layout}) has {count} stacked axes and its name "
+        f"'{slot.name}' {slot.holes} placeholders. Write one for each: "
+        f"names={{'{path}': 'model.layers.{{i}}.…'}}, or flora.peft.Module(..., "
+        "parameter='…') for experts that PyTorch stacks too."
+    )
+
+
+def kind_of(path: str, node: LoraWeight, slot: Slot, known: str) -> str:
+    """'linear', 'conv', 'embedding' or 'raw': by the names, then by convention."""
+    word, layout = leaf_word(path), node.layout
+    if split_name(slot.name)[1] != "weight":
+        return "raw"
+    if slot.module.kind or known:
+        return slot.module.kind or known
+    if word == "embedding":
+        return "embedding"
+    if isinstance(node.variant, AcrossGroups):
+        return "conv"
+    if word == "kernel" and len(layout.in_) != 2:
+        return "conv" if len(layout.in_) > 2 else "linear"
+    # Two in axes may be a window and channels, or heads and their features.
+    named = slot.module.name != "-"
+    if word == "kernel" and "conv" in path.rpartition("/")[0].rpartition("/")[2].lower():
+        return "conv"
+    if (word == "kernel" and named) or (len(layout.in_) == 1 and layout.in_ > layout.out):
+        return "linear"
+    raise LoraError(
+        f"save: '{path}' ({layout}) may be a linear layer, a convolution or an embedding "
+        "of PyTorch. Pass fn= and args= to follow it, or write names={"
+        f"'{path}': flora.peft.Module('{split_name(slot.name)[0]}', kind='linear')}}, "
+        "'conv' or 'embedding'."
+    )
+
+
+def _part(
+    node: LoraWeight,
+    slot: Slot,
+    index: tuple[int, ...],
+    kind: str,
+    factors: tuple[np.ndarray, np.ndarray],
+    m: np.ndarray | None,
+) -> Part:
+    a, b = factors
+    name = slot.at(index)
+    module, parameter = split_name(name)
+    rank = a.shape[-1]
+    stabilized, scale = node.rank_stabilized, node.scale
+    if kind == "conv":
+        a, b, rank = _as_conv(node, slot, a, b)
+        m = m if m is None else m.reshape(1, -1, *(1,) * (a.ndim - 2))
+    elif kind == "raw" and a.ndim > 2:
+        experts = math.prod(a.shape[:-2])
+        a = a.reshape(experts, *a.shape[-2:]).swapaxes(1, 2).reshape(-1, a.shape[-2])
+        b = b.reshape(experts, *b.shape[-2:]).transpose(2, 1, 0)
+        b = b.reshape(b.shape[0], -1)
+    elif kind == "raw" and node.layout.in_ < node.layout.out:
+        a, b = b, a  # PyTorch's matrix lies as the leaf does, and is B A
+    else:
+        if slot.module.columns is not None:
+            a = a[np.argsort(slot.module.columns)]
+        a, b = a.T, b.T
+        if kind == "embedding" and node.layout.in_ > node.layout.out:
+            if m is not None:
+                raise LoraError(
+                    f"save: '{slot.path}' has a magnitude for each row, and PEFT's "
+                    "embeddings one for each column. Ship flora.merge(adapted)."
+                )
+            a, b = b.T, a.T
+        if slot.module.tied:
+            a, b = b.T, a.T
+            kind = "linear"
+    lora = Lora(module, a, b, m, None, "linear" if kind == "raw" else kind)
+    lora = dataclasses.replace(lora, parameter=parameter, raw=kind == "raw")
+    return Part(lora, slot, rank, scale, stabilized and rank == node.rank)
+
+
+def _as_conv(
+    node: LoraWeight, slot: Slot, a: np.ndarray, b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """A `[r, in, *window]` and B `[out, r/groups, 1, ...]`."""
+    axes = node.layout.in_
+    stack = len(node.layout.stack)
+    sizes = node.a.shape[stack : stack + len(axes)]
+    rank, groups = a.shape[-1], slot.module.groups
+    last = is_channel_last(slot.path, sizes, sizes[:-1]) and leaf_word(slot.path) != "weight"
+    a = a.T.reshape(rank, *sizes)
+    a = np.moveaxis(a, -1, 1) if last else a
+    b = b.T.reshape(-1, rank, *(1,) * (len(axes) - 1))
+    if isinstance(node.variant, AcrossGroups):
+        a, b = gathered(a, b.reshape(b.shape[0], rank).T, node.variant.groups)
+        return a, b.reshape(*b.shape, *(1,) * (len(axes) - 1)), a.shape[0]
+    if groups == 1:
+        return a, b, rank
+    channels = a.shape[1]
+    spread = np.zeros((groups, rank, groups, channels, *a.shape[2:]), a.dtype)
+    for k in range(groups):
+        spread[k, :, k] = a
+    return spread.reshape(groups * rank, groups * channels, *a.shape[2:]), b, groups * rank
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """The adapter of a module whose rows lie in several places."""
+    first = parts[0]
+    if len(parts) == 1:
+        rows = first.slot.module.rows
+        if rows is None or first.slot.module.tied:
+            return _trimmed(first)
+        _check_rows(parts)
+    else:
+        _check_rows(parts)
+    total = sum(len(tuple(p.slot.module.rows)) for p in parts)  # type: ignore[arg-type]
+    rank = sum(p.rank for p in parts)
+    scale = max((p.scale for p in parts), key=abs)
+    dtype = np.result_type(*(p.lora.b.dtype for p in parts))
+    b, m, start = np.zeros((total, rank), dtype), np.zeros(total, np.float64), 0
+    for p in parts:
+        rows = list(p.slot.module.rows)  # type: ignore[arg-type]
+        b[np.ix_(rows, range(start, start + p.rank))] = p.lora.b * dtype.type(
+            p.scale / scale
+        )
+        if p.lora.magnitude is not None:
+            m[rows] = p.lora.magnitude
+        start += p.rank
+    a = np.concatenate([p.lora.a for p in parts])
+    magnitude = first.lora.magnitude
+    lora = dataclasses.replace(
+        first.lora,
+        a=a,
+        b=b,
+        magnitude=None if magnitude is None else m.astype(magnitude.dtype),
+    )
+    stabilized = first.rank_stabilized and len(parts) == 1
+    return _trimmed(Part(lora, first.slot, rank, scale, stabilized))
+
+
+def _check_rows(parts: Sequence[Part]) -> None:
+    rows = [i for p in parts for i in p.slot.module.rows or ()]
+    if any(p.slot.module.rows is None for p in parts) or sorted(rows) != [
+        *range(len(rows))
+    ]:
+        where = "', '".join(p.slot.path for p in parts)
+        raise LoraError(
+            f"save: '{parts[0].lora.name}' is the name of '{where}', whose rows= are not "
+            "all of its rows, each once. Write rows= for each, or another name."
+        )
+
+
+def _trimmed(part: Part) -> Part:
+    """Without ranks that are zero in A and in B, which stacking layers adds."""
+    a, b = part.lora.a, part.lora.b
+    stacked = part.slot.holes or part.slot.part[1] > 1
+    if part.lora.kind == "conv" or part.lora.raw or not stacked:
+        return part
+    used = np.flatnonzero((a != 0).any(1) | (b != 0).any(0))
+    rank = int(used[-1]) + 1 if used.size else 1
+    if rank == part.rank:
+        return part
+    lora = dataclasses.replace(part.lora, a=a[:rank], b=b[:, :rank])
+    return dataclasses.replace(part, lora=lora, rank=rank, rank_stabilized=False)
+
+
+def is_idle(part: Part) -> bool:
+    """Whether it is a layer of a stack that is not adapted."""
+    lora = part.lora
+    if not part.slot.holes or lora.magnitude is not None:
+        return False
+    return not lora.a.any() and not lora.b.any()

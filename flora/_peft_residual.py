@@ -1,0 +1,83 @@
+"""Bases that PEFT changes as an adapter starts: W − scale B₀ A₀ in W's place.
+
+References: Meng et al. 2024 (PiSSA). https://arxiv.org/abs/2404.02948
+  Büyükakyüz 2024 (OLoRA). https://arxiv.org/abs/2406.01775
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from flora._errors import LoraError
+from flora._names import Slot
+from flora._peft_factors import Piece, positions
+from flora._weight import Layout
+
+
+def start(weight: np.ndarray, rank: int, how: str) -> np.ndarray:
+    """Scale B₀ A₀ of one matrix `[out, in]`, float64.
+
+    'pissa': its best approximation of that rank, U_r S_r V_rᵀ.  'olora': Q_r R_r of its
+    QR decomposition.
+    """
+    w = weight.astype(np.float64)
+    if how == "pissa":
+        u, s, v = np.linalg.svd(w, full_matrices=False)
+        return (u[:, :rank] * s[:rank]) @ v[:rank]
+    q, r = np.linalg.qr(w)
+    return q[:, :rank] @ r[:rank]
+
+
+def residual(
+    base: Any,
+    layout: Layout,
+    pieces: Sequence[Piece],
+    beside: Sequence[Slot],
+    how: str,
+) -> np.ndarray:
+    """The base of a leaf as PEFT has it after the start of the adapter.
+
+    OLoRA does not divide B₀ A₀ by the scale before it takes off scale B₀ A₀.
+    """
+
+    def change(piece: Piece, weight: np.ndarray) -> np.ndarray:
+        taken = start(weight, piece.rank, how)
+        return taken * (piece.scale if how == "olora" else 1.0)
+
+    return changed(base, layout, pieces, beside, change)
+
+
+def changed(
+    base: Any,
+    layout: Layout,
+    pieces: Sequence[Piece],
+    beside: Sequence[Slot],
+    change: Callable[[Piece, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """The base minus `change(piece, W [out, in])` of every piece."""
+    value = np.asarray(base)
+    order = (*layout.stack, *layout.in_, *layout.out)
+    stack, in_, out = layout.sizes(value.shape)
+    turned = value.transpose(order)
+    flat = turned.reshape(*stack, int(np.prod(in_)), int(np.prod(out))).copy()
+    for piece in pieces:
+        if piece.lora.kind != "linear" or piece.lora.raw:
+            continue  # PEFT starts those as plain LoRA
+        slot = piece.slot
+        at = positions(slot, beside, flat.shape[-1])
+        rows = np.arange(len(at)) if slot.module.rows is None else slot.module.rows
+        if len(at) != piece.lora.b.shape[0]:
+            raise LoraError(
+                f"'{slot.path}' holds {len(at)} of the {piece.lora.b.shape[0]} rows of "
+                f"'{piece.lora.module}', whose base was changed as a whole. Save the "
+                "adapter as plain LoRA in PEFT: "
+                "path_initial_model_for_weight_conversion=."
+            )
+        columns = slot.module.columns or range(flat.shape[-2])
+        matrix = flat[piece.index]
+        own = np.empty((len(at), flat.shape[-2]), value.dtype)
+        own[np.ix_(np.asarray(rows), np.asarray(columns))] = matrix[:, at].T
+        left = own.astype(np.float64) - change(piece, own)
+        matrix[:, at] = left[np.ix_(rows, columns)].T.astype(value.dtype)
+    return flat.reshape(turned.shape).transpose(np.argsort(order))

@@ -1,0 +1,351 @@
+"""From an adapted tree to the two files of a PEFT adapter."""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora._adapt import require_adapted
+from flora._errors import LoraError, LoraTypeError, fail
+from flora._names import Slot, default_slots, given_slots, split_name
+from flora._peft_config import parse
+from flora._peft_file import CONFIG
+from flora._peft_groups import AcrossGroups
+from flora._peft_keys import PREFIX
+from flora._peft_parts import Part, is_idle, joined, parts, slots_beside
+from flora._peft_serving import for_serving
+from flora._peft_start import with_start
+from flora._peft_targets import covers, selects
+from flora._peft_whole import taken
+from flora._weight import LoraWeight, Trained, base_of
+from flora.variants import DoRA
+
+Slots = Mapping[str, Sequence[Slot]]
+Named = Sequence[tuple[str, Any]]
+
+
+def written(
+    adapted: Any,
+    *,
+    names: Any,
+    kinds: Mapping[str, str],
+    base: Any,
+    serving: bool,
+    dtype: Any,
+    about: Mapping[str, str | None],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The content of adapter_config.json and of adapter_model.safetensors."""
+    fail(
+        f"save: {key}={value!r}. Write a string."
+        for key, value in about.items()
+        if value is not None and not isinstance(value, str)
+    )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise LoraTypeError(f"save: dtype={dtype!r}. Write a floating dtype.")
+    named = require_adapted(adapted, "save")
+    fail(p for path, leaf in named for p in _problems(path, leaf))
+    paths = [path for path, _ in named]
+    slots = default_slots(paths) if names is None else given_slots(names, paths)
+    by_path: dict[str, list[Slot]] = collections.defaultdict(list)
+    for slot in slots:
+        by_path[slot.path].append(slot)
+    fail(_unnamed(named, by_path))
+    nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
+    nodes = nodes if base is None else with_start(nodes, base)
+    found: dict[str, list[Part]] = {}
+    for path, node in nodes.items():
+        for part in parts(path, node, by_path[path], kinds.get(path, "")):
+            found.setdefault(part.lora.name, []).append(part)
+    made = [joined(some) for some in found.values()]
+    made = [part for part in made if not is_idle(part)]
+    made = _nested(made, None if names is None else slots)
+    whole = _whole(named, by_path, made)
+    if serving:
+        made = for_serving(made, whole, named, by_path)
+    config = _config(made, whole, nodes, by_path, named) | dict(about)
+    tensors = {}
+    for part in made:
+        for field in ("a", "b", "magnitude"):
+            x = getattr(part.lora, field)
+            if x is not None:
+                tensors[part.lora.key(field)] = x
+    adapted_modules = {p.lora.module for p in made}
+    for name, x in whole.values.items():
+        owner, last = split_name(name)
+        inside = owner in adapted_modules and name not in whole.modules
+        key = f"{owner}.base_layer.{last}" if inside else name
+        tensors[f"{PREFIX}{key}"] = x
+    if dtype is not None:
+        tensors = {k: x.astype(dtype) for k, x in tensors.items()}
+    return config, tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """Parameters that are saved whole.
+
+    Attributes:
+      values: by name.
+      modules: which of them belong to `modules_to_save`, and to which module of it.
+      bias: 'none', 'all' or 'lora_only', for the others, which are biases.
+    """
+
+    values: Mapping[str, np.ndarray]
+    modules: Mapping[str, str]
+    bias: str
+
+
+def _problems(path: str, leaf: Any) -> Iterator[str]:
+    if isinstance(leaf, LoraWeight):
+        if not isinstance(leaf.variant, DoRA | AcrossGroups | None):
+            yield (
+                f"save: '{path}' is {leaf.variant!r}, which PEFT's LoRA files cannot hold. "
+                "Ship flora.merge(adapted)."
+            )
+        values = [leaf.a, leaf.b, *jax.tree.leaves(leaf.extra)]
+    else:
+        values = [leaf.value] if isinstance(leaf, Trained) else []
+    for x in values:
+        if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer) or not hasattr(x, "size"):
+            yield f"save: '{path}' holds {x!r}; expected arrays. Save outside of jax.jit."
+        elif not bool(jnp.isfinite(x).all()):
+            bad = int((~jnp.isfinite(x)).sum())
+            yield (
+                f"save: '{path}' holds {bad} of {x.size} values that are NaN or infinite. "
+                "Training went astray; nothing is written."
+            )
+
+
+def _unnamed(named: Named, by_path: Slots) -> Iterator[str]:
+    for path, leaf in named:
+        if isinstance(leaf, LoraWeight | Trained) and path not in by_path:
+            yield (
+                f"save: '{path}' is not in names. Write which module it is: "
+                f"names={{..., '{path}': 'model.layers.{{i}}.…'}}."
+            )
+
+
+def _nested(made: Sequence[Part], declared: Sequence[Slot] | None) -> list[Part]:
+    """Adapters of several parameters of one module, the last declared outermost.
+
+    Names that were given tell the order; else what goes down comes last, as in all
+    experts of HF.
+    """
+    count = collections.Counter(p.lora.module for p in made)
+    if declared is not None:
+        at = {slot.name: i for i, slot in enumerate(declared)}
+        made = sorted(made, key=lambda p: at[p.slot.name])
+    else:
+        made = sorted(made, key=lambda p: p.lora.parameter.startswith("down"))
+    first = {
+        p.lora.module: [q.lora.parameter for q in made if q.lora.module == p.lora.module]
+        for p in made
+        if p.lora.raw
+    }
+    fail(
+        f"save: '{module}' has adapters of {', '.join(words)}; PEFT nests them in the "
+        "order in which the PyTorch module declares them. Pass names= in that order: "
+        "names={'…': flora.peft.Module('…', parameter='…'), ...}."
+        for module, words in first.items()
+        if declared is None and sum(not w.startswith("down") for w in words) > 1
+    )
+    left = dict(count)
+    result = []
+    for part in made:
+        module = part.lora.module
+        if count[module] > 1 and not part.lora.raw:
+            raise LoraError(
+                f"save: '{module}' has an adapter of its weight and of a raw parameter, "
+                "which PEFT cannot nest. Leave one of them out."
+            )
+        left[module] -= 1
+        lora = dataclasses.replace(part.lora, depth=left[module])
+        result.append(dataclasses.replace(part, lora=lora))
+    return result
+
+
+def _whole(named: Named, by_path: Slots, made: Sequence[Part]) -> Whole:
+    """Trained leaves, and what PEFT saves along with them."""
+    trained = {
+        slot.at(i): split_name(slot.at(i))[0]
+        for path, leaf in named
+        if isinstance(leaf, Trained)
+        for slot in by_path[path]
+        for i in np.ndindex(*_stack(leaf, slot))
+    }
+    known = {"weight", "bias", "running_mean", "running_var"}
+    fail(
+        f"save: '{name}' trains whole, but it is a parameter of a module with others; "
+        "PEFT saves modules whole. Keep it frozen, or ship flora.merge(adapted)."
+        for name in trained
+        if split_name(name)[1] not in known
+    )
+    adapted = {p.lora.module for p in made}
+    bias_only = {n for n in trained if n.endswith(".bias")}
+    saved = {m for n, m in trained.items() if n not in bias_only}
+    fail(
+        f"save: '{m}' is adapted and has a weight that trains whole. Do one of both."
+        for m in sorted(saved & adapted)
+    )
+    values: dict[str, np.ndarray] = {}
+    parts: dict[str, list[tuple[Slot, np.ndarray]]] = {}
+    biases = {n for n in bias_only if trained[n] not in saved}
+    mode = "none" if not biases else "lora_only"
+    if any(trained[n] not in adapted for n in biases):
+        mode = "all"
+    for path, leaf in named:
+        for slot in by_path[path]:
+            if slot.module.tied or isinstance(leaf, LoraWeight):
+                continue
+            for i in np.ndindex(*_stack(leaf, slot)):
+                name = slot.at(i)
+                owner, last = split_name(name)
+                bias = last == "bias" and (
+                    mode == "all" or (mode == "lora_only" and owner in adapted)
+                )
+                if owner in saved or bias:
+                    beside = slots_beside(by_path[path])
+                    value = taken(base_of(leaf), slot, i, beside)
+                    parts.setdefault(name, []).append((slot, value))
+    for name, some in parts.items():
+        values[name] = _assembled(some)
+    return Whole(values, {n: split_name(n)[0] for n in values if
+                          split_name(n)[0] in saved}, mode)  # fmt: skip
+
+
+def _stack(leaf: Any, slot: Slot) -> tuple[int, ...]:
+    return tuple(base_of(leaf).shape[: slot.holes]) if slot.holes else ()
+
+
+def _assembled(some: Sequence[tuple[Slot, np.ndarray]]) -> np.ndarray:
+    """A parameter of which several leaves hold rows."""
+    if len(some) == 1:
+        return some[0][1]
+    total = sum(len(x) for _, x in some)
+    value = np.zeros((total, *some[0][1].shape[1:]), some[0][1].dtype)
+    for slot, x in some:
+        rows = sorted(slot.module.rows)  # type: ignore[type-var]
+        value[rows] = x
+    return value
+
+
+def _config(
+    made: Sequence[Part],
+    whole: Whole,
+    nodes: Mapping[str, LoraWeight],
+    by_path: Slots,
+    named: Named,
+) -> dict[str, Any]:
+    """The config, with each module by its full name."""
+    stabilized = bool(made) and all(p.rank_stabilized for p in made)
+    if not stabilized:
+        made = [dataclasses.replace(p, rank_stabilized=False) for p in made]
+    rates = sorted({x.dropout for x in nodes.values()})
+    if len(rates) > 1:
+        raise LoraError(
+            f"save: dropout rates differ between leaves: {rates}; PEFT has one. Set one "
+            "rate by dataclasses.replace."
+        )
+    rank = _most([p.rank for p in made], 8)
+    alpha = _most([p.alpha for p in made], 8)
+    dora = any(p.lora.magnitude is not None for p in made)
+    if dora and any(p.lora.magnitude is None for p in made):
+        raise LoraError(
+            "save: some leaves are DoRA and some plain LoRA; PEFT has one or the other. "
+            "Adapt all in one way, or ship flora.merge(adapted)."
+        )
+    raw = [p.lora.name for p in made if p.lora.raw]
+    modules = [p.lora.module for p in made if not p.lora.raw]
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": modules or None,
+        "exclude_modules": None,
+        "target_parameters": raw or None,
+        "lora_dropout": rates[0] if rates else 0.0,
+        "bias": whole.bias,
+        "fan_in_fan_out": False,
+        "use_rslora": stabilized,
+        "use_dora": dora,
+        "lora_bias": False,
+        "init_lora_weights": True,
+        "modules_to_save": sorted({*whole.modules.values()}) or None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "ensure_weight_tying": any(p.slot.module.tied for p in made),
+    }
+    if not made:
+        raise LoraError(
+            "save: no leaf has factors. PEFT's LoRA needs one adapted module; ship "
+            "flora.merge(adapted)."
+        )
+    _patterns(config, made, rank, alpha)
+    everything = [
+        split_name(slot.at(i))[0]
+        for path, leaf in named
+        for slot in by_path.get(path, ())
+        for i in np.ndindex(*_named_stack(leaf, slot))
+    ]
+    _exclude_others(config, modules, everything)
+    return config
+
+
+def _named_stack(leaf: Any, slot: Slot) -> tuple[int, ...]:
+    if isinstance(leaf, LoraWeight):
+        return tuple(leaf.a.shape[: slot.holes])
+    return _stack(leaf, slot) if hasattr(base_of(leaf), "shape") else ()
+
+
+def _most(values: Sequence[Any], default: Any) -> Any:
+    return collections.Counter(values).most_common(1)[0][0] if values else default
+
+
+def _patterns(
+    config: dict[str, Any], made: Sequence[Part], rank: int, alpha: float
+) -> None:
+    """Exact names, anchored where one is the end of another's."""
+    sites = [p.lora.site for p in made]
+
+    def key(site: str) -> str:
+        others = (s for s in sites if s != site)
+        return f"^{site}" if any(covers(s, site) for s in others) else site
+
+    for part in made:
+        if part.rank != rank:
+            config["rank_pattern"][key(part.lora.site)] = part.rank
+        if part.alpha != alpha:
+            config["alpha_pattern"][key(part.lora.site)] = part.alpha
+
+
+def _exclude_others(
+    config: dict[str, Any], modules: Sequence[str], everything: Sequence[str]
+) -> None:
+    """Names modules that end like an adapted one and are not adapted."""
+    mine = {*modules}
+    others = sorted({m for m in everything if m not in mine})
+    taken_in = [m for m in others if any(covers(m, t) for t in modules)]
+    saved = config["modules_to_save"] or []
+    taken_in = [m for m in taken_in if m not in saved]
+    if taken_in:
+        config["exclude_modules"] = taken_in
+    check = parse(config, _HERE)
+    fail(
+        f"save: '{m}' cannot be told from other modules by PEFT's rules of names. Rename "
+        "one of them."
+        for m in modules
+        if not selects(check, m)
+    )
+
+
+_HERE = Path(CONFIG)

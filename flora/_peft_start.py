@@ -1,0 +1,82 @@
+"""Factors for what the start of an adapter took out of its base."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora._errors import LoraError, fail
+from flora._select import named_leaves
+from flora._weight import Layout, LoraWeight, base_of, is_stored
+
+
+def with_start(nodes: Mapping[str, LoraWeight], base: Any) -> dict[str, LoraWeight]:
+    """The nodes over the plain base: W' + s A B = W + s [A A₀] [B; B₀].
+
+    A₀ and B₀ are found by an SVD of W' − W, whose rank is what the start took.
+
+    References: https://huggingface.co/docs/peft/developer_guides/lora#pissa
+    """
+    plain = {p: base_of(x) for p, x in named_leaves(base)[0]}
+    fail(
+        f"save: base has no leaf '{path}'. Pass the tree that the adapted one was made of."
+        for path in nodes
+        if path not in plain
+    )
+    return {path: _with_start(path, x, plain[path]) for path, x in nodes.items()}
+
+
+def _with_start(path: str, node: LoraWeight, plain: Any) -> LoraWeight:
+    for x in (node.base, plain):
+        if x is None or is_stored(x) or isinstance(x, jax.ShapeDtypeStruct):
+            raise LoraError(
+                f"save: '{path}' is {x!r} and base= needs its values. Pass the adapted "
+                "tree and the plain base, both of arrays."
+            )
+    if node.base.shape != plain.shape:
+        raise LoraError(
+            f"save: '{path}' has shape {node.base.shape}, and {plain.shape} in base. Pass "
+            "the tree that the adapted one was made of."
+        )
+    changed, before = np.asarray(node.base), np.asarray(plain)
+    if np.array_equal(changed, before):
+        return node
+    eps = float(jnp.finfo(changed.dtype).eps)
+    w, d = (_matrices(x.astype(np.float64), node.layout)
+            for x in (before, changed.astype(np.float64) - before.astype(np.float64)))  # fmt: skip
+    u, s, v = np.linalg.svd(d, full_matrices=False)
+    floor = 4 * eps * np.linalg.norm(w, axis=(-2, -1)).max()
+    rank = int((s > floor).sum(-1).max())
+    if rank > s.shape[-1] // 2:
+        raise LoraError(
+            f"save: '{path}' differs from base by a change of rank {rank} of "
+            f"{s.shape[-1]}. Pass the base that the adapter was started from."
+        )
+    if not rank:
+        return node
+    root = np.sqrt(s[..., :rank])
+    dtype = np.asarray(node.b).dtype
+    a0, b0 = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
+    stack, in_, out = node.layout.sizes(changed.shape)
+    a0 = a0.reshape(*stack, *in_, rank).astype(dtype)
+    b0 = (b0 / node.scale).reshape(*stack, rank, *out).astype(dtype)
+    total = node.rank + rank
+    return dataclasses.replace(
+        node,
+        base=plain,
+        a=np.concatenate([np.asarray(node.a), a0], -1),
+        b=np.concatenate([np.asarray(node.b), b0], len(stack)),
+        rank=total,
+        alpha=node.scale * total,
+        rank_stabilized=False,
+    )
+
+
+def _matrices(x: np.ndarray, layout: Layout) -> np.ndarray:
+    """`[*stack, in, out]`."""
+    stack, in_, out = layout.sizes(x.shape)
+    turned = x.transpose((*layout.stack, *layout.in_, *layout.out))
+    return turned.reshape(*stack, int(np.prod(in_)), int(np.prod(out)))

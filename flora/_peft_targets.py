@@ -1,0 +1,210 @@
+"""PEFT's rules of what a config selects, and what a file then has to hold."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from flora._names import split_name
+from flora._peft_config import HEADS, PeftConfig, pattern_of
+from flora._peft_file import CONFIG, WEIGHTS
+from flora._peft_keys import PREFIX, Content
+
+
+def covers(name: str, target: str) -> bool:
+    """Whether a name is the target, or ends with it from a dot on."""
+    return name == target or name.endswith(f".{target}")
+
+
+def selects(config: PeftConfig, module: str) -> bool:
+    """Whether PEFT would adapt a module of that path."""
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        if re.fullmatch(excluded, module):
+            return False
+    elif any(covers(module, name) for name in excluded or ()):
+        return False
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in config.modules_to_save):
+        return False
+    targets = config.target_modules or ()
+    if isinstance(targets, str):
+        return is_all_linear(config) or bool(re.fullmatch(targets, module))
+    if module in targets:
+        return True
+    return any(covers(module, t) for t in targets) and _in_layers(config, module)
+
+
+def is_all_linear(config: PeftConfig) -> bool:
+    """Whether the target is every linear layer."""
+    targets = config.target_modules
+    return isinstance(targets, str) and targets.lower() == "all-linear"
+
+
+def _in_layers(config: PeftConfig, module: str) -> bool:
+    if not config.layers_to_transform:
+        return True
+    found = None
+    if not config.layers_pattern:
+        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)
+    for pattern in config.layers_pattern:
+        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module)
+        if found:
+            break
+    return bool(found) and int(found["idx"]) in config.layers_to_transform
+
+
+def target_problems(
+    config: PeftConfig,
+    content: Content,
+    weights: Sequence[str],
+    parameters: Sequence[str],
+    folder: Path,
+) -> Iterator[str]:
+    """What the config selects and the file lacks, and the other way round.
+
+    Args:
+      config: the config.
+      content: of the file.
+      weights: the modules of the base that have a weight.
+      parameters: all parameters of the base.
+      folder: where both lie.
+    """
+    here, file = folder / CONFIG, folder / WEIGHTS
+    held = {lora.module for lora in content.loras if not lora.raw}
+    universe = sorted({*weights, *held})
+    yield from _names_that_match_nothing(config, universe, parameters, here)
+    for module in sorted(held):
+        if not selects(config, module):
+            yield (
+                f"{file}: '{PREFIX}{module}' is adapted, but {here.name} does not select "
+                f"it: target_modules is {shown(config.target_modules)}. PEFT would "
+                "leave it out. Name it there, or save the adapter anew."
+            )
+    missing = [m for m in universe if m not in held and selects(config, m)]
+    if is_all_linear(config):  # which leaves out the model's head
+        alone = [m for m in missing if not re.search(r"(^|\.)\d+(\.|$)", m)]
+        missing = [m for m in missing if m not in alone or len(alone) > 1]
+    for module in missing:
+        yield (
+            f"{file}: '{PREFIX}{module}.lora_A.weight' is missing; the base has the "
+            f"module and target_modules {shown(config.target_modules)} selects it. PEFT "
+            "would leave it untrained. Is the adapter one of another base?"
+        )
+    adapted = [lora.site for lora in content.loras]
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field)
+        used = {pattern_of(patterns, site) for site in adapted}
+        for key in patterns:
+            if key not in used and not any(pattern_of([key], s) for s in adapted):
+                yield (
+                    f"{here}: {field} has '{key}', which matches none of the "
+                    f"{len(adapted)} adapted modules{_near(key, adapted)}. PEFT would "
+                    "use the default. Correct or remove it."
+                )
+
+
+def _names_that_match_nothing(
+    config: PeftConfig, universe: Sequence[str], parameters: Sequence[str], here: Path
+) -> Iterator[str]:
+    targets = config.target_modules or ()
+    if isinstance(targets, str):
+        targets = ()  # a regex that selects too much or little shows in the keys
+    for field, names, among in (
+        ("target_modules", targets, universe),
+        ("target_parameters", config.target_parameters, parameters),
+    ):
+        for name in names:
+            if not any(covers(m, name) for m in among):
+                yield (
+                    f"{here}: {field} has '{name}', which matches none of the "
+                    f"{len(among)} names in the base{_near(name, among)}. PEFT would "
+                    "pass over it. Correct or remove it."
+                )
+
+
+def whole_problems(
+    config: PeftConfig,
+    content: Content,
+    parameters: Sequence[str],
+    folder: Path,
+) -> Iterator[str]:
+    """What of `modules_to_save` and `bias` the file lacks, or has too much of."""
+    here, file = folder / CONFIG, folder / WEIGHTS
+    adapted = {lora.module for lora in content.loras}
+    held = {plain(name) for name in content.whole}
+    for entry in config.modules_to_save:
+        wanted = [p for p in parameters if _in_module(p, entry)]
+        if not any(_in_module(name, entry) for name in held):
+            heads = config.task_type in ("SEQ_CLS", "TOKEN_CLS") and entry in HEADS
+            if heads and not wanted:
+                continue
+            yield (
+                f"{file}: no tensor of '{entry}', which modules_to_save names; expected "
+                f"'{PREFIX}…{entry}.weight'. PEFT would leave it as it is in the base. "
+                "Save the adapter anew, or take the name out."
+            )
+        else:
+            for name in wanted:
+                if name not in held and not name.endswith((".running_mean", ".running_var")):
+                    yield (
+                        f"{file}: '{PREFIX}{name}' is missing; modules_to_save names "
+                        f"'{entry}' and the base has it. Save the adapter anew."
+                    )
+    for name in sorted(content.whole):
+        clean = plain(name)
+        if any(_in_module(clean, entry) for entry in config.modules_to_save):
+            continue
+        owner, parameter = split_name(clean)
+        bias = parameter == "bias" and config.bias != "none"
+        if bias and (config.bias == "all" or owner in adapted):
+            continue
+        yield (
+            f"{file}: '{PREFIX}{name}' is not part of the adapter by {here.name}: "
+            f"modules_to_save is {shown(config.modules_to_save)} and bias is "
+            f"'{config.bias}'. PEFT would pass over it. Name its module there."
+        )
+    if config.bias == "none":
+        return
+    for name in parameters:
+        owner, parameter = split_name(name)
+        if parameter != "bias" or name in held:
+            continue
+        if config.bias == "all" or owner in adapted:
+            yield (
+                f"{file}: '{PREFIX}{name}' is missing; bias is '{config.bias}' and the "
+                "base has it. Save the adapter anew."
+            )
+
+
+def plain(name: str) -> str:
+    """A parameter's name without what PEFT wraps around modules."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _in_module(name: str, entry: str) -> bool:
+    """Whether PEFT saves a parameter for an entry of `modules_to_save`."""
+    module = split_name(name)[0]
+    while module:
+        if module.endswith(entry):
+            return True
+        module = split_name(module)[0]
+    return False
+
+
+def shown(names: object, most: int = 4) -> str:
+    """Names for a message, not too many."""
+    if not isinstance(names, tuple | list):
+        return repr(names)
+    some = ", ".join(map(repr, names[:most]))
+    return f"[{some}{', …' if len(names) > most else ''}]"
+
+
+def _near(name: str, among: Sequence[str]) -> str:
+    tails = {}
+    for path in among:
+        parts = path.split(".")
+        for n in range(1, len(parts) + 1):
+            tails.setdefault(".".join(parts[-n:]), path)
+    found = [tails[t] for t in difflib.get_close_matches(name, tails, 3, 0.5)]
+    found = list(dict.fromkeys(found))
+    return f" (closest: {', '.join(map(repr, found))})" if found else ""

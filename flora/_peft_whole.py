@@ -1,0 +1,82 @@
+"""Parameters that are kept whole: heads, norms and biases, between PyTorch and leaves."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from flora._errors import LoraError
+from flora._names import Slot
+from flora._peft_factors import positions
+from flora._peft_layouts import leaf_word
+
+
+def put(
+    target: np.ndarray,
+    slot: Slot,
+    index: Sequence[int],
+    value: np.ndarray,
+    beside: Sequence[Slot],
+) -> None:
+    """Writes a parameter of PyTorch into its place in a leaf, `[*stack, ...]`."""
+    shape = target.shape[slot.holes :]
+    if any(i >= n for i, n in zip(index, target.shape, strict=False)):
+        raise ValueError(f"index {tuple(index)} of a stack {target.shape[: slot.holes]}")
+    view = target[tuple(index)] if index else target
+    if slot.module.rows is None and slot.part[1] == 1:
+        view[...] = _turned(slot.path, value, shape)
+        return
+    rows = slice(None) if slot.module.rows is None else list(slot.module.rows)  # type: ignore
+    wide = int(np.prod(shape)) if value.ndim == 1 else int(np.prod(shape)) // value.shape[1]
+    at, flat = positions(slot, beside, wide), view.reshape(-1, wide)
+    if not np.shares_memory(flat, view):
+        raise ValueError("a leaf whose features do not lie in a row")
+    flat[:, at] = value[rows] if value.ndim == 1 else value[rows].T
+
+
+def _turned(path: str, value: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """A whole parameter in the shape of its leaf."""
+    shape = tuple(shape)
+    if leaf_word(path) == "kernel" and value.ndim > 2:
+        value = np.moveaxis(value, (0, 1), (-1, -2))  # [o, i, *window]
+    elif leaf_word(path) == "kernel" and value.ndim == 2:
+        if value.T.shape == shape or value.shape != shape:
+            value = value.T
+            value = value.reshape(shape) if value.size == np.prod(shape) else value
+    elif value.ndim == 1 and value.size == np.prod(shape):
+        value = value.reshape(shape)  # a bias of heads
+    if value.shape != shape:
+        raise ValueError(f"that is {value.shape} in Flax's order; expected {shape}")
+    return value
+
+
+def taken(
+    leaf: Any, slot: Slot, index: Sequence[int], beside: Sequence[Slot]
+) -> np.ndarray:
+    """A parameter of PyTorch, or those of its rows that lie in the leaf, read from it."""
+    whole = np.asarray(leaf)
+    value, kind = whole[tuple(index)] if index else whole, slot.module.kind
+    word = leaf_word(slot.path)
+    parts = slot.part[1] > 1
+    if word == "kernel" and value.ndim == 2:
+        value = value.T
+        if parts:
+            value = value[positions(slot, beside, value.shape[0])]
+    elif word == "kernel" and (kind == "conv" or value.ndim >= 4):
+        value = np.moveaxis(value, (-1, -2), (0, 1))
+    elif word == "kernel" and value.ndim == 3:
+        raise LoraError(
+            f"save: '{slot.path}' {whole.shape} trains whole, and its shape does not tell "
+            "a convolution from split heads. Write names={leaf: "
+            "flora.peft.Module(..., kind='conv')}, or train it with a 2-D kernel."
+        )
+    elif word in ("bias", "scale"):
+        value = value.reshape(-1)
+        if parts:
+            value = value[positions(slot, beside, value.size)]
+    if slot.module.rows is not None:
+        ordered = np.empty_like(value)
+        rows = np.argsort(slot.module.rows)  # type: ignore[arg-type]
+        ordered[...] = value[rows]
+        value = ordered
+    return value

@@ -1,0 +1,362 @@
+"""Adapters of Hugging Face PEFT: read into a Flax tree, written for PEFT and servers.
+
+    adapted = flora.peft.load("adapters/run1", params)
+    flora.peft.save("adapters/run2", adapted, base_model_name_or_path="org/model")
+
+PEFT's y = x Wᵀ + scale (x Aᵀ) Bᵀ: its A and B are flora's a and b transposed.  A leaf is
+found by its path, which is the parameter's name in PyTorch by the convention of HF's Flax
+models (`model.layers.0.mlp.up_proj.weight` is `model/layers/0/mlp/up_proj/kernel`); other
+trees need `names=`.  Needs the extra `peft`.
+
+References: https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flora._discover import Finding, discover
+from flora._errors import LoraError, LoraTypeError, fail
+from flora._names import Module, Names
+from flora._names_match import match_names
+from flora._peft_config import PeftConfig, read
+from flora._peft_factors import magnitude, node
+from flora._peft_file import CONFIG, WEIGHTS, directory, read_tensors, write
+from flora._peft_keys import PREFIX, Content, sort_out
+from flora._peft_load import Plan, Site, coverage_problems, expected_layouts, plan
+from flora._peft_residual import residual
+from flora._peft_save import written
+from flora._peft_whole import put
+from flora._placement import mesh_of, spec_of, specs
+from flora._select import named_leaves
+from flora._trace import is_array, stage
+from flora._weight import Layout, LoraWeight, Trained, abstract, base_of, is_stored
+from flora.variants import DoRA
+
+__all__ = ["Module", "Names", "load", "match_names", "save"]
+
+
+def load(
+    dir: str | os.PathLike[str],
+    tree: Any,
+    *,
+    names: Any = None,
+    fn: Callable | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dtype: Any = None,
+) -> Any:
+    """The tree with PEFT's adapter in it, ready to run and to train on.
+
+    Args:
+      dir: where adapter_config.json and adapter_model.safetensors lie.
+      tree: the base model's parameters: arrays or `jax.ShapeDtypeStruct`s.  If it is
+        adapted already, its nodes' layouts are used and its factors replaced.
+      names: which module lies in which leaf, where HF's convention does not say:
+        `{leaf pattern: module}`, with `{i}` in both for what varies and in the module
+        alone for what is stacked in the leaf; the module a dotted path, a `Module`, or a
+        list of them that share the leaf's out features; or a callable path -> module; or
+        what `match_names` returned.
+      fn: the function that the tree will run in; it is traced on `args` and `kwargs`
+        to find each leaf's layout instead of inferring it from sizes and names.
+      args: the other arguments of one call.
+      kwargs: likewise.
+      dtype: of the factors; by default float32, or float64 where the file has it.
+
+    Returns:
+      The tree with `LoraWeight`s, and `Trained` leaves for `modules_to_save` and biases.
+      Bases are the very same arrays, but for adapters that PiSSA or OLoRA started: those
+      need the base minus what they took out of it.
+
+    Raises:
+      LoraError: a file is missing, damaged or no LoRA adapter; config, tensors and base
+        do not fit each other in every name, shape, rank and flag.  PEFT lets most of
+        that pass.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, flora, flora.peft
+      >>> fn = lambda p, x: x @ p["lin"]["kernel"]
+      >>> params, x = {"lin": {"kernel": jnp.ones((4, 3))}}, jnp.ones((2, 4))
+      >>> config = flora.LoraConfig(rank=2, target="lin/kernel")
+      >>> adapted = flora.init(jax.random.key(0), config, fn, params, x)
+      >>> flora.peft.save(path := tempfile.mkdtemp(), adapted)
+      >>> loaded = flora.peft.load(path, params)
+      >>> bool((loaded["lin"]["kernel"].a == adapted["lin"]["kernel"].a).all())
+      True
+    """
+    folder = directory("load", dir)
+    named, treedef = named_leaves(tree)
+    leaves = dict(named)
+    fail(_tree_problems(named))
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise LoraTypeError(f"flora.peft.load: dtype={dtype!r}. Write a floating dtype.")
+    config = read(folder)
+    content = _in_dtype(sort_out(read_tensors(folder), config, folder), dtype)
+    given = expected_layouts(leaves)
+    uses = {} if fn is None else _followed(fn, named, treedef, args, kwargs or {}, given)
+    given |= {path: f.layout for path, f in uses.items() if f.layout is not None}
+    found = plan(folder, config, content, leaves, names, given)
+    if not config.ensure_weight_tying:
+        fail(_untied(uses, found, folder))
+    fail(coverage_problems(leaves, found, folder / WEIGHTS))
+    new = {path: _node(site, config, folder) for path, site in found.sites.items()}
+    fail(_base_problems(found, leaves, folder))
+    new |= _whole(found, leaves, folder)
+    return treedef.unflatten(
+        [new.get(p, x if is_stored(x) else base_of(x)) for p, x in named]
+    )
+
+
+def _tree_problems(named: Sequence[tuple[str, Any]]) -> list[str]:
+    if not named:
+        return ["flora.peft.load: the tree is empty. Pass the base model's parameters."]
+    counts: dict[str, int] = {}
+    for path, _ in named:
+        counts[path] = counts.get(path, 0) + 1
+    return [
+        f"flora.peft.load: '{path}' names two leaves of the tree. Pass a tree whose paths "
+        "differ."
+        for path, n in counts.items()
+        if n > 1
+    ] + [
+        f"flora.peft.load: '{path}' is an adapter without its base. Pass the base model's "
+        "parameters."
+        for path, x in named
+        if isinstance(x, LoraWeight) and x.base is None
+    ]
+
+
+def _in_dtype(content: Content, dtype: Any) -> Content:
+    """Factors in float32 at least, as PEFT has them, or as asked for."""
+
+    def cast(x: np.ndarray | None) -> np.ndarray | None:
+        if x is None:
+            return None
+        wide = np.float64 if x.dtype == np.float64 else np.float32
+        return x.astype(wide if dtype is None else dtype)
+
+    loras = tuple(
+        dataclasses.replace(
+            x, **{n: cast(getattr(x, n)) for n in ("a", "b", "magnitude", "bias")}
+        )
+        for x in content.loras
+    )
+    return dataclasses.replace(content, loras=loras)
+
+
+def _followed(
+    fn: Callable,
+    named: Sequence[tuple[str, Any]],
+    treedef: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    given: Mapping[str, Layout],
+) -> dict[str, Finding]:
+    """What a call of `fn` does with each leaf."""
+    leaves = [abstract(base_of(leaf)) for _, leaf in named]
+    paths = {
+        i: path
+        for i, (path, _) in enumerate(named)
+        if is_array(leaves[i]) and len(leaves[i].shape) > 1
+    }
+    return discover(stage(fn, leaves, treedef, args, kwargs), leaves, paths, given)
+
+
+def _readers(finding: Finding) -> set[str]:
+    """The kinds of PyTorch modules that would read a leaf as the function does."""
+    kinds = {"gather": "embedding", "conv_general_dilated": "conv"}
+    return {kinds.get(use.primitive, "linear") for use in finding.uses if use.firm}
+
+
+def _untied(uses: Mapping[str, Finding], found: Plan, folder: Any) -> Iterator[str]:
+    """Embeddings that the function also multiplies by, which PEFT would not adapt there."""
+    for path, site in found.sites.items():
+        kinds = _readers(uses[path]) if path in uses else set()
+        lora = site.pieces[0].lora
+        if lora.kind == "embedding" and {"embedding", "linear"} <= kinds:
+            yield (
+                f"{folder / CONFIG}: '{lora.module}' is adapted as an embedding alone, but "
+                f"the function also multiplies by '{path}' (tied weights). PEFT leaves "
+                "that product as it was. Train with ensure_weight_tying=True, or untie "
+                "the weights in the tree."
+            )
+
+
+def _node(site: Site, config: PeftConfig, folder: Any) -> LoraWeight:
+    """The node of a leaf, lying as its base does."""
+    base = site.base
+    if config.residual:
+        if isinstance(base, jax.ShapeDtypeStruct) or is_stored(base):
+            raise LoraError(
+                f"{folder / CONFIG}: init_lora_weights is "
+                f"{config.init_lora_weights!r}, which changes the base, but "
+                f"'{site.path}' is {base!r}. Pass arrays."
+            )
+        left = residual(base, site.layout, site.pieces, site.beside, config.residual)
+        base = jax.device_put(left, base.sharding if isinstance(base, jax.Array) else None)
+    made = node(site.path, site.base, site.layout, site.pieces, site.beside)
+    new = dataclasses.replace(
+        made, base=base, dropout=float(config.lora_dropout), **_placed(made)
+    )
+    if not config.use_dora:
+        return new
+    m = magnitude(site.layout, base.shape, site.pieces, site.beside)
+    m = jnp.asarray(m)
+    spec = spec_of(base)
+    if spec is not None:
+        found = specs(site.layout, spec, len(base.shape))
+        stack = len(site.layout.stack)
+        parts = (*found.b[:stack], *found.b[stack + 1 :])
+        m = jax.device_put(m, NamedSharding(mesh_of(base), PartitionSpec(*parts)))
+    return dataclasses.replace(new, extra={"magnitude": m}, variant=DoRA())
+
+
+def _placed(made: LoraWeight) -> dict[str, Any]:
+    """The factors as JAX arrays, divided as the weight is."""
+    spec = spec_of(made.base)
+    if spec is None:
+        return {"a": jnp.asarray(made.a), "b": jnp.asarray(made.b)}
+    found, mesh = specs(made.layout, spec, len(made.base.shape)), mesh_of(made.base)
+    return {
+        "a": jax.device_put(made.a, NamedSharding(mesh, found.a)),
+        "b": jax.device_put(made.b, NamedSharding(mesh, found.b)),
+    }
+
+
+def _whole(found: Plan, leaves: Mapping[str, Any], folder: Any) -> dict[str, Any]:
+    """The leaves that train whole, with the values of the file."""
+    new, problems = {}, []
+    for path in [*found.whole, *(p for p in found.bias if p not in found.whole)]:
+        base, parts = base_of(leaves[path]), found.whole.get(path, [])
+        if is_stored(base):
+            problems.append(f"'{path}' is {base!r} and cannot train whole.")
+            continue
+        if isinstance(base, jax.ShapeDtypeStruct):
+            value = np.zeros(base.shape, base.dtype)
+        else:
+            value = np.array(base)
+        beside = tuple(slot for slot, _, _ in parts)
+        for slot, index, x in parts:
+            try:
+                put(value, slot, index, x.astype(value.dtype), beside)
+            except ValueError as error:
+                problems.append(
+                    f"{folder / WEIGHTS}: '{PREFIX}{slot.at(index)}' has shape {x.shape}, "
+                    f"which does not fit the base's '{path}' {tuple(base.shape)}: {error}. "
+                    "Is it the adapter of another base?"
+                )
+        for slot, index, x in found.bias.get(path, []):
+            added = np.zeros_like(value)
+            try:
+                put(added, slot, index, x.astype(value.dtype), (slot,))
+            except ValueError as error:
+                problems.append(
+                    f"{folder / WEIGHTS}: the lora_bias of '{slot.at(index)}' does not "
+                    f"fit '{path}' {tuple(base.shape)}: {error}. Save it anew."
+                )
+            value = value + added
+        statistics = path.rpartition("/")[2] in ("mean", "var")
+        array = jax.device_put(value, getattr(base, "sharding", None))
+        new[path] = array if statistics else Trained(array)
+    fail(problems)
+    return new
+
+
+def _base_problems(found: Plan, leaves: Mapping[str, Any], folder: Any) -> list[str]:
+    """Weights of the base that PEFT put into the file and that differ from this base's."""
+    problems = []
+    for path, parts in found.of_base.items():
+        base = base_of(leaves[path])
+        for slot, index, x in parts:
+            own = f"{folder / WEIGHTS}: the base weight of '{slot.at(index)}'"
+            if not is_array(base) or isinstance(base, jax.ShapeDtypeStruct):
+                continue
+            want = np.zeros(base.shape, np.float64)
+            have = np.asarray(base).astype(np.float64)
+            try:
+                put(want, slot, index, x.astype(np.float64), (slot,))
+            except ValueError as error:
+                problems.append(
+                    f"{own} does not fit '{path}' {tuple(base.shape)}: {error}. Resize "
+                    "the base as the adapter's was."
+                )
+                continue
+            at = tuple(index)
+            gap = np.abs(want[at] - have[at]).max() / max(np.abs(have[at]).max(), 1e-30)
+            if gap > 2**-7:  # bfloat16 keeps 8 bits
+                problems.append(
+                    f"{own} differs from '{path}' of the base by {gap:.1e} of its largest "
+                    "value; expected the same. The adapter was trained on another base."
+                )
+    return problems
+
+
+def save(
+    dir: str | os.PathLike[str],
+    adapted: Any,
+    *,
+    names: Any = None,
+    fn: Callable | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    base: Any = None,
+    serving: bool = False,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+    dtype: Any = None,
+) -> None:
+    """Writes the adapter as PEFT does; in one step, so that it is whole or not there.
+
+    The config names every module in full, with its rank and alpha where they differ.
+    Files of other names that lie in the directory stay.
+
+    Args:
+      dir: the directory; made if need be.
+      adapted: an adapted tree, or the adapter that `flora.split` returned.
+      names: as for `load`.  Adapters of several raw parameters of one module are nested
+        in the order that the names have.
+      fn: the function that the tree runs in, traced on `args` and `kwargs` to tell
+        convolutions and embeddings from linear layers.  Without it a kernel with three
+        in axes, or with two in a module called something with 'conv', is one.
+      args: the other arguments of one call.
+      kwargs: likewise.
+      base: the plain base that the file's user will have, where the adapted tree's own
+        was changed at the start (PiSSA, OLoRA, LoRA-GA…): the difference, which must be
+        of low rank, is written as further rows of A and columns of B.
+      serving: write what vLLM and SGLang apply in full: one rank, and a scale of
+        alpha/r for all modules.
+      base_model_name_or_path: of the model, for the config.
+      task_type: such as 'CAUSAL_LM', for the config.
+      dtype: of the tensors; by default each array's own.
+
+    Raises:
+      LoraError: a leaf has no name or one that is not unique, holds NaN, or is of a kind
+        that PEFT, or with `serving` a server, does not have.
+    """
+    folder = directory("save", dir)
+    kinds: dict[str, str] = {}
+    if fn is not None:
+        named, treedef = named_leaves(adapted)
+        given = expected_layouts(dict(named))
+        for path, f in _followed(fn, named, treedef, args, kwargs or {}, given).items():
+            read_by = sorted(_readers(f))
+            kinds[path] = read_by[0] if read_by else ""
+    config, tensors = written(
+        adapted,
+        names=names,
+        kinds=kinds,
+        base=base,
+        serving=serving,
+        dtype=dtype,
+        about={
+            "base_model_name_or_path": base_model_name_or_path,
+            "task_type": task_type,
+        },
+    )
+    write(folder, config, tensors)

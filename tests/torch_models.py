@@ -1,0 +1,263 @@
+"""Small PyTorch models, the same functions in JAX, and their parameters as Flax has them.
+
+PyTorch is imported inside the functions: the default tests do without it.
+"""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def flax_tree(model):
+    """The parameters by HF's Flax convention: kernels transposed, norms called scale."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    tree = {}
+
+    def put(path, value):
+        node = tree
+        *parents, last = path
+        for word in parents:
+            node = node.setdefault(word, {})
+        node[last] = jnp.asarray(value.detach().numpy())
+
+    for name, module in model.named_modules():
+        for key, x in module.named_parameters(recurse=False):
+            path = [*name.split("."), key] if name else [key]
+            if isinstance(module, torch.nn.Embedding):
+                path[-1] = "embedding"
+            elif isinstance(module, torch.nn.Linear) and key == "weight":
+                path[-1], x = "kernel", x.T
+            elif isinstance(module, Conv1D) and key == "weight":
+                path[-1] = "kernel"
+            elif "Conv" in type(module).__name__ and key == "weight":
+                path[-1], x = "kernel", x.movedim((0, 1), (-1, -2))
+            elif "Norm" in type(module).__name__ and key == "weight":
+                path[-1] = "scale"
+            put(path, x)
+    return tree
+
+
+def dense(p, x):
+    y = x @ p["kernel"]
+    return y + p["bias"] if "bias" in p else y
+
+
+def norm(p, x, eps=1e-5):
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) / jnp.sqrt(x.var(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
+
+
+def conv(p, x, window, groups=1):
+    """x `[batch, *space, in]`, padded so that sizes stay."""
+    n = len(window)
+    letters = "HW"[:n]
+    spec = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
+    pad = [(k // 2, k // 2) for k in window]
+    y = jax.lax.conv_general_dilated(
+        x, p["kernel"], (1,) * n, pad, dimension_numbers=spec, feature_group_count=groups
+    )
+    return y + p["bias"]
+
+
+def build(kind, seed=0):
+    """`(PyTorch model, JAX function of a tree and x, x)`."""
+    import torch
+
+    torch.manual_seed(seed)
+    model, fn, x = MODELS[kind](torch)
+    model = model.double().eval()
+    for p in model.parameters():  # no zeros and ones, which would hide errors
+        p.data += 0.1 * torch.randn_like(p)
+    return model, fn, x
+
+
+def _mlp(torch):
+    nn = torch.nn
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(6, 10)
+            self.gate = nn.Linear(6, 10, bias=False)
+            self.down = nn.Linear(10, 6)
+            self.norm = nn.LayerNorm(6)
+
+        def forward(self, x):
+            return x + self.down(torch.tanh(self.up(self.norm(x))) * self.gate(x))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Block() for _ in range(3)])
+            self.mix = nn.Linear(6, 6)  # square
+            self.classifier = nn.Linear(6, 4)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return self.classifier(self.mix(x))
+
+    def fn(p, x):
+        for i in range(3):
+            q = p["layers"][str(i)]
+            h = jnp.tanh(dense(q["up"], norm(q["norm"], x))) * dense(q["gate"], x)
+            x = x + dense(q["down"], h)
+        return dense(p["classifier"], dense(p["mix"], x))
+
+    return Net(), fn, np.random.default_rng(0).normal(size=(5, 6))
+
+
+def _gpt2(torch):
+    from transformers.pytorch_utils import Conv1D
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c_attn = Conv1D(18, 6)
+            self.c_proj = Conv1D(6, 18)
+            self.square = Conv1D(6, 6)
+
+        def forward(self, x):
+            return self.square(self.c_proj(torch.tanh(self.c_attn(x))))
+
+    def fn(p, x):
+        return dense(p["square"], dense(p["c_proj"], jnp.tanh(dense(p["c_attn"], x))))
+
+    return Net(), fn, np.random.default_rng(0).normal(size=(5, 6))
+
+
+def _conv(torch):
+    nn = torch.nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.two = nn.Conv2d(3, 8, 3, padding=1)
+            self.one = nn.Conv1d(8, 6, 5, padding=2)
+
+        def forward(self, x):  # [batch, height, width, channels]
+            y = torch.tanh(self.two(x.movedim(-1, 1)))
+            return self.one(y.mean(-1)).movedim(1, -1)
+
+    def fn(p, x):
+        y = jnp.tanh(conv(p["two"], x, (3, 3)))
+        return conv(p["one"], y.mean(2), (5,))
+
+    return Net(), fn, np.random.default_rng(0).normal(size=(2, 7, 6, 3))
+
+
+def _grouped(torch):
+    nn = torch.nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.two = nn.Conv2d(4, 8, 3, padding=1, groups=2)
+            self.one = nn.Conv1d(8, 8, 5, padding=2, groups=4)
+
+        def forward(self, x):
+            y = torch.tanh(self.two(x.movedim(-1, 1)))
+            return self.one(y.mean(-1)).movedim(1, -1)
+
+    def fn(p, x):
+        y = jnp.tanh(conv(p["two"], x, (3, 3), 2))
+        return conv(p["one"], y.mean(2), (5,), 4)
+
+    return Net(), fn, np.random.default_rng(0).normal(size=(2, 7, 6, 4))
+
+
+def _embedding(torch):
+    nn = torch.nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed_tokens = nn.Embedding(11, 6)
+            self.mix = nn.Linear(6, 6)
+            self.lm_head = nn.Linear(6, 11, bias=False)
+
+        def forward(self, x):
+            return self.lm_head(torch.tanh(self.mix(self.embed_tokens(x))))
+
+    def fn(p, x):
+        h = jnp.take(p["embed_tokens"]["embedding"], x, axis=0)
+        return dense(p["lm_head"], jnp.tanh(dense(p["mix"], h)))
+
+    return Net(), fn, np.random.default_rng(0).integers(0, 11, (2, 5))
+
+
+def _experts(torch):
+    nn = torch.nn
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(3, 10, 6) / 2)
+            self.down_proj = nn.Parameter(torch.randn(3, 6, 5) / 2)
+
+        def forward(self, x):
+            h = torch.einsum("bd,efd->ebf", x, self.gate_up_proj)
+            gate, up = h.chunk(2, -1)
+            return torch.einsum("ebf,edf->bd", torch.tanh(gate) * up, self.down_proj)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(6, 6)
+            self.experts = Experts()
+
+        def forward(self, x):
+            return self.experts(self.proj(x))
+
+    def fn(p, x):
+        e = p["experts"]
+        h = jnp.einsum("bd,edf->ebf", dense(p["proj"], x), e["gate_up_proj"])
+        gate, up = jnp.split(h, 2, -1)
+        return jnp.einsum("ebf,efd->bd", jnp.tanh(gate) * up, e["down_proj"])
+
+    return Net(), fn, np.random.default_rng(0).normal(size=(5, 6))
+
+
+MODELS = {
+    "mlp": _mlp,
+    "gpt2": _gpt2,
+    "conv": _conv,
+    "grouped": _grouped,
+    "embedding": _embedding,
+    "experts": _experts,
+}
+
+
+def params_of(kind, model):
+    """The tree that the JAX function takes."""
+    tree = flax_tree(model)
+    if kind == "experts":  # as Flax has them, [expert, in, out]
+        tree["experts"] = {k: x.swapaxes(1, 2) for k, x in tree["experts"].items()}
+    return tree
+
+
+def run(model, x):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.as_tensor(x)).numpy()
+
+
+def adapt(model, config, *, seed=1, size=0.3):
+    """A PEFT model with trained-looking adapters, and its base as it was before."""
+    import peft
+    import torch
+
+    base = copy.deepcopy(model)
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
+    torch.manual_seed(seed)
+    for name, p in adapted.named_parameters():
+        if p.requires_grad:
+            p.data += size * torch.randn_like(p)
+            if "magnitude" in name:
+                p.data.abs_()
+    return adapted.eval(), base

@@ -36,6 +36,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import flora
 import flora.hf
 import flora.peft
+import flora.variants
 from flora._files import load, save
 from flora.checkpoint import Checkpointer
 
@@ -53,6 +54,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rank", type=int, default=16)
     add("--alpha", type=float, default=32)
     add("--target", nargs="+", default=["self_attn/*/kernel", "mlp/*/kernel"])
+    add("--dora", action="store_true", help="magnitudes train on their own")
     add("--dropout", type=float, default=0.0)
     add("--learning-rate", type=float, default=2e-4)
     add("--weight-decay", type=float, default=0.0)
@@ -150,7 +152,11 @@ def start(args: argparse.Namespace) -> tuple[Job, Any]:
     model = Llama(config, remat=args.remat, dtype=dtype, param_dtype=dtype)
     params = hf_llama.load(args.checkpoint, model, mesh)
     settings = flora.LoraConfig(
-        rank=args.rank, alpha=args.alpha, target=args.target, dropout=args.dropout
+        rank=args.rank,
+        alpha=args.alpha,
+        target=args.target,
+        dropout=args.dropout,
+        variant=flora.variants.DoRA() if args.dora else None,
     )
     ids = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
     key = jax.random.key(args.seed)

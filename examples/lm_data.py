@@ -13,14 +13,16 @@ the assistant says is trained on), {"prompt", "completion"} (the completion is),
 
 import bisect
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -87,18 +89,8 @@ class Text:
                 "the checkpoint has no chat template. Put chat_template.jinja beside its "
                 "tokenizer.json, or write lines of 'prompt' and 'completion'."
             )
-
-        def stop(message: str) -> None:
-            raise ValueError(f"the chat template refuses the chat: {message}")
-
-        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        jinja.globals["raise_exception"] = stop
-        jinja.policies["json.dumps_kwargs"] = {
-            "ensure_ascii": False,
-            "sort_keys": False,
-        }
         try:
-            return jinja.from_string(self.template).render(
+            return _compiled(self.template).render(
                 messages=messages, add_generation_prompt=prompt, **self.special
             )
         except TemplateError as error:
@@ -162,6 +154,23 @@ class Text:
             for i, j in found.offsets
         )
         return Example(tuple(found.ids), trained)
+
+
+@functools.cache
+def _compiled(template: str) -> Template:
+    """The template in a sandbox, with what HF's templates use."""
+
+    def stop(message: str) -> None:
+        raise ValueError(f"the chat template refuses the chat: {message}")
+
+    jinja = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    jinja.globals["raise_exception"] = stop
+    jinja.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "sort_keys": False}
+    # Marks around what an assistant says; `_chat` finds that in any template.
+    plain = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", template)
+    return jinja.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", plain))
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:

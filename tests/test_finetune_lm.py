@@ -150,6 +150,10 @@ def test_only_what_the_assistant_says_is_trained_on(text):
     assert whole == text.render(chat)
     prompt = text.chat_prompt(chat[:2])
     assert one.ids[: len(prompt)] == tuple(prompt)
+    marked = lm_tiny.TEMPLATE.replace("{{ m.content }}", "{%- generation -%}{{ m.content }}"
+                                      "{%- endgeneration -%}")  # fmt: skip
+    other = Text(text.tokenizer, marked, text.special, text.stop)
+    assert other.render(chat[1:3]).endswith("assistantIn Italy.<|im_end|>\n")
     completion = {"prompt": "Rome is in", "completion": " Italy."}
     one = text.example(completion)
     assert said(text, one) == " Italy.<|im_end|>"
@@ -234,13 +238,14 @@ def test_generation_is_greedy_and_stops(checkpoint, arrays, text):
         return ids[-count:]
 
     expected = [greedy(x, 5) for x in prompts]
-    generate = generator(model, flora.lora, new=5, stop=(), rounded=8)
-    assert generate(params, prompts) == expected
-    ends = generator(model, new=5, stop=(expected[1][2],), rounded=8)
-    first = expected[0]
-    stop = first.index(expected[1][2]) if expected[1][2] in first else 5
-    place = expected[1].index(expected[1][2])
-    assert ends(params, prompts) == [first[:stop], expected[1][:place]]
+    stop = expected[1][3]
+
+    def cut(ids):
+        return ids[: ids.index(stop)] if stop in ids else ids
+
+    generate = generator(model, flora.lora, new=5, stop=(stop,), rounded=8)
+    assert generate(params, prompts) == [cut(x) for x in expected]
+    assert len(cut(expected[1])) in (1, 2, 3)
 
 
 def test_accumulated_gradients_are_those_of_one_batch(checkpoint, text):

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import re
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+# The examples have a package of this name: `import models.llama` works here too.
+__path__ = [str(pathlib.Path(__file__).parents[1] / "examples" / "models")]
 
 IDS = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 

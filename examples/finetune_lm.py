@@ -1,0 +1,336 @@
+"""Fine-tunes a decoder of the Llama family from a checkpoint of Hugging Face's kind.
+
+    python examples/finetune_lm.py --checkpoint meta-llama/ --train chats.jsonl --out run1
+
+Reads config.json, safetensors and tokenizer.json, puts the weights straight onto all
+devices (FSDP), packs chats or texts into rows, trains A and B in bfloat16 with remat and
+scan, evaluates, saves checkpoints (`--resume` goes on), and writes the adapter for flora
+and, merged, for any server.  With no `--checkpoint` it first makes a tiny one itself, so
+that it runs with no download.
+
+The run fails unless the loss has fallen, the base is bit for bit the checkpoint's, and the
+adapter read back gives the same logits.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lm_tiny
+import numpy as np
+from jax.sharding import Mesh
+from lm_data import Text, batch_of, pack, read_examples
+from lm_train import evaluation, optimizer, put, started, step_function
+from models import hf_llama
+from models.generation import generator
+from models.llama import Llama
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import flora
+import flora.hf
+import flora.peft
+import flora.variants
+from flora._files import load, save
+from flora.checkpoint import Checkpointer
+
+CONSOLE = Console(highlight=False)
+
+
+def options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(description="LoRA of a Llama-family decoder.")
+    add = parser.add_argument
+    add("--checkpoint", help="a folder of HF's; without it a tiny one is made")
+    add("--train", help="JSON lines: messages, prompt and completion, or text")
+    add("--eval", help="likewise, held out; without it nothing is evaluated")
+    add("--out", default="finetune_lm", help="the folder for all that is written")
+    add("--rank", type=int, default=16)
+    add("--alpha", type=float, default=32)
+    add("--target", nargs="+", default=["self_attn/*/kernel", "mlp/*/kernel"])
+    add("--dora", action="store_true", help="magnitudes train on their own")
+    add("--dropout", type=float, default=0.0)
+    add("--learning-rate", type=float, default=2e-4)
+    add("--weight-decay", type=float, default=0.0)
+    add("--clip", type=float, default=1.0, help="of the gradient's norm")
+    add("--warmup", type=int, default=10, help="steps")
+    add("--steps", type=int, default=200)
+    add("--batch", type=int, default=8, help="rows on all devices at a time")
+    add("--accumulate", type=int, default=1, help="batches a step")
+    add("--length", type=int, default=1024, help="tokens a row")
+    add("--block", type=int, default=0, help="tokens a row with logits at a time")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add("--remat", default="full", choices=["none", "dots", "full"])
+    add("--eval-every", type=int, default=50)
+    add("--save-every", type=int, default=50)
+    add("--seed", type=int, default=0)
+    add("--prompt", action="append", help="asked before and after; may be repeated")
+    add("--new-tokens", type=int, default=48, help="of each answer, at most")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--stop-after", type=int, help="stop at that step, to be resumed")
+    add(
+        "--merge", action="store_true", help="write the merged model too, in HF's files"
+    )
+    add("--devices", type=int, default=jax.device_count(), help="how many to use")
+    add("--smoke", action="store_true", help="the tiny run, in seconds")
+    args = parser.parse_args(argv)
+    if not args.checkpoint:
+        parser.set_defaults(**(TINY | SMOKE if args.smoke else TINY))
+        args = _tiny(parser.parse_args(argv))
+    if not args.train:
+        parser.error("--checkpoint needs --train data.jsonl as well.")
+    if args.batch % jax.device_count():
+        parser.error(
+            f"--batch {args.batch} does not divide by {jax.device_count()} devices."
+        )
+    if args.block and args.length % args.block:
+        parser.error(f"--length {args.length} does not divide by --block {args.block}.")
+    return args
+
+
+TINY = {"length": 128, "batch": 8, "accumulate": 2, "block": 64, "new_tokens": 16}
+TINY |= {"learning_rate": 5e-3, "rank": 8, "alpha": 16.0, "steps": 60, "eval_every": 20}
+SMOKE = {"steps": 6, "eval_every": 3, "save_every": 2, "warmup": 2}
+QUESTIONS = ["What is the capital of Norway?", "Where is Cairo?"]
+
+
+def _tiny(args: argparse.Namespace) -> argparse.Namespace:
+    """Makes a checkpoint, and data."""
+    folder = pathlib.Path(args.out) / "tiny"
+    if not (folder / "config.json").is_file():
+        CONSOLE.print(f"making a tiny checkpoint in {folder}")
+        lm_tiny.write_checkpoint(folder, steps=50 if args.smoke else 300)
+    args.checkpoint, args.prompt = str(folder), args.prompt or QUESTIONS
+    if not args.train:
+        args.train, args.eval = map(str, lm_tiny.write_data(folder.parent / "data"))
+    return args
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that stays the same while the adapter trains."""
+
+    args: argparse.Namespace
+    mesh: Mesh
+    text: Text
+    model: Llama
+    base: Any
+    rows: dict[str, np.ndarray]
+    held_out: dict[str, np.ndarray]
+
+    @property
+    def out(self) -> pathlib.Path:
+        return pathlib.Path(self.args.out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What a run gives: losses in nats a token, by step; answers by prompt."""
+
+    losses: dict[int, float]
+    train_loss: tuple[float, float]
+    held_out_losses: dict[int, float]
+    answers: dict[str, tuple[str, str]]
+    adapted: Any
+
+
+def start(args: argparse.Namespace) -> tuple[Job, Any]:
+    """Reads the checkpoint and the data; the job and the untrained adapter."""
+    mesh = Mesh(np.array(jax.devices()[: args.devices]), ("fsdp",))
+    text = Text.read(args.checkpoint)
+    rows, held_out = (
+        pack(read_examples(path, text), args.length) if path else {}
+        for path in (args.train, args.eval)
+    )
+    config, dtype = hf_llama.read_config(args.checkpoint), jnp.dtype(args.dtype)
+    model = Llama(config, remat=args.remat, dtype=dtype, param_dtype=dtype)
+    params = hf_llama.load(args.checkpoint, model, mesh)
+    settings = flora.LoraConfig(
+        rank=args.rank,
+        alpha=args.alpha,
+        target=args.target,
+        dropout=args.dropout,
+        variant=flora.variants.DoRA() if args.dora else None,
+    )
+    ids = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
+    key = jax.random.key(args.seed)
+    adapted = flora.init(key, settings, model.apply, params, ids)
+    base, adapter = flora.split(adapted)
+    full = (rows["segments"] > 0).mean()
+    print(flora.summary(adapted))  # as wide as it is
+    CONSOLE.print(f"{len(rows['ids'])} rows of {args.length} tokens, {full:.0%} full")
+    return Job(args, mesh, text, model, base, rows, held_out), adapter
+
+
+# --- Training -------------------------------------------------------------------------
+
+
+def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, dict, dict]:
+    """The trained adapter, the loss of each step, and the held-out loss of some."""
+    args = job.args
+    tx, schedule = optimizer(
+        peak=args.learning_rate,
+        steps=args.steps,
+        warmup=args.warmup,
+        clip=args.clip,
+        weight_decay=args.weight_decay,
+    )
+    state, places = started(tx, adapter)
+    shape, root = (args.accumulate, args.batch), jax.random.key(args.seed + 1)
+    settings = {"dropout": args.dropout > 0, "block": args.block}
+    step = step_function(job.model, tx, places, **settings)
+    losses, held_out, began = {}, {}, 0
+    last = min(args.steps, args.stop_after or args.steps)
+    with Checkpointer(job.out / "checkpoints") as checkpointer:
+        if checkpointer.latest() is not None:
+            adapter, state, began = resumed(job, checkpointer, adapter, state)
+        if job.held_out and not began:
+            held_out[0] = evaluate(job.base, adapter, job.held_out, args.batch)
+        for n in range(began + 1, last + 1):
+            batch = put(batch_of(job.rows, n - 1, shape, args.seed), job.mesh)
+            key = jax.random.fold_in(root, n)
+            adapter, state, loss, _ = step(job.base, adapter, state, batch, key)
+            losses[n] = float(loss)
+            if job.held_out and (n % args.eval_every == 0 or n == last):
+                held_out[n] = evaluate(job.base, adapter, job.held_out, args.batch)
+            if n % args.save_every == 0 or n == last:
+                tree = flora.join(job.base, adapter)
+                checkpointer.save(n, tree, state, metadata=_settings(args))
+            report(n, losses[n], held_out, schedule(n - 1))
+    return adapter, losses, held_out
+
+
+def resumed(job: Job, checkpointer: Checkpointer, adapter: Any, state: Any) -> Any:
+    """Adapter, state and step of the last checkpoint, of a run with the same options."""
+    if not job.args.resume:
+        raise SystemExit(
+            f"{job.out} holds a run that has come to step {checkpointer.latest()}. Write "
+            "--resume to go on, or another --out."
+        )
+    was, now = checkpointer.metadata(), _settings(job.args)
+    if other := [
+        f"--{k} {was.get(k)}, not {now[k]}" for k in now if was.get(k) != now[k]
+    ]:
+        raise SystemExit(f"{job.out} was run with {'; '.join(other)}.")
+    tree, state, began = checkpointer.restore(flora.join(job.base, adapter), state)
+    CONSOLE.print(f"going on after step {began}")
+    return flora.split(tree)[1], state, began
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that decide what a step does."""
+    free = ("checkpoint", "out", "eval", "eval_every", "save_every", "prompt", "resume",
+            "new_tokens", "stop_after", "merge", "smoke", "remat", "block", "devices")  # fmt: skip
+    return {k: v for k, v in vars(args).items() if k not in free}
+
+
+def progress(steps: int) -> tuple[Progress, Any]:
+    """A bar, and the function that moves it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=CONSOLE)
+    task = bar.add_task("", total=steps)
+
+    def report(step: int, loss: float, held_out: dict[int, float], rate: Any) -> None:
+        words = f"step {step}  loss {loss:.3f}  rate {float(rate):.1e}"
+        if held_out:
+            words += f"  held out {[*held_out.values()][-1]:.3f}"
+        bar.update(task, completed=step, description=words)
+
+    return bar, report
+
+
+# --- Before and after -----------------------------------------------------------------
+
+
+def answering(job: Job) -> Any:
+    """`adapted -> {prompt: answer}`."""
+    prompts = job.args.prompt or []
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    ids = [job.text.chat_prompt(x) for x in messages]
+    new, stop = job.args.new_tokens, job.text.stop
+    generate = generator(job.model, flora.lora, new=new, stop=stop)
+
+    def answers(adapted: Any) -> dict[str, str]:
+        out = generate(adapted, ids) if ids else []
+        return dict(zip(prompts, map(job.text.decode, out), strict=True))
+
+    return answers
+
+
+def prove(job: Job, evaluate: Any, before: float, after: float) -> None:
+    """Raises RuntimeError unless the run did what it is for.
+
+    before, after: the loss on some training rows; `evaluate` computes it of an adapter.
+    """
+    if not after < before:
+        raise RuntimeError(f"The loss has not fallen: {before:.4f}, then {after:.4f}.")
+    # Its header holds the fingerprint of the base as it was before training.
+    load(job.out / "start.safetensors", job.base)
+    again = load(job.out / "adapter.safetensors", job.base)
+    if (loss := evaluate(flora.split(again)[1])) != after:
+        raise RuntimeError(
+            f"The adapter that was read back has loss {loss}, not {after}."
+        )
+
+
+def export(job: Job, adapted: Any) -> None:
+    """Writes the adapter for flora and for PEFT, and the merged model."""
+    save(job.out / "adapter.safetensors", adapted)
+    config = job.model.config
+    flora.peft.save(
+        job.out / "peft",
+        adapted,
+        names=hf_llama.peft_names(config),
+        base_model_name_or_path=job.args.checkpoint,
+        task_type="CAUSAL_LM",
+    )
+    if not job.args.merge:
+        return
+    folder, source = job.out / "merged", pathlib.Path(job.args.checkpoint)
+    flora.hf.save(folder, flora.merge(adapted), hf_llama.tensors(config))
+    for path in source.iterdir():  # config, tokenizer, template
+        if (
+            path.suffix in (".json", ".jinja", ".txt")
+            and "safetensors" not in path.name
+        ):
+            shutil.copy(path, folder / path.name)
+
+
+def main(argv: Sequence[str] | None = None) -> Results:
+    """Reads, asks, trains, asks again, proves, writes."""
+    args = options(argv)
+    job, adapter = start(args)
+    adapted = flora.join(job.base, adapter)
+    save(job.out / "start.safetensors", adapted)
+    evaluate, answers = evaluation(job.model, args.block, job.mesh), answering(job)
+    some = {k: x[: 4 * args.batch] for k, x in job.rows.items()}
+
+    def on_some(adapter: Any) -> float:
+        return evaluate(job.base, adapter, some, args.batch)
+
+    before = on_some(adapter), answers(adapted)
+    bar, report = progress(args.steps)
+    with bar:
+        adapter, losses, held_out = train(job, adapter, evaluate, report)
+    adapted = flora.join(job.base, adapter)
+    after = on_some(adapter), answers(adapted)
+    export(job, adapted)
+    prove(job, on_some, before[0], after[0])
+    said = {k: (before[1][k], after[1][k]) for k in before[1]}
+    CONSOLE.print(f"loss on training rows: {before[0]:.3f}, then {after[0]:.3f}")
+    if held_out:
+        CONSOLE.print(f"held out, by step: {json.dumps(held_out)}")
+    for prompt, (first, then) in said.items():
+        CONSOLE.print(f"{prompt}\n  before: {first!r}\n  after:  {then!r}")
+    CONSOLE.print(f"the base has not changed; wrote {job.out / 'adapter.safetensors'}")
+    return Results(losses, (before[0], after[0]), held_out, said, adapted)
+
+
+if __name__ == "__main__":
+    main()

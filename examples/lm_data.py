@@ -1,0 +1,279 @@
+"""From lines of JSON to packed rows of tokens, and which tokens are trained on.
+
+A line is {"messages": [{"role", "content"}, ...]} (the checkpoint's own chat template; what
+the assistant says is trained on), {"prompt", "completion"} (the completion is), or {"text"}
+(all is).  Several examples share a row; a token sees its own example alone.
+
+    ids        the tokens                             7 8 9 | 4 5 6 2 | 0
+    segments   which example of the row, 0: none      1 1 1 | 2 2 2 2 | 0
+    positions  where in its example                   0 1 2 | 0 1 2 3 | 0
+    targets    the token after it                     8 9 0 | 5 6 2 0 | 0
+    weights    whether that is trained on             0 1 0 | 1 1 1 0 | 0
+"""
+
+import bisect
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+ARRAYS = ("ids", "segments", "positions", "targets", "weights")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Tokens, and which of them are trained on."""
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The tokenizer of a checkpoint's folder, and its chat template.
+
+    Attributes:
+      tokenizer: of tokenizer.json.
+      template: Jinja, or `None`; from a folder, it runs in a sandbox.
+      special: names of special tokens, such as `{"eos_token": "</s>"}`.
+      stop: the tokens that end an answer.
+    """
+
+    tokenizer: Tokenizer
+    template: str | None
+    special: Mapping[str, str]
+    stop: tuple[int, ...]
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> "Text":
+        """Reads tokenizer.json, tokenizer_config.json, config.json and the template."""
+        folder = pathlib.Path(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(
+                f"{folder} has no tokenizer.json. Save a fast tokenizer there."
+            )
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        settings, template = _json(folder / "tokenizer_config.json"), None
+        if (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text()
+        found = template or settings.get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = {x["name"]: x["template"] for x in found}.get("default")
+        special = {
+            k: x["content"] if isinstance(x, dict) else x
+            for k, x in settings.items()
+            if k.endswith("_token") and isinstance(x, str | dict)
+        }
+        ends = _json(folder / "generation_config.json").get("eos_token_id")
+        ends = (
+            _json(folder / "config.json").get("eos_token_id") if ends is None else ends
+        )
+        stop = [*ends] if isinstance(ends, list) else [] if ends is None else [ends]
+        end = tokenizer.token_to_id(special.get("eos_token", ""))
+        stop += [end] if end is not None and end not in stop else []
+        return cls(tokenizer, found, special, tuple(stop))
+
+    def render(self, messages: Sequence[Any], *, prompt: bool = False) -> str:
+        """The chat as text; with `prompt`, up to where the assistant answers."""
+        if self.template is None:
+            raise ValueError(
+                "the checkpoint has no chat template. Put chat_template.jinja beside its "
+                "tokenizer.json, or write lines of 'prompt' and 'completion'."
+            )
+        try:
+            return _compiled(self.template).render(
+                messages=messages, add_generation_prompt=prompt, **self.special
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template fails: {error}") from error
+
+    def chat_prompt(self, messages: Sequence[Any]) -> list[int]:
+        """The tokens after which the assistant answers."""
+        text = self.render(messages, prompt=True)
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        return self.tokenizer.decode(list(ids))
+
+    def example(self, line: Mapping[str, Any]) -> Example:
+        """The tokens of a parsed line."""
+        if "messages" in line:
+            return self._chat(line["messages"])
+        if isinstance(line.get("prompt"), str) and isinstance(
+            line.get("completion"), str
+        ):
+            start = len(line["prompt"])
+            text = line["prompt"] + line["completion"]
+            return self._ended(text, [(start, len(text))])
+        if isinstance(line.get("text"), str):
+            return self._ended(line["text"], [(0, len(line["text"]))])
+        raise ValueError(
+            f"keys {', '.join(map(repr, line)) or 'none'}; expected 'messages', 'prompt' "
+            "and 'completion', or 'text'."
+        )
+
+    def _chat(self, messages: Any) -> Example:
+        spans, text = [], self.render(_messages(messages))
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:i], prompt=True)
+            after = self.render(messages[: i + 1])
+            if not (after.startswith(before) and text.startswith(after)):
+                raise ValueError(
+                    f"the chat template writes turn {i} otherwise once others follow, so "
+                    "that what to train on is unknown. Split the chat after it."
+                )
+            spans.append((len(before), len(after)))
+        return self._masked(text, spans, special=False)
+
+    def _ended(self, text: str, spans: list[tuple[int, int]]) -> Example:
+        """With the token that ends a text, which is trained on too."""
+        one = self._masked(text, spans, special=True)
+        end = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
+        if end is None or one.ids[-1:] == (end,):
+            return one
+        return Example((*one.ids, end), (*one.trained, True))
+
+    def _masked(
+        self, text: str, spans: list[tuple[int, int]], *, special: bool
+    ) -> Example:
+        found = self.tokenizer.encode(text, add_special_tokens=special)
+        trained = tuple(
+            any(start <= i < stop for start, stop in spans) and j > i
+            for i, j in found.offsets
+        )
+        return Example(tuple(found.ids), trained)
+
+
+@functools.cache
+def _compiled(template: str) -> Template:
+    """The template in a sandbox, with what HF's templates use."""
+
+    def stop(message: str) -> None:
+        raise ValueError(f"the chat template refuses the chat: {message}")
+
+    jinja = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    jinja.globals["raise_exception"] = stop
+    jinja.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "sort_keys": False}
+    # Marks around what an assistant says; `_chat` finds that in any template.
+    plain = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", template)
+    return jinja.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", plain))
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _messages(given: Any) -> list[Mapping[str, Any]]:
+    whole = isinstance(given, list) and all(
+        isinstance(x, dict) and isinstance(x.get("role"), str) and "content" in x
+        for x in given
+    )
+    if not whole or not any(x["role"] == "assistant" for x in given):
+        raise ValueError(
+            "'messages' is no list of {'role', 'content'} in which an assistant speaks."
+        )
+    return given
+
+
+def read_examples(path: str | os.PathLike[str], text: Text) -> list[Example]:
+    """The examples of a file of JSON lines.
+
+    Raises:
+      ValueError: a line is none of the three kinds; it names the line.
+    """
+    found = []
+    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            parsed = json.loads(line)
+            if not isinstance(parsed, dict):
+                raise ValueError(f"a {type(parsed).__name__}; expected an object.")
+            found.append(text.example(parsed))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if not any(any(x.trained[1:]) for x in found):
+        raise ValueError(
+            f"{path}: none of {len(found)} examples has a token to train on."
+        )
+    return found
+
+
+def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
+    """Rows of `length` tokens, `{name: [rows, length]}`, filled best fit first.
+
+    An example longer than a row goes on in another segment, of which the first token is
+    the last one of the segment before, so that every token but the first is predicted
+    once.  Segments that train on nothing are left out.
+    """
+    parts = [part for x in examples for part in _parts(x, length)]
+    parts.sort(key=lambda x: -len(x.ids))
+    rows: list[list[Example]] = []
+    space: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for part in parts:
+        at = bisect.bisect_left(space, (len(part.ids), -1))
+        if at == len(space):
+            rows.append([part])
+            bisect.insort(space, (length - len(part.ids), len(rows) - 1))
+            continue
+        free, row = space.pop(at)
+        rows[row].append(part)
+        bisect.insort(space, (free - len(part.ids), row))
+    filled = [_row(row, length) for row in rows]
+    return {k: np.stack([row[k] for row in filled]) for k in ARRAYS}
+
+
+def _parts(example: Example, length: int) -> Iterator[Example]:
+    for at in range(0, max(len(example.ids) - 1, 1), length - 1):
+        part = Example(example.ids[at : at + length], example.trained[at : at + length])
+        if any(part.trained[1:]):
+            yield part
+
+
+def _row(parts: Sequence[Example], length: int) -> dict[str, np.ndarray]:
+    row: dict[str, np.ndarray] = {
+        k: np.zeros(length, np.float32 if k == "weights" else np.int32) for k in ARRAYS
+    }
+    at = 0
+    for segment, part in enumerate(parts, 1):
+        stop = at + len(part.ids)
+        row["ids"][at:stop] = part.ids
+        row["segments"][at:stop] = segment
+        row["positions"][at:stop] = range(stop - at)
+        row["targets"][at : stop - 1] = part.ids[1:]
+        row["weights"][at : stop - 1] = part.trained[1:]
+        at = stop
+    return row
+
+
+def batch_of(
+    rows: Mapping[str, np.ndarray], step: int, shape: tuple[int, int], seed: int
+) -> dict[str, np.ndarray]:
+    """The rows of a step, `{name: [accumulate, batch, length]}`.
+
+    Epoch after epoch in another order, and nothing but the step and the seed says which:
+    a run that goes on later sees what it would have seen.
+    """
+    count, size = len(rows["ids"]), shape[0] * shape[1]
+    stream = range(step * size, (step + 1) * size)
+    orders = {
+        epoch: np.random.default_rng((seed, epoch)).permutation(count)
+        for epoch in {n // count for n in stream}
+    }
+    chosen = [orders[n // count][n % count] for n in stream]
+    return {k: x[chosen].reshape(*shape, -1) for k, x in rows.items()}

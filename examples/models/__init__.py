@@ -1,0 +1,1 @@
+"""Models in Flax that read the files of others."""

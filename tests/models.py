@@ -6,8 +6,8 @@ Widths are chosen so that no activation has a weight's shape.
 import dataclasses
 import itertools
 import math
-import re
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 

@@ -128,11 +128,11 @@ def generate(run: Callable, model: Decoder, prompts: jax.Array) -> tuple[Any, An
 
 
 def make_adapters(model: Decoder, params: Any, seed: int) -> list[Any]:
-    """Adapters of ranks 4, 8 and 16, with B random as if they were trained."""
+    """Adapters of ranks 2, 4 and 8, with B random as if they were trained."""
     call = jnp.zeros((1, 2), jnp.int32), model.empty(1), jnp.int32(0)
     made = []
     for n in range(ADAPTERS):
-        config = flora.LoraConfig(rank=(4, 8, 16)[n % 3], alpha=16, exclude="head/*")
+        config = flora.LoraConfig(rank=(2, 4, 8)[n % 3], alpha=8, exclude="head/*")
         key = jax.random.fold_in(jax.random.key(seed), n)
         adapted = flora.init(key, config, model.apply, params, *call)
         _, adapter = flora.split(adapted)

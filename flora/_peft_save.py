@@ -21,7 +21,7 @@ from flora._peft_keys import PREFIX
 from flora._peft_parts import Part, is_idle, joined, parts, slots_beside
 from flora._peft_serving import for_serving
 from flora._peft_start import with_start
-from flora._peft_targets import covers, selects
+from flora._peft_targets import ends, selects
 from flora._peft_whole import taken
 from flora._weight import LoraWeight, Trained, base_of
 from flora.variants import DoRA
@@ -325,9 +325,10 @@ def _patterns(
     """Exact names, anchored where one is the end of another's."""
     sites = [p.lora.site for p in made]
 
+    tails = {end for site in sites for end in ends(site)[1:]}
+
     def key(site: str) -> str:
-        others = (s for s in sites if s != site)
-        return f"^{site}" if any(covers(s, site) for s in others) else site
+        return f"^{site}" if site in tails else site
 
     for part in made:
         if part.rank != rank:
@@ -342,7 +343,7 @@ def _exclude_others(
     """Names modules that end like an adapted one and are not adapted."""
     mine = {*modules}
     others = sorted({m for m in everything if m not in mine})
-    taken_in = [m for m in others if any(covers(m, t) for t in modules)]
+    taken_in = [m for m in others if any(end in mine for end in ends(m))]
     saved = config["modules_to_save"] or []
     taken_in = [m for m in taken_in if m not in saved]
     if taken_in:

@@ -1,8 +1,8 @@
 """Names: which parameter of a PyTorch model lies where in a Flax tree.
 
 A parameter has a dotted name, a leaf a '/'-joined path.  A `Slot` ties one to the
-other: the name may have placeholders for the stacked axes of the leaf, and the features of the
-parameter may lie elsewhere, in another order, or among those of others.
+other: the name may have placeholders for the stacked axes of the leaf, and the features
+of the parameter may lie elsewhere, in another order, or among those of others.
 """
 
 import dataclasses

@@ -5,8 +5,8 @@
 
 PEFT's y = x Wᵀ + scale (x Aᵀ) Bᵀ: its A and B are flora's a and b transposed.  A leaf
 is found by its path, which is the parameter's name in PyTorch by the convention of HF's
-Flax models (`model.layers.0.mlp.up_proj.weight` is `model/layers/0/mlp/up_proj/kernel`);
-other trees need `names=`.  Needs the extra `peft`.
+Flax models: `model.layers.0.mlp.up_proj.weight` is `model/layers/0/mlp/up_proj/kernel`.
+Other trees need `names=`.  Needs the extra `peft`.
 
 References: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
@@ -181,7 +181,7 @@ def _readers(finding: Finding) -> set[str]:
 
 
 def _untied(uses: Mapping[str, Finding], found: Plan, folder: Any) -> Iterator[str]:
-    """Embeddings that the function also multiplies by; PEFT adapts them as one alone."""
+    """Embeddings that the function also multiplies by, where PEFT has no adapter."""
     for path, site in found.sites.items():
         kinds = _readers(uses[path]) if path in uses else set()
         lora = site.pieces[0].lora

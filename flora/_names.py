@@ -1,8 +1,8 @@
 """Names: which parameter of a PyTorch model lies where in a Flax tree.
 
-A parameter has a dotted name, a leaf a '/'-joined path.  A `Slot` ties one to the other:
-the name may have placeholders for the stacked axes of the leaf, and the features of the
-parameter may lie elsewhere, in another order, or among those of others.
+A parameter has a dotted name, a leaf a '/'-joined path.  A `Slot` ties one to the
+other: the name may have placeholders for the stacked axes of the leaf, and the features
+of the parameter may lie elsewhere, in another order, or among those of others.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ class Module:
 
     Attributes:
       name: its dotted path.  `{i}` is what the pattern of the leaf calls `{i}`; other
-        placeholders count along the leaf's stacked axes, in order, and `{q|k|v}` does so
-        by names.
+        placeholders count along the leaf's stacked axes, in order, and `{q|k|v}` does
+        so by names.
       parameter: the name of the parameter in it.
       rows: which of its out features these are, in the order in which the leaf has
         them; an int n for the first n; `None` for all.
@@ -93,7 +93,8 @@ class Slot:
       path: the leaf.
       name: the parameter's dotted name, with a placeholder for each stacked axis.
       module: its features and kind.
-      part: its position among those that share the leaf's out features, and of how many.
+      part: its position among those that share the leaf's out features, and how many
+        there are.
     """
 
     path: str
@@ -295,8 +296,10 @@ def given_slots(
         found = {path: rule for path in paths if (rule := names(path)) is not None}
     else:
         raise LoraTypeError(
-            f"names is a {type(names).__name__}. Write {{leaf pattern: module}}, such as "
-            "{'layers_{i}/attn/q/kernel': 'model.layers.{i}.self_attn.q_proj'}, a callable "
+            f"names is a {type(names).__name__}. Write {{leaf pattern: module}}, such "
+            f"as "
+            "{'layers_{i}/attn/q/kernel': 'model.layers.{i}.self_attn.q_proj'}, a "
+            "callable "
             "path -> module, or what flora.peft.match_names returned."
         )
     slots = [s for path, rule in found.items() for s in _slots_of(path, rule, names)]
@@ -310,7 +313,8 @@ def _by_patterns(
     for pattern, rule in names.items():
         if not isinstance(pattern, str):
             raise LoraTypeError(
-                f"names: the key {pattern!r} is no pattern. Write a leaf's path such as "
+                f"names: the key {pattern!r} is no pattern. Write a leaf's path such "
+                f"as "
                 "'layers_{i}/attn/q/kernel'."
             )
         regex = _leaf_regex(pattern)

@@ -1,4 +1,4 @@
-"""Names found by comparing the values of a PyTorch model's weights with a Flax tree's."""
+"""Names found by comparing a PyTorch model's weights with a Flax tree's, by values."""
 
 import collections
 import dataclasses
@@ -41,7 +41,8 @@ def match_names(weights: Mapping[str, Any], tree: Any) -> Names:
     """
     leaves = {p: base_of(x) for p, x in named_leaves(tree)[0]}
     fail(
-        f"match_names: '{path}' is {leaf!r}; expected an array with values. Load it first."
+        f"match_names: '{path}' is {leaf!r}; expected an array with values. Load it "
+        f"first."
         for path, leaf in leaves.items()
         if isinstance(leaf, jax.ShapeDtypeStruct) or is_stored(leaf)
     )
@@ -240,7 +241,7 @@ def _slot(path: str, name: str, *, tied: bool = False) -> Slot:
 def _beside(
     slots: Iterable[Slot], arrays: Mapping[str, np.ndarray], weights: Mapping[str, Any]
 ) -> list[Slot]:
-    """Biases and norms: beside a weight that has a name, or by values if they are told apart."""
+    """Biases and norms: beside a weight that has a name, or by their values."""
     found = []
     parents = collections.defaultdict(list)
     for slot in slots:

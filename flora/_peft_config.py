@@ -1,4 +1,4 @@
-"""adapter_config.json: what of it changes the computation, and PEFT's matching rules."""
+"""adapter_config.json: what of it changes the computation, and ranks by pattern."""
 
 import dataclasses
 import math
@@ -135,7 +135,8 @@ def _kind_problem(kind: Any) -> str:
             "Write it in if the adapter is one of LoRA."
         )
     return (
-        f"peft_type is {kind!r}; expected 'LORA': flora reads no other kind of adapter. "
+        f"peft_type is {kind!r}; expected 'LORA': flora reads no other kind of "
+        f"adapter. "
         "Merge it in PEFT and load the merged weights."
     )
 
@@ -145,14 +146,16 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
         if name not in raw:
             if name in ("r", "lora_alpha"):
                 yield (
-                    f"{name} is missing; expected {wanted}. PEFT would take 8. Write the "
+                    f"{name} is missing; expected {wanted}. PEFT would take 8. Write "
+                    f"the "
                     "value that the adapter was trained with."
                 )
         elif not good(raw[name]):
             yield f"{name} is {raw[name]!r}; expected {wanted}. Correct it."
     if not raw.get("target_modules") and not raw.get("target_parameters"):
         yield (
-            "target_modules and target_parameters are both empty; expected the names of "
+            "target_modules and target_parameters are both empty; expected the names "
+            "of "
             "the adapted modules. Write them in."
         )
     yield from _start_problems(raw.get("init_lora_weights", True))
@@ -160,7 +163,8 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
     for name, value in raw.items():
         if name in _OFF and value:
             yield (
-                f"{name} is {value!r}; expected it off: flora has no {_OFF[name]}. Merge "
+                f"{name} is {value!r}; expected it off: flora has no {_OFF[name]}. "
+                f"Merge "
                 "the adapter in PEFT, or train one without."
             )
         elif name not in known and name not in _OFF and value:
@@ -262,7 +266,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: not x or _is_regex(x) or _NAMES(x), "a name or a list of names"),
     "lora_dropout": (
         lambda x: _is_number(x) and 0 <= x < 1, "a number of at least 0 and below 1"),
-    "bias": (lambda x: x in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+    "bias": (
+        lambda x: x in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
     "fan_in_fan_out": _FLAG,
     "use_rslora": _FLAG,
     "use_dora": _FLAG,

@@ -64,7 +64,7 @@ def is_channel_last(path: str, sizes: Sequence[int], window: Sequence[int]) -> b
 
 
 def matrices(piece: Piece, layout: Layout, shape: Sequence[int]) -> tuple[Any, Any]:
-    """A `[*experts, in, r]` and b `[*experts, r, n]` in the leaf's order of features."""
+    """A `[*experts, in, r]` and b `[*experts, r, n]`, features as the leaf has them."""
     lora, slot = piece.lora, piece.slot
     stack, in_, _ = layout.sizes(tuple(shape))
     experts = stack[slot.holes :]
@@ -197,7 +197,7 @@ def magnitude(
     pieces: Sequence[Piece],
     beside: Sequence[Slot],
 ) -> Any:
-    """DoRA's magnitudes `[*stack, *out]` of a leaf, of which all modules are adapted."""
+    """DoRA's magnitudes `[*stack, *out]` of a leaf, all of it adapted."""
     stack, _, out = layout.sizes(tuple(shape))
     found = np.full((*stack, math.prod(out)), np.nan, np.float64)
     for p in pieces:
@@ -206,7 +206,8 @@ def magnitude(
         found[(*p.index, positions(p.slot, beside, found.shape[-1]))] = m
     if np.isnan(found).any():
         raise LoraError(
-            f"'{pieces[0].slot.path}' stacks modules of which only some are adapted; DoRA "
+            f"'{pieces[0].slot.path}' stacks modules of which only some are adapted; "
+            f"DoRA "
             "needs a magnitude for each. Unstack the layers, or adapt all of them."
         )
     dtype = np.result_type(*(np.asarray(p.lora.magnitude).dtype for p in pieces))

@@ -99,7 +99,8 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         raise LoraError(
             f"{folder} has no {WEIGHTS}"
             + (
-                f", only {_PICKLE}. That is a pickle, which can run code as it is read, "
+                f", only {_PICKLE}. That is a pickle, which can run code as it is "
+                f"read, "
                 "and flora never opens one. Load it in PEFT and save it with "
                 "safe_serialization=True."
                 if pickled

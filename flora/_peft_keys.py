@@ -33,7 +33,8 @@ class Lora:
 
     Attributes:
       module: its path; for a raw parameter that of the module that owns it.
-      a: A, `[r, in]`, `[r, in, *window]`, for experts `[r·E, in]`, for an embedding `[r, V]`.
+      a: A, `[r, in]`, `[r, in, *window]`, for experts `[r·E, in]`, for an embedding
+        `[r, V]`.
       b: B, `[out, r]`, `[out, r/groups, 1, ...]`, `[out, r·E]` or `[D, r]`.
       magnitude: of DoRA, `[out]` or `[1, out, 1, ...]`.
       bias: added to B's output, `[out]`.
@@ -177,7 +178,8 @@ def _flag_problems(file: Path, lora: Lora, config: PeftConfig) -> Iterator[str]:
         has, wants = getattr(lora, part) is not None, getattr(config, flag)
         if has and not wants:
             yield (
-                f"{file}: '{lora.key(part)}' is there, but the config has {flag} false; "
+                f"{file}: '{lora.key(part)}' is there, but the config has {flag} "
+                f"false; "
                 f"expected none. PEFT would ignore it. Write {flag}: true if the "
                 "adapter was trained so."
             )

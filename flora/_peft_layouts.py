@@ -34,7 +34,7 @@ def turned(leaves: Iterable[tuple[str, Any]]) -> bool:
 def conv_layout(
     path: str, shape: Sequence[int], holes: int, window: Sequence[int], out: int
 ) -> Layout | None:
-    """Of a convolution's kernel `[*stack, *window, in, out]`, or `[out, in, *window]`."""
+    """Of a kernel `[*stack, *window, in, out]`, or `[*stack, out, in, *window]`."""
     n = len(window)
     if len(shape) != holes + n + 2:
         return None

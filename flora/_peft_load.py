@@ -104,7 +104,8 @@ def plan(
     }
     fail(
         f"{file}: '{lora.key('bias')}' is added to what '{lora.module}' gives, but the "
-        "base has no bias there to hold it. Give the module a bias of zeros in the tree."
+        "base has no bias there to hold it. Give the module a bias of zeros in the "
+        "tree."
         for lora in content.loras
         if lora.bias is not None and not finder.all(f"{lora.module}.bias")
     )
@@ -222,8 +223,10 @@ def _layout(
             "tree that flora.init adapted."
         ]
     return None, [
-        f"{file}: {a} and {b} do not fit the base's '{path}' of shape {shape}: expected "
-        f"in features {lora.a.shape[1]} and out features {lora.b.shape[0]} among its axes"
+        f"{file}: {a} and {b} do not fit the base's '{path}' of shape {shape}: "
+        f"expected "
+        f"in features {lora.a.shape[1]} and out features {lora.b.shape[0]} among its "
+        f"axes"
         ". Is it the adapter of another base? Or pass names={leaf: module}."
     ]
 
@@ -256,7 +259,8 @@ def _checked(
         piece = turned_parameter(turned_embedding(piece, layout), layout, shape)
         if any(i >= n for i, n in zip(piece.index, stack, strict=False)):
             problems.append(
-                f"{file}: '{lora.key('a')}' is index {piece.index} of the stack '{path}', "
+                f"{file}: '{lora.key('a')}' is index {piece.index} of the stack "
+                f"'{path}', "
                 f"which has {stack}. Is it the adapter of a deeper base?"
             )
             continue
@@ -273,7 +277,8 @@ def _checked(
         if need != have or (lora.raw and lora.a.shape[0] != piece.rank * experts):
             problems.append(
                 f"{file}: '{lora.key('a')}' has shape {lora.a.shape} and "
-                f"'{lora.key('b')}' {lora.b.shape}; the base's '{path}' of shape {shape} "
+                f"'{lora.key('b')}' {lora.b.shape}; the base's '{path}' of shape "
+                f"{shape} "
                 f"({layout}) has {int(np.prod(in_))} in and {int(np.prod(out))} out "
                 "features. Is it the adapter of another base?"
             )

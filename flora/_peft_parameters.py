@@ -1,4 +1,4 @@
-"""Adapters that a file names only in part: raw parameters, and weights that are tied."""
+"""Adapters that a file names only in part: raw parameters and tied weights."""
 
 import dataclasses
 import itertools
@@ -78,8 +78,10 @@ def in_order(
             fits.sort(key=lambda f: [at.get(x.name, 0) for x in f])
         elif len(fits) > 1:
             raise LoraError(
-                f"{file}: '{module}' has adapters of {', '.join(held)} with shapes that "
-                "fit either way. Pass names= with these leaves in the order in which the "
+                f"{file}: '{module}' has adapters of {', '.join(held)} with shapes "
+                f"that "
+                "fit either way. Pass names= with these leaves in the order in which "
+                "the "
                 "PyTorch module declares them."
             )
         if not fits:
@@ -87,7 +89,8 @@ def in_order(
             have = [shapes[finder.all(f"{module}.{w}")[0][0].path] for w in held]
             raise LoraError(
                 f"{file}: the adapters of '{module}' have {sizes}; the leaves of "
-                f"{', '.join(held)} have {', '.join(map(str, have))}, which do not fit. "
+                f"{', '.join(held)} have {', '.join(map(str, have))}, which do not "
+                f"fit. "
                 "Is the adapter one of another base?"
             )
         for old, new in zip(inner_first, fits[0], strict=True):
@@ -166,8 +169,10 @@ def without_ties(content: Content, finder: Finder, file: Path) -> Content:
             ]
             if any(s.name in held for s in first) and slot.name not in held:
                 raise LoraError(
-                    f"{file}: '{first[0].name}' is adapted and '{slot.name}' is not, but "
-                    f"both lie in '{slot.path}'. PEFT adapts the first alone. Train with "
+                    f"{file}: '{first[0].name}' is adapted and '{slot.name}' is not, "
+                    f"but "
+                    f"both lie in '{slot.path}'. PEFT adapts the first alone. Train "
+                    f"with "
                     "ensure_weight_tying=True, or untie the weights in the tree."
                 )
     return dataclasses.replace(content, loras=tuple(kept), whole=whole, of_base=of_base)
@@ -192,9 +197,12 @@ def may_be_tied(
         words = lora.a.shape[1]
         if lora.kind == "embedding" and sum(words in s for s in shapes.values()) < 2:
             yield (
-                f"'{lora.module}' is adapted as an embedding alone, and no other leaf of the "
-                f"base has its {words} words: tied weights, it seems, and PEFT leaves the "
-                "product with them as it was. Pass fn= and args= to follow the leaf, or "
+                f"'{lora.module}' is adapted as an embedding alone, and no other leaf "
+                f"of the "
+                f"base has its {words} words: tied weights, it seems, and PEFT leaves "
+                f"the "
+                "product with them as it was. Pass fn= and args= to follow the leaf, "
+                "or "
                 "train with ensure_weight_tying=True."
             )
 
@@ -225,13 +233,14 @@ def turned_parameter(piece: Piece, layout: Layout, shape: tuple[int, ...]) -> Pi
 
 
 def turned_embedding(piece: Piece, layout: Layout) -> Piece:
-    """An embedding's factors, exchanged where the leaf's layout is that of its product."""
+    """An embedding's factors, exchanged where the layout is that of a product."""
     lora = piece.lora
     if lora.kind != "embedding" or layout.in_ < layout.out:
         return piece
     if lora.magnitude is not None:
         raise LoraError(
-            f"'{piece.slot.path}' has the layout {layout}, of a product; the magnitudes of "
+            f"'{piece.slot.path}' has the layout {layout}, of a product; the "
+            f"magnitudes of "
             f"'{lora.module}' are of a lookup. Pass the plain tree, and no fn=."
         )
     return dataclasses.replace(

@@ -101,7 +101,8 @@ def kind_of(path: str, node: LoraWeight, slot: Slot, known: str) -> str:
     ):
         return "linear"
     raise LoraError(
-        f"save: '{path}' ({layout}) may be a linear layer, a convolution or an embedding "
+        f"save: '{path}' ({layout}) may be a linear layer, a convolution or an "
+        f"embedding "
         "of PyTorch. Pass fn= and args= to follow it, or write names={"
         f"'{path}': flora.peft.Module('{split_name(slot.name)[0]}', kind='linear')}}, "
         "'conv' or 'embedding'."
@@ -223,7 +224,8 @@ def _check_rows(parts: Sequence[Part]) -> None:
     ]:
         where = "', '".join(p.slot.path for p in parts)
         raise LoraError(
-            f"save: '{parts[0].lora.name}' is the name of '{where}', whose rows= are not "
+            f"save: '{parts[0].lora.name}' is the name of '{where}', whose rows= are "
+            f"not "
             "all of its rows, each once. Write rows= for each, or another name."
         )
 

@@ -21,7 +21,7 @@ from flora._peft_keys import PREFIX
 from flora._peft_parts import Part, is_idle, joined, parts, slots_beside
 from flora._peft_serving import for_serving
 from flora._peft_start import with_start
-from flora._peft_targets import covers, selects
+from flora._peft_targets import ends, selects
 from flora._peft_whole import taken
 from flora._weight import LoraWeight, Trained, base_of
 from flora.variants import DoRA
@@ -110,7 +110,8 @@ def _problems(path: str, leaf: Any) -> Iterator[str]:
     if isinstance(leaf, LoraWeight):
         if not isinstance(leaf.variant, DoRA | AcrossGroups | None):
             yield (
-                f"save: '{path}' is {leaf.variant!r}, which PEFT's LoRA files cannot hold. "
+                f"save: '{path}' is {leaf.variant!r}, which PEFT's LoRA files cannot "
+                f"hold. "
                 "Ship flora.merge(adapted)."
             )
         values = [leaf.a, leaf.b, *jax.tree.leaves(leaf.extra)]
@@ -118,11 +119,12 @@ def _problems(path: str, leaf: Any) -> Iterator[str]:
         values = [leaf.value] if isinstance(leaf, Trained) else []
     for x in values:
         if isinstance(x, jax.ShapeDtypeStruct | Tracer) or not hasattr(x, "size"):
-            yield f"save: '{path}' holds {x!r}; expected arrays. Save outside of jax.jit."
+            yield f"save: '{path}' holds {x!r}, no array. Save outside of jax.jit."
         elif not bool(jnp.isfinite(x).all()):
             bad = int((~jnp.isfinite(x)).sum())
             yield (
-                f"save: '{path}' holds {bad} of {x.size} values that are NaN or infinite. "
+                f"save: '{path}' holds {bad} of {x.size} values that are NaN or "
+                f"infinite. "
                 "Training went astray; nothing is written."
             )
 
@@ -168,7 +170,8 @@ def _nested(made: Sequence[Part], declared: Sequence[Slot] | None) -> list[Part]
         module = part.lora.module
         if count[module] > 1 and not part.lora.raw:
             raise LoraError(
-                f"save: '{module}' has an adapter of its weight and of a raw parameter, "
+                f"save: '{module}' has an adapter of its weight and of a raw "
+                f"parameter, "
                 "which PEFT cannot nest. Leave one of them out."
             )
         left[module] -= 1
@@ -256,7 +259,8 @@ def _config(
     rates = sorted({x.dropout for x in nodes.values()})
     if len(rates) > 1:
         raise LoraError(
-            f"save: dropout rates differ between leaves: {rates}; PEFT has one. Set one "
+            f"save: dropout rates differ between leaves: {rates}; PEFT has one. Set "
+            f"one "
             "rate by dataclasses.replace."
         )
     rank = _most([p.rank for p in made], 8)
@@ -264,7 +268,8 @@ def _config(
     dora = any(p.lora.magnitude is not None for p in made)
     if dora and any(p.lora.magnitude is None for p in made):
         raise LoraError(
-            "save: some leaves are DoRA and some plain LoRA; PEFT has one or the other. "
+            "save: some leaves are DoRA and some plain LoRA; PEFT has one or the "
+            "other. "
             "Adapt all in one way, or ship flora.merge(adapted)."
         )
     raw = [p.lora.name for p in made if p.lora.raw]
@@ -325,9 +330,10 @@ def _patterns(
     """Exact names, anchored where one is the end of another's."""
     sites = [p.lora.site for p in made]
 
+    tails = {end for site in sites for end in ends(site)[1:]}
+
     def key(site: str) -> str:
-        others = (s for s in sites if s != site)
-        return f"^{site}" if any(covers(s, site) for s in others) else site
+        return f"^{site}" if site in tails else site
 
     for part in made:
         if part.rank != rank:
@@ -342,14 +348,15 @@ def _exclude_others(
     """Names modules that end like an adapted one and are not adapted."""
     mine = {*modules}
     others = sorted({m for m in everything if m not in mine})
-    taken_in = [m for m in others if any(covers(m, t) for t in modules)]
+    taken_in = [m for m in others if any(end in mine for end in ends(m))]
     saved = config["modules_to_save"] or []
     taken_in = [m for m in taken_in if m not in saved]
     if taken_in:
         config["exclude_modules"] = taken_in
     check = parse(config, _HERE)
     fail(
-        f"save: '{m}' cannot be told from other modules by PEFT's rules of names. Rename "
+        f"save: '{m}' cannot be told from other modules by PEFT's rules of names. "
+        f"Rename "
         "one of them."
         for m in modules
         if not selects(check, m)

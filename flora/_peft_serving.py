@@ -1,4 +1,4 @@
-"""What vLLM and SGLang apply in full: one rank, and the scale alpha/r for all modules."""
+"""What vLLM and SGLang apply in full: one rank, and alpha/r for all modules."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +39,8 @@ def _problems(made: Sequence[Part], whole: Any) -> Iterator[str]:
         lora = part.lora
         if lora.magnitude is not None:
             yield (
-                f"save: '{lora.module}' is DoRA, which vLLM and SGLang refuse and no plain "
+                f"save: '{lora.module}' is DoRA, which vLLM and SGLang refuse and no "
+                f"plain "
                 "adapter equals. Ship flora.merge(adapted)."
             )
         elif lora.kind == "conv":
@@ -49,7 +50,8 @@ def _problems(made: Sequence[Part], whole: Any) -> Iterator[str]:
             )
         elif part.slot.module.tied:
             yield (
-                f"save: '{lora.module}' shares its weight with an embedding, which SGLang "
+                f"save: '{lora.module}' shares its weight with an embedding, which "
+                f"SGLang "
                 "does not adapt. Ship flora.merge(adapted), or train without it."
             )
 
@@ -104,7 +106,8 @@ def _zeros(name: str, slot: Slot, base: Any, like: Part) -> Part:
     out = len(tuple(rows)) if rows is not None else size // in_ // slot.part[1]
     if rows is None and size != in_ * out * slot.part[1]:
         raise LoraError(
-            f"save: '{name}' must be written as zeros for SGLang, but '{slot.path}' of shape "
+            f"save: '{name}' must be written as zeros for SGLang, but '{slot.path}' of "
+            f"shape "
             f"{tuple(base.shape)} does not have {in_} in features. Adapt it too."
         )
     lora = dataclasses.replace(

@@ -22,7 +22,8 @@ def with_start(nodes: Mapping[str, LoraWeight], base: Any) -> dict[str, LoraWeig
     """
     plain = {p: base_of(x) for p, x in named_leaves(base)[0]}
     fail(
-        f"save: base has no leaf '{path}'. Pass the tree that the adapted one was made of."
+        f"save: base has no leaf '{path}'. Pass the tree that the adapted one was made "
+        f"of."
         for path in nodes
         if path not in plain
     )
@@ -38,15 +39,16 @@ def _with_start(path: str, node: LoraWeight, plain: Any) -> LoraWeight:
             )
     if node.base.shape != plain.shape:
         raise LoraError(
-            f"save: '{path}' has shape {node.base.shape}, and {plain.shape} in base. Pass "
+            f"save: '{path}' has shape {node.base.shape}, and {plain.shape} in base. "
+            f"Pass "
             "the tree that the adapted one was made of."
         )
     changed, before = np.asarray(node.base), np.asarray(plain)
     if np.array_equal(changed, before):
         return node
     eps = float(jnp.finfo(changed.dtype).eps)
-    w, d = (_matrices(x.astype(np.float64), node.layout)
-            for x in (before, changed.astype(np.float64) - before.astype(np.float64)))  # fmt: skip
+    before64, changed64 = before.astype(np.float64), changed.astype(np.float64)
+    w, d = (_matrices(x, node.layout) for x in (before64, changed64 - before64))
     u, s, v = np.linalg.svd(d, full_matrices=False)
     floor = 4 * eps * np.linalg.norm(w, axis=(-2, -1)).max()
     rank = int((s > floor).sum(-1).max())

@@ -85,7 +85,8 @@ def target_problems(
     for module in sorted(held - tied - inner):
         if not selects(config, module):
             yield (
-                f"{file}: '{PREFIX}{module}' is adapted, but {here.name} does not select "
+                f"{file}: '{PREFIX}{module}' is adapted, but {here.name} does not "
+                f"select "
                 f"it: target_modules is {shown(config.target_modules)}. PEFT would "
                 "leave it out. Name it there, or save the adapter anew."
             )
@@ -96,7 +97,8 @@ def target_problems(
     for module in missing:
         yield (
             f"{file}: '{PREFIX}{module}.lora_A.weight' is missing; the base has the "
-            f"module and target_modules {shown(config.target_modules)} selects it. PEFT "
+            f"module and target_modules {shown(config.target_modules)} selects it. "
+            f"PEFT "
             "would leave it untrained. Is the adapter one of another base?"
         )
     adapted = [lora.site for lora in content.loras]
@@ -151,7 +153,8 @@ def whole_problems(
             if heads and not wanted:
                 continue
             yield (
-                f"{file}: no tensor of '{entry}', which modules_to_save names; expected "
+                f"{file}: no tensor of '{entry}', which modules_to_save names; "
+                f"expected "
                 f"'{PREFIX}…{entry}.weight'. PEFT would leave it as it is in the base. "
                 "Save the adapter anew, or take the name out."
             )

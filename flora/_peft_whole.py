@@ -1,4 +1,4 @@
-"""Parameters that are kept whole: heads, norms and biases, between PyTorch and leaves."""
+"""Parameters kept whole (heads, norms, biases), between PyTorch and leaves."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -59,7 +59,7 @@ def _turned(path: str, value: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 def taken(
     leaf: Any, slot: Slot, index: Sequence[int], beside: Sequence[Slot]
 ) -> np.ndarray:
-    """A parameter of PyTorch, or those of its rows that lie in the leaf, read from it."""
+    """A parameter of PyTorch, or those of its rows that lie in the leaf."""
     whole = np.asarray(leaf)
     value, kind = whole[tuple(index)] if index else whole, slot.module.kind
     word = leaf_word(slot.path)
@@ -72,7 +72,8 @@ def taken(
         value = np.moveaxis(value, (-1, -2), (0, 1))
     elif word == "kernel" and value.ndim == 3:
         raise LoraError(
-            f"save: '{slot.path}' {whole.shape} trains whole, and its shape does not tell "
+            f"save: '{slot.path}' {whole.shape} trains whole, and its shape does not "
+            f"tell "
             "a convolution from split heads. Write names={leaf: "
             "flora.peft.Module(..., kind='conv')}, or train it with a 2-D kernel."
         )

@@ -3,10 +3,10 @@
     adapted = flora.peft.load("adapters/run1", params)
     flora.peft.save("adapters/run2", adapted, base_model_name_or_path="org/model")
 
-PEFT's y = x Wᵀ + scale (x Aᵀ) Bᵀ: its A and B are flora's a and b transposed.  A leaf is
-found by its path, which is the parameter's name in PyTorch by the convention of HF's Flax
-models (`model.layers.0.mlp.up_proj.weight` is `model/layers/0/mlp/up_proj/kernel`); other
-trees need `names=`.  Needs the extra `peft`.
+PEFT's y = x Wᵀ + scale (x Aᵀ) Bᵀ: its A and B are flora's a and b transposed.  A leaf
+is found by its path, which is the parameter's name in PyTorch by the convention of HF's
+Flax models: `model.layers.0.mlp.up_proj.weight` is `model/layers/0/mlp/up_proj/kernel`.
+Other trees need `names=`.  Needs the extra `peft`.
 
 References: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
@@ -60,9 +60,9 @@ def load(
         adapted already, its nodes' layouts are used and its factors replaced.
       names: which module lies in which leaf, where HF's convention does not say:
         `{leaf pattern: module}`, with `{i}` in both for what varies and in the module
-        alone for what is stacked in the leaf; the module a dotted path, a `Module`, or a
-        list of them that share the leaf's out features; or a callable path -> module; or
-        what `match_names` returned.
+        alone for what is stacked in the leaf; the module a dotted path, a `Module`, or
+        a list of them that share the leaf's out features; or a callable path -> module;
+        or what `match_names` returned.
       fn: the function that the tree will run in; it is traced on `args` and `kwargs`
         to find each leaf's layout instead of inferring it from sizes and names.
       args: the other arguments of one call.
@@ -70,9 +70,9 @@ def load(
       dtype: of the factors; by default float32, or float64 where the file has it.
 
     Returns:
-      The tree with `LoraWeight`s, and `Trained` leaves for `modules_to_save` and biases.
-      Bases are the very same arrays, but for adapters that PiSSA or OLoRA started: those
-      need the base minus what they took out of it.
+      The tree with `LoraWeight`s, and `Trained` leaves for `modules_to_save` and
+      biases.  Bases are the very same arrays, but for adapters that PiSSA or OLoRA
+      started: those need the base minus what they took out of it.
 
     Raises:
       LoraError: a file is missing, damaged or no LoRA adapter; config, tensors and base
@@ -124,12 +124,14 @@ def _tree_problems(named: Sequence[tuple[str, Any]]) -> list[str]:
     for path, _ in named:
         counts[path] = counts.get(path, 0) + 1
     return [
-        f"flora.peft.load: '{path}' names two leaves of the tree. Pass a tree whose paths "
+        f"flora.peft.load: '{path}' names two leaves of the tree. Pass a tree whose "
+        f"paths "
         "differ."
         for path, n in counts.items()
         if n > 1
     ] + [
-        f"flora.peft.load: '{path}' is an adapter without its base. Pass the base model's "
+        f"flora.peft.load: '{path}' is an adapter without its base. Pass the base "
+        f"model's "
         "parameters."
         for path, x in named
         if isinstance(x, LoraWeight) and x.base is None
@@ -179,13 +181,14 @@ def _readers(finding: Finding) -> set[str]:
 
 
 def _untied(uses: Mapping[str, Finding], found: Plan, folder: Any) -> Iterator[str]:
-    """Embeddings that the function also multiplies by, which PEFT would not adapt there."""
+    """Embeddings that the function also multiplies by, where PEFT has no adapter."""
     for path, site in found.sites.items():
         kinds = _readers(uses[path]) if path in uses else set()
         lora = site.pieces[0].lora
         if lora.kind == "embedding" and {"embedding", "linear"} <= kinds:
             yield (
-                f"{folder / CONFIG}: '{lora.module}' is adapted as an embedding alone, but "
+                f"{folder / CONFIG}: '{lora.module}' is adapted as an embedding alone, "
+                f"but "
                 f"the function also multiplies by '{path}' (tied weights). PEFT leaves "
                 "that product as it was. Train with ensure_weight_tying=True, or untie "
                 "the weights in the tree."
@@ -253,8 +256,10 @@ def _whole(found: Plan, leaves: Mapping[str, Any], folder: Any) -> dict[str, Any
                 put(value, slot, index, x.astype(value.dtype), beside)
             except ValueError as error:
                 problems.append(
-                    f"{folder / WEIGHTS}: '{PREFIX}{slot.at(index)}' has shape {x.shape}, "
-                    f"which does not fit the base's '{path}' {tuple(base.shape)}: {error}. "
+                    f"{folder / WEIGHTS}: '{PREFIX}{slot.at(index)}' has shape "
+                    f"{x.shape}, "
+                    f"which does not fit the base's '{path}' {tuple(base.shape)}: "
+                    f"{error}. "
                     "Is it the adapter of another base?"
                 )
         for slot, index, x in found.bias.get(path, []):
@@ -275,7 +280,7 @@ def _whole(found: Plan, leaves: Mapping[str, Any], folder: Any) -> dict[str, Any
 
 
 def _base_problems(found: Plan, leaves: Mapping[str, Any], folder: Any) -> list[str]:
-    """Weights of the base that PEFT put into the file and that differ from this base's."""
+    """Weights of the base in the file that differ from this base's."""
     problems = []
     for path, parts in found.of_base.items():
         base = base_of(leaves[path])
@@ -297,7 +302,8 @@ def _base_problems(found: Plan, leaves: Mapping[str, Any], folder: Any) -> list[
             gap = np.abs(want[at] - have[at]).max() / max(np.abs(have[at]).max(), 1e-30)
             if gap > 2**-7:  # bfloat16 keeps 8 bits
                 problems.append(
-                    f"{own} differs from '{path}' of the base by {gap:.1e} of its largest "
+                    f"{own} differs from '{path}' of the base by {gap:.1e} of its "
+                    f"largest "
                     "value; expected the same. The adapter was trained on another base."
                 )
     return problems
@@ -342,8 +348,8 @@ def save(
       dtype: of the tensors; by default each array's own.
 
     Raises:
-      LoraError: a leaf has no name or one that is not unique, holds NaN, or is of a kind
-        that PEFT, or with `serving` a server, does not have.
+      LoraError: a leaf has no name or one that is not unique, holds NaN, or is of a
+        kind that PEFT, or with `serving` a server, does not have.
     """
     folder = directory("save", dir)
     kinds: dict[str, str] = {}

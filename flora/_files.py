@@ -12,11 +12,12 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from flora._adapt import require_adapted
 from flora._errors import LoraError, LoraTypeError, fail
-from flora._fingerprint import describe, fingerprint, no_values, same_names
+from flora._fingerprint import fingerprint, no_values, same_names
 from flora._placement import mesh_of, spec_of, spec_of_extra, specs
 from flora._records import base_leaves, base_problems, placed
 from flora._safetensors import File, no_dtype, read, write
@@ -43,7 +44,8 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
 
     The file holds A, B, further trained arrays and the leaves that train whole; in its
     header each leaf's layout and settings, flora's version and a fingerprint of the
-    base.  The base's weights are not in it.
+    base.  The base's weights are not in it.  With several processes all of them make
+    the call, and the first one writes.
 
     Args:
       path: where to, such as 'adapter.safetensors'; a file of that name is replaced.
@@ -52,8 +54,8 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
         `batch_stats/*`.  They are saved whole, and are no part of the base.
 
     Raises:
-      LoraError: the tree is not adapted, or a leaf holds no values, NaN or infinity, has
-        a dtype that the format lacks, or lies on other processes too.
+      LoraError: the tree is not adapted, or a leaf holds no values, NaN or infinity, or
+        has a dtype that the format lacks.
       OSError: the file cannot be written; the one before it is still there.
 
     Example:
@@ -77,7 +79,7 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
         for name, x in _arrays(leaf_path, leaf, also).items()
     }
     fail(f"save: {p}" for name, x in trained.items() for p in _unwritable(name, x))
-    arrays = {name: np.asarray(x) for name, x in trained.items()}
+    arrays = {name: _on_host(x) for name, x in trained.items()}
     fail(f"save: {p}" for name, x in arrays.items() for p in _not_finite(name, x))
     record = {
         "format": _FORMAT,
@@ -87,7 +89,10 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
         "arrays": fingerprint(arrays),
     }
     text = json.dumps(record)
-    write(path, arrays, {"flora": text, "flora_sha256": _digest(text)})
+    if jax.process_index() == 0:
+        write(path, arrays, {"flora": text, "flora_sha256": _digest(text)})
+    if jax.process_count() > 1:  # the file is there once any of them returns
+        multihost_utils.sync_global_devices(f"flora.save {path}")
 
 
 def load(path: str | os.PathLike[str], base: Any, *, check_base: bool = True) -> Any:
@@ -170,15 +175,15 @@ def _unwritable(name: str, x: Any) -> list[str]:
         return [f"'{name}' is a {type(x).__qualname__}; expected an array."]
     if problems := no_values(name, x):
         return problems
+    return no_dtype(name, x.dtype)
+
+
+def _on_host(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not (
         x.is_fully_addressable or x.is_fully_replicated
     ):
-        return [
-            f"'{name}', {describe(x)}, lies on other processes too. Gather it first with "
-            "jax.experimental.multihost_utils.process_allgather(x, tiled=True) in all of "
-            "them, or use flora.checkpoint."
-        ]
-    return no_dtype(name, x.dtype)
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
 
 
 def _not_finite(name: str, x: np.ndarray) -> list[str]:

@@ -49,6 +49,11 @@ def is_all_linear(config: PeftConfig) -> bool:
 def _in_layers(config: PeftConfig, module: str) -> bool:
     if not config.layers_to_transform:
         return True
+    return layer_of(config, module) in config.layers_to_transform
+
+
+def layer_of(config: PeftConfig, module: str) -> int | None:
+    """The index of a module's layer, by the rules of `layers_pattern`."""
     found = None
     if not config.layers_pattern:
         found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)
@@ -56,7 +61,7 @@ def _in_layers(config: PeftConfig, module: str) -> bool:
         found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module)
         if found:
             break
-    return bool(found) and int(found["idx"]) in config.layers_to_transform
+    return int(found["idx"]) if found else None
 
 
 def target_problems(
@@ -101,6 +106,14 @@ def target_problems(
             f"PEFT "
             "would leave it untrained. Is the adapter one of another base?"
         )
+    layers = {layer_of(config, module) for module in held}
+    for index in config.layers_to_transform:
+        if index not in layers:
+            yield (
+                f"{here}: layers_to_transform has {index}, but no adapted module lies in "
+                "a layer of that index. PEFT would pass over it. Remove it, or correct "
+                "layers_pattern."
+            )
     adapted = [lora.site for lora in content.loras]
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)

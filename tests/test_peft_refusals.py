@@ -79,6 +79,9 @@ CASES = {
     "not in layers": (
         {}, {"layers_to_transform": [0], "layers_pattern": "layers"},
         ["layers.1.up' is adapted"]),
+    "no such layer": (
+        {}, {"layers_to_transform": [0, 1, 7], "layers_pattern": "layers"},
+        ["layers_to_transform has 7"]),
     # keys
     "missing B": ({"b": ...}, {}, ["layers.0.up' has a but no b", "lora_B.weight"]),
     "missing layer": (

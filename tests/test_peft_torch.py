@@ -131,7 +131,7 @@ def test_adapters_that_peft_saved(tmp_path, name):
     loaded = flora.peft.load(folder, params)
     close(flora.lora(fn)(loaded, x), want, tolerance)
     _check_gradients(adapted, loaded, fn, x, names, tmp_path, 10 * tolerance)
-    _check_merged(kind, adapted, loaded)
+    _check_merged(kind, adapted, loaded, fn, x)
 
     flora.peft.save(tmp_path / "flora", loaded, names=names)
     close(models.run(models.reloaded(model, tmp_path / "flora"), x), want, tolerance)
@@ -179,10 +179,13 @@ def _check_gradients(adapted, loaded, fn, x, names, scratch, tolerance):
     }
 
 
-def _check_merged(kind, adapted, loaded):
+def _check_merged(kind, adapted, loaded, fn, x):
     if kind == "grouped":  # neither can
         with pytest.raises(flora.LoraError, match="puts a function between"):
             flora.merge(loaded)
+        return
+    if kind == "tied":  # PEFT 0.21.2 adds its change twice to a tied weight
+        close(fn(flora.merge(loaded), x), flora.lora(fn)(loaded, x), 1e-6)
         return
     merged = models.params_of(kind, adapted.merge_and_unload())
     jax.tree.map(close, flora.merge(loaded), merged)

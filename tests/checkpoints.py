@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from models import normal
 from process_worker import mlp
+from registry import normal
 
 import flora
 from flora._weight import is_node

@@ -27,7 +27,7 @@ from checkpoints import (
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from models import normal
+from registry import normal
 
 import flora
 from flora._fingerprint import fingerprint

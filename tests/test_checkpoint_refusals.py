@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from checkpoints import adapt, params, same, trained
-from models import normal
+from registry import normal
 
 import flora
 from flora.checkpoint import Checkpointer

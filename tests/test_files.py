@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import mesh, params, place, same, same_shardings, trained
 from jax.sharding import PartitionSpec as Spec
-from models import normal
+from registry import normal
 
 import flora
 import flora.variants

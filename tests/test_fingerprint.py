@@ -7,7 +7,7 @@ import pytest
 from checkpoints import DEVICES, mesh
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as Spec
-from models import normal
+from registry import normal
 
 import flora
 from flora._fingerprint import fingerprint

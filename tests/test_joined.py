@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from contract import array
 from jax import lax
-from models import normal
+from registry import normal
 
 import flora
 from flora._compat import P

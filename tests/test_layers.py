@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax import lax
-from models import IDS, Model, filled, linen, nnx_split, normal, of_nnx
+from registry import IDS, Model, filled, linen, nnx_split, normal, of_nnx
 
 import flora
 from flora._compat import P

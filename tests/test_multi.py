@@ -8,10 +8,10 @@ import contract
 import jax
 import jax.numpy as jnp
 import many
-import models
 import numpy as np
 import optax
 import pytest
+import registry
 import serve_many
 from contract import adapt, array, close, equations
 
@@ -274,7 +274,7 @@ def test_rows_against_numpy(x64):
     ["nnx mlp", "scanned decoder", "vmapped experts", "convolutions"],
 )
 def test_rows_of_models_equal_the_merged_model(name):
-    model = models.MODELS[name]()
+    model = registry.MODELS[name]()
     stacked, rows = flora.multi.stack(of_model(model)), model.args[0].shape[0]
     ids = [2, None, 1, 0][:rows]
     runs = [flora.multi.lora(model.fn, method=m) for m in ("gather", "masked")]
@@ -298,7 +298,7 @@ def test_rows_of_models_equal_the_merged_model(name):
 
 def test_base_rows_are_the_base_models():
     """Bit for bit where operations run one by one: scale (x A) 0 is 0."""
-    model = models.MODELS["mlp"]()
+    model = registry.MODELS["mlp"]()
     stacked = flora.multi.stack(of_model(model))
     for method in METHODS:
         run = flora.multi.lora(model.fn, method=method)
@@ -394,7 +394,7 @@ def test_no_adapter_reaches_another_ones_rows():
 
 
 def test_leaves_that_train_whole_differ_by_row():
-    model = models.MODELS["mlp"]()
+    model = registry.MODELS["mlp"]()
     adapters = of_model(model, train="bias")
     stacked = flora.multi.stack(adapters)
     run = flora.multi.lora(model.fn)

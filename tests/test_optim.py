@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from contract import array
-from models import MODELS
+from registry import MODELS
 
 import flora
 

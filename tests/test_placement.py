@@ -10,7 +10,7 @@ from contract import adapt, close, weights
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from models import normal
+from registry import normal
 
 import flora
 import flora.sharding

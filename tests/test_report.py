@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from contract import array
-from models import MODELS
+from registry import MODELS
 
 import flora
 
@@ -61,7 +61,7 @@ def test_the_source_line_is_the_user_s_not_flax_s():
     model = MODELS["mlp"]()
     report = flora.coverage(model.fn, model.params, *model.args)
     for row in report.rows:
-        assert row.uses[0].source.startswith("models.py:")
+        assert row.uses[0].source.startswith("registry.py:")
         assert row.uses[0].source.endswith("(__call__)")
 
 

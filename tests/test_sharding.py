@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh, NamedSharding, reshard
 from jax.sharding import PartitionSpec as Spec
-from models import Decoder, linen, normal
+from registry import Decoder, linen, normal
 
 import flora
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import array
-from models import MODELS, normal
+from registry import MODELS, normal
 
 import flora
 

@@ -9,7 +9,7 @@ import importlib
 
 import jax
 import jax.numpy as jnp
-from models import IDS, Model, linen, normal, of_nnx
+from registry import IDS, Model, linen, normal, of_nnx
 
 from flora._compat import P
 

@@ -6,7 +6,6 @@ Widths are chosen so that no activation has a weight's shape.
 import dataclasses
 import itertools
 import math
-import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-
-# The examples have a package of this name: `import models.llama` works here too.
-__path__ = [str(pathlib.Path(__file__).parents[1] / "examples" / "models")]
 
 IDS = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 

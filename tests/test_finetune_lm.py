@@ -349,7 +349,7 @@ def test_a_run_in_small_and_one_that_was_interrupted(
 
 @pytest.mark.slow
 def test_the_whole_run_learns(tmp_path):
-    results = finetune_lm.main(["--out", str(tmp_path / "run")])
+    results = finetune_lm.main(["--out", str(tmp_path / "run"), "--devices", "1"])
     assert results.train_loss[1] < 0.5 * results.train_loss[0]
     first, *_, last = results.held_out_losses.values()
     assert last < first

@@ -37,7 +37,6 @@ import flora
 import flora.hf
 import flora.peft
 import flora.variants
-from flora._files import load, save
 from flora.checkpoint import Checkpointer
 
 CONSOLE = Console(highlight=False)
@@ -271,8 +270,8 @@ def prove(job: Job, evaluate: Any, before: float, after: float) -> None:
     if not after < before:
         raise RuntimeError(f"The loss has not fallen: {before:.4f}, then {after:.4f}.")
     # Its header holds the fingerprint of the base as it was before training.
-    load(job.out / "start.safetensors", job.base)
-    again = load(job.out / "adapter.safetensors", job.base)
+    flora.load(job.out / "start.safetensors", job.base)
+    again = flora.load(job.out / "adapter.safetensors", job.base)
     if (loss := evaluate(flora.split(again)[1])) != after:
         raise RuntimeError(
             f"The adapter that was read back has loss {loss}, not {after}."
@@ -281,7 +280,7 @@ def prove(job: Job, evaluate: Any, before: float, after: float) -> None:
 
 def export(job: Job, adapted: Any) -> None:
     """Writes the adapter for flora and for PEFT, and the merged model."""
-    save(job.out / "adapter.safetensors", adapted)
+    flora.save(job.out / "adapter.safetensors", adapted)
     config = job.model.config
     flora.peft.save(
         job.out / "peft",
@@ -307,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     args = options(argv)
     job, adapter = start(args)
     adapted = flora.join(job.base, adapter)
-    save(job.out / "start.safetensors", adapted)
+    flora.save(job.out / "start.safetensors", adapted)
     evaluate, answers = evaluation(job.model, args.block, job.mesh), answering(job)
     some = {k: x[: 4 * args.batch] for k, x in job.rows.items()}
 

@@ -13,10 +13,11 @@ from flora._adapt import join, merge, split, with_dropout
 from flora._config import LoraConfig
 from flora._coverage import coverage
 from flora._errors import LoraError
+from flora._files import load, save
 from flora._init import init
 from flora._summary import summary
 from flora._transform import lora
-from flora._version import __version__
+from flora._version import __version__ as __version__
 from flora._weight import Layout, LoraWeight, Trained
 from flora.optim import mask, optimizer, value_and_grad
 
@@ -26,15 +27,16 @@ __all__ = [
     "LoraError",
     "LoraWeight",
     "Trained",
-    "__version__",
     "coverage",
     "init",
     "initializers",
     "join",
+    "load",
     "lora",
     "mask",
     "merge",
     "optimizer",
+    "save",
     "split",
     "summary",
     "value_and_grad",

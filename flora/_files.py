@@ -60,13 +60,12 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, flora
-      >>> from flora._files import load, save
       >>> fn = lambda p, x: x @ p["kernel"]
       >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
       >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2), fn, params, x)
       >>> path = tempfile.mkdtemp() + "/adapter.safetensors"
-      >>> save(path, adapted)
-      >>> load(path, params)["kernel"]
+      >>> flora.save(path, adapted)
+      >>> flora.load(path, params)["kernel"]
       LoraWeight(float32[4,3], in=0 out=1, rank=2, scale=8)
     """
     path = _checked_path("save", path)

@@ -13,11 +13,11 @@
 References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
 """
 
-from flora._combine import Combined, combine
-from flora._extract import extract
-from flora._mixed import lora
-from flora._runs import Runs, finish, start, train_step
-from flora._stacked import pad, put, select, stack, unstack
+from flora._multi.combine import Combined, combine
+from flora._multi.extract import extract
+from flora._multi.mixed import lora
+from flora._multi.runs import Runs, finish, start, train_step
+from flora._multi.stacked import pad, put, select, stack, unstack
 
 __all__ = [
     "Combined",

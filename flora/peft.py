@@ -23,16 +23,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flora._discover import Finding, discover
 from flora._errors import LoraError, LoraTypeError, fail
-from flora._names import Module, Names
-from flora._names_match import match_names
-from flora._peft_config import PeftConfig, read
-from flora._peft_factors import magnitude, node
-from flora._peft_file import CONFIG, WEIGHTS, directory, read_tensors, write
-from flora._peft_keys import PREFIX, Content, sort_out
-from flora._peft_load import Plan, Site, coverage_problems, expected_layouts, plan
-from flora._peft_residual import residual
-from flora._peft_save import written
-from flora._peft_whole import put
+from flora._peft.config import PeftConfig, read
+from flora._peft.factors import magnitude, node
+from flora._peft.file import CONFIG, WEIGHTS, directory, read_tensors, write
+from flora._peft.keys import PREFIX, Content, sort_out
+from flora._peft.load import Plan, Site, coverage_problems, expected_layouts, plan
+from flora._peft.names import Module, Names
+from flora._peft.names_match import match_names
+from flora._peft.residual import residual
+from flora._peft.save import written
+from flora._peft.whole import put
 from flora._placement import mesh_of, spec_of, specs
 from flora._select import named_leaves
 from flora._trace import is_array, stage

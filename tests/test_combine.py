@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from many_adapters import LAYOUTS, delta, node, three
 from contract import adapt, array
+from many_adapters import LAYOUTS, delta, node, three
 
 import flora
 import flora.multi

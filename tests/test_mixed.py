@@ -6,11 +6,11 @@ import re
 import contract
 import jax
 import jax.numpy as jnp
-import registry
 import numpy as np
 import pytest
-from many_adapters import METHODS, adapters_of, delta, node, of_model
+import registry
 from contract import array, close, equations
+from many_adapters import METHODS, adapters_of, delta, node, of_model
 
 import flora
 import flora.multi

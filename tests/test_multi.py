@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from many_adapters import LAYOUTS, delta, node, three
 from contract import array
+from many_adapters import LAYOUTS, delta, node, three
 
 import flora
 import flora.multi

@@ -12,8 +12,8 @@ from peft_files import PREFIX, D, F, X, delta, linear, params, up_adapters, valu
 
 import flora
 import flora.peft
-from flora._peft_config import parse
-from flora._peft_targets import selects
+from flora._peft.config import parse
+from flora._peft.targets import selects
 
 
 def close(got, want, tolerance=2e-6):

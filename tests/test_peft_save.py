@@ -14,7 +14,7 @@ import pytest
 from peft_files import PREFIX, D, F, X, delta, linear, params, up_adapters, values
 
 import flora
-import flora._peft_file
+import flora._peft.file
 import flora.peft
 
 
@@ -268,7 +268,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, step, call):
     folder = files.write(tmp_path / "a", up_adapters())
     (folder / "README.md").write_text("mine")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    real, calls = getattr(flora._peft_file, step), []
+    real, calls = getattr(flora._peft.file, step), []
 
     def failing(*args):
         calls.append(args)
@@ -276,7 +276,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, step, call):
             raise OSError("no space left")
         return real(*args)
 
-    monkeypatch.setattr(flora._peft_file, step, failing)
+    monkeypatch.setattr(flora._peft.file, step, failing)
     with pytest.raises(OSError, match="no space"):
         flora.peft.save(folder, adapted())
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -296,7 +296,7 @@ def test_other_files_stay_and_old_links_do_not_change(tmp_path):
 
 
 def test_without_an_atomic_exchange(tmp_path, monkeypatch):
-    monkeypatch.setattr(flora._peft_file, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(flora._peft.file, "_exchanged", lambda *_: False)
     folder = files.write(tmp_path / "a", up_adapters())
     tree = adapted()
     flora.peft.save(folder, tree)
@@ -308,7 +308,7 @@ KILLED = """
 import sys
 import numpy as np
 from pathlib import Path
-import flora._peft_file as files
+import flora._peft.file as files
 n = 0
 while True:
     n += 1

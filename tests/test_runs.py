@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 import serve_many
-from many_adapters import METHODS, node
 from contract import adapt, array, close, equations
+from many_adapters import METHODS, node
 
 import flora
 import flora.multi

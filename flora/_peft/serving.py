@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from flora._errors import LoraError, fail
-from flora._names import Slot, split_name
-from flora._peft_parts import Part
+from flora._peft.names import Slot, split_name
+from flora._peft.parts import Part
 from flora._weight import base_of
 
 # Projections of one input that servers compute together and look up together.

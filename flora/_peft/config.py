@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flora._errors import LoraError, fail
-from flora._peft_file import CONFIG, read_json
+from flora._peft.file import CONFIG, read_json
 
 Names = str | frozenset[str]
 

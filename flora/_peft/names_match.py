@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from flora._errors import LoraError, fail
-from flora._names import PARAMETERS, Module, Names, Slot, split_name
+from flora._peft.names import PARAMETERS, Module, Names, Slot, split_name
 from flora._select import named_leaves
 from flora._weight import base_of, is_stored
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from flora._errors import LoraError
-from flora._names import Slot
-from flora._peft_groups import AcrossGroups, blocks, spread
-from flora._peft_keys import Lora
-from flora._peft_layouts import leaf_word
+from flora._peft.groups import AcrossGroups, blocks, spread
+from flora._peft.keys import Lora
+from flora._peft.layouts import leaf_word
+from flora._peft.names import Slot
 from flora._weight import Layout, LoraWeight, Variant
 
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora._conform import aligned, require_rank
 from flora._errors import LoraError, fail
 from flora._keys import consumed, path_salt, require_key
-from flora._lowrank import (
+from flora._multi.conform import aligned, require_rank
+from flora._multi.lowrank import (
     compressed,
     flat_factors,
     merged,

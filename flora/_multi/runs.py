@@ -10,9 +10,9 @@ import numpy as np
 import optax
 
 from flora._adapt import join
-from flora._conform import aligned, common, flattened, on_arrays, stop
 from flora._errors import LoraError, LoraTypeError, fail
-from flora._stacked import side_by_side
+from flora._multi.conform import aligned, common, flattened, on_arrays, stop
+from flora._multi.stacked import side_by_side
 from flora._trace import is_array
 from flora._weight import LoraWeight
 

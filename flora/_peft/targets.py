@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flora._names import split_name
-from flora._peft_config import HEADS, PeftConfig, pattern_of
-from flora._peft_file import CONFIG, WEIGHTS
-from flora._peft_keys import PREFIX, Content
+from flora._peft.config import HEADS, PeftConfig, pattern_of
+from flora._peft.file import CONFIG, WEIGHTS
+from flora._peft.keys import PREFIX, Content
+from flora._peft.names import split_name
 
 
 def covers(name: str, target: str) -> bool:

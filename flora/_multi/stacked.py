@@ -11,7 +11,8 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from flora._conform import (
+from flora._errors import LoraError, LoraTypeError, fail
+from flora._multi.conform import (
     Statics,
     aligned,
     common,
@@ -24,7 +25,6 @@ from flora._conform import (
     shape_of,
     unit,
 )
-from flora._errors import LoraError, LoraTypeError, fail
 from flora._trace import is_array
 from flora._weight import LoraWeight
 

@@ -13,16 +13,16 @@ from jax.core import Tracer
 
 from flora._adapt import require_adapted
 from flora._errors import LoraError, LoraTypeError, fail
-from flora._names import Slot, default_slots, given_slots, split_name
-from flora._peft_config import parse
-from flora._peft_file import CONFIG
-from flora._peft_groups import AcrossGroups
-from flora._peft_keys import PREFIX
-from flora._peft_parts import Part, is_idle, joined, parts, slots_beside
-from flora._peft_serving import for_serving
-from flora._peft_start import with_start
-from flora._peft_targets import ends, selects
-from flora._peft_whole import taken
+from flora._peft.config import parse
+from flora._peft.file import CONFIG
+from flora._peft.groups import AcrossGroups
+from flora._peft.keys import PREFIX
+from flora._peft.names import Slot, default_slots, given_slots, split_name
+from flora._peft.parts import Part, is_idle, joined, parts, slots_beside
+from flora._peft.serving import for_serving
+from flora._peft.start import with_start
+from flora._peft.targets import ends, selects
+from flora._peft.whole import taken
 from flora._weight import LoraWeight, Trained, base_of
 from flora.variants import DoRA
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from flora._errors import LoraError
-from flora._names import Slot
-from flora._peft_factors import Piece, positions
+from flora._peft.factors import Piece, positions
+from flora._peft.names import Slot
 from flora._weight import Layout
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from flora._errors import LoraError
-from flora._names import Slot, split_name
-from flora._peft_factors import is_channel_last, positions
-from flora._peft_groups import AcrossGroups, gathered
-from flora._peft_keys import Lora
-from flora._peft_layouts import leaf_word
+from flora._peft.factors import is_channel_last, positions
+from flora._peft.groups import AcrossGroups, gathered
+from flora._peft.keys import Lora
+from flora._peft.layouts import leaf_word
+from flora._peft.names import Slot, split_name
 from flora._weight import LoraWeight
 
 

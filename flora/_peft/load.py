@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from flora._errors import fail
-from flora._names import Finder, Slot, given_slots, matched_slots, split_name
-from flora._peft_config import PeftConfig
-from flora._peft_factors import Piece
-from flora._peft_file import CONFIG, WEIGHTS
-from flora._peft_keys import Content
-from flora._peft_layouts import conv_layout, layouts, leaf_word, turned
-from flora._peft_parameters import (
+from flora._peft.config import PeftConfig
+from flora._peft.factors import Piece
+from flora._peft.file import CONFIG, WEIGHTS
+from flora._peft.keys import Content
+from flora._peft.layouts import conv_layout, layouts, leaf_word, turned
+from flora._peft.names import Finder, Slot, given_slots, matched_slots, split_name
+from flora._peft.parameters import (
     in_order,
     may_be_tied,
     parameter_layouts,
@@ -23,7 +23,7 @@ from flora._peft_parameters import (
     with_parameters,
     without_ties,
 )
-from flora._peft_targets import plain, target_problems, whole_problems
+from flora._peft.targets import plain, target_problems, whole_problems
 from flora._weight import Layout, LoraWeight, Trained, base_of
 
 

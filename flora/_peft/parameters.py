@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from flora._errors import LoraError
-from flora._names import Finder, Slot
-from flora._peft_config import PeftConfig
-from flora._peft_factors import Piece
-from flora._peft_keys import Content, Lora
-from flora._peft_layouts import layouts, leaf_word
-from flora._peft_targets import covers
+from flora._peft.config import PeftConfig
+from flora._peft.factors import Piece
+from flora._peft.keys import Content, Lora
+from flora._peft.layouts import layouts, leaf_word
+from flora._peft.names import Finder, Slot
+from flora._peft.targets import covers
 from flora._weight import Layout
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from flora._errors import LoraError
-from flora._names import Slot
-from flora._peft_factors import positions
-from flora._peft_layouts import leaf_word
+from flora._peft.factors import positions
+from flora._peft.layouts import leaf_word
+from flora._peft.names import Slot
 
 
 def put(

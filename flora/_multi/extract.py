@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora._adapt import require_adapted
-from flora._combine import Combined, variant_problems
 from flora._errors import LoraError, fail
 from flora._keys import consumed, path_salt, require_key
-from flora._lowrank import (
+from flora._multi.combine import Combined, variant_problems
+from flora._multi.lowrank import (
     compressed,
     flat_factors,
     flat_matrices,

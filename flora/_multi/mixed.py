@@ -15,8 +15,8 @@ from flora._errors import LoraError, LoraTypeError, fail
 from flora._factored import Dim, Factored, Origin, Site
 from flora._forms import materialized
 from flora._interpreter import Context, Use, interpret
+from flora._multi.stacked import BASE, chosen, only_if, picked, require_stacked
 from flora._rules import ENTERS, RULES, RULES_FOR_SQUARES
-from flora._stacked import BASE, chosen, only_if, picked, require_stacked
 from flora._trace import Staged, filled, is_array, stage
 from flora._transform import lora as of_one
 from flora._weight import LoraWeight, Trained, is_leaf

@@ -1,0 +1,1 @@
+"""What `flora.multi` is made of: stacks, mixed batches, runs, combinations."""

@@ -1,0 +1,1 @@
+"""What `flora.peft` is made of: files, names, factors."""

@@ -1,0 +1,126 @@
+"""Experiment 9: DoRA against LoRA with as many parameters.
+
+DoRA: m ⊙ (W + s A B) / |W + s A B|, norms per output and not differentiated; m starts as
+the norms of W.  On the transformer of experiment 6.
+"""
+
+import dataclasses
+from typing import Any
+
+import _digits as digits
+import _study as study
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _page import COLORS, Result, Text, label, panels
+
+import flora
+
+TARGET = (digits.ATTENTION, digits.MLP)
+# Ranks that give LoRA the numbers of DoRA's magnitudes: width 32 or any other.
+ONE_MORE = ("attention/query/kernel", "attention/value/kernel", "mlp_up/kernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The transformer's sizes and the ranks."""
+
+    model: digits.Sizes = dataclasses.field(default_factory=digits.Sizes)
+    ranks: tuple[int, ...] = (1, 4)
+
+
+FULL = Sizes()
+SMOKE = Sizes(digits.Sizes(8, 1, 2, steps=2, batch=4, seeds=2, rates=(1e-3, 1e-2)), (1,))
+
+
+def is_weight(x: Any) -> bool:
+    """Whether x is an adapted leaf."""
+    return isinstance(x, flora.LoraWeight)
+
+
+def norms(w: jax.Array, node: flora.LoraWeight) -> jax.Array:
+    """|W| of each output, W's shape with in axes of 1."""
+    return jnp.sqrt(jnp.square(w).sum(axis=node.layout.in_, keepdims=True))
+
+
+def dora_arm(name: str, model: Any, config: flora.LoraConfig) -> digits.Arm:
+    """A, B and m, by the formula on the merged weight."""
+
+    def start(key: Any, variables: Any) -> Any:
+        adapted = flora.init(key, config, model.apply, variables, jnp.zeros((1, 8, 8)))
+        base, adapter = flora.split(adapted)
+
+        def magnitude(leaf: Any) -> Any:
+            return norms(leaf.base, leaf) if is_weight(leaf) else jnp.zeros(0)
+
+        def weight(node: Any, merged: Any, m: Any) -> Any:
+            if not is_weight(node):
+                return merged
+            return m * merged / jax.lax.stop_gradient(norms(merged, node))
+
+        def logits(trained: Any, x: jax.Array) -> jax.Array:
+            adapter, m = trained
+            tree = flora.join(base, adapter)
+            plain = flora.merge(tree)
+            tree = jax.tree.map(weight, tree, plain, m, is_leaf=is_weight)
+            return model.apply(tree, x)
+
+        return (adapter, jax.tree.map(magnitude, adapted, is_leaf=is_weight)), logits
+
+    return digits.Arm(name, start)
+
+
+def arms(sizes: Sizes) -> list[digits.Arm]:
+    """For each rank LoRA, DoRA, and LoRA with as many numbers as DoRA."""
+    model = digits.Transformer(sizes.model.width, sizes.model.depth)
+    found = []
+    for r in sizes.ranks:
+        plain = flora.LoraConfig(rank=r, alpha=2 * r, target=TARGET)
+        alphas = {name: 2.0 * (r + 1) for name in ONE_MORE}
+        more = dataclasses.replace(
+            plain, rank_pattern=dict.fromkeys(ONE_MORE, r + 1), alpha_pattern=alphas
+        )
+        found += [
+            digits.lora_arm(f"LoRA, rank {r}", model, plain),
+            digits.lora_arm(f"LoRA, rank {r} or {r + 1}", model, more),
+            dora_arm(f"DoRA, rank {r}", model, plain),
+        ]
+    return found
+
+
+def run(sizes: Sizes) -> Result:
+    """The table and the picture."""
+    variables = digits.pretrained(sizes.model)
+    rates = sizes.model.rates
+    rows, equal = [], np.ones(sizes.model.seeds)
+    figure, (ax, test) = panels(2, width=4)
+    for i, (arm, color) in enumerate(zip(arms(sizes), COLORS, strict=False)):
+        found = digits.fine_tune(arm, variables, sizes.model)
+        trained, tested = found["training_loss"], found["test_loss"]
+        k = study.best(tested)
+        equal = tested[k] if i % 3 == 0 else equal  # plain LoRA of that rank
+        rows.append(
+            {"arm": arm.name, "trained": digits.parameters(arm, variables)}
+            | study.rate_cells(rates, k)
+            | study.cells("test_loss", tested[k], log=True)
+            | study.cells("to_LoRA", tested[k] / equal, log=True)
+            | study.cells("new_accuracy", found["new_accuracy"][k])
+            | study.cells("old_accuracy", found["old_accuracy"][k])
+        )
+        for axis, values in ((ax, trained), (test, tested)):
+            mean = np.exp(np.log(values).mean(axis=1))
+            mean[~np.isfinite(mean)] = np.nan
+            axis.plot(rates, mean, color=color, marker=".", label=arm.name)
+    label(ax, "turned digits", "peak learning rate", "training loss")
+    label(test, "turned digits", "peak learning rate", "test loss")
+    ax.legend(fontsize=7)
+    return Result({"equal": rows}, figure)
+
+
+TEXT = Text(
+    title="9. DoRA",
+    claim="""PLACEHOLDER""",
+    setup="""PLACEHOLDER""",
+    captions={"equal": ""},
+    verdict="""PLACEHOLDER""",
+)

@@ -1,0 +1,111 @@
+"""Runs the study: experiments on CPU, their tables, pictures and the page.
+
+    python examples/study/run.py                    # all of it, and README.md
+    python examples/study/run.py e04 e05            # some of it
+    python examples/study/run.py --smoke --out /tmp/study
+    python examples/study/run.py --page             # README.md from the CSV files alone
+
+Seeds are fixed.  Results go to `results/` beside this file unless `--out` says otherwise.
+"""
+
+import argparse
+import importlib
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import _page
+import jax
+
+HERE = pathlib.Path(__file__).parent
+NAMES = (
+    "e01_initialization",
+    "e02_rank_exponents",
+    "e03_alpha",
+    "e04_invariance",
+    "e05_floors",
+    "e06_full",
+    "e07_spectral",
+    "e08_lora_plus",
+    "e09_dora",
+    "e10_merging",
+)
+HEAD = """
+# Claims about LoRA, tested
+
+PLACEHOLDER
+"""
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """The experiments whose names start with one of these; all of them for none.
+
+    Raises:
+      SystemExit: one of them is the start of no name.
+    """
+    if wrong := [x for x in names if not any(n.startswith(x) for n in NAMES)]:
+        raise SystemExit(f"No experiment is named {wrong}. There are {', '.join(NAMES)}.")
+    return [n for n in NAMES if not names or any(n.startswith(x) for x in names)]
+
+
+def measured(seconds: float) -> dict[str, Any]:
+    """What an experiment took, and where."""
+    versions = {x: metadata.version(x) for x in ("jax", "jaxlib", "flax", "optax")}
+    return {
+        "minutes": seconds / 60,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def run(name: str, folder: pathlib.Path, *, smoke: bool) -> dict[str, Any]:
+    """Runs one experiment and writes what it found; the row of `meta.csv`."""
+    module = importlib.import_module(name)
+    began = time.perf_counter()
+    result = module.run(module.SMOKE if smoke else module.FULL)
+    _page.save(folder, name, result)
+    return {"experiment": name} | measured(time.perf_counter() - began)
+
+
+def write_page(folder: pathlib.Path) -> pathlib.Path:
+    """README.md: beside this file for the committed results, else in the folder."""
+    texts = {name: importlib.import_module(name).TEXT for name in NAMES}
+    own = folder.resolve() == HERE / "results"
+    target = (HERE if own else folder) / "README.md"
+    target.write_text(_page.page(texts, folder, "results/" if own else "", HEAD))
+    return target
+
+
+def note(folder: pathlib.Path, row: dict[str, Any]) -> None:
+    """Puts a row into `meta.csv` in the place of the same experiment's older one."""
+    path = folder / "meta.csv"
+    old = _page.read_csv(path) if path.exists() else []
+    rows = {r["experiment"]: r for r in (*old, row)}
+    _page.write_csv(path, [rows[name] for name in NAMES if name in rows])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what was asked for."""
+    parser = argparse.ArgumentParser(description="Tests claims about LoRA on CPU.")
+    parser.add_argument("names", nargs="*", help="such as e01; all by default")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, no evidence")
+    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
+    parser.add_argument("--page", action="store_true", help="README.md alone")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in [] if options.page else chosen(options.names):
+        row = run(name, options.out, smoke=options.smoke)
+        note(options.out, row)
+        print(f"{name}: {row['minutes']:.2f} min (load {row['load']:.1f})", flush=True)
+        jax.clear_caches()
+    print(write_page(options.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,6 @@
 """The study's arithmetic, its facts that are exact, and its page."""
 
 import csv
-import dataclasses
 import importlib
 import math
 import pathlib
@@ -148,18 +147,16 @@ def test_the_verdicts_quote_the_tables():
             _page.filled(wrong, tables)
 
 
-def test_the_runner_and_the_page(tmp_path, monkeypatch):
-    sizes = dataclasses.replace(e04_invariance.SMOKE, steps=3, rates=(1e-3,))
-    monkeypatch.setattr(e04_invariance, "SMOKE", sizes)
+def test_the_runner_and_the_page(tmp_path):
     with pytest.raises(SystemExit, match="e04_invariance"):
         run.chosen(["e77"])
-    run.main(["e04", "--smoke", "--out", str(tmp_path)])
-    assert (tmp_path / "e04_invariance.png").read_bytes().startswith(b"\x89PNG")
+    run.main(["e05", "--smoke", "--out", str(tmp_path)])
+    assert (tmp_path / "e05_floors.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "README.md").read_text()
-    assert "| Adam, eps = 0 | 3 | 0.7 |" in text
-    assert "![4. An exact invariance](e04_invariance.png)" in text
+    assert "| 2 | LoRA-FA (A frozen) |" in text
+    assert "![5. Down to the floor](e05_floors.png)" in text
     (row,) = _page.read_csv(tmp_path / "meta.csv")
-    assert row["experiment"] == "e04_invariance"
+    assert row["experiment"] == "e05_floors"
 
 
 def test_the_committed_page_is_made_of_the_committed_results():

@@ -102,14 +102,6 @@ def loss_on(logits: Callable, task: Task, key: Any, batch: int) -> Callable:
     return loss
 
 
-def adam(peak: Any, steps: int) -> optax.GradientTransformation:
-    """Adam that falls to zero along a cosine."""
-    falls = optax.cosine_decay_schedule(1.0, steps)
-    return optax.chain(
-        optax.scale_by_adam(), optax.scale_by_schedule(falls), optax.scale(-peak)
-    )
-
-
 def pretrained(sizes: Sizes) -> Any:
     """Variables of a model for each seed, `[seeds, ...]`, trained upright."""
     model, (upright, _) = Transformer(sizes.width, sizes.depth), tasks()
@@ -117,7 +109,7 @@ def pretrained(sizes: Sizes) -> Any:
     def one(key: Any) -> Any:
         key, own = jax.random.split(key)
         loss = loss_on(model.apply, upright, own, sizes.batch)
-        tx = adam(sizes.pretrain_rate, sizes.pretrain_steps)
+        tx = study.adam_to_zero(sizes.pretrain_rate, sizes.pretrain_steps)
         variables = model.init(key, upright.x[:1])
         return study.train(loss, variables, tx, sizes.pretrain_steps)[0]
 
@@ -162,7 +154,7 @@ def fine_tune(arm: Arm, variables: Any, sizes: Sizes) -> dict[str, np.ndarray]:
         key, own = jax.random.split(key)
         trained, logits = arm.start(key, variables)
         loss = loss_on(logits, turned, own, sizes.batch)
-        tx = adam(rate, sizes.steps)
+        tx = study.adam_to_zero(rate, sizes.steps)
         trained, losses, _ = study.train(loss, trained, tx, sizes.steps)
         new = logits(trained, turned.x_test)
         old = logits(trained, upright.x_test)

@@ -28,7 +28,7 @@ class Result:
 class Text:
     """What the page says of an experiment.
 
-    `[[table | column=value ... | column]]` in the verdict stands for that cell of the
+    `[[table | column=value; ... | column]]` in the verdict stands for that cell of the
     CSV file: numbers cannot drift from the data.
 
     Attributes:
@@ -163,8 +163,7 @@ def filled(text: str, tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
 
     def look_up(match: re.Match) -> str:
         table, where, column = (part.strip() for part in match[1].split("|"))
-        wanted = dict(pair.split("=") for pair in where.split(","))
-        wanted = {k.strip(): v.strip() for k, v in wanted.items()}
+        wanted = dict(pair.strip().split("=", 1) for pair in where.split(";"))
         rows = [
             row for row in tables[table] if all(row[k] == v for k, v in wanted.items())
         ]

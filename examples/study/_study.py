@@ -107,6 +107,14 @@ def two_rates(inner: Callable, lr_a: Any, lr_b: Any) -> optax.GradientTransforma
     return optax.multi_transform({"a": inner(lr_a), "b": inner(lr_b)}, labels)
 
 
+def adam_to_zero(peak: Any, steps: int) -> optax.GradientTransformation:
+    """Adam whose rate falls from its peak to zero along a cosine."""
+    falls = optax.cosine_decay_schedule(1.0, steps)
+    return optax.chain(
+        optax.scale_by_adam(), optax.scale_by_schedule(falls), optax.scale(-peak)
+    )
+
+
 def train(
     loss: Callable,
     params: Any,

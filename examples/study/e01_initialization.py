@@ -213,8 +213,57 @@ def run(sizes: Sizes) -> Result:
 
 TEXT = Text(
     title="1. How A and B start",
-    claim="""PLACEHOLDER""",
-    setup="""PLACEHOLDER""",
-    captions={"steps": "", "trained": "", "rates": ""},
-    verdict="""PLACEHOLDER""",
+    claim="""
+    The founding text: with A random and B = 0 the first output is the pretrained
+    model's, ∂L/∂A = 0 and ∂L/∂B ≠ 0; with A = 0 and B random B cannot update, A's
+    updates are ill-directed and the model is poorer; both random disturbs the output
+    and is unsuitable; both zero never moves. Hayou et al. 2024 (arXiv 2406.08447): with
+    A random larger learning rates are stable, as width^(-1/2) and not width^(-1). arXiv
+    2505.23194: B need not be zero.
+    """,
+    setup="""
+    relu(relu(x V) (W + s A B)) u, LoRA of rank 4 (scale 1) on W by flora, 64 fresh
+    samples a step, 150 steps of Adam; wanted is the network's own output plus a fixed
+    smaller network's, of rms 1. 5 seeds (each its own weights, task and data), 13
+    learning rates, the starts of `flora.initializers` at their default variance, and
+    both random with a tenth of the std. All starts and rates of a width are one
+    program. Width 8192 is followed for three steps only.
+    """,
+    captions={
+        "trained": """
+    Loss (mean of the last 15 steps, each before it trains on its samples) at the
+    learning rate that is best for each start; "to standard" divides it by the standard
+    start's, seed by seed; "peak" is the largest loss on the way to the first one; 95 %
+    intervals.
+    """,
+        "rates": """
+    How each seed's own best learning rate changes with width: p of width^p.
+    """,
+        "steps": """
+    Norms of the gradients before steps 0, 1, 2 (Adam at 1e-4), and the rms of what the
+    start adds to the output (the task's change has rms 1); below each, the exponent of
+    width.
+    """,
+    },
+    verdict="""
+    The gradients at step 0 are as claimed, exactly: standard moves B alone, reversed
+    moves A alone, both zero never moves. That A = 0 leaves B unable to update is true
+    of step 0 only: at step 1 B's gradient is there ([[steps | start=reversed;
+    width=8192 | gradient_B_1]] at width 8192). Reversed does train, without oscillating
+    (its peak is no higher than the standard start's), but falls behind as the width
+    grows: its best loss is [[trained | width=128; start=reversed | to_standard]] times
+    the standard one's at width 128 (not resolved), [[trained | width=512;
+    start=reversed | to_standard]] at 512 and [[trained | width=2048; start=reversed |
+    to_standard]] at 2048. The reason is Hayou et al.'s: the best learning rate falls as
+    width^[[rates | start=standard | best_rate_exponent]] for the standard start and as
+    width^[[rates | start=reversed | best_rate_exponent]] for the reversed one (theory:
+    -0.5 and -1). Its lag here is far below the 41 times that a toy elsewhere saw.
+    "Unsuitable" is too strong for both random: at the default variance it disturbs the
+    output ([[steps | start=both random; width=8192 | output_moved]] of the task's size)
+    and ends [[trained | width=2048; start=both random | to_standard]] times as high at
+    width 2048, but with a tenth of the std it disturbs it by [[steps | start=both
+    random, 0.1 std; width=8192 | output_moved]] and is not told apart from standard at
+    any width. So what harms is the size of B, not that it is not zero (as arXiv
+    2505.23194 says). Not shown: language models, other optimizers.
+    """,
 )

@@ -26,7 +26,7 @@ class Sizes:
     ranks: tuple[int, ...] = (1, 4, 16)
     width: int = 64
     labels: int = 256
-    memory_ranks: tuple[int, ...] = (1, 2, 4, 8, 32)
+    memory_ranks: tuple[int, ...] = (1, 2, 4, 8)
     memory_steps: int = 300
     memory_rates: tuple[float, ...] = study.rates(1e-3, 3.16e-1, 6)
 
@@ -127,7 +127,7 @@ def memorize(rank: int | None, sizes: Sizes) -> np.ndarray:
                 return flora.lora(network)(flora.join(base, params), x)
 
         def run(rate: Any) -> Any:
-            tx = digits.adam(rate, sizes.memory_steps)
+            tx = study.adam_to_zero(rate, sizes.memory_steps)
             end, _, _ = study.train(
                 lambda p, _: digits.cross_entropy(apply(p, x), y),
                 start, tx, sizes.memory_steps,
@@ -192,8 +192,32 @@ def run(sizes: Sizes) -> Result:
 
 TEXT = Text(
     title="6. LoRA and full fine-tuning",
-    claim="""PLACEHOLDER""",
-    setup="""PLACEHOLDER""",
-    captions={"moved": "", "forgetting": "", "capacity": ""},
+    claim="""
+    LoRA wants about ten times the learning rate of full fine-tuning; it should be
+    everywhere rather than in attention alone; it is as good as full fine-tuning until
+    its capacity is used up (Schulman et al. 2025, "LoRA Without Regret"); it learns
+    less and forgets less (Biderman et al., arXiv 2405.09673).
+    """,
+    setup="""
+    A vision transformer (width 32, two blocks, 27 thousand parameters) is trained on
+    scikit-learn's digits for each of 5 seeds, then moved to the same digits turned by
+    90 degrees: 150 steps of Adam with a cosine, 8 peak rates, alpha = 2 rank. Attention
+    at rank 9 and the MLPs at rank 7 have nearly the parameters of rank 4 everywhere.
+    Capacity: an MLP of width 64 memorizes 256 chance labels in 300 steps, 6 rates.
+    """,
+    captions={
+        "moved": """
+    Turned digits, held out, at the rate of least test loss; "rate to full" is each
+    seed's own best rate to that of full fine-tuning; "old accuracy" is on upright
+    digits (chance is 0.1).
+    """,
+        "forgetting": """
+    At the smallest rate of the grid that reaches 90 % on the new task: what is left of
+    the old one.
+    """,
+        "capacity": """
+    The share of 256 chance labels memorized at the best rate.
+    """,
+    },
     verdict="""PLACEHOLDER""",
 )

@@ -11,7 +11,6 @@ import _study as study
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from _page import COLORS, Result, Text, label, panels
 
 import flora
@@ -39,6 +38,11 @@ def layer(params: Any, x: jax.Array) -> jax.Array:
     return x @ params["w"]
 
 
+def rounded(weight: jax.Array) -> jax.Array:
+    """In float32, and really rounded before: XLA drops a rounding that it sees undone."""
+    return jax.lax.optimization_barrier(weight).astype(jnp.float32)
+
+
 def random_change(key: Any, sizes: Sizes) -> Any:
     """For each power of two |ΔW|/|W|: what arrives of ΔW, `[powers]` each."""
     keys = jax.random.split(key, 2)
@@ -62,7 +66,7 @@ def random_change(key: Any, sizes: Sizes) -> Any:
         }
         found = {}
         for name, weight in arrived.items():
-            got = weight.astype(jnp.float32) - w.astype(jnp.float32)
+            got = rounded(weight) - w.astype(jnp.float32)
             found[name] = {
                 "error": study.norm(got - delta) / study.norm(delta),
                 "along": (got * delta).sum() / jnp.square(delta).sum(),
@@ -98,9 +102,11 @@ def trained_change(key: Any, sizes: Sizes) -> Any:
         def error(weight: jax.Array) -> jax.Array:
             return study.norm(weight - wanted) / study.norm(size * shift)
 
-        end, _, _ = study.train(loss, adapter, optax.adam(rate), sizes.steps)
+        end, _, _ = study.train(
+            loss, adapter, study.adam_to_zero(rate, sizes.steps), sizes.steps
+        )
         delta = end["w"].a @ end["w"].b
-        merged = flora.merge(flora.join(base, end))["w"].astype(jnp.float32)
+        merged = rounded(flora.merge(flora.join(base, end))["w"])
         moved = study.norm(delta) / study.norm(wide)
         return moved, error(wide + delta), error(merged)
 
@@ -155,8 +161,25 @@ def run(sizes: Sizes) -> Result:
 
 TEXT = Text(
     title="10. What merging in bfloat16 loses",
-    claim="""PLACEHOLDER""",
-    setup="""PLACEHOLDER""",
-    captions={"rounding": "", "trained": ""},
+    claim="""
+    flora's README: merging into bfloat16 rounds small changes away (below half a unit
+    in the last place); form="dithered" is right on average.
+    """,
+    setup="""
+    A 128 by 128 weight in bfloat16. First a random ΔW of rank 8 with |ΔW|/|W| from
+    2^-14 to 1, by `flora.merge` and, on the identity, by form="dithered". Then ΔW
+    trained in float32 on the bfloat16 weight (200 steps of Adam with a cosine, 12 rates) to learn a
+    shift of 0.001, 0.01 and 0.1 of |W|, used as factors and merged. 5 seeds.
+    """,
+    captions={
+        "rounding": """
+    "error": |what arrives - ΔW| / |ΔW|; "along": how much of ΔW arrives along ΔW (1 is
+    right); "merged unchanged": entries of W that stay.
+    """,
+        "trained": """
+    Errors to the shift's own size at the best rate; the merged one is of the same
+    factors.
+    """,
+    },
     verdict="""PLACEHOLDER""",
 )

@@ -37,7 +37,20 @@ NAMES = (
 HEAD = """
 # Claims about LoRA, tested
 
-PLACEHOLDER
+What the field and flora's founding text say of LoRA, tried on a CPU at small sizes. Every
+experiment has fixed seeds, five repetitions or more with 95 % intervals (Student's t over seeds; of
+logarithms for losses and rates), and one grid of learning rates for all of its arms; an arm is
+judged at its own best rate. Tables are the CSV files in `results/`, and so are the numbers in the
+verdicts. What holds here need not hold for a language model; where a claim is about such
+a model, the verdict says what this can and cannot show.
+
+    python examples/study/run.py            # everything: results/ and this page
+    python examples/study/run.py e05        # one experiment
+    python examples/study/run.py --smoke --out /tmp/study
+
+Everywhere y = x (W + s A B), s = alpha/rank, A `[in, rank]`, B `[rank, out]`. "standard" is A random
+and B = 0, "reversed" A = 0 and B random. The best rate is chosen on the same seeds that are reported,
+which flatters every arm alike. "edge" marks a best rate at the end of its grid.
 """
 
 
@@ -52,11 +65,12 @@ def chosen(names: Sequence[str]) -> list[str]:
     return [n for n in NAMES if not names or any(n.startswith(x) for x in names)]
 
 
-def measured(seconds: float) -> dict[str, Any]:
-    """What an experiment took, and where."""
+def measured(seconds: float, of_cpu: float) -> dict[str, Any]:
+    """What an experiment took, compilation included, and where."""
     versions = {x: metadata.version(x) for x in ("jax", "jaxlib", "flax", "optax")}
     return {
         "minutes": seconds / 60,
+        "cpu_minutes": of_cpu / 60,  # of all cores together
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
@@ -67,10 +81,12 @@ def measured(seconds: float) -> dict[str, Any]:
 def run(name: str, folder: pathlib.Path, *, smoke: bool) -> dict[str, Any]:
     """Runs one experiment and writes what it found; the row of `meta.csv`."""
     module = importlib.import_module(name)
-    began = time.perf_counter()
+    began, of_cpu = time.perf_counter(), time.process_time()
     result = module.run(module.SMOKE if smoke else module.FULL)
     _page.save(folder, name, result)
-    return {"experiment": name} | measured(time.perf_counter() - began)
+    return {"experiment": name} | measured(
+        time.perf_counter() - began, time.process_time() - of_cpu
+    )
 
 
 def write_page(folder: pathlib.Path) -> pathlib.Path:
@@ -86,7 +102,7 @@ def note(folder: pathlib.Path, row: dict[str, Any]) -> None:
     """Puts a row into `meta.csv` in the place of the same experiment's older one."""
     path = folder / "meta.csv"
     old = _page.read_csv(path) if path.exists() else []
-    rows = {r["experiment"]: r for r in (*old, row)}
+    rows = {r["experiment"]: {k: r.get(k, "") for k in row} for r in (*old, row)}
     _page.write_csv(path, [rows[name] for name in NAMES if name in rows])
 
 

@@ -8,7 +8,7 @@
 References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
 """
 
-from flora import initializers
+from flora import initializers, variants
 from flora._adapt import join, merge, split, with_dropout
 from flora._config import LoraConfig
 from flora._coverage import coverage
@@ -38,5 +38,6 @@ __all__ = [
     "split",
     "summary",
     "value_and_grad",
+    "variants",
     "with_dropout",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from flora._errors import LoraError, fail
+from flora._errors import LoraError, Unfactorable, fail
 from flora._keys import consumed, path_salt, require_key
 from flora._select import named_leaves, path_of
 from flora._transform import weight_problems
@@ -165,16 +165,20 @@ def merge(adapted: Any) -> Any:
     named = require_adapted(adapted, "merge")
     fail(p for path, leaf in named for p in weight_problems(path, leaf))
 
-    def plain(leaf: Any) -> Any:
+    def plain(path: str, leaf: Any) -> Any:
         if isinstance(leaf, Trained):
             return leaf.value
         if not isinstance(leaf, LoraWeight):
             return leaf
         if isinstance(leaf.base, jax.ShapeDtypeStruct):
             return leaf.base
-        return materialize(leaf)
+        try:
+            return materialize(leaf)
+        except Unfactorable as reason:
+            raise LoraError(f"merge: '{path}': {reason}. Ship the adapter.") from None
 
-    return _on_nodes(plain, adapted)
+    _, treedef = named_leaves(adapted)
+    return treedef.unflatten([plain(path, leaf) for path, leaf in named])
 
 
 def with_dropout(adapted: Any, key: Any) -> Any:

@@ -12,7 +12,7 @@ from flora._choice import form_problems
 from flora._errors import LoraTypeError, fail
 from flora._select import Matcher, Pattern, check_pattern
 from flora._trace import is_array
-from flora._weight import Layout, is_fallback
+from flora._weight import Layout, Variant, is_fallback
 from flora.initializers import Initializer, gaussian
 
 _GAUSSIAN = gaussian()  # one function object, so that drawing compiles once
@@ -51,6 +51,8 @@ class LoraConfig:
         do not apply (dropout, lookups, convolutions, inside shard_map) the product is
         direct too.
       form_pattern: `{pattern: form}`, for leaves that need another.
+      variant: what is made of A and B, one of `flora.variants` or your own; `None` is
+        LoRA.
 
     Raises:
       LoraError: a value is out of its range.
@@ -78,6 +80,7 @@ class LoraConfig:
     fallback: str = "error"
     form: str = "auto"
     form_pattern: Mapping[Matcher, str] = dataclasses.field(default_factory=dict)
+    variant: Variant | None = None
 
     def __post_init__(self) -> None:
         for name in ("target", "exclude", "train"):
@@ -126,6 +129,7 @@ class LoraConfig:
         found += form_problems("form", self.form)
         for pattern, form in self.form_pattern.items():
             found += form_problems(f"form_pattern[{pattern!r}]", form)
+        found += _variant_problems(self.variant)
         if not callable(self.init):
             found.append(
                 f"init={self.init!r}. Write one of flora.initializers, such as "
@@ -137,6 +141,19 @@ class LoraConfig:
                 "jnp.float32."
             )
         return found
+
+
+def _variant_problems(variant: Any) -> list[str]:
+    missing = [
+        name for name in ("frozen", "start", "product") if not hasattr(variant, name)
+    ]
+    if variant is None or not (missing or isinstance(variant, type)):
+        return []
+    shown = variant.__name__ if isinstance(variant, type) else repr(variant)
+    return [
+        f"variant={shown}. Write a value with `frozen`, `start` and `product`, such as "
+        "flora.variants.DoRA()."
+    ]
 
 
 def _is_floating_dtype(dtype: Any) -> bool:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._errors import Unfactorable
-from flora._weight import LoraWeight
+from flora._weight import LoraWeight, product_of
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -67,6 +67,7 @@ class Site:
       dropout: the rate.
       fallback: 'error' or 'materialize'.
       form: one of `_choice.FORMS`.
+      between: what happens to x A before it meets B; `None` for nothing.
     """
 
     origins: tuple[Origin, ...] = dataclasses.field(compare=False)
@@ -74,6 +75,7 @@ class Site:
     dropout: float = 0.0
     fallback: str = "error"
     form: str = "auto"
+    between: Callable[[Any], Any] | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -94,7 +96,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Factored:
-    """W + scale A B inside the interpreter.
+    """(W + scale A B) ⊙ columns inside the interpreter.
 
     Attributes:
       base: W; `None` for a pure A B.
@@ -106,6 +108,8 @@ class Factored:
       chosen: axes of the stored weight of which indices chose rows; such a value can
         pass for activations.
       summed: whether axes were summed away; such a value is small and can be formed.
+      columns: a factor for each output, `[*stack, *out]`, or `None`.  It stays apart:
+        products are scaled, not W, so that its gradient needs no dense dW.
     """
 
     base: Any
@@ -116,6 +120,7 @@ class Factored:
     site: Site
     chosen: tuple[int, ...] = ()
     summed: bool = False
+    columns: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -129,7 +134,7 @@ class Factored:
 
 jax.tree_util.register_dataclass(
     Factored,
-    data_fields=["base", "a", "b", "key"],
+    data_fields=["base", "a", "b", "key", "columns"],
     meta_fields=["axes", "site", "chosen", "summed"],
 )
 
@@ -157,15 +162,23 @@ def is_lazy(x: Any) -> bool:
 
 def from_weight(weight: LoraWeight, path: str) -> Factored:
     """The interpreter's view of an adapted leaf."""
+    product = product_of(weight)
     axes = tuple(
         (Dim((i,), size, weight.layout.role(i)),)
         for i, size in enumerate(weight.base.shape)
     )
     site = Site(
-        (Origin(path),), weight.scale, weight.dropout, weight.fallback, weight.form
+        (Origin(path),),
+        weight.scale,
+        weight.dropout,
+        weight.fallback,
+        weight.form,
+        product.between,
     )
     key = weight.key if weight.dropout else None
-    return Factored(weight.base, weight.a, weight.b, key, axes, site)
+    return Factored(
+        weight.base, product.a, product.b, key, axes, site, columns=product.columns
+    )
 
 
 def undiscovered(base: Any, path: str, fallback: str = "error") -> Factored:
@@ -187,6 +200,7 @@ def relayout(w: Factored, base: Any, axes: Sequence[tuple[Dim, ...]]) -> Factore
         a=lax.reshape(w.a, (*stack, *in_, rank)),
         b=lax.reshape(w.b, (*stack, rank, *out)),
         key=None if w.key is None else w.key.reshape(stack),
+        columns=None if w.columns is None else lax.reshape(w.columns, (*stack, *out)),
     )
 
 
@@ -233,6 +247,7 @@ def flattened(w: Factored, at: Iterable[int] | None = None) -> Factored:
         a=lax.transpose(w.a, [*a, len(a)]),
         b=lax.transpose(w.b, [*b[:n], n, *(i + 1 for i in b[n:])]),
         key=None if w.key is None else w.key.transpose(stack),
+        columns=None if w.columns is None else lax.transpose(w.columns, b),
     )
     return relayout(merged, w.base, axes)
 
@@ -253,6 +268,7 @@ def _renumbered(site: Site, renamed: Mapping[int, tuple[int, ...]]) -> Site:
 
 def swapped(w: Factored) -> Factored:
     """The same weight with in and out, and so A and B, called the other way round."""
+    require_no_columns(w, "in and out axes that change places")
     role = {"in": "out", "out": "in"}
     axes = tuple(
         tuple(dataclasses.replace(d, role=role.get(d.role, d.role)) for d in axis)
@@ -292,7 +308,16 @@ def grown(w: Factored, base: Any, axis: int, dim: Dim) -> Factored:
     key = w.key
     if key is not None:
         key = jnp.broadcast_to(key.reshape(-1)[0], [d.size for d in stack])
-    return dataclasses.replace(new, a=a, b=b, key=key)
+    columns = w.columns
+    if columns is not None:
+        columns = repeat(columns, [*stack, *out], columns.ndim + 1)
+    return dataclasses.replace(new, a=a, b=b, key=key, columns=columns)
+
+
+def require_no_columns(w: Factored, what: str) -> None:
+    """Raises where a rule cannot keep the factors of the outputs apart."""
+    if w.columns is not None:
+        raise Unfactorable(f"{what}, of a weight whose columns are scaled")
 
 
 def per_dim(
@@ -310,7 +335,10 @@ def per_dim(
     after_rank = {len(stack) + 1 + i: d for i, d in enumerate(out)}
     a = fn(w.a, dict(enumerate([*stack, *in_])))
     b = fn(w.b, dict(enumerate(stack)) | after_rank)
-    return dataclasses.replace(new, a=a, b=b, key=key)
+    columns = w.columns
+    if columns is not None:
+        columns = fn(columns, dict(enumerate([*stack, *out])))
+    return dataclasses.replace(new, a=a, b=b, key=key, columns=columns)
 
 
 def sole_dim(w: Factored, axis: int) -> Dim:

@@ -6,7 +6,7 @@ the result nor needed later.  The order of the two thin products follows from si
 
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from flora._errors import Unfactorable
+from flora._errors import LoraError, Unfactorable
 from flora._factored import Factored, relayout, split_axes
-from flora._views import Views, views
+from flora._views import RANK, Views, views
 from flora._weight import opened
 
 Labels = Sequence[Hashable]
@@ -139,14 +139,33 @@ def low_rank_product(
         x = dataclasses.replace(x, array=x.array.astype(thin))
     a = Labelled(w_views.a, w_views.a_labels)
     b = Labelled(w_views.b, w_views.b_labels)
-    first, second = min(((a, b), (b, a)), key=lambda pair: _cost(x, pair, out))
+    orders = ((a, b), (b, a))
+    if w.site.between is not None:  # the rank stands between: x first, whatever it costs
+        orders = tuple(o for o in orders if _meets(x, *o)) or orders
+    first, second = min(orders, key=lambda pair: _cost(x, pair, out))
     wide = jnp.promote_types(second.array.dtype, thin)
     scaled = widened(second.array.astype(wide)) * w.site.scale
     first = dataclasses.replace(first, array=first.array.astype(thin))
     second = dataclasses.replace(second, array=scaled.astype(thin))
     z_labels = _kept(x.labels, first.labels, {*second.labels, *out})
     z = contract(x, first, z_labels, precision=precision)
+    if w.site.between is not None:
+        z = dataclasses.replace(z, array=between_factors(w, z.array, z.labels))
     return contract(z, second, out, precision=precision, dtype=dtype).array
+
+
+def _meets(x: Labelled, first: Labelled, second: Labelled) -> bool:
+    """Whether x shares an axis with one factor that the other does not have."""
+    own = {*first.labels} - {*second.labels}
+    return any(label in own for label in x.labels)
+
+
+def between_factors(w: Factored, z: Any, labels: Labels) -> Any:
+    """What the variant makes of z = x A, whose rank comes last for it."""
+    if w.site.between is None:
+        return z
+    at = list(labels).index(RANK)
+    return jnp.moveaxis(w.site.between(jnp.moveaxis(z, at, -1)), -1, at)
 
 
 def _kept(u: Labels, v: Labels, needed: set[Hashable]) -> Labels:
@@ -186,11 +205,65 @@ def materialized(w: Factored) -> Any:
     dtype = jnp.float32 if base is None else jnp.promote_types(base.dtype, jnp.float32)
     a = Labelled(seen.a.astype(dtype), seen.a_labels)
     b = Labelled(seen.b.astype(dtype), seen.b_labels)
+    if w.site.between is not None:
+        raise LoraError(
+            f"'{w.site.path}' would have to be formed, and its variant puts a function "
+            "between A and B. Exclude it, or choose another variant."
+        )
     change = contract(a, b, out, precision=lax.Precision.HIGHEST).array
     change = lax.reshape(change, w.shape) * jnp.asarray(w.site.scale, dtype)
-    if base is None:
-        return change
-    return (base.astype(dtype) + change).astype(base.dtype)
+    whole = change if base is None else base.astype(dtype) + change
+    whole = on_columns(whole, seen, [run for runs in seen.segments for run in runs])
+    return whole if base is None else whole.astype(base.dtype)
+
+
+def on_columns(y: Any, v: Views, out: Sequence[tuple[Hashable, int]]) -> Any:
+    """Y ⊙ columns; `out` has label and size of each axis that y's axes are made of.
+
+    Both passes multiply in float32 or wider, and y is saved in its own dtype.
+    """
+    if v.columns is None:
+        return y
+    labels = [label for label, _ in out]
+    if not {*v.column_labels} <= {*labels}:
+        raise Unfactorable("scaled columns along axes that the result does not have")
+    held = [n for n in labels if n in v.column_labels]
+    columns = lax.transpose(v.columns, [v.column_labels.index(n) for n in held])
+    columns = lax.expand_dims(
+        columns, [i for i, n in enumerate(labels) if n not in held]
+    )
+
+    def times(y: Any, columns: Any) -> Any:
+        wide = jnp.result_type(y.dtype, columns.dtype, jnp.float32)
+        return (y.astype(wide) * columns.astype(wide)).astype(y.dtype)
+
+    apart = lax.reshape(y, [size for _, size in out])
+    scaled = jax.checkpoint(times, prevent_cse=False)(apart, columns)
+    return lax.reshape(scaled, y.shape)
+
+
+def with_columns(
+    w: Factored,
+    x: Any,
+    salt: int,
+    run: Callable[[Factored, Any], Any],
+    out: Sequence[tuple[Hashable, int]],
+    v: Views | None = None,
+) -> Any:
+    """(x (W + scale A B)) ⊙ columns, for a linear `run(weight, x)`.
+
+    Dropout acts on what adapting changes: x W keeps the x that was dropped.
+
+    References: Liu et al. 2024 (DoRA), section 4.3 and its implementation in PEFT.
+      https://arxiv.org/abs/2402.09353
+    """
+    dropped = drop(x, w, salt)
+    plain = dataclasses.replace(w, columns=None, key=None)
+    y = on_columns(run(plain, dropped), v or views(w, "w"), out)
+    if dropped is x or w.base is None:
+        return y
+    frozen = dataclasses.replace(plain, a=None, b=None)
+    return y + run(frozen, x.astype(dropped.dtype) - dropped).astype(y.dtype)
 
 
 def drop(x: Any, w: Factored, salt: int) -> Any:

@@ -1,5 +1,6 @@
 """`init`: from a plain tree to an adapted one."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +19,7 @@ from flora._keys import consumed, path_salt, require_key
 from flora._placement import mesh_of, spec_of, specs
 from flora._select import matches, named_leaves, nothing_selected
 from flora._trace import is_array, stage
-from flora._transform import returned_raw
+from flora._transform import returned_raw, weight_problems
 from flora._weight import Layout, LoraWeight, Trained, abstract, is_node, is_stored
 
 Named = list[tuple[str, Any]]
@@ -96,7 +97,7 @@ def init(
             return leaf
         alpha = _pick(config.alpha_pattern, config.alpha, path, leaf)
         a, b = _draw(root, config, path, leaf, layouts[path], ranks[path])
-        return LoraWeight(
+        weight = LoraWeight(
             leaf,
             a,
             b,
@@ -107,7 +108,9 @@ def init(
             dropout=float(config.dropout),
             fallback=config.fallback,
             form=_pick(config.form_pattern, config.form, path, leaf),
+            variant=config.variant,
         )
+        return weight if config.variant is None else _started(root, path, weight)
 
     return treedef.unflatten([adapt(path, leaf) for path, leaf in named])
 
@@ -256,6 +259,23 @@ def _rank_problems(
                 f"{ranks[path]} is above {min(in_, out)}. Lower rank, exclude it, or "
                 f"write rank_pattern={{'{path}': {min(in_, out)}}}."
             )
+
+
+def _started(root: Any, path: str, weight: LoraWeight) -> LoraWeight:
+    """The weight as its variant starts it; abstract where it is abstract."""
+    variant: Any = weight.variant
+    salt = path_salt(f"variant of {path}")
+
+    def start(root: Any, weight: LoraWeight) -> LoraWeight:
+        return variant.start(jax.random.fold_in(root, salt), weight)
+
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((root, weight))):
+        made = jax.eval_shape(start, root, weight)
+        made = dataclasses.replace(made, base=weight.base, a=weight.a, b=weight.b)
+    else:
+        made = start(root, weight)
+    fail(weight_problems(path, made))
+    return made
 
 
 def _draw(

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from flora._weight import Layout, is_stored
+from flora._weight import Layout, LoraWeight, is_stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,23 @@ def specs(layout: Layout, base: Spec, ndim: int, rank: str | None = None) -> Spe
         Spec(*stack, free((*stack, *out)), *out),
         Spec(*stack),
     )
+
+
+def spec_of_extra(found: Specs, w: LoraWeight, shape: Sequence[int]) -> Spec:
+    """That of what a variant has besides A and B, by its shape.
+
+    What has one element for each output, `[*stack, *out]`, or for each input,
+    `[*stack, *in]`, lies as B and A do without their rank; all else that starts with the
+    stack axes is divided along these alone.
+    """
+    stack = len(w.layout.stack)
+    a, b = tuple(w.a.shape), tuple(w.b.shape)
+    if tuple(shape) == (*b[:stack], *b[stack + 1 :]):
+        rest = tuple(found.b)[stack + 1 :]
+        return Spec(*tuple(found.b)[:stack], *rest)
+    if tuple(shape) == a[:-1]:
+        return Spec(*tuple(found.a)[: len(a) - 1])
+    return Spec(*tuple(found.key)[:stack]) if tuple(shape[:stack]) == a[:stack] else Spec()
 
 
 def names(entries: Any) -> list[str]:

@@ -28,7 +28,7 @@ def base_leaves(adapted: Any, also: Pattern) -> dict[str, Any]:
 
 
 def items_of(adapted: Any, state: Any, also: Pattern) -> dict[str, dict[str, Any]]:
-    """`{'a': {path: A}, 'b': ..., 'whole': ..., 'state': ...}`."""
+    """`{'a': {path: A}, 'b': ..., 'extra': ..., 'whole': ..., 'state': ...}`."""
     named, _ = named_leaves(adapted)
     fail(same_names([path for path, _ in named]))
     lora = {path: x for path, x in named if isinstance(x, LoraWeight)}
@@ -36,6 +36,11 @@ def items_of(adapted: Any, state: Any, also: Pattern) -> dict[str, dict[str, Any
     items = {
         "a": {path: x.a for path, x in lora.items()},
         "b": {path: x.b for path, x in lora.items()},
+        "extra": {
+            f"{path}/{name}": part
+            for path, x in lora.items()
+            for name, part in (x.extra or {}).items()
+        },
         "whole": {path: x for path, x in whole.items() if x is not None},
     }
     if state is not None:
@@ -65,6 +70,9 @@ def leaf_records(adapted: Any, also: Pattern) -> dict[str, dict[str, Any]]:
                 "a": describe(x.a),
                 "b": describe(x.b),
             }
+            if x.variant is not None:
+                extra = {name: describe(part) for name, part in (x.extra or {}).items()}
+                records[path] |= {"variant": repr(x.variant), "extra": extra}
         elif isinstance(x, Trained):
             records[path] = {"trained": describe(x.value)}
         elif matches(also, path, x):
@@ -85,7 +93,8 @@ def filled(
 
     def fill(path: str, x: Any) -> Any:
         if isinstance(x, LoraWeight):
-            return dataclasses.replace(x, a=a[path], b=b[path], key=None)
+            extra = x.extra and {k: arrays["extra"][f"{path}/{k}"] for k in x.extra}
+            return dataclasses.replace(x, a=a[path], b=b[path], key=None, extra=extra)
         if isinstance(x, Trained):
             return Trained(whole[path])
         return whole.get(path, x)
@@ -141,6 +150,8 @@ def _remedy(path: str, old: dict, new: dict, differ: list[str]) -> str:
         settings.append(f"rank_stabilized={old['rank_stabilized']}")
     if "layout" in differ:
         settings.append(f"layouts={{'{path}': flora.Layout({_axes(old['layout'])})}}")
+    if "variant" in differ:
+        settings.append(f"variant={old.get('variant')}")
     dtype, other = (r["a"].partition("[")[0] for r in (old, new))
     if dtype != other:
         settings.append(f"dtype='{dtype}'")

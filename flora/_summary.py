@@ -13,7 +13,7 @@ from flora._fingerprint import bits_of
 from flora._select import named_leaves
 from flora._tables import plain_text, table
 from flora._trace import is_array
-from flora._weight import Layout, LoraWeight, Trained, is_stored
+from flora._weight import Layout, LoraWeight, Trained, is_stored, trained_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +131,10 @@ def summary(tree: Any) -> Summary:
 def _summarize(path: str, leaf: Any) -> LeafSummary:
     if isinstance(leaf, LoraWeight):
         shape, dtype = _shape_dtype(leaf.base)
-        factors = [_shape_dtype(leaf.a), _shape_dtype(leaf.b)]
+        held = [_shape_dtype(x) for x in (leaf.a, leaf.b, *(leaf.extra or {}).values())]
+        factors = [_shape_dtype(x) for x in trained_parts(leaf).values()]
         trained = sum(math.prod(s) for s, _ in factors)
+        held_bytes = sum(math.prod(s) * _itemsize(d) for s, d in held)
         trained_bytes = sum(math.prod(s) * _itemsize(d) for s, d in factors)
         size = math.prod(shape) if leaf.base is not None else 0
         return LeafSummary(
@@ -145,7 +147,7 @@ def _summarize(path: str, leaf: Any) -> LeafSummary:
             leaf.alpha,
             size,
             trained,
-            _bytes(leaf.base) + trained_bytes,
+            _bytes(leaf.base) + held_bytes,
             trained_bytes,
         )
     role, value = (

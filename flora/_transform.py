@@ -24,6 +24,8 @@ from flora._weight import (
     is_leaf,
     is_node,
     is_stored,
+    on_parts,
+    trained_parts,
 )
 
 
@@ -110,6 +112,8 @@ def _value(path: str, leaf: Any, fallback: str | None, form: str | None) -> Any:
     if isinstance(leaf, Trained):
         return leaf.value
     if isinstance(leaf, LoraWeight):
+        trained = trained_parts(leaf)
+        leaf = on_parts(lambda name, x: x if name in trained else lax.stop_gradient(x), leaf)
         leaf = dataclasses.replace(
             leaf,
             base=lax.stop_gradient(leaf.base),
@@ -163,6 +167,11 @@ def weight_problems(path: str, leaf: Any) -> list[str]:
         return [
             f"'{path}' has shape {base}, but its layout is for {len(axes)} axes "
             f"({leaf.layout}). Pass the tree with the shapes that flora.init saw."
+        ]
+    if leaf.extra is not None and not isinstance(leaf.extra, dict):
+        return [
+            f"'{path}' has extra={leaf.extra!r}; expected a dict of arrays by name, or "
+            "None. A variant's start returns dataclasses.replace(weight, extra={...})."
         ]
     wanted = leaf.layout.factor_shapes(base, leaf.rank)
     if (a, b) != wanted:

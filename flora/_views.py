@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
 from flora._factored import Dim, Factored
@@ -18,6 +19,7 @@ class Views:
       a_labels, b_labels: one label an axis; the rank's label is `RANK`.
       segments: for each axis of W its `(label, size)`s; more than one where the axis
         mixes roles.
+      columns: the factors of the outputs, if W has any, labelled as B without its rank.
     """
 
     a: Any
@@ -25,6 +27,11 @@ class Views:
     a_labels: tuple[Any, ...]
     b_labels: tuple[Any, ...]
     segments: tuple[tuple[tuple[Any, int], ...], ...]
+    columns: Any = None
+
+    @property
+    def column_labels(self) -> tuple[Any, ...]:
+        return tuple(label for label in self.b_labels if label != RANK)
 
 
 RANK = "rank"
@@ -65,4 +72,9 @@ def views(w: Factored, name: Any) -> Views:
         tuple((label, math.prod(d.size for d in dims)) for label, _, dims in runs)
         for runs in segments
     )
-    return Views(a, b, a_labels, b_labels, shown)
+    columns = w.columns
+    if columns is not None:
+        at = len(w.dims("stack"))
+        columns, labels = view(jnp.expand_dims(columns, at), "stack", "out", at)
+        columns = lax.squeeze(columns, (labels.index(RANK),))
+    return Views(a, b, a_labels, b_labels, shown, columns)

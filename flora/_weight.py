@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._errors import LoraTypeError
+from flora._errors import LoraTypeError, Unfactorable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,43 @@ class Layout:
         return " ".join(f"{n}={','.join(map(str, a))}" for n, a in named if a)
 
 
+class Product(NamedTuple):
+    """What a variant makes of a weight: (W + scale a b) ⊙ columns.
+
+    Attributes:
+      a: `[*stack, *in, rank]`.
+      b: `[*stack, rank, *out]`.
+      columns: a factor for each output, `[*stack, *out]`, or `None`.
+      between: a function of x A, `[..., rank]`, before it meets B, or `None`.  A weight
+        that has one cannot be merged.
+    """
+
+    a: Any
+    b: Any
+    columns: Any = None
+    between: Callable[[Any], Any] | None = None
+
+
+class Variant(Protocol):
+    """How factors start and what product they make: two functions and a tuple.
+
+    Any frozen dataclass with these three will do; see `flora.variants`.
+    """
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """What does not train: 'a', 'b', names in `extra`."""
+        ...
+
+    def start(self, key: Any, weight: "LoraWeight") -> "LoraWeight":
+        """The weight with what it needs in `extra`; `a` and `b` are drawn already."""
+        ...
+
+    def product(self, weight: "LoraWeight") -> Product:
+        """The factors at hand, differentiable by what trains.  It sees no base gradient."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraWeight:
     """A frozen weight and its low-rank factors: W + scale A B.
@@ -78,6 +115,7 @@ class LoraWeight:
       a: A, `[*stack, *in, rank]`.
       b: B, `[*stack, rank, *out]`.
       key: dropout keys `[*stack]` of one step, or `None`.
+      extra: `{name: array}` of what a variant has besides A and B, or `None`.
       layout: the roles of W's axes.
       rank: the rank of A B.
       alpha: the numerator of the scale.
@@ -85,6 +123,7 @@ class LoraWeight:
       dropout: dropout rate on the input of the low-rank path.
       fallback: 'error' or 'materialize', for uses that have no factored rule.
       form: how its products are computed, see `LoraConfig.form`.
+      variant: what is made of A, B and `extra`, see `flora.variants`; `None` for LoRA.
 
     References: Hu et al. 2021, eq. 3. https://arxiv.org/abs/2106.09685
       Kalajdzievski 2023 (rank-stabilized). https://arxiv.org/abs/2312.03732
@@ -94,6 +133,7 @@ class LoraWeight:
     a: Any
     b: Any
     key: Any = None
+    extra: Any = None
     layout: Layout = Layout()
     rank: int = 1
     alpha: float = 1.0
@@ -101,6 +141,7 @@ class LoraWeight:
     dropout: float = 0.0
     fallback: str = "error"
     form: str = "auto"
+    variant: Variant | None = None
 
     @property
     def scale(self) -> float:
@@ -113,7 +154,8 @@ class LoraWeight:
         base = "adapter" if self.base is None else _shown(self.base)
         known = isinstance(self.rank, int) and isinstance(self.alpha, int | float)
         scale = f"scale={self.scale:g}" if known else f"alpha={self.alpha}"
-        return f"LoraWeight({base}, {self.layout}, rank={self.rank}, {scale})"
+        variant = "" if self.variant is None else f", {self.variant!r}"
+        return f"LoraWeight({base}, {self.layout}, rank={self.rank}, {scale}{variant})"
 
     def __jax_array__(self) -> Any:
         raise LoraTypeError(
@@ -132,7 +174,7 @@ def _shown(x: Any) -> str:
 
 jax.tree_util.register_dataclass(
     LoraWeight,
-    data_fields=["base", "a", "b", "key"],
+    data_fields=["base", "a", "b", "key", "extra"],
     meta_fields=[
         "layout",
         "rank",
@@ -141,6 +183,7 @@ jax.tree_util.register_dataclass(
         "dropout",
         "fallback",
         "form",
+        "variant",
     ],
 )
 
@@ -247,21 +290,78 @@ def compute_dtype(*dtypes: Any) -> Any:
     )
 
 
+def product_of(weight: LoraWeight) -> Product:
+    """The factors that the weight's variant makes; A and B themselves for LoRA."""
+    if weight.variant is None:
+        return Product(weight.a, weight.b)
+    return weight.variant.product(weight)
+
+
+def parts_of(weight: LoraWeight) -> dict[str, Any]:
+    """What an adapter holds of a weight: A, B and `extra`, by name."""
+    return {"a": weight.a, "b": weight.b, **(weight.extra or {})}
+
+
+def trained_parts(weight: LoraWeight) -> dict[str, Any]:
+    """All parts but what the variant freezes."""
+    frozen = weight.variant.frozen if weight.variant else ()
+    return {name: x for name, x in parts_of(weight).items() if name not in frozen}
+
+
+def on_parts(fn: Callable[[str, Any], Any], weight: LoraWeight) -> LoraWeight:
+    """The weight with `fn(name, part)` in the place of A, B and each of `extra`."""
+    extra = weight.extra and {name: fn(name, x) for name, x in weight.extra.items()}
+    return dataclasses.replace(
+        weight, a=fn("a", weight.a), b=fn("b", weight.b), extra=extra
+    )
+
+
 def delta(weight: LoraWeight) -> jax.Array:
-    """Scale A B in W's shape, in float32 or wider."""
-    layout, shape = weight.layout, weight.base.shape
-    stack, in_, out = (math.prod(s) for s in layout.sizes(shape))
-    dtype = compute_dtype(weight.a.dtype, weight.b.dtype, weight.base.dtype)
-    a = weight.a.astype(dtype).reshape(stack, in_, -1)
-    b = weight.b.astype(dtype).reshape(stack, -1, out)
-    dims = (((2,), (1,)), ((0,), (0,)))
-    ab = lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST)
-    order = (*layout.stack, *layout.in_, *layout.out)
-    ab = ab.reshape([shape[i] for i in order])
-    return weight.scale * ab.transpose([order.index(i) for i in range(len(shape))])
+    """W_eff - W in W's shape, in float32 or wider: scale A B for plain LoRA."""
+    product = product_of(weight)
+    change = _low_rank(weight, product)
+    if product.columns is None:
+        return change
+    base = opened(weight.base).astype(change.dtype)
+    return (base + change) * _spread(weight, product, change.dtype) - base
 
 
 def materialize(weight: LoraWeight) -> jax.Array:
-    """W + scale A B, summed in float32 or wider and rounded once to W's dtype."""
-    change, base = delta(weight), opened(weight.base)
-    return (base.astype(change.dtype) + change).astype(base.dtype)
+    """(W + scale A B) ⊙ columns, in float32 or wider, rounded once to W's dtype."""
+    product = product_of(weight)
+    change, base = _low_rank(weight, product), opened(weight.base)
+    whole = base.astype(change.dtype) + change
+    if product.columns is not None:
+        whole = whole * _spread(weight, product, change.dtype)
+    return whole.astype(base.dtype)
+
+
+def _low_rank(weight: LoraWeight, product: Product) -> jax.Array:
+    """Scale A B in W's shape, in float32 or wider."""
+    if product.between is not None:
+        raise Unfactorable(
+            f"{weight.variant!r} puts a function between A and B: no sum with W is that"
+        )
+    layout, shape = weight.layout, weight.base.shape
+    stack, in_, out = (math.prod(s) for s in layout.sizes(shape))
+    a, b = product.a, product.b
+    dtype = compute_dtype(a.dtype, b.dtype, weight.base.dtype)
+    a = a.astype(dtype).reshape(stack, in_, -1)
+    b = b.astype(dtype).reshape(stack, -1, out)
+    dims = (((2,), (1,)), ((0,), (0,)))
+    ab = lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST)
+    return weight.scale * in_place(ab, layout, shape)
+
+
+def _spread(weight: LoraWeight, product: Product, dtype: Any) -> jax.Array:
+    """A factor for each output, as an array that W's shape broadcasts with."""
+    layout, shape = weight.layout, weight.base.shape
+    ones = tuple(1 if i in layout.in_ else n for i, n in enumerate(shape))
+    return in_place(product.columns.astype(dtype), layout, ones)
+
+
+def in_place(x: jax.Array, layout: Layout, shape: tuple[int, ...]) -> jax.Array:
+    """An array in the order `[*stack, *in, *out]` with its axes where W has them."""
+    order = (*layout.stack, *layout.in_, *layout.out)
+    x = x.reshape([shape[i] for i in order])
+    return x.transpose([order.index(i) for i in range(len(shape))])

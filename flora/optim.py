@@ -13,7 +13,14 @@ from flora._adapt import join, require_adapted, split
 from flora._errors import LoraError, LoraTypeError, fail
 from flora._select import named_leaves
 from flora._trace import is_array
-from flora._weight import LoraWeight, Trained, is_node
+from flora._weight import (
+    LoraWeight,
+    Trained,
+    is_node,
+    on_parts,
+    parts_of,
+    trained_parts,
+)
 
 
 def mask(adapted: Any) -> Any:
@@ -37,11 +44,11 @@ def mask(adapted: Any) -> Any:
 def _labels(tree: Any, train: Any, freeze: Any) -> Any:
     def label(leaf: Any) -> Any:
         if isinstance(leaf, LoraWeight):
+            trained = trained_parts(leaf)
+            leaf = on_parts(lambda name, _: train if name in trained else freeze, leaf)
             return dataclasses.replace(
                 leaf,
                 base=None if leaf.base is None else freeze,
-                a=train,
-                b=train,
                 key=None if leaf.key is None else freeze,
             )
         return Trained(train) if isinstance(leaf, Trained) else freeze
@@ -91,7 +98,7 @@ def _whole(grads: Any, params: Any) -> Any:
 
     def fill(leaf: Any, g: Any) -> Any:
         if isinstance(leaf, LoraWeight) and isinstance(g, LoraWeight):
-            return dataclasses.replace(leaf, a=g.a, b=g.b)
+            return dataclasses.replace(leaf, a=g.a, b=g.b, extra=g.extra)
         return leaf if g is None else g
 
     try:
@@ -174,7 +181,7 @@ def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
 
 def _untrainable(path: str, leaf: Any) -> list[str]:
     """What keeps a leaf of an adapter from being differentiated."""
-    values = [leaf.a, leaf.b] if isinstance(leaf, LoraWeight) else [leaf.value]
+    values = [leaf.value] if isinstance(leaf, Trained) else [*parts_of(leaf).values()]
     floating = [is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact) for x in values]
     if all(floating):
         return []

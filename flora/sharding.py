@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from flora._errors import LoraError, fail
-from flora._placement import names, spec_of, spec_problems, specs
+from flora._placement import names, spec_of, spec_of_extra, spec_problems, specs
 from flora._select import named_leaves, path_of
 from flora._weight import LoraWeight, Trained, base_of, is_leaf, is_stored
 
@@ -218,16 +218,21 @@ def _parts(
     layout = leaf.layout
     ndim = len((*layout.stack, *layout.in_, *layout.out))
     found = specs(layout, spec, ndim, rank)
-    if leaf.base is None and spec is NOTHING:  # an adapter lies where it lies
+    alone = leaf.base is None and spec is NOTHING
+    if alone:  # an adapter lies where it lies
         own = {x: spec_of(getattr(leaf, x)) or Spec() for x in ("a", "b")}
         found = dataclasses.replace(found, **own)
     called = {"base": f"'{path}'", "a": f"a of '{path}'", "b": f"b of '{path}'"}
     called["key"] = f"key of '{path}'"
-    return {
+    parts = {
         name: (what, getattr(leaf, name), getattr(found, name))
         for name, what in called.items()
         if getattr(leaf, name) is not None
     }
+    for name, x in (leaf.extra or {}).items():
+        own = spec_of(x) or Spec() if alone else spec_of_extra(found, leaf, x.shape)
+        parts[f"extra {name}"] = (f"{name} of '{path}'", x, own)
+    return parts
 
 
 def _where(mesh: Any, x: Any, spec: Spec) -> Any:
@@ -249,5 +254,7 @@ def _where(mesh: Any, x: Any, spec: Spec) -> Any:
 
 def _in_place(leaf: Any, placed: dict[str, NamedSharding]) -> Any:
     if isinstance(leaf, LoraWeight):
-        return dataclasses.replace(leaf, **placed)
+        extra = {k.removeprefix("extra "): v for k, v in placed.items() if " " in k}
+        parts = {k: v for k, v in placed.items() if " " not in k}
+        return dataclasses.replace(leaf, **parts, extra=extra or leaf.extra)
     return Trained(placed[""]) if isinstance(leaf, Trained) else placed[""]

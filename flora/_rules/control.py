@@ -210,7 +210,8 @@ def _as_weight(x: Any, like: Factored) -> Factored:
         return x
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (like.a, like.b))
     base = None if like.base is None else x
-    return dataclasses.replace(like, base=base, a=zero[0], b=zero[1])
+    columns = None if like.columns is None else jnp.ones_like(like.columns)
+    return dataclasses.replace(like, base=base, a=zero[0], b=zero[1], columns=columns)
 
 
 def _loop_invariant(
@@ -258,6 +259,7 @@ def _scanned(ctx: Context, eqn: Any, w: Any) -> tuple[Any, Callable[[Any], Any]]
             ("a", ("stack", "in")),
             ("b", ("stack", "out")),
             ("key", ("stack",)),
+            ("columns", ("stack", "out")),
         )
         if dim in w.dims(*roles) and getattr(w, name) is not None
     }

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as Spec
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
 from flora._factored import Factored
-from flora._forms import Labelled, compute_dtype_of, drop
+from flora._forms import Labelled, compute_dtype_of, drop, with_columns
 from flora._views import RANK, views
 
 Named = Sequence[tuple[Hashable, int]]
@@ -30,11 +30,28 @@ def conv_general_dilated(ctx: Any, eqn: Any, x: Any, w: Any) -> list[Any]:
         raise Unfactorable("a weight as the input of a convolution")
     p, out = eqn.params, eqn.outvars[0].aval
     ctx.record(w, eqn, _roles(w, p))
+    if w.columns is not None:
+        return [_on_columns(ctx, eqn, x, w)]
     base = None if w.base is None else eval_eqn(eqn, [x, w.base])[0]
     if w.a is None:
         return [base]
     change = _change(eqn, drop(x, w, ctx.salt), w, out)
     return [change if base is None else base + change]
+
+
+def _on_columns(ctx: Any, eqn: Any, x: Any, w: Factored) -> Any:
+    """A convolution whose output channels are scaled."""
+    dn, result = eqn.params["dimension_numbers"], eqn.outvars[0].aval
+    features = [list(views(w, "w").segments[dn.rhs_spec[0]])]
+    apart = [[(("y", i), n)] for i, n in enumerate(result.shape)]
+    apart[dn.out_spec[1] : dn.out_spec[1] + 1] = features
+
+    def run(w: Factored, x: Any) -> Any:
+        x = x.astype(eqn.invars[0].aval.dtype)
+        return conv_general_dilated(ctx, eqn, x, w)[0]
+
+    out = [pair for axis in apart for pair in axis]
+    return with_columns(w, x, ctx.salt, run, out)
 
 
 def _roles(w: Factored, p: Any) -> set[tuple[int, str]]:
@@ -88,10 +105,20 @@ def _change(eqn: Any, x: Any, w: Factored, result: Any) -> Any:
     rank = [(RANK, w.a.shape[-1])]
     start = dataclasses.replace(kernel, out=[*both, *rank])
     z = _convolved(p, x.astype(dtype), first, start, as_first=True)
+    z = _between(w, z, p["dimension_numbers"].out_spec[1])
     z = z * jnp.asarray(w.site.scale, dtype)
     end = _Kernel(kernel.window, rank, [*groups, *both], rest)
     y = _convolved(p, z, second, end, as_first=False)
     return y.reshape(result.shape).astype(result.dtype)
+
+
+def _between(w: Factored, z: Any, features: int) -> Any:
+    """What the variant makes of x A, whose rank is the innermost part of the channels."""
+    if w.site.between is None:
+        return z
+    z = jnp.moveaxis(z, features, -1)
+    made = w.site.between(z.reshape(*z.shape[:-1], -1, w.a.shape[-1]))
+    return jnp.moveaxis(made.reshape(z.shape), -1, features)
 
 
 def _lead(axis: Named, factor: Labelled) -> Named:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from flora import _compat
 from flora._errors import Unfactorable
-from flora._factored import Factored
+from flora._factored import Factored, require_no_columns
 from flora._forms import Labelled, contract
 from flora._interpreter import Context, interpret, settle
 from flora._rules.control import keyed
@@ -27,6 +27,9 @@ def _computing(rule: Callable) -> Callable:
             return interpret(ctx, eqn.params["call_jaxpr"], args)
         if keyed(args):
             raise Unfactorable("dropout in a function with a derivative of its own")
+        for x in args:
+            if isinstance(x, Factored):
+                require_no_columns(x, "a function with a derivative of its own")
         return rule(ctx, eqn, *args)
 
     return run

@@ -18,6 +18,7 @@ from flora._choice import (
     target,
 )
 from flora._compat import eval_eqn, relative_scopes
+from flora._errors import Unfactorable
 from flora._factored import Factored
 from flora._forms import (
     Labelled,
@@ -26,6 +27,7 @@ from flora._forms import (
     low_rank_product,
     relabel,
     widened,
+    with_columns,
 )
 from flora._products import Plan, alike, products
 from flora._views import RANK, Views, views
@@ -61,6 +63,8 @@ def _product(ctx: Any, eqn: Any, lhs: Any, rhs: Any) -> Any:
         w, x, side = rhs, lhs, 1
     else:
         return eval_eqn(eqn, [lhs, rhs])[0]
+    if w.columns is not None:
+        return _on_columns(ctx, eqn, x, w, side)
     if w.a is not None and not isinstance(x, Factored):
         planned = _planned(eqn, x, w, side)
         if planned is not None:
@@ -72,6 +76,20 @@ def _product(ctx: Any, eqn: Any, lhs: Any, rhs: Any) -> Any:
         return base
     change = _change(eqn, _named(eqn, drop(x, w, ctx.salt), w, side), w)
     return change if base is None else base + change
+
+
+def _on_columns(ctx: Any, eqn: Any, x: Any, w: Factored, side: int) -> Any:
+    """A product whose columns are scaled."""
+    if isinstance(x, Factored):
+        raise Unfactorable("a product of two weights, of which one has scaled columns")
+    named = _named(eqn, x, w, side)
+
+    def run(w: Factored, x: Any) -> Any:
+        x = x.astype(eqn.invars[1 - side].aval.dtype)
+        return _product(ctx, eqn, *((w, x) if side == 0 else (x, w)))
+
+    out = [(label, named.sizes[label]) for label in named.out]
+    return with_columns(w, x, ctx.salt, run, out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +219,8 @@ def _planned(eqn: Any, x: Any, w: Factored, side: int) -> _Planned | None:
     out = eqn.outvars[0].aval
     # Dropout acts on the low-rank term alone.
     if w.base is None or w.key is not None or not may_differ(w.site.form):
+        return None
+    if w.columns is not None or w.site.between is not None:
         return None
     named = _named(eqn, x, w, side)
     ends, mesh = _ends(named), jax.sharding.get_abstract_mesh()

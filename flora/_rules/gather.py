@@ -10,7 +10,7 @@ from jax import lax
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
 from flora._factored import Dim, Factored
-from flora._forms import Labelled, contract, widened
+from flora._forms import Labelled, between_factors, contract, on_columns, widened
 from flora._views import RANK, views
 
 
@@ -27,7 +27,9 @@ def gather(ctx: Any, eqn: Any, w: Any, indices: Any) -> list[Any]:
     if _is_lookup(w, plan):
         roles = {i: "in" if i in plan.chosen else "out" for i in range(len(w.axes))}
         ctx.claim(w, eqn, roles)
-        return [base if w.a is None else _rows(eqn, w, base, indices, plan)]
+        if w.a is None:
+            return [base]
+        return [_on_columns(eqn, w, _rows(eqn, w, base, indices, plan), indices, plan)]
     ctx.claim(w, eqn, {i: "stack" for i in plan.chosen}, firm=False)
     return [_restack(ctx, eqn, w, base, indices, plan)]
 
@@ -77,6 +79,8 @@ def _rows(eqn: Any, w: Factored, base: Any, indices: Any, plan: _Plan) -> Any:
         raise Unfactorable("a lookup in an axis that joins several of the weight's")
     a = _gather_factor(eqn, v.a, v.a_labels, indices)
     b = _gather_factor(eqn, v.b, v.b_labels, indices)
+    if w.site.between is not None:
+        a = dataclasses.replace(a, array=between_factors(w, a.array, a.labels))
     present = {*a.labels, *b.labels}
     out = [label for label in plan.out if label in present]
     aval = eqn.outvars[0].aval
@@ -89,6 +93,17 @@ def _rows(eqn: Any, w: Factored, base: Any, indices: Any, plan: _Plan) -> Any:
         raise Unfactorable("a lookup that repeats the weight")
     y = contract(a, b, out).array.reshape(aval.shape)
     return y if base is None else base + y
+
+
+def _on_columns(eqn: Any, w: Factored, y: Any, indices: Any, plan: _Plan) -> Any:
+    """Rows whose columns are scaled."""
+    if w.columns is None:
+        return y
+    v, looked_up = views(w, "w"), {*plan.chosen, *plan.cut}
+    if any(label[1] in looked_up for label in v.column_labels):
+        got = _gather_factor(eqn, v.columns, v.column_labels, indices)
+        v = dataclasses.replace(v, columns=got.array, b_labels=tuple(got.labels))
+    return on_columns(y, v, list(zip(plan.out, y.shape, strict=True)))
 
 
 def _gather_factor(eqn: Any, array: Any, labels: Any, indices: Any) -> Labelled:
@@ -179,7 +194,11 @@ def _restack(
     if key is not None:
         key = jax.random.fold_in(key.reshape(-1)[0], ctx.salt)
         key = jnp.broadcast_to(key, [d.size for d in new.dims("stack")])
-    return dataclasses.replace(new, a=found[0], b=found[1], key=key)
+    columns = w.columns
+    if columns is not None:
+        got = _gather_factor(eqn, v.columns, v.column_labels, indices)
+        columns = _in_dims(got, dims_of, new.dims("stack", "out"))
+    return dataclasses.replace(new, a=found[0], b=found[1], key=key, columns=columns)
 
 
 def _in_dims(got: Labelled, dims_of: Any, wanted: list[Dim]) -> Any:

@@ -9,7 +9,15 @@ from jax import lax
 
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
-from flora._factored import Dim, Factored, Site, flattened, grown, swapped
+from flora._factored import (
+    Dim,
+    Factored,
+    Site,
+    flattened,
+    grown,
+    require_no_columns,
+    swapped,
+)
 from flora._forms import widened
 
 
@@ -52,6 +60,8 @@ def _sum(eqn: Any, x: Any, y: Any, sign: complex) -> Factored:
     """The sum x + sign y."""
     terms, shape = (x, y), eqn.outvars[0].aval.shape
     weights = [w for w in terms if isinstance(w, Factored)]
+    for w in weights:
+        require_no_columns(w, "a sum")
     _require_weights(weights, "sum")
     if len(weights) == 1 and weights[0].shape != shape:
         raise Unfactorable("a sum that repeats the weight")
@@ -185,11 +195,35 @@ def _concatenated(eqn: Any, at: int, parts: Sequence[Any]) -> Factored:
     )
     if like.a is None:
         return fused
+    if any(w.columns is not None for w in ready):
+        fused = dataclasses.replace(
+            fused, columns=_joined_columns(fused, whole, parts, ready)
+        )
     rest = iter(ready)
     shaped = _with_scaled_factors(
         [next(rest) if isinstance(x, Factored) else _zeros(x, like, at) for x in parts]
     )
     return _with_joined_factors(fused, whole, shaped)
+
+
+def _joined_columns(
+    fused: Factored, whole: Dim, parts: Sequence[Any], ready: Sequence[Factored]
+) -> Any:
+    """Scaled columns side by side; ones where a part has none."""
+    held = fused.dims("stack", "out")
+    if whole not in held:
+        raise Unfactorable("in axes joined, of weights whose columns are scaled")
+    at, rest, found = held.index(whole), iter(ready), []
+    for part in parts:
+        w = next(rest) if isinstance(part, Factored) else None
+        if w is None or w.columns is None:
+            like = next(x.columns for x in ready if x.columns is not None)
+            size = part.shape[fused.axes.index((whole,))]
+            shape = [*like.shape[:at], size, *like.shape[at + 1 :]]
+            found.append(jnp.ones(shape, like.dtype))
+        else:
+            found.append(w.columns)
+    return _concatenated_arrays(found, at)
 
 
 def _zeros(part: Any, like: Factored, at: int) -> Factored:

@@ -1,5 +1,6 @@
 """The rule for `ragged_dot`: mixtures of experts whose tokens are sorted by expert."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jax import lax
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
 from flora._factored import Factored
-from flora._forms import compute_dtype_of, drop
+from flora._forms import between_factors, compute_dtype_of, drop, with_columns
 from flora._views import RANK, views
 
 
@@ -36,8 +37,35 @@ def ragged_dot_general(ctx: Any, eqn: Any, x: Any, w: Any, *rest: Any) -> list[A
     base = None if w.base is None else eval_eqn(eqn, [x, w.base, *rest])[0]
     if w.a is None:
         return [base]
+    if w.columns is not None:
+        return [_on_columns(ctx, eqn, x, w, rest, (g, n))]
     change = _change(ctx, eqn, x, w, rest[0], (g, k, n))
     return [change if base is None else base + change]
+
+
+def _on_columns(ctx: Any, eqn: Any, x: Any, w: Factored, rest: Any, axes: Any) -> Any:
+    """A ragged product whose columns are scaled, by each expert's own or all alike."""
+    g, n = (("w", axis, 0) for axis in axes)
+    v = views(w, "w")
+    if g in v.column_labels:  # as a product: each token takes its expert's
+        order = [v.column_labels.index(label) for label in (g, n)]
+        of_experts = lax.transpose(v.columns, order)[:, None, :]
+        ones = jnp.ones((x.shape[0], 1), v.columns.dtype)
+        columns = lax.ragged_dot(
+            ones,
+            of_experts,
+            rest[0],
+            precision=lax.Precision.HIGHEST,
+            group_offset=eqn.params["group_offset"],
+        )
+        v = dataclasses.replace(v, columns=columns, b_labels=("t", n))
+
+    def run(w: Factored, x: Any) -> Any:
+        x = x.astype(eqn.invars[0].aval.dtype)
+        return ragged_dot_general(ctx, eqn, x, w, *rest)[0]
+
+    out = [("t", x.shape[0]), (n, w.shape[axes[1]])]
+    return with_columns(w, x, ctx.salt, run, out, v)
 
 
 def _change(ctx: Any, eqn: Any, x: Any, w: Factored, sizes: Any, axes: Any) -> Any:
@@ -68,5 +96,6 @@ def _change(ctx: Any, eqn: Any, x: Any, w: Factored, sizes: Any, axes: Any) -> A
         return jnp.dot(x, factor.astype(dtype), precision=eqn.params["precision"])
 
     z = times(drop(x, w, ctx.salt).astype(dtype), *factors[0], (k, RANK))
+    z = between_factors(w, z, ("t", RANK))
     y = times(z * jnp.asarray(w.site.scale, dtype), *factors[1], (RANK, n))
     return y.astype(out.dtype)

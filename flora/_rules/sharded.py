@@ -40,11 +40,11 @@ def shard_map(ctx: Context, eqn: Any, *args: Any) -> Any:
 
 
 def _arrays(x: Any) -> Any:
-    return [x.base, x.a, x.b, x.key] if isinstance(x, Factored) else x
+    return [x.base, x.a, x.b, x.key, x.columns] if isinstance(x, Factored) else x
 
 
 def _specs(x: Any, spec: PartitionSpec) -> Any:
-    """The specs of W, A, B and the keys, from W's."""
+    """The specs of W, A, B, the keys and the scaled columns, from W's."""
     if not isinstance(x, Factored):
         return spec
     entries = _entries(x, spec)
@@ -52,7 +52,7 @@ def _specs(x: Any, spec: PartitionSpec) -> Any:
         [entries.get(d) for d in x.dims(role)] for role in ("stack", "in", "out")
     )
     rest = [spec, PartitionSpec(*stack, *in_), PartitionSpec(*stack, None, *out)]
-    return [*rest, PartitionSpec(*stack)]
+    return [*rest, PartitionSpec(*stack), PartitionSpec(*stack, *out)]
 
 
 def _entries(x: Factored, spec: PartitionSpec) -> dict[Dim, Any]:
@@ -72,8 +72,10 @@ def _local(x: Any, part: Any, spec: PartitionSpec, mesh: Any) -> Any:
         tuple(dataclasses.replace(d, size=d.size // split.get(d, 1)) for d in axis)
         for axis in x.axes
     )
-    base, a, b, key = part
-    return dataclasses.replace(x, base=base, a=a, b=b, key=key, axes=axes)
+    base, a, b, key, columns = part
+    return dataclasses.replace(
+        x, base=base, a=a, b=b, key=key, axes=axes, columns=columns
+    )
 
 
 def _parts(entry: str | tuple[str, ...], mesh: Any) -> int:

@@ -9,7 +9,7 @@ from jax import lax
 
 from flora._compat import eval_eqn
 from flora._errors import Unfactorable
-from flora._factored import Factored, Squared, flattened
+from flora._factored import Factored, Squared, flattened, require_no_columns
 from flora._forms import Labelled, contract, low_rank_product, widened
 from flora._views import RANK, Views, views
 
@@ -18,6 +18,9 @@ def square(ctx: Any, eqn: Any, w: Factored) -> list[Squared]:
     """W², remembered as such until it is summed."""
     if w.base is None or jnp.issubdtype(w.base.dtype, jnp.complexfloating):
         raise Unfactorable("the square of a change, or of a complex weight")
+    require_no_columns(w, "the square")
+    if w.site.between is not None:
+        raise Unfactorable("the square of a weight whose variant acts between A and B")
     return [Squared(eval_eqn(eqn, [w.base] * len(eqn.invars))[0], w)]
 
 

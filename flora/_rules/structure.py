@@ -16,6 +16,7 @@ from flora._factored import (
     grown,
     per_dim,
     relayout,
+    require_no_columns,
     sole_dim,
     split_axes,
 )
@@ -54,21 +55,23 @@ def stop_gradient(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
     stopped = dataclasses.replace(w, base=_base(eqn, w))
     if w.a is None:
         return [stopped]
-    a, b = lax.stop_gradient((w.a, w.b))
-    return [dataclasses.replace(stopped, a=a, b=b)]
+    a, b, columns = lax.stop_gradient((w.a, w.b, w.columns))
+    return [dataclasses.replace(stopped, a=a, b=b, columns=columns)]
 
 
 def optimization_barrier(ctx: Any, eqn: Any, *values: Any) -> list[Any]:
     """Factors apart: beside them a frozen base would be differentiated too."""
     bases = [x.base if isinstance(x, Factored) else x for x in values]
-    factors = [(x.a, x.b, x.key) for x in values if isinstance(x, Factored)]
+    factors = [
+        (x.a, x.b, x.key, x.columns) for x in values if isinstance(x, Factored)
+    ]
     rest = iter(lax.optimization_barrier(factors))
 
     def join(x: Any, base: Any) -> Any:
         if not isinstance(x, Factored):
             return base
-        a, b, key = next(rest)
-        return dataclasses.replace(x, base=base, a=a, b=b, key=key)
+        a, b, key, columns = next(rest)
+        return dataclasses.replace(x, base=base, a=a, b=b, key=key, columns=columns)
 
     outs = lax.optimization_barrier(bases)
     return [join(x, base) for x, base in zip(values, outs, strict=True)]
@@ -99,6 +102,8 @@ def reduce_sum(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
     if w.chosen:
         raise Unfactorable("a sum over rows of the weight")
     dims = {d for i in gone for d in w.axes[i]}
+    if any(d.role == "out" and d.size > 1 for d in dims):
+        require_no_columns(w, "a sum over out axes")
     if any(d.role == "stack" and d.size > 1 for d in dims):
         raise Unfactorable("a sum over a stack of weights")
 
@@ -160,7 +165,7 @@ def tile(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
 
 
 def pad(ctx: Any, eqn: Any, w: Any, value: Any) -> list[Factored]:
-    """W gets the value around it, the factors zeros."""
+    """W gets the value around it, the factors zeros, scaled columns ones."""
     if not isinstance(w, Factored) or isinstance(value, Factored) or w.chosen:
         raise Unfactorable("a weight as the padding")
     base = _base(eqn, w, value)
@@ -176,9 +181,10 @@ def pad(ctx: Any, eqn: Any, w: Any, value: Any) -> list[Factored]:
     def pad_factor(array: Any, at: dict[int, Dim]) -> Any:
         if array is w.key:
             return array
+        around = 1 if array is w.columns else 0
         edges = [dims.get(at[i], (0, 0, 0)) if i in at else (0, 0, 0)
                  for i in range(array.ndim)]  # fmt: skip
-        return lax.pad(array, jnp.zeros((), array.dtype), edges)
+        return lax.pad(array, jnp.asarray(around, array.dtype), edges)
 
     return [per_dim(w, base, axes, pad_factor)]
 

@@ -199,7 +199,7 @@ TEXT = Text(
     less and forgets less (Biderman et al., arXiv 2405.09673).
     """,
     setup="""
-    A vision transformer (width 32, two blocks, 27 thousand parameters) is trained on
+    A vision transformer (width 32, two blocks, 26 thousand parameters) is trained on
     scikit-learn's digits for each of 5 seeds, then moved to the same digits turned by
     90 degrees: 150 steps of Adam with a cosine, 8 peak rates, alpha = 2 rank. Attention
     at rank 9 and the MLPs at rank 7 have nearly the parameters of rank 4 everywhere.

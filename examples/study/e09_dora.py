@@ -5,16 +5,14 @@ the norms of W.  On the transformer of experiment 6.
 """
 
 import dataclasses
-from typing import Any
 
 import _digits as digits
 import _study as study
-import jax
-import jax.numpy as jnp
 import numpy as np
 from _page import COLORS, Result, Text, label, panels
 
 import flora
+import flora.variants
 
 TARGET = (digits.ATTENTION, digits.MLP)
 # Ranks that give LoRA the numbers of DoRA's magnitudes: width 32 or any other.
@@ -33,49 +31,13 @@ FULL = Sizes()
 SMOKE = Sizes(digits.Sizes(8, 1, 2, steps=2, batch=4, seeds=2, rates=(1e-3, 1e-2)), (1,))
 
 
-def is_weight(x: Any) -> bool:
-    """Whether x is an adapted leaf."""
-    return isinstance(x, flora.LoraWeight)
-
-
-def norms(w: jax.Array, node: flora.LoraWeight) -> jax.Array:
-    """|W| of each output, W's shape with in axes of 1."""
-    return jnp.sqrt(jnp.square(w).sum(axis=node.layout.in_, keepdims=True))
-
-
-def dora_arm(name: str, model: Any, config: flora.LoraConfig) -> digits.Arm:
-    """A, B and m, by the formula on the merged weight."""
-
-    def start(key: Any, variables: Any) -> Any:
-        adapted = flora.init(key, config, model.apply, variables, jnp.zeros((1, 8, 8)))
-        base, adapter = flora.split(adapted)
-
-        def magnitude(leaf: Any) -> Any:
-            return norms(leaf.base, leaf) if is_weight(leaf) else jnp.zeros(0)
-
-        def weight(node: Any, merged: Any, m: Any) -> Any:
-            if not is_weight(node):
-                return merged
-            return m * merged / jax.lax.stop_gradient(norms(merged, node))
-
-        def logits(trained: Any, x: jax.Array) -> jax.Array:
-            adapter, m = trained
-            tree = flora.join(base, adapter)
-            plain = flora.merge(tree)
-            tree = jax.tree.map(weight, tree, plain, m, is_leaf=is_weight)
-            return model.apply(tree, x)
-
-        return (adapter, jax.tree.map(magnitude, adapted, is_leaf=is_weight)), logits
-
-    return digits.Arm(name, start)
-
-
 def arms(sizes: Sizes) -> list[digits.Arm]:
     """For each rank LoRA, DoRA, and LoRA with as many numbers as DoRA."""
     model = digits.Transformer(sizes.model.width, sizes.model.depth)
     found = []
     for r in sizes.ranks:
         plain = flora.LoraConfig(rank=r, alpha=2 * r, target=TARGET)
+        dora = dataclasses.replace(plain, variant=flora.variants.DoRA())
         alphas = {name: 2.0 * (r + 1) for name in ONE_MORE}
         more = dataclasses.replace(
             plain, rank_pattern=dict.fromkeys(ONE_MORE, r + 1), alpha_pattern=alphas
@@ -83,7 +45,7 @@ def arms(sizes: Sizes) -> list[digits.Arm]:
         found += [
             digits.lora_arm(f"LoRA, rank {r}", model, plain),
             digits.lora_arm(f"LoRA, rank {r} or {r + 1}", model, more),
-            dora_arm(f"DoRA, rank {r}", model, plain),
+            digits.lora_arm(f"DoRA, rank {r}", model, dora),
         ]
     return found
 
@@ -124,10 +86,10 @@ TEXT = Text(
     low rank.
     """,
     setup="""
-    The transformer and task of experiment 6. DoRA is written out on the merged weight:
-    m ⊙ (W + s A B) / |W + s A B| per output, the norm not differentiated, m trained at
-    the same rate. The magnitudes cost half a rank or so; LoRA gets exactly as many
-    numbers by one more rank in three of each block's six kernels.
+    The transformer and task of experiment 6, with `flora.variants.DoRA()`: m ⊙ (W + s A B)
+    / |W + s A B| per output, the norm not differentiated, m trained at the same rate. The
+    magnitudes cost half a rank or so; LoRA gets exactly as many numbers by one more rank
+    in three of each block's six kernels.
     """,
     captions={
         "equal": """

@@ -196,5 +196,26 @@ TEXT = Text(
     beside that of the best matrices of rank r and 2r.
     """,
     },
-    verdict="""PLACEHOLDER""",
+    verdict="""
+    PiSSA's promise holds where its premise does. Inside the top of W its first step
+    points nearly along the gradient (cosine [[first_step | shift=inside the top of W;
+    start=PiSSA | cosine]] against [[first_step | shift=inside the top of W;
+    start=standard | cosine]]), and after 100 steps it has [[loss | shift=inside the top
+    of W; start=PiSSA | loss_100]] of the loss left against [[loss | shift=inside the
+    top of W; start=standard | loss_100]], both nearly nothing (the difference after 20
+    steps is not resolved). On a random shift it loses by far: [[loss | shift=random,
+    low rank; start=PiSSA | loss_100]] against [[loss | shift=random, low rank;
+    start=standard | loss_100]]. That is no matter of optimization: what its base lacks
+    is W's top and the shift, of rank 2r together, and A B has rank r, so it stops at
+    the floor in the table whatever the learning rate. OLoRA pays the same price on
+    every shift tried, inside the top of W too ([[loss | shift=inside the top of W;
+    start=OLoRA | loss_100]]): W's first rows are not its top. LoRA-GA's first step is
+    the best approximation of rank 2r to three digits ([[first_step | shift=random, full
+    rank; start=LoRA-GA | cosine]] and [[first_step | shift=random, full rank;
+    start=LoRA-GA | best_of_rank_2r]]), as claimed, and on a shift of full rank it ends
+    below standard LoRA's floor ([[loss | shift=random, full rank; start=LoRA-GA |
+    loss_100]] against [[loss | shift=random, full rank; start=standard | floor]]): what
+    it took out of the base counts as rank. Here the gradient is exact and the layer
+    linear; a noisy first gradient in a deep model is another matter.
+    """,
 )

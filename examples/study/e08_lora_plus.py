@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _page import COLORS, Result, Text, label, panels
-from e01_initialization import CONFIG, network, problem
+from _teacher import network, problem
+from e01_initialization import CONFIG
 
 import flora
 

@@ -150,6 +150,8 @@ def test_the_verdicts_quote_the_tables():
 def test_the_runner_and_the_page(tmp_path):
     with pytest.raises(SystemExit, match="e04_invariance"):
         run.chosen(["e77"])
+    with pytest.raises(SystemExit):
+        run.main(["e05", "--smoke"])  # would replace the results
     run.main(["e05", "--smoke", "--out", str(tmp_path)])
     assert (tmp_path / "e05_floors.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "README.md").read_text()

@@ -151,7 +151,7 @@ def capacity(sizes: Sizes) -> list[dict]:
         rows.append(
             {"arm": "full" if rank is None else f"LoRA, rank {rank}"}
             | {"trained": trained}
-            | study.rate_cells(sizes.memory_rates, k)
+            | {"rate": sizes.memory_rates[k]}  # the lowest of those that do as well
             | study.cells("memorized", hits[k])
         )
     return rows
@@ -174,7 +174,10 @@ def picture(sizes: Sizes, runs: dict[str, Any], memory: list[dict]) -> Any:
     for row in memory:
         color = COLORS[1] if row["arm"] == "full" else COLORS[0]
         holds.plot(row["trained"], row["memorized"], "o", color=color)
-        holds.annotate(row["arm"], (row["trained"], row["memorized"]), fontsize=6)
+        holds.annotate(
+            row["arm"] + " ", (row["trained"], row["memorized"]), fontsize=6,
+            rotation=40, ha="right", va="top",
+        )  # fmt: skip
     label(holds, f"{sizes.labels} chance labels", "trained", "memorized", "log")
     holds.set_yscale("linear")
     return figure

@@ -116,7 +116,13 @@ def page(texts: Mapping[str, Text], folder: pathlib.Path, link: str, head: str) 
         parts.append(f"**Verdict.** {filled(_flat(text.verdict), tables)}")
     meta = folder / "meta.csv"
     if meta.exists():
-        parts += ["## Where these numbers were made", markdown(read_csv(meta))]
+        rows = read_csv(meta)
+        total = sum(float(row["cpu_minutes"]) for row in rows)
+        parts += ["## Where these numbers were made", markdown(rows)]
+        parts.append(
+            f"In all {total:.1f} minutes of CPU time, both cores together. Wall-clock time "
+            "is what it was beside other work on the machine (load)."
+        )
     return "\n\n".join(parts) + "\n"
 
 

@@ -118,7 +118,7 @@ def trained(sizes: Sizes, curves: dict[int, np.ndarray]) -> list[dict]:
             losses = ends[..., i].T
             k = study.best(losses)
             curve = curves[n][:, k, i]
-            learns = (losses < 0.9 * curve[:, 0]).all(axis=1)
+            learns = np.asarray((losses < 0.9 * curve[:, 0]).all(axis=1))
             usable = [r for r, good in zip(sizes.rates, learns, strict=True) if good]
             rows.append(
                 {"width": n, "start": arm}

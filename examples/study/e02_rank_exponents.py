@@ -181,19 +181,20 @@ TEXT = Text(
     [[exponents | optimizer=SGD; start=standard; scale=1/√r | change]]): rsLoRA. With
     Adam it is 1/r ([[exponents | optimizer=Adam; start=standard; scale=1/r | change]],
     and [[exponents | optimizer=Adam; start=standard; scale=1/r | change_along]] along
-    the wanted change): alpha/rank. From the reversed start it is none with SGD and 1
-    with Adam in norm (1/√r along the wanted change). Over 40 steps the best rate says
-    something else: with SGD it carries over at scale 1 ([[exponents | optimizer=SGD;
-    start=standard; scale=1 | best_rate]]), since at a balanced solution the curvature
-    goes with s whatever the rank; at 1/√r, where the first step is right, the best rate
-    still grows as rank^[[exponents | optimizer=SGD; start=standard; scale=1/√r |
-    best_rate]]. With Adam and the standard start neither is exact: [[exponents |
-    optimizer=Adam; start=standard; scale=1/r | best_rate]] at 1/r, [[exponents |
-    optimizer=Adam; start=standard; scale=1/√r | best_rate]] at 1/√r; alpha/rank is the
-    nearer. With Adam each scale at its own best rate ends about alike (mean loss at
-    rank 64: [[exponents | optimizer=Adam; start=standard; scale=1/r |
-    loss_at_highest]], [[exponents | optimizer=Adam; start=standard; scale=1/√r |
-    loss_at_highest]] and [[exponents | optimizer=Adam; start=standard; scale=1 |
-    loss_at_highest]]): the scale mainly says which rate to write.
+    the wanted change): alpha/rank. From the reversed start both ask for more: along the
+    wanted change 1 with SGD and 1/√r with Adam (in norm 1, as chance directions are
+    added). Over 40 steps the best rate says something else: with SGD it carries over at
+    scale 1 ([[exponents | optimizer=SGD; start=standard; scale=1 | best_rate]]), since
+    at a balanced solution the curvature goes with s whatever the rank; at 1/√r, where
+    the first step is right, the best rate still grows as rank^[[exponents |
+    optimizer=SGD; start=standard; scale=1/√r | best_rate]]. With Adam and the standard
+    start neither is exact: [[exponents | optimizer=Adam; start=standard; scale=1/r |
+    best_rate]] at 1/r, [[exponents | optimizer=Adam; start=standard; scale=1/√r |
+    best_rate]] at 1/√r; alpha/rank is the nearer. With Adam each scale at its own best
+    rate ends about alike (mean loss at rank 64: [[exponents | optimizer=Adam;
+    start=standard; scale=1/r | loss_at_highest]], [[exponents | optimizer=Adam;
+    start=standard; scale=1/√r | loss_at_highest]] and [[exponents | optimizer=Adam;
+    start=standard; scale=1 | loss_at_highest]]): the scale mainly says which rate to
+    write.
     """,
 )

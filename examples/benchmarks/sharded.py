@@ -88,8 +88,8 @@ def experts(sizes: Sizes, count: int = 16) -> Case:
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
         scores = jax.nn.softmax(x @ params["router"])
-        chosen = jax.nn.one_hot(jnp.argmax(scores, -1), count, dtype=x.dtype)
-        slot = jnp.cumsum(chosen.astype(jnp.int32), 1).astype(x.dtype) * chosen - 1
+        chosen = jax.nn.one_hot(jnp.argmax(scores, -1), count, dtype=jnp.int32)
+        slot = jnp.cumsum(chosen, 1) * chosen - 1
         sent = jax.nn.one_hot(slot, tokens // count, dtype=x.dtype)  # [g, t, e, c]
         h = jnp.einsum("gtec,gtd->egcd", sent, x)
         h = at(h, "expert")

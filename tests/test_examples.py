@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import _arms
+import custom_variant
 import finetune_digits
 import finetune_nnx
 import gpu
@@ -120,3 +121,10 @@ def test_the_readme_s_ten_lines_run():
     exec(first, scope)
     assert scope["losses"][-1] < scope["losses"][0]
     assert flora.__version__ in text
+
+
+def test_a_variant_of_ones_own():
+    results = custom_variant.main(steps=60)
+    assert results["trained"] == 2 * 4 * 4
+    assert results["losses"][-1] < 0.95 * results["losses"][0]
+    assert results["merge_error"] <= 1e-5

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flora._select import path_of
+
 IDS = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
 
@@ -49,8 +51,8 @@ def filled(make):
         drawn = np.random.default_rng(next(seeds)).normal(size=x.shape)
         if re.search(r"\b(scale|var|sigma)\b", jax.tree_util.keystr(path)):
             drawn = 1 + 0.1 * np.tanh(drawn)
-        elif len(x.shape) < 2:
-            drawn = 0.1 * drawn
+        elif len(x.shape) < 2 or path_of(path).endswith("bias"):
+            drawn = 0.1 * drawn  # or attention is flat, and its gradients rounding
         else:
             drawn = drawn / math.sqrt(math.prod(x.shape[:-1]))
         return jnp.asarray(drawn, x.dtype)

@@ -36,7 +36,7 @@ def test_contract_of_ragged_products(x64, up, shapes):
 
 
 def test_experts_are_discovered_as_a_stack():
-    x = array(6, 7, dtype=jnp.bfloat16)
+    x = array(6, 7, seed=1, dtype=jnp.bfloat16)
     adapted = contract.check(
         experts, params(jnp.bfloat16), x, tolerance=3e-2, vmap=False
     )

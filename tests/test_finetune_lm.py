@@ -336,7 +336,7 @@ def test_a_run_in_small_and_one_that_was_interrupted(
     # What lies on disk: the adapter on weights read anew, and the merged model.
     model = Llama(hf_llama.read_config(checkpoint))
     params = hf_llama.load(checkpoint, model)
-    again = finetune_lm.load(tmp_path / "whole" / "adapter.safetensors", params)
+    again = flora.load(tmp_path / "whole" / "adapter.safetensors", params)
     same(again, whole.adapted)
     merged = Llama(hf_llama.read_config(tmp_path / "whole" / "merged"))
     same(

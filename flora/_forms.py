@@ -149,8 +149,7 @@ def low_rank_product(
     second = dataclasses.replace(second, array=scaled.astype(thin))
     z_labels = _kept(x.labels, first.labels, {*second.labels, *out})
     z = contract(x, first, z_labels, precision=precision)
-    if w.site.between is not None:
-        z = dataclasses.replace(z, array=between_factors(w, z.array, z.labels))
+    z = dataclasses.replace(z, array=between_factors(w, z.array, z.labels))
     return contract(z, second, out, precision=precision, dtype=dtype).array
 
 
@@ -254,7 +253,8 @@ def with_columns(
     """(x (W + scale A B)) ⊙ columns, for a linear `run(weight, x)`.
 
     Where x meets the out axes, as with Wᵀ, (x ⊙ columns) (W + scale A B)ᵀ; `x_axes` are
-    label and size of its axes.  Dropout acts on what adapting changes: x W keeps the x that was dropped.
+    label and size of its axes.  Dropout acts on what adapting changes: x W keeps the x
+    that was dropped.
 
     References: Liu et al. 2024 (DoRA), section 4.3 and its implementation in PEFT.
       https://arxiv.org/abs/2402.09353

@@ -67,6 +67,18 @@ def svd(
     return mul(q, u[..., :count]), s[..., :count], v[..., :count, :]
 
 
+def nearest(
+    w: LoraWeight, x: jax.Array, key: Any = None, *, passes: int = 4
+) -> tuple[jax.Array, jax.Array]:
+    """A `[stack, in, rank]` and B `[stack, rank, out]` whose scale A B is nearest to x.
+
+    A = U_r √(S_r/scale), B = √(S_r/scale) V_rᵀ, of x `[...]` in W's shape.
+    """
+    u, s, v = svd(matrices(x, w.layout), w.rank, key, passes=passes)
+    root = jnp.sqrt(s / w.scale)
+    return u * root[:, None, :], root[:, :, None] * v
+
+
 def whole(x: jax.Array) -> jax.Array:
     """The same on every device, on a mesh with explicit axes; decompositions need that."""
     if not isinstance(x, Tracer) or spec_of(x) is None:

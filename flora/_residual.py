@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from flora._errors import LoraError, fail
-from flora._matrices import compiled, folded, lying_as, matrices, place_of, svd, whole
+from flora._matrices import (
+    compiled,
+    folded,
+    lying_as,
+    matrices,
+    nearest,
+    place_of,
+    svd,
+    whole,
+)
 from flora._select import (
     Pattern,
     check_pattern,
@@ -148,9 +157,7 @@ def residual(
 def pissa(w: LoraWeight, key: Any, *, passes: int) -> tuple[jax.Array, ...]:
     """A = U_r √(S_r/scale), B = √(S_r/scale) V_rᵀ."""
     x = effective(w)
-    u, s, v = svd(matrices(x, w.layout), w.rank, key, passes=passes)
-    root = jnp.sqrt(s / w.scale)
-    return residual(w, x, u * root[:, None, :], root[:, :, None] * v)
+    return residual(w, x, *nearest(w, x, key, passes=passes))
 
 
 def olora(w: LoraWeight) -> tuple[jax.Array, ...]:

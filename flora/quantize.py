@@ -12,7 +12,6 @@ References: Dettmers et al. 2023 (QLoRA). https://arxiv.org/abs/2305.14314
 import dataclasses
 import functools
 import importlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from flora._errors import LoraError, fail
+from flora._matrices import folded, nearest
 from flora._placement import mesh_of, places_of_parts, spec_of
 from flora._select import Pattern, matches, named_leaves, nothing_selected
 from flora._trace import is_array
@@ -170,7 +170,7 @@ def _nearest(w: LoraWeight, *, qtype: str, block: int, steps: int) -> LoraWeight
     for step in range(steps):
         stored = make((wide - change).astype(w.base.dtype))
         rest = wide - stored.dense().astype(wide.dtype)
-        a, b = _factors(w, rest)
+        a, b = folded(w, *nearest(w, rest))
         change = delta(dataclasses.replace(w, a=a, b=b))
         made = dataclasses.replace(w, base=stored, a=a, b=b)
         left = jnp.linalg.norm(rest - change)
@@ -193,21 +193,6 @@ def _placed_as(w: LoraWeight, made: LoraWeight) -> LoraWeight:
         return made
     a, b = jax.device_put((made.a, made.b), (w.a.sharding, w.b.sharding))
     return dataclasses.replace(made, a=a, b=b)
-
-
-def _factors(w: LoraWeight, change: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A and B of w's shapes whose scale A B is nearest to `change`, `[...]`."""
-    layout = w.layout
-    order = (*layout.stack, *layout.in_, *layout.out)
-    stack, in_, out = (math.prod(s) for s in layout.sizes(change.shape))
-    flat = change.transpose(order).reshape(stack, in_, out)
-    u, s, v = jnp.linalg.svd(flat, full_matrices=False)
-    root = jnp.sqrt(s[:, : w.rank] / w.scale)
-    a = u[:, :, : w.rank] * root[:, None, :]
-    b = root[:, :, None] * v[:, : w.rank, :]
-    return a.reshape(w.a.shape).astype(w.a.dtype), b.reshape(w.b.shape).astype(
-        w.b.dtype
-    )
 
 
 def _require(qtype: str, block: int) -> None:

@@ -254,3 +254,19 @@ MODELS = {
     "nnx decoder": lambda: of_nnx(NnxDecoder, IDS),
     "nnx convolutions": lambda: of_nnx(NnxConvNet, normal(2, 5, 6, 3)),
 }  # fmt: skip
+
+
+# --- Functions of a few plain weights ---------------------------------------------------
+
+
+def dense(p, x):
+    return jnp.tanh(x @ p["w"]) @ p["v"].T
+
+
+def heads(p, x):
+    q = jnp.einsum("bi,ihd->bhd", x, p["q"])
+    return jnp.einsum("bhd,hdo->bo", jnp.tanh(q), p["o"])
+
+
+def scanned(p, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["stack"])[0]

@@ -12,25 +12,13 @@ import qwix
 from contract import adapt, array, close, is_weight, randomized, scalar, weights
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
+from registry import dense, heads, scanned
 
 import flora
 import flora.quantize
 import flora.sharding
 from flora._fingerprint import fingerprint
 from flora.quantize import QTYPES, dequantize, quantize
-
-
-def dense(p, x):
-    return jnp.tanh(x @ p["w"]) @ p["v"].T
-
-
-def heads(p, x):
-    q = jnp.einsum("bi,ihd->bhd", x, p["q"])
-    return jnp.einsum("bhd,hdo->bo", jnp.tanh(q), p["o"])
-
-
-def scanned(p, x):
-    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["stack"])[0]
 
 
 def rematted(p, x):

@@ -9,25 +9,13 @@ import pytest
 from contract import adapt, array, close, is_weight, randomized, weights
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
+from registry import dense, heads, scanned
 
 import flora
 import flora.quantize
 import flora.sharding
 from flora import starts
 from flora.variants import DoRA, VeRA
-
-
-def dense(p, x):
-    return jnp.tanh(x @ p["w"]) @ p["v"].T
-
-
-def heads(p, x):
-    q = jnp.einsum("bi,ihd->bhd", x, p["q"])
-    return jnp.einsum("bhd,hdo->bo", jnp.tanh(q), p["o"])
-
-
-def scanned(p, x):
-    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["stack"])[0]
 
 
 def convolved(p, x):

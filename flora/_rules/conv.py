@@ -42,15 +42,14 @@ def conv_general_dilated(ctx: Any, eqn: Any, x: Any, w: Any) -> list[Any]:
 def _on_columns(ctx: Any, eqn: Any, x: Any, w: Factored) -> Any:
     """A convolution whose output channels are scaled."""
     dn, result = eqn.params["dimension_numbers"], eqn.outvars[0].aval
-    features = [list(views(w, "w").segments[dn.rhs_spec[0]])]
-    apart = [[(("y", i), n)] for i, n in enumerate(result.shape)]
-    apart[dn.out_spec[1] : dn.out_spec[1] + 1] = features
+    out: list[Any] = [(("y", i), n) for i, n in enumerate(result.shape)]
+    features = dn.out_spec[1]
+    out[features : features + 1] = views(w, "w").segments[dn.rhs_spec[0]]
 
     def run(w: Factored, x: Any) -> Any:
         x = x.astype(eqn.invars[0].aval.dtype)
         return conv_general_dilated(ctx, eqn, x, w)[0]
 
-    out = [pair for axis in apart for pair in axis]
     return with_columns(w, x, ctx.salt, run, out)
 
 

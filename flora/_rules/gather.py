@@ -79,8 +79,7 @@ def _rows(eqn: Any, w: Factored, base: Any, indices: Any, plan: _Plan) -> Any:
         raise Unfactorable("a lookup in an axis that joins several of the weight's")
     a = _gather_factor(eqn, v.a, v.a_labels, indices)
     b = _gather_factor(eqn, v.b, v.b_labels, indices)
-    if w.site.between is not None:
-        a = dataclasses.replace(a, array=between_factors(w, a.array, a.labels))
+    a = dataclasses.replace(a, array=between_factors(w, a.array, a.labels))
     present = {*a.labels, *b.labels}
     out = [label for label in plan.out if label in present]
     aval = eqn.outvars[0].aval

@@ -27,12 +27,18 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of a product: x is `[tokens, in]`, W `[in, out]`."""
+    """Of a product: x is `[tokens, in]`, W `[in, out]`.
+
+    Attributes:
+      tokens, in_, out, rank: lengths.
+      sliced: whether W is the slice of a stack that a step of a loop takes.
+    """
 
     tokens: int
     in_: int
     out: int
     rank: int
+    sliced: bool = False
 
 
 def named_form(name: str) -> Form | None:
@@ -43,6 +49,7 @@ def named_form(name: str) -> Form | None:
 # Narrower products have little to gain.
 _MIN_TOKENS, _MIN_WIDTH, _MAX_RANK = 1024, 1024, 64
 _ON_CHIP = 64 * 2**20  # bytes of W that can stay in a TPU core's vector memory
+_HEAD = 7  # outputs to inputs; above it a product gives logits of a vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +69,17 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     """The rule of form="auto"; `None` is the direct form as JAX differentiates it.
 
     The low-rank term is cheap to compute and dear to add: one pass over the larger of
-    two arrays.  Five things decide who pays it:
+    two arrays.  Seven things decide who pays it:
 
     - A product that widens (in < out) lets its own kernel add z Q; one that narrows is
       added in the kernel of z Q.  For dx the two change places.
     - Products of one x that are computed together pay for one pass instead of several.
     - Longer operands, [x | z] [W ; Q], need no pass, but a copy of W: free where the
       compiler joins them on the way in (v5e), cheap where W stays on the chip.
+    - The slice of a stack must be written before it can be joined.  On v6e that costs
+      more than the pass, so what fits on the chip is not joined in a loop.
+    - A head's logits are dearer to write and read again than a copy of W is, and their
+      gradient is slow to come by: longer operands forward, XLA's own order backward.
     - dy and x are written once instead of being computed anew by each of their readers.
     - Arrays that may be sharded are never joined: two shards side by side are no shard
       of the whole, and moving them costs more than all else.
@@ -89,13 +100,17 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
         return Form("direct", "direct")
     generation = kind.removeprefix("TPU ")
     widens, fits = sizes.in_ < sizes.out, sizes.in_ * sizes.out * 2 <= _ON_CHIP
+    if not fits and sizes.out > _HEAD * sizes.in_:
+        return Form("concat", "direct")
     if generation in ("v5 lite", "v5e"):
         return Form("concat", "concat" if widens else "thin_last")
     if generation.startswith("v6"):
         if fits:
-            return Form("concat", "thin_last")
+            return Form("direct" if sizes.sliced else "concat", "direct")
         first, last = ("thin_first", "thin_last")[:: 1 if widens else -1]
         return Form(first, last, together=False)
+    if sizes.sliced:
+        return Form("concat", "direct")
     if fits:
         return Form("concat", "concat" if widens else "thin_first")
     return Form("direct", "direct", together=False)

@@ -68,6 +68,7 @@ class Site:
       fallback: 'error' or 'materialize'.
       form: one of `_choice.FORMS`.
       between: what happens to x A before it meets B; `None` for nothing.
+      sliced: whether it is the slice of a stack that a step of a loop takes.
     """
 
     origins: tuple[Origin, ...] = dataclasses.field(compare=False)
@@ -76,6 +77,7 @@ class Site:
     fallback: str = "error"
     form: str = "auto"
     between: Callable[[Any], Any] | None = None
+    sliced: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -5,6 +5,10 @@ walk.  Base and adapted model are timed in pairs, one right after the other, wit
 JAX's caches cleared before each, and the median of the pairs' ratios is reported:
 what else the machine does then cancels.  Arrays are `ShapeDtypeStruct`s throughout.
 
+With `--compile`, forward passes are compiled twice: as flora adapts the model, and with
+y + scale (x A) B added by hand to what each Dense layer returns, which is the least that
+any LoRA has to compile.
+
     python examples/benchmarks/tracing.py --layers 24 --pairs 7 --compile
 """
 
@@ -16,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import _report
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -58,6 +63,34 @@ class Decoder(nn.Module):
 Work = Callable[[], Any]
 
 
+def by_hand(model: nn.Module, adapted: Any) -> tuple[Callable[..., Any], Any, Any]:
+    """`(apply, base, factors)`: LoRA as the plain formula, `apply(base, factors, ids)`.
+
+    Args:
+      model: all of whose adapted kernels belong to Dense layers.
+      adapted: its tree, of whose weights the scale is read as well.
+    """
+    flat = flax.traverse_util.flatten_dict(adapted["params"])
+    weights = {k: w for k, w in flat.items() if isinstance(w, flora.LoraWeight)}
+    plain = {k: weights[k].base if k in weights else w for k, w in flat.items()}
+    base = {"params": flax.traverse_util.unflatten_dict(plain)}
+    factors = {k: (w.a, w.b) for k, w in weights.items()}
+
+    def apply(base: Any, factors: Any, ids: jax.Array) -> Any:
+        def add(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            y, path = call(*args, **kwargs), (*context.module.path, "kernel")
+            if context.method_name != "__call__" or path not in factors:
+                return y
+            a, b = factors[path]
+            z = jnp.tensordot(args[0], a, a.ndim - 1)
+            return y + weights[path].scale * jnp.tensordot(z, b, 1)
+
+        with nn.intercept_methods(add):
+            return model.apply(base, ids)
+
+    return apply, base, factors
+
+
 def works(layers: int, form: str) -> dict[str, tuple[Work, Work]]:
     """`{what: (base, adapted)}`: the calls that are timed."""
     model = Decoder(layers)
@@ -74,6 +107,7 @@ def works(layers: int, form: str) -> dict[str, tuple[Work, Work]]:
     def lora_loss(tree: Any, ids: jax.Array) -> jax.Array:
         return jnp.mean(jnp.square(apply(tree, ids)))
 
+    formula, *split = by_hand(model, adapted)
     base_step = jax.value_and_grad(base_loss)
     lora_step = flora.value_and_grad(lora_loss)
     return {
@@ -88,6 +122,10 @@ def works(layers: int, form: str) -> dict[str, tuple[Work, Work]]:
         "compile": (
             lambda: jax.jit(model.apply).lower(tree, ids).compile(),
             lambda: jax.jit(apply).lower(adapted, ids).compile(),
+        ),
+        "compile_by_hand": (
+            lambda: jax.jit(model.apply).lower(tree, ids).compile(),
+            lambda: jax.jit(formula).lower(*split, ids).compile(),
         ),
         "compile_step": (
             lambda: jax.jit(base_step).lower(tree, ids).compile(),
@@ -131,8 +169,9 @@ def measure(
       layers: depth of the decoder, unrolled.
       pairs: paired runs; one more warms up.
       what: 'trace' (forward pass), 'trace_step' (loss and gradient; the base model's by
-        all its parameters, the adapted one's by the adapter) and 'compile' (trace,
-        lower and compile the forward pass) and 'compile_step'.
+        all its parameters, the adapted one's by the adapter), 'compile' (trace, lower
+        and compile the forward pass), 'compile_by_hand' (likewise, `by_hand` in flora's
+        place) and 'compile_step'.
       form: of the products; 'auto' takes the direct one on CPU.
 
     Returns:
@@ -147,6 +186,7 @@ TITLES = {
     "trace": "trace, forward",
     "trace_step": "trace, forward + gradient",
     "compile": "trace + lower + compile, forward",
+    "compile_by_hand": "the same, the formula by hand",
     "compile_step": "trace + lower + compile, forward + gradient",
 }
 

@@ -264,9 +264,10 @@ def _scanned(ctx: Context, eqn: Any, w: Any) -> tuple[Any, Callable[[Any], Any]]
         if dim in w.dims(*roles) and getattr(w, name) is not None
     }
     sliced = {"base": w.base} | {name: getattr(leading, name) for name in held}
+    site = dataclasses.replace(w.site, sliced=True)
 
     def rebuild(step: dict[str, Any]) -> Factored:
-        return dataclasses.replace(w, axes=w.axes[1:], **step)
+        return dataclasses.replace(w, axes=w.axes[1:], site=site, **step)
 
     return sliced, rebuild
 

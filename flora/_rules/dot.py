@@ -129,6 +129,7 @@ class _Named:
             in_=self.count(self.summed),
             out=self.count(n for n in held if n not in x),
             rank=w.a.shape[-1],
+            sliced=w.site.sliced,
         )
 
     @property

@@ -1,5 +1,6 @@
 """What the examples claim, and what the README says of the library."""
 
+import collections
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import pytest
 import step_cost
 import tracing
+from contract import close, randomized
 
 import flora
 from flora._choice import FORMS
@@ -87,6 +89,22 @@ def test_tracing_time():
     results = tracing.measure(layers=24, pairs=5)
     assert results["trace"]["ratio"] <= 2.5
     assert results["trace_step"]["ratio"] <= 2.5
+
+
+def test_the_same_operations_as_in_the_formula_by_hand():
+    model, ids = tracing.Decoder(2), jnp.ones((2, 16), jnp.int32)
+    tree = model.init(jax.random.key(0), ids)
+    config = flora.LoraConfig(rank=4, alpha=8)
+    adapted = randomized(flora.init(jax.random.key(0), config, model.apply, tree, ids))
+    formula, *split = tracing.by_hand(model, adapted)
+    apply = flora.lora(model.apply)
+    close(apply(adapted, ids), formula(*split, ids), 1e-5)
+
+    def operations(fn, *args):
+        text = jax.jit(fn).lower(*args, ids).as_text()
+        return collections.Counter(re.findall(r"stablehlo\.(\w+)", text))
+
+    assert operations(apply, adapted) == operations(formula, *split)
 
 
 def test_every_arm_of_the_comparison_trains_and_is_timed():

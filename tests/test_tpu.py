@@ -3,10 +3,13 @@
 from importlib import metadata
 
 import compare
+import llama
 import pytest
 import quantized
 
 LIBTPU = "0.0.52"  # the compiler that gave these numbers; pyproject.toml pins it
+
+by_hand = pytest.mark.by_hand  # minutes each
 
 LARGE, SMALL = (8192, 4096, 14336), (4096, 2048, 5632)
 
@@ -33,6 +36,43 @@ def test_the_step_costs_what_the_readme_says(chip, shape):
     # one [W ; B] at a time, padded alike.  If copies of W lasted, there would be three.
     thin, copy = 3 * 2 * sizes.tokens * 128 * 2, (sizes.d + 128) * sizes.ff * 2
     assert step["temp_bytes"] <= frozen["temp_bytes"] + thin + copy
+
+
+# Of a decoder: flora in the form that it chooses, and full fine-tuning.
+HEAD = {"v5e": (1.413, 1.321), "v5p": (1.044, 0.960), "v6e": (1.807, 1.294)}
+DECODER = {
+    ("v5e", "unrolled"): (1.096, 1.217),
+    ("v5e", "scan, remat"): (1.255, 1.232),
+    ("v5p", "unrolled"): (1.058, 1.106),
+    ("v5p", "scan, remat"): (0, 0),
+    ("v6e", "unrolled"): (1.137, 1.133),
+    ("v6e", "scan, remat"): (1.132, 1.188),
+}
+
+
+def close_to_the_readme(chip, sizes, variant, expected):
+    assert metadata.version("libtpu") == LIBTPU, "measure anew: llama.py"
+    found = llama.measure(chip, sizes, variant, "auto")
+    got = [found[arm]["to_frozen"] for arm in ("flora auto", "full")]
+    assert got == pytest.approx(expected, abs=0.005), found
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("chip", HEAD)
+def test_a_head_costs_what_the_readme_says(chip):
+    close_to_the_readme(chip, llama.Sizes(layers=0), "unrolled", HEAD[chip])
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize(
+    ("chip", "variant"),
+    [
+        pytest.param(*case, marks=() if case == ("v6e", "scan, remat") else by_hand)
+        for case in DECODER
+    ],
+)
+def test_a_decoder_costs_what_the_readme_says(chip, variant):
+    close_to_the_readme(chip, llama.Sizes(), variant, DECODER[chip, variant])
 
 
 @pytest.mark.tpu_compiler

@@ -44,7 +44,7 @@ DECODER = {
     ("v5e", "unrolled"): (1.096, 1.217),
     ("v5e", "scan, remat"): (1.255, 1.232),
     ("v5p", "unrolled"): (1.058, 1.106),
-    ("v5p", "scan, remat"): (0, 0),
+    ("v5p", "scan, remat"): (1.185, 1.154),
     ("v6e", "unrolled"): (1.137, 1.133),
     ("v6e", "scan, remat"): (1.132, 1.188),
 }

@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import _report
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from rich.console import Console
 from rich.table import Table
 
@@ -70,10 +70,10 @@ def by_hand(model: nn.Module, adapted: Any) -> tuple[Callable[..., Any], Any, An
       model: all of whose adapted kernels belong to Dense layers.
       adapted: its tree, of whose weights the scale is read as well.
     """
-    flat = flax.traverse_util.flatten_dict(adapted["params"])
+    flat = traverse_util.flatten_dict(adapted["params"])
     weights = {k: w for k, w in flat.items() if isinstance(w, flora.LoraWeight)}
     plain = {k: weights[k].base if k in weights else w for k, w in flat.items()}
-    base = {"params": flax.traverse_util.unflatten_dict(plain)}
+    base = {"params": traverse_util.unflatten_dict(plain)}
     factors = {k: (w.a, w.b) for k, w in weights.items()}
 
     def apply(base: Any, factors: Any, ids: jax.Array) -> Any:

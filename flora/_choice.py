@@ -77,7 +77,8 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     - Longer operands, [x | z] [W ; Q], need no pass, but a copy of W: free where the
       compiler joins them on the way in (v5e), cheap where W stays on the chip.
     - The slice of a stack must be written before it can be joined.  On v6e that costs
-      more than the pass, so what fits on the chip is not joined in a loop.
+      more than the pass, so what fits on the chip is not joined in a loop; on v5p it
+      pays at every size, if dx is not joined.
     - A head's logits are dearer to write and read again than a copy of W is, and their
       gradient is slow to come by: longer operands forward, XLA's own order backward.
     - dy and x are written once instead of being computed anew by each of their readers.

@@ -9,8 +9,6 @@ import quantized
 
 LIBTPU = "0.0.52"  # the compiler that gave these numbers; pyproject.toml pins it
 
-by_hand = pytest.mark.by_hand  # minutes each
-
 LARGE, SMALL = (8192, 4096, 14336), (4096, 2048, 5632)
 
 # Cycles of the step in the form that flora chooses, to the frozen model's.
@@ -67,7 +65,9 @@ def test_a_head_costs_what_the_readme_says(chip):
 @pytest.mark.parametrize(
     ("chip", "variant"),
     [
-        pytest.param(*case, marks=() if case == ("v6e", "scan, remat") else by_hand)
+        case
+        if case == ("v6e", "scan, remat")
+        else pytest.param(*case, marks=pytest.mark.by_hand)  # minutes each
         for case in DECODER
     ],
 )

@@ -107,7 +107,11 @@ def works(layers: int, form: str) -> dict[str, tuple[Work, Work]]:
     def lora_loss(tree: Any, ids: jax.Array) -> jax.Array:
         return jnp.mean(jnp.square(apply(tree, ids)))
 
+    def compiled(fn: Callable[..., Any], *args: Any) -> Work:
+        return lambda: jax.jit(fn).lower(*args).compile()
+
     formula, *split = by_hand(model, adapted)
+    base = compiled(model.apply, tree, ids)
     base_step = jax.value_and_grad(base_loss)
     lora_step = flora.value_and_grad(lora_loss)
     return {
@@ -119,17 +123,11 @@ def works(layers: int, form: str) -> dict[str, tuple[Work, Work]]:
             lambda: jax.make_jaxpr(base_step)(tree, ids),
             lambda: jax.make_jaxpr(lora_step)(adapted, ids),
         ),
-        "compile": (
-            lambda: jax.jit(model.apply).lower(tree, ids).compile(),
-            lambda: jax.jit(apply).lower(adapted, ids).compile(),
-        ),
-        "compile_by_hand": (
-            lambda: jax.jit(model.apply).lower(tree, ids).compile(),
-            lambda: jax.jit(formula).lower(*split, ids).compile(),
-        ),
+        "compile": (base, compiled(apply, adapted, ids)),
+        "compile_by_hand": (base, compiled(formula, *split, ids)),
         "compile_step": (
-            lambda: jax.jit(base_step).lower(tree, ids).compile(),
-            lambda: jax.jit(lora_step).lower(adapted, ids).compile(),
+            compiled(base_step, tree, ids),
+            compiled(lora_step, adapted, ids),
         ),
     }
 

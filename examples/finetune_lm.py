@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import lm_tiny
 import numpy as np
 from jax.sharding import Mesh
+from language_models import hf_llama
+from language_models.generation import generator
+from language_models.llama import Llama
 from lm_data import Text, batch_of, pack, read_examples
 from lm_train import evaluation, optimizer, put, started, step_function
-from models import hf_llama
-from models.generation import generator
-from models.llama import Llama
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from language_models.hf_llama import tensors
+from language_models.llama import Llama
+from language_models.llama_config import LlamaConfig
 from lm_data import ARRAYS, Text, batch_of, pack
-from models.hf_llama import tensors
-from models.llama import Llama
-from models.llama_config import LlamaConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import flora.hf

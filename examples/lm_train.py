@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from models.llama import Llama
+from language_models.llama import Llama
 
 import flora
 import flora.sharding

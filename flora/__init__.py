@@ -9,16 +9,19 @@ References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
 """
 
 from flora import initializers, variants
-from flora._adapt import join, merge, split, with_dropout
-from flora._config import LoraConfig
-from flora._coverage import coverage
-from flora._errors import LoraError
-from flora._files import load, save
-from flora._init import init
-from flora._summary import summary
-from flora._transform import lora
-from flora._version import __version__ as __version__
-from flora._weight import Layout, LoraWeight, Trained
+from flora._files.adapter import load, save
+from flora._tree.config import LoraConfig
+from flora._tree.errors import LoraError
+from flora._tree.layout import Layout
+from flora._tree.version import __version__ as __version__
+from flora._tree.weight import LoraWeight, Trained
+from flora._verbs.coverage import coverage
+from flora._verbs.dropout import with_dropout
+from flora._verbs.init import init
+from flora._verbs.lora import lora
+from flora._verbs.merge import merge
+from flora._verbs.split import join, split
+from flora._verbs.summary import summary
 from flora.optim import mask, optimizer, value_and_grad
 
 __all__ = [

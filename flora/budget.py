@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flora._components import (
+from flora._starts.components import (
     best,
     budget_problems,
     by_path,
@@ -47,10 +47,11 @@ from flora._components import (
     require_paths,
     shares,
 )
-from flora._errors import LoraError, fail
-from flora._matrices import compiled, place_of, stacked
-from flora._residual import matrix_sizes
-from flora._weight import LoraWeight, compute_dtype
+from flora._starts.residual import matrix_sizes
+from flora._tree.arrays import compute_dtype
+from flora._tree.errors import LoraError, fail
+from flora._tree.matrices import compiled, place_of, stacked
+from flora._tree.weight import LoraWeight
 
 __all__ = [
     "Importance",

@@ -9,10 +9,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flora._adapt import require_adapted
-from flora._errors import LoraError, LoraTypeError, fail
-from flora._fingerprint import fingerprint, no_values
-from flora._records import (
+from flora._files.fingerprint import fingerprint, no_values
+from flora._files.records import (
     base_leaves,
     base_problems,
     copied,
@@ -29,8 +27,10 @@ from flora._records import (
     state_problems,
     unsavable,
 )
-from flora._select import Pattern, check_pattern
-from flora._version import __version__
+from flora._tree.checks import require_adapted
+from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.paths import Pattern, check_pattern
+from flora._tree.version import __version__
 
 _FORMAT = 1
 _TRASH = "deleted"  # steps are renamed into it, which is atomic, and then removed

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora._errors import LoraError, LoraTypeError, fail
-from flora._fingerprint import describe, no_values, same_names
-from flora._records import sharding_of
-from flora._safetensors import File, no_dtype, read, replace, write
-from flora._select import Pattern, check_pattern, matches, named_leaves
-from flora._trace import is_array
-from flora._weight import is_node
+from flora._files.fingerprint import describe, no_values, same_names
+from flora._files.records import sharding_of
+from flora._files.safetensors import File, no_dtype, read, replace, write
+from flora._tree.arrays import is_array
+from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.paths import Pattern, check_pattern, matches, named_leaves
+from flora._tree.weight import is_node
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -17,12 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora._alarm import Alarm, alarm
-from flora._errors import LoraTypeError, fail
-from flora._measures import Measures, Report, Subspace, factors_of, measure, ratio
-from flora._plot import draw
-from flora._transform import weight_problems
-from flora._weight import LoraWeight, compute_dtype, delta, materialize, opened
+from flora._algebra.dense import delta, materialize
+from flora._monitor.alarm import Alarm, alarm
+from flora._monitor.measures import (
+    Measures,
+    Report,
+    Subspace,
+    factors_of,
+    measure,
+    ratio,
+)
+from flora._monitor.plot import draw
+from flora._tree.arrays import compute_dtype
+from flora._tree.checks import weight_problems
+from flora._tree.errors import LoraTypeError, fail
+from flora._tree.quantized import opened
+from flora._tree.weight import LoraWeight
 
 __all__ = [
     "Alarm",

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flora._discover import Finding, discover
-from flora._errors import LoraError, LoraTypeError, fail
+from flora._algebra.variants import DoRA
 from flora._peft.config import PeftConfig, read
 from flora._peft.factors import magnitude, node
 from flora._peft.file import CONFIG, WEIGHTS, directory, read_tensors, write
@@ -33,11 +32,15 @@ from flora._peft.names_match import match_names
 from flora._peft.residual import residual
 from flora._peft.save import written
 from flora._peft.whole import put
-from flora._placement import mesh_of, spec_of, specs
-from flora._select import named_leaves
-from flora._trace import is_array, stage
-from flora._weight import Layout, LoraWeight, Trained, abstract, base_of, is_stored
-from flora.variants import DoRA
+from flora._trace.discover import Finding, discover
+from flora._trace.stage import stage
+from flora._tree.arrays import is_array
+from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.layout import Layout
+from flora._tree.paths import named_leaves
+from flora._tree.placement import mesh_of, spec_of, specs
+from flora._tree.quantized import abstract, is_stored
+from flora._tree.weight import LoraWeight, Trained, base_of
 
 __all__ = ["Module", "Names", "load", "match_names", "save"]
 

@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from flora._errors import LoraError, fail
-from flora._matrices import folded, nearest
-from flora._placement import mesh_of, places_of_parts, spec_of
-from flora._select import Pattern, matches, named_leaves, nothing_selected
-from flora._trace import is_array
-from flora._weight import LoraWeight, Quantized, Trained, delta, is_stored
+from flora._algebra.dense import delta
+from flora._tree.arrays import is_array
+from flora._tree.errors import LoraError, fail
+from flora._tree.matrices import folded, nearest
+from flora._tree.paths import Pattern, matches, named_leaves, nothing_selected
+from flora._tree.placement import mesh_of, places_of_parts, spec_of
+from flora._tree.quantized import Quantized, is_stored
+from flora._tree.weight import LoraWeight, Trained
 
 __all__ = ["QTYPES", "Quantized", "dequantize", "loftq", "quantize"]
 

@@ -19,17 +19,24 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from flora._adapt import require_adapted
-from flora._errors import LoraError, LoraTypeError, fail
-from flora._gram import columns
-from flora._groups import decay_mask, factor_problem, partition, scale_rates, times
-from flora._keys import consumed, path_salt, require_key
-from flora._select import named_leaves
-from flora._trace import is_array
-from flora._transform import weight_problems
-from flora._weight import LoraWeight, compute_dtype, is_node, is_stored, materialize
-from flora.initializers import Initializer, gaussian
-from flora.optim import FROZEN, freeze, map_parts
+from flora._algebra.dense import materialize
+from flora._algebra.gram import columns
+from flora._train.groups import (
+    decay_mask,
+    factor_problem,
+    partition,
+    scale_rates,
+    times,
+)
+from flora._train.optimizer import FROZEN, freeze, map_parts
+from flora._tree.arrays import compute_dtype, is_array
+from flora._tree.checks import require_adapted, weight_problems
+from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.initializers import Initializer, gaussian
+from flora._tree.keys import consumed, path_salt, require_key
+from flora._tree.paths import named_leaves
+from flora._tree.quantized import is_stored
+from flora._tree.weight import LoraWeight, is_node
 
 __all__ = [
     "decay_mask",

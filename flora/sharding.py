@@ -21,8 +21,9 @@ from flax.linen.spmd import logical_to_mesh
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from flora._errors import LoraError, LoraTypeError, fail
-from flora._placement import (
+from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.paths import named_leaves, path_of
+from flora._tree.placement import (
     names,
     places_of_parts,
     spec_of,
@@ -30,8 +31,8 @@ from flora._placement import (
     spec_problems,
     specs,
 )
-from flora._select import named_leaves, path_of
-from flora._weight import LoraWeight, Trained, base_of, is_leaf, is_stored
+from flora._tree.quantized import is_stored
+from flora._tree.weight import LoraWeight, Trained, base_of, is_leaf
 
 __all__ = ["of_state", "shardings"]
 

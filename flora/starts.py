@@ -24,12 +24,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora import _residual
-from flora._errors import LoraError, LoraTypeError, fail
-from flora._eva import eva
-from flora._keys import consumed, path_salt, require_key
-from flora._matrices import compiled, place_of
-from flora._residual import (
+from flora._starts import residual as _residual
+from flora._starts.eva import eva
+from flora._starts.residual import (
     gradients_of,
     made,
     nothing_adapted,
@@ -38,10 +35,14 @@ from flora._residual import (
     selected,
     side_by_side,
 )
-from flora._select import Pattern, named_leaves
-from flora._trace import is_array
-from flora._transform import lora
-from flora._weight import LoraWeight, Trained, base_of, is_stored
+from flora._tree.arrays import is_array
+from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.keys import consumed, path_salt, require_key
+from flora._tree.matrices import compiled, place_of
+from flora._tree.paths import Pattern, named_leaves
+from flora._tree.quantized import is_stored
+from flora._tree.weight import LoraWeight, Trained, base_of
+from flora._verbs.lora import lora
 
 __all__ = [
     "base_gradients",

@@ -18,10 +18,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
-import contract
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.support import contract
 
 settings.register_profile(
     "flora",

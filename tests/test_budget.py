@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import adapt, array, close, is_weight, randomized
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
@@ -17,6 +16,7 @@ import flora
 import flora.sharding
 from flora import budget
 from flora.variants import AdaLoRA, VeRA
+from tests.support.contract import adapt, array, close, is_weight, randomized
 
 SHAPES = {"stack": (3, 8, 8), "q": (8, 2, 4), "out": (8, 5)}
 

@@ -3,14 +3,21 @@
 import dataclasses
 import warnings
 
-import contract
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoints import (
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+import flora
+from flora._files.fingerprint import fingerprint
+from flora.checkpoint import Checkpointer
+from tests.support import contract
+from tests.support.checkpoints import (
     DEVICES,
     adapt,
     files,
@@ -24,14 +31,7 @@ from checkpoints import (
     step_of,
     trained,
 )
-from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as Spec
-from registry import normal
-
-import flora
-from flora._fingerprint import fingerprint
-from flora.checkpoint import Checkpointer
+from tests.support.registry import normal
 
 
 @pytest.fixture

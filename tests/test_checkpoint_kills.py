@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 import numpy as np
-import process_worker
 import pytest
-from checkpoints import files, same, trained
 
 import flora
 from flora.checkpoint import Checkpointer
+from tests.support import process_worker
+from tests.support.checkpoints import files, same, trained
 
 
 def torn(source, target, size):
@@ -73,7 +73,7 @@ def killed(directory, seed, trials):
     job = {"mode": "kill", "devices": 2, "directory": str(directory), "seed": seed,
            "trials": trials, "longest": 0.15}  # fmt: skip
     worker = pathlib.Path(process_worker.__file__)
-    paths = os.pathsep.join((str(worker.parents[1]), str(worker.parent)))
+    paths = os.pathsep.join((str(worker.parents[2]), str(worker.parent)))
     done = subprocess.run(
         [sys.executable, str(worker), json.dumps(job)],
         env=os.environ | {"PYTHONPATH": paths},

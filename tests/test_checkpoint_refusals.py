@@ -4,16 +4,16 @@ import dataclasses
 import json
 import pathlib
 
-import contract
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from checkpoints import adapt, params, same, trained
-from registry import normal
 
 import flora
 from flora.checkpoint import Checkpointer
+from tests.support import contract
+from tests.support.checkpoints import adapt, params, same, trained
+from tests.support.registry import normal
 
 
 @pytest.fixture

@@ -1,18 +1,18 @@
 import dataclasses
 import sys
 
-import contract
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from adapters import KINDS, WHOLE, f32, on_mesh
 
 import flora
 from flora import monitor
-from flora._weight import Quantized
+from flora._tree.quantized import Quantized
 from flora.variants import AdaLoRA, DoRA, VeRA
+from tests.support import contract
+from tests.support.adapters import KINDS, WHOLE, f32, on_mesh
 
 
 def node(shape, layout, rank, seed, dtype=jnp.float32):

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import array
-from many_adapters import LAYOUTS, delta, node, three
 
 import flora
 import flora.multi
+from tests.support.contract import array
+from tests.support.many_adapters import LAYOUTS, delta, node, three
 
 
 @pytest.mark.parametrize(("layout", "shape"), LAYOUTS)

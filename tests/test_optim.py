@@ -1,14 +1,14 @@
 import chex
-import contract
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import array
-from registry import MODELS
 
 import flora
+from tests.support import contract
+from tests.support.contract import array
+from tests.support.registry import MODELS
 
 
 def fn(p, x):

@@ -6,14 +6,24 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import peft_files as files
 import pytest
-from peft_files import PREFIX, D, F, X, delta, linear, params, up_adapters, values
 
 import flora
 import flora.peft
 from flora._peft.config import parse
 from flora._peft.targets import selects
+from tests.support import peft_files as files
+from tests.support.peft_files import (
+    PREFIX,
+    D,
+    F,
+    X,
+    delta,
+    linear,
+    params,
+    up_adapters,
+    values,
+)
 
 
 def close(got, want, tolerance=2e-6):

@@ -13,8 +13,9 @@ import time
 
 import jax
 import numpy as np
-import process_worker
 import pytest
+
+from tests.support import process_worker
 
 WORKER = pathlib.Path(process_worker.__file__)
 STEPS, SECONDS = 12, 150
@@ -26,7 +27,7 @@ class Process:
     def __init__(self, job, errors):
         self.errors = errors
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join((str(WORKER.parents[1]), str(WORKER.parent)))
+            "PYTHONPATH": os.pathsep.join((str(WORKER.parents[2]), str(WORKER.parent)))
         }
         with errors.open("wb") as stderr:
             self.popen = subprocess.Popen(

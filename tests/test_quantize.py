@@ -9,16 +9,24 @@ import numpy as np
 import optax
 import pytest
 import qwix
-from contract import adapt, array, close, is_weight, randomized, scalar, weights
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from registry import dense, heads, scanned
 
 import flora
 import flora.quantize
 import flora.sharding
-from flora._fingerprint import fingerprint
+from flora._files.fingerprint import fingerprint
 from flora.quantize import QTYPES, dequantize, quantize
+from tests.support.contract import (
+    adapt,
+    array,
+    close,
+    is_weight,
+    randomized,
+    scalar,
+    weights,
+)
+from tests.support.registry import dense, heads, scanned
 
 
 def rematted(p, x):

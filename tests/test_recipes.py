@@ -1,10 +1,14 @@
-import contract
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from adapters import (
+from jax.sharding import PartitionSpec
+
+import flora
+from flora import recipes
+from tests.support import contract
+from tests.support.adapters import (
     ADAPTED,
     ALPHA,
     GRADS,
@@ -26,10 +30,6 @@ from adapters import (
     unchanged,
     values,
 )
-from jax.sharding import PartitionSpec
-
-import flora
-from flora import recipes
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,10 +1,16 @@
-import contract
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from adapters import (
+from jax.sharding import AxisType, PartitionSpec
+
+import flora
+import flora.monitor
+from flora import recipes
+from flora._tree.quantized import Quantized
+from tests.support import contract
+from tests.support.adapters import (
     ADAPTED,
     GRADS,
     KINDS,
@@ -21,12 +27,6 @@ from adapters import (
     tree,
     values,
 )
-from jax.sharding import AxisType, PartitionSpec
-
-import flora
-import flora.monitor
-from flora import recipes
-from flora._weight import Quantized
 
 
 @pytest.mark.parametrize("way", ["whole tree", "adapter"])

@@ -1,4 +1,3 @@
-import contract
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +7,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh, NamedSharding, reshard
 from jax.sharding import PartitionSpec as Spec
-from registry import Decoder, linen, normal
 
 import flora
+from tests.support import contract
+from tests.support.registry import Decoder, linen, normal
 
 MESH = Mesh(np.array(jax.devices("cpu")).reshape(4, 2), ("data", "model"))
 

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import adapt, array, close, is_weight, randomized, weights
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from registry import dense, heads, scanned
 
 import flora
 import flora.quantize
 import flora.sharding
 from flora import starts
 from flora.variants import DoRA, VeRA
+from tests.support.contract import adapt, array, close, is_weight, randomized, weights
+from tests.support.registry import dense, heads, scanned
 
 
 def convolved(p, x):

@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import (
+from jax.sharding import PartitionSpec as P
+
+import flora
+import flora.sharding
+from flora.variants import DoRA, VeRA
+from tests.support.contract import (
     _everything,
     adapt,
     array,
@@ -18,12 +23,16 @@ from contract import (
     dense_arrays_of_step,
     scalar,
 )
-from jax.sharding import PartitionSpec as P
-from variant_cases import CASES, VARIANTS, case, conv, dense, experts, formula, trained
-
-import flora
-import flora.sharding
-from flora.variants import DoRA, VeRA
+from tests.support.variant_cases import (
+    CASES,
+    VARIANTS,
+    case,
+    conv,
+    dense,
+    experts,
+    formula,
+    trained,
+)
 
 AUTO = jax.sharding.AxisType.Auto
 

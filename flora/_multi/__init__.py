@@ -1,1 +1,4 @@
-"""What `flora.multi` is made of: stacks, mixed batches, runs, combinations."""
+"""Many adapters of one base: stacks, mixed batches, simultaneous runs, combinations.
+
+Behind `flora.multi`.  It may import everything below but `_peft`.
+"""

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora._errors import LoraError, fail
-from flora._keys import consumed, path_salt, require_key
 from flora._multi.conform import aligned, require_rank
 from flora._multi.lowrank import (
     compressed,
@@ -20,10 +18,12 @@ from flora._multi.lowrank import (
     multiplied,
     recompressed,
 )
-from flora._select import named_leaves
-from flora._tables import plain_text, table
-from flora._trace import is_array
-from flora._weight import LoraWeight, Trained, compute_dtype
+from flora._tree.arrays import compute_dtype, is_array
+from flora._tree.errors import LoraError, fail
+from flora._tree.keys import consumed, path_salt, require_key
+from flora._tree.paths import named_leaves
+from flora._tree.weight import LoraWeight, Trained
+from flora._verbs.tables import plain_text, table
 
 _IN_FACTORS = ("linear", "cat", "svd", "peft_linear")
 _DENSE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flora._errors import LoraError, LoraTypeError, fail
-from flora._select import path_of
-from flora._weight import LoraWeight, Trained, is_node
+from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.paths import path_of
+from flora._tree.weight import LoraWeight, Trained, is_node
 
 
 def stop(x: Any) -> bool:

@@ -9,9 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora._adapt import require_adapted
-from flora._errors import LoraError, fail
-from flora._keys import consumed, path_salt, require_key
 from flora._multi.combine import Combined, variant_problems
 from flora._multi.lowrank import (
     compressed,
@@ -21,9 +18,13 @@ from flora._multi.lowrank import (
     share,
     size,
 )
-from flora._select import Pattern, matches, named_leaves
-from flora._trace import is_array
-from flora._weight import LoraWeight, Trained, base_of, compute_dtype, opened
+from flora._tree.arrays import compute_dtype, is_array
+from flora._tree.checks import require_adapted
+from flora._tree.errors import LoraError, fail
+from flora._tree.keys import consumed, path_salt, require_key
+from flora._tree.paths import Pattern, matches, named_leaves
+from flora._tree.quantized import opened
+from flora._tree.weight import LoraWeight, Trained, base_of
 
 Named = Sequence[tuple[str, Any]]
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._weight import Layout, compute_dtype
+from flora._tree.arrays import compute_dtype
+from flora._tree.layout import Layout
 
 Factors = tuple[jax.Array, jax.Array]
 

@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flora._adapt import join
-from flora._errors import LoraError, LoraTypeError, fail
-from flora._factored import Dim, Factored, Origin, Site
-from flora._forms import materialized
-from flora._interpreter import Context, Use, interpret
+from flora._algebra.factored import Dim, Factored, Origin, Site
+from flora._algebra.low_rank import materialized
 from flora._multi.stacked import BASE, chosen, only_if, picked, require_stacked
-from flora._rules import ENTERS, RULES, RULES_FOR_SQUARES
-from flora._trace import Staged, filled, is_array, stage
-from flora._transform import lora as of_one
-from flora._weight import LoraWeight, Trained, is_leaf
+from flora._trace.interpret import Context, Use, interpret
+from flora._trace.rules import ENTERS, RULES, RULES_FOR_SQUARES
+from flora._trace.stage import Staged, filled, stage
+from flora._tree.arrays import is_array
+from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.weight import LoraWeight, Trained, is_leaf
+from flora._verbs.lora import lora as of_one
+from flora._verbs.split import join
 
 METHODS = ("auto", "gather", "masked")
 

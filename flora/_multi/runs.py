@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flora._adapt import join
-from flora._errors import LoraError, LoraTypeError, fail
 from flora._multi.conform import aligned, common, flattened, on_arrays, stop
 from flora._multi.stacked import side_by_side
-from flora._trace import is_array
-from flora._weight import LoraWeight
+from flora._tree.arrays import is_array
+from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.weight import LoraWeight
+from flora._verbs.split import join
 
 MakeTx = Callable[[Any], optax.GradientTransformation]
 

@@ -11,7 +11,6 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from flora._errors import LoraError, LoraTypeError, fail
 from flora._multi.conform import (
     Statics,
     aligned,
@@ -25,8 +24,9 @@ from flora._multi.conform import (
     shape_of,
     unit,
 )
-from flora._trace import is_array
-from flora._weight import LoraWeight
+from flora._tree.arrays import is_array
+from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.weight import LoraWeight
 
 BASE = -1  # the index that stands for the base alone
 _SETTINGS = ("dropout", "fallback", "form")

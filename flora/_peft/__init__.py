@@ -1,1 +1,4 @@
-"""What `flora.peft` is made of: files, names, factors."""
+"""Adapters of Hugging Face PEFT: its files, keys, names and formulas.
+
+Behind `flora.peft`.  It may import everything below but `_multi`.
+"""

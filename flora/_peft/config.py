@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flora._errors import LoraError, fail
 from flora._peft.file import CONFIG, read_json
+from flora._tree.errors import LoraError, fail
 
 Names = str | frozenset[str]
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from flora._errors import LoraError
 from flora._peft.groups import AcrossGroups, blocks, spread
 from flora._peft.keys import Lora
 from flora._peft.layouts import leaf_word
 from flora._peft.names import Slot
-from flora._weight import Layout, LoraWeight, Variant
+from flora._tree.errors import LoraError
+from flora._tree.layout import Layout
+from flora._tree.weight import LoraWeight, Variant
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flora._errors import LoraError, LoraTypeError
+from flora._tree.errors import LoraError, LoraTypeError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flora._weight import LoraWeight, Product
+from flora._tree.weight import LoraWeight, Product
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flora._errors import fail
 from flora._peft.config import PeftConfig
 from flora._peft.file import WEIGHTS
+from flora._tree.errors import fail
 
 PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"

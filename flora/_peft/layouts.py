@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from flora._weight import Layout
+from flora._tree.layout import Layout
 
 
 def leaf_word(path: str) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from flora._errors import fail
 from flora._peft.config import PeftConfig
 from flora._peft.factors import Piece
 from flora._peft.file import CONFIG, WEIGHTS
@@ -24,7 +23,9 @@ from flora._peft.parameters import (
     without_ties,
 )
 from flora._peft.targets import plain, target_problems, whole_problems
-from flora._weight import Layout, LoraWeight, Trained, base_of
+from flora._tree.errors import fail
+from flora._tree.layout import Layout
+from flora._tree.weight import LoraWeight, Trained, base_of
 
 
 @dataclasses.dataclass(frozen=True)

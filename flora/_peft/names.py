@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flora._errors import LoraError, LoraTypeError
+from flora._tree.errors import LoraError, LoraTypeError
 
 # The last word of a leaf's path and the parameter that it is.
 PARAMETERS = {

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from flora._errors import LoraError, fail
 from flora._peft.names import PARAMETERS, Module, Names, Slot, split_name
-from flora._select import named_leaves
-from flora._weight import base_of, is_stored
+from flora._tree.errors import LoraError, fail
+from flora._tree.paths import named_leaves
+from flora._tree.quantized import is_stored
+from flora._tree.weight import base_of
 
 _VECTORS = ("bias", "scale", "mean", "var")
 # A row of a weight: which parameter it is of, and which row.

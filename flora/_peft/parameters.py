@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from flora._errors import LoraError
 from flora._peft.config import PeftConfig
 from flora._peft.factors import Piece
 from flora._peft.keys import Content, Lora
 from flora._peft.layouts import layouts, leaf_word
 from flora._peft.names import Finder, Slot
 from flora._peft.targets import covers
-from flora._weight import Layout
+from flora._tree.errors import LoraError
+from flora._tree.layout import Layout
 
 
 def with_parameters(content: Content, config: PeftConfig, file: Path) -> Content:

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from flora._errors import LoraError
 from flora._peft.factors import is_channel_last, positions
 from flora._peft.groups import AcrossGroups, gathered
 from flora._peft.keys import Lora
 from flora._peft.layouts import leaf_word
 from flora._peft.names import Slot, split_name
-from flora._weight import LoraWeight
+from flora._tree.errors import LoraError
+from flora._tree.weight import LoraWeight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from flora._errors import LoraError
 from flora._peft.factors import Piece, positions
 from flora._peft.names import Slot
-from flora._weight import Layout
+from flora._tree.errors import LoraError
+from flora._tree.layout import Layout
 
 
 def start(weight: np.ndarray, rank: int, how: str) -> np.ndarray:

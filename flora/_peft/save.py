@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flora._adapt import require_adapted
-from flora._errors import LoraError, LoraTypeError, fail
+from flora._algebra.variants import DoRA
 from flora._peft.config import parse
 from flora._peft.file import CONFIG
 from flora._peft.groups import AcrossGroups
@@ -23,8 +22,9 @@ from flora._peft.serving import for_serving
 from flora._peft.start import with_start
 from flora._peft.targets import ends, selects
 from flora._peft.whole import taken
-from flora._weight import LoraWeight, Trained, base_of
-from flora.variants import DoRA
+from flora._tree.checks import require_adapted
+from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.weight import LoraWeight, Trained, base_of
 
 Slots = Mapping[str, Sequence[Slot]]
 Named = Sequence[tuple[str, Any]]

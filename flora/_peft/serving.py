@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from flora._errors import LoraError, fail
 from flora._peft.names import Slot, split_name
 from flora._peft.parts import Part
-from flora._weight import base_of
+from flora._tree.errors import LoraError, fail
+from flora._tree.weight import base_of
 
 # Projections of one input that servers compute together and look up together.
 _TOGETHER = ("q_proj", "k_proj", "v_proj")

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora._errors import LoraError, fail
-from flora._select import named_leaves
-from flora._weight import Layout, LoraWeight, base_of, is_stored
+from flora._tree.errors import LoraError, fail
+from flora._tree.layout import Layout
+from flora._tree.paths import named_leaves
+from flora._tree.quantized import is_stored
+from flora._tree.weight import LoraWeight, base_of
 
 
 def with_start(nodes: Mapping[str, LoraWeight], base: Any) -> dict[str, LoraWeight]:

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from flora._errors import LoraError
 from flora._peft.factors import positions
 from flora._peft.layouts import leaf_word
 from flora._peft.names import Slot
+from flora._tree.errors import LoraError
 
 
 def put(

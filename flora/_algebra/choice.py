@@ -1,0 +1,140 @@
+"""Which form computes a product: what the caller named, or what costs least there."""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a product and its gradient are computed.
+
+    Attributes:
+      forward: y = x W + z Q.
+      backward: dx = dy Wᵀ + g Pᵀ.
+      together: whether products of one x share their low-rank terms.
+    """
+
+    forward: str
+    backward: str
+    together: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a product: x is `[tokens, in]`, W `[in, out]`.
+
+    Attributes:
+      tokens, in_, out, rank: lengths.
+      sliced: whether W is the slice of a stack that a step of a loop takes.
+    """
+
+    tokens: int
+    in_: int
+    out: int
+    rank: int
+    sliced: bool = False
+
+
+def named_form(name: str) -> Form | None:
+    """The form of that name in both passes; `None` for what JAX derives itself."""
+    return None if name == "direct" else Form(name, name)
+
+
+# Narrower products have little to gain.
+_MIN_TOKENS, _MIN_WIDTH, _MAX_RANK = 1024, 1024, 64
+_ON_CHIP = 64 * 2**20  # bytes of W that can stay in a TPU core's vector memory
+_HEAD = 7  # outputs to inputs; above it a product gives logits of a vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a trace is for.
+
+    Attributes:
+      kind: a device kind, as `jax.devices()[0].device_kind` gives it.
+      devices: how many there are; arrays may be sharded over them.
+    """
+
+    kind: str
+    devices: int = 1
+
+
+def cheapest(sizes: Sizes, target: Target) -> Form | None:
+    """The rule of form="auto"; `None` is the direct form as JAX differentiates it.
+
+    The low-rank term is cheap to compute and dear to add: one pass over the larger of
+    two arrays.  Seven things decide who pays it:
+
+    - A product that widens (in < out) lets its own kernel add z Q; one that narrows is
+      added in the kernel of z Q.  For dx the two change places.
+    - Products of one x that are computed together pay for one pass instead of several.
+    - Longer operands, [x | z] [W ; Q], need no pass, but a copy of W: free where the
+      compiler joins them on the way in (v5e), cheap where W stays on the chip.
+    - The slice of a stack must be written before it can be joined.  On v6e that costs
+      more than the pass, so what fits on the chip is not joined in a loop; on v5p it
+      pays at every size, if dx is not joined.
+    - A head's logits are dearer to write and read again than a copy of W is, and their
+      gradient is slow to come by: longer operands forward, XLA's own order backward.
+    - dy and x are written once instead of being computed anew by each of their readers.
+    - Arrays that may be sharded are never joined: two shards side by side are no shard
+      of the whole, and moving them costs more than all else.
+
+    How much each weighs differs between generations of TPU.  The rule was read off the
+    TPU compiler's estimates (`examples/benchmarks/compare.py`), not off clocks.  On CPU
+    and GPU the direct form is taken.
+
+    Args:
+      sizes: of the product.
+      target: what the product runs on.
+    """
+    kind = target.kind
+    narrow = min(sizes.in_, sizes.out) < _MIN_WIDTH or sizes.tokens < _MIN_TOKENS
+    if not is_tpu(kind) or narrow or sizes.rank > _MAX_RANK:
+        return None
+    if target.devices > 1:
+        return Form("direct", "direct")
+    generation = kind.removeprefix("TPU ")
+    widens, fits = sizes.in_ < sizes.out, sizes.in_ * sizes.out * 2 <= _ON_CHIP
+    if not fits and sizes.out > _HEAD * sizes.in_:
+        return Form("concat", "direct")
+    if generation in ("v5 lite", "v5e"):
+        return Form("concat", "concat" if widens else "thin_last")
+    if generation.startswith("v6"):
+        if fits:
+            return Form("direct" if sizes.sliced else "concat", "direct")
+        first, last = ("thin_first", "thin_last")[:: 1 if widens else -1]
+        return Form(first, last, together=False)
+    if sizes.sliced:
+        return Form("concat", "direct")
+    if fits:
+        return Form("concat", "concat" if widens else "thin_first")
+    return Form("direct", "direct", together=False)
+
+
+def is_tpu(kind: str) -> bool:
+    """Whether a device kind is a TPU's."""
+    return kind.startswith("TPU")
+
+
+def target() -> Target:
+    """What a trace is for: the mesh that is set, or else the default device.
+
+    With no mesh set, arrays may be sharded over all devices that there are: a trace
+    does not see where its arguments lie.  To compile ahead of time for other devices,
+    trace under `jax.set_mesh(mesh)` with a mesh of their topology.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if device := getattr(mesh, "abstract_device", None):
+        return Target(device.device_kind, mesh.size)
+    device = jax.config.jax_default_device  # pyright: ignore
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    return Target(device.device_kind, jax.device_count(device.platform))
+
+
+def may_differ(name: str) -> bool:
+    """Whether a form can be another than the plain direct one on the device at hand."""
+    return name != "direct" and (name != "auto" or is_tpu(target().kind))
+
+

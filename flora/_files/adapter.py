@@ -1,0 +1,368 @@
+"""Adapter files: what was trained, how it is to be computed, and on which base."""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from flora._algebra import variants
+from flora._files.fingerprint import fingerprint, no_values, same_names
+from flora._files.records import base_leaves, base_problems, placed
+from flora._files.safetensors import File, no_dtype, read, write
+from flora._tree.arrays import is_array
+from flora._tree.checks import require_adapted, weight_problems
+from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.layout import Layout
+from flora._tree.paths import Pattern, check_pattern, matches, path_of
+from flora._tree.placement import mesh_of, spec_of, spec_of_extra, specs
+from flora._tree.quantized import abstract
+from flora._tree.version import __version__
+from flora._tree.weight import LoraWeight, Trained, is_leaf, is_node, on_parts
+
+_FORMAT = 1
+_DATA = ("base", "a", "b", "key", "extra")  # all other fields of a node are settings
+
+
+def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> None:
+    """Writes the adapter of a tree to one .safetensors file: whole, or not at all.
+
+    The file holds A, B, further trained arrays and the leaves that train whole; in its
+    header each leaf's layout and settings, flora's version and a fingerprint of the
+    base.  The base's weights are not in it.  With several processes all of them make
+    the call, and the first one writes.
+
+    Args:
+      path: where to, such as 'adapter.safetensors'; a file of that name is replaced.
+      adapted: the adapted tree, base and all, with values.
+      also: a pattern of frozen leaves that training changed all the same, such as
+        `batch_stats/*`.  They are saved whole, and are no part of the base.
+
+    Raises:
+      LoraError: the tree is not adapted, or a leaf holds no values, NaN or infinity, or
+        has a dtype that the format lacks.
+      OSError: the file cannot be written; the one before it is still there.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, flora
+      >>> fn = lambda p, x: x @ p["kernel"]
+      >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
+      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2), fn, params, x)
+      >>> path = tempfile.mkdtemp() + "/adapter.safetensors"
+      >>> flora.save(path, adapted)
+      >>> flora.load(path, params)["kernel"]
+      LoraWeight(float32[4,3], in=0 out=1, rank=2, scale=8)
+    """
+    path = _checked_path("save", path)
+    check_pattern("also", also)
+    require_adapted(adapted, "save")
+    leaves, frozen = _leaves(adapted), base_leaves(adapted, also)
+    trained = {
+        name: x
+        for leaf_path, leaf in leaves.items()
+        for name, x in _arrays(leaf_path, leaf, also).items()
+    }
+    fail(f"save: {p}" for name, x in trained.items() for p in _unwritable(name, x))
+    arrays = {name: _on_host(x) for name, x in trained.items()}
+    fail(f"save: {p}" for name, x in arrays.items() for p in _not_finite(name, x))
+    record = {
+        "format": _FORMAT,
+        "flora": __version__,
+        "leaves": {p: _leaf_record(p, x, also) for p, x in leaves.items()},
+        "base": fingerprint(frozen),
+        "arrays": fingerprint(arrays),
+    }
+    text = json.dumps(record)
+    if jax.process_index() == 0:
+        write(path, arrays, {"flora": text, "flora_sha256": _digest(text)})
+    if jax.process_count() > 1:  # the file is there once any of them returns
+        multihost_utils.sync_global_devices(f"flora.save {path}")
+
+
+def load(path: str | os.PathLike[str], base: Any, *, check_base: bool = True) -> Any:
+    """The adapted tree of a base and an adapter that `save` wrote.
+
+    No model code runs and nothing is traced: layouts are in the file.
+
+    Args:
+      path: the file.
+      base: the plain tree that the adapter was trained on, in any sharding; factors lie
+        as `flora.init` would lay them.  Where a leaf trains whole, whatever is there is
+        replaced; `None` will do.
+      check_base: False to put the adapter on other values of the same shapes: weights in
+        another dtype or in fewer bits, or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      The adapted tree; the base's arrays are shared.  Dropout keys belong to one step:
+      it has none.
+
+    Raises:
+      LoraError: the file is missing, cut off, damaged, not of flora's, of another
+        format, or holds NaN or infinity; or the base has other leaves, shapes or values.
+    """
+    path = _checked_path("load", path)
+    file, record = _opened(path)
+    stop = jax.tree_util.tree_flatten_with_path(base, is_leaf=_is_leaf_or_none)
+    named, treedef = [(path_of(keys), x) for keys, x in stop[0]], stop[1]
+    fail(same_names([p for p, _ in named]))
+    given, saved = dict(named), record["leaves"]
+    fail(f"{path}: {p}" for p in _structure_problems(saved, given))
+    if check_base:
+        frozen = {p: given[p] for p in saved if saved[p]["kind"] in ("lora", "frozen")}
+        absent = [f"{p} Or write check_base=False." for q, x in frozen.items()
+                  for p in no_values(q, x)]  # fmt: skip
+        problems = absent or base_problems(record["base"], fingerprint(frozen))
+        fail(f"{path}: {p}" for p in problems)
+    arrays = _verified(file, record["arrays"])
+    filled = [_filled(p, x, saved.get(p), arrays) for p, x in named]
+    fail(f"{path}: {p}" for (q, _), x in zip(named, filled, strict=True)
+         for p in weight_problems(q, x))  # fmt: skip
+    return treedef.unflatten(filled)
+
+
+# --- What is written ------------------------------------------------------------------
+
+
+def _checked_path(verb: str, path: Any) -> pathlib.Path:
+    if isinstance(path, str | os.PathLike) and os.fspath(path):
+        return pathlib.Path(os.fspath(path))
+    raise LoraTypeError(
+        f"{verb}: path={path!r}. Write a file name, such as 'adapter.safetensors'. The "
+        f"order is flora.{verb}(path, tree)."
+    )
+
+
+def _is_leaf_or_none(x: Any) -> bool:
+    return x is None or is_leaf(x)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    named = [(path_of(keys), x) for keys, x in found]
+    fail(same_names([p for p, _ in named]))
+    return dict(named)
+
+
+def _arrays(path: str, leaf: Any, also: Pattern) -> dict[str, Any]:
+    """What is written of a leaf, under the names that it has in the file."""
+    if isinstance(leaf, LoraWeight):
+        parts = {"a": leaf.a, "b": leaf.b}
+        parts |= {f"extra/{name}": x for name, x in (leaf.extra or {}).items()}
+        return {f"{part}/{path}": x for part, x in parts.items()}
+    if isinstance(leaf, Trained):
+        return {f"whole/{path}": leaf.value}
+    return {f"whole/{path}": leaf} if matches(also, path, leaf) else {}
+
+
+def _unwritable(name: str, x: Any) -> list[str]:
+    if not is_array(x):
+        return [f"'{name}' is a {type(x).__qualname__}; expected an array."]
+    if problems := no_values(name, x):
+        return problems
+    return no_dtype(name, x.dtype)
+
+
+def _on_host(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not (
+        x.is_fully_addressable or x.is_fully_replicated
+    ):
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+
+def _not_finite(name: str, x: np.ndarray) -> list[str]:
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return []
+    bad = int(x.size - np.count_nonzero(np.isfinite(x)))
+    if not bad:
+        return []
+    return [f"'{name}' holds NaN or infinity in {bad:,} of {x.size:,} places."]
+
+
+def _leaf_record(path: str, leaf: Any, also: Pattern) -> dict[str, Any]:
+    if isinstance(leaf, LoraWeight):
+        shape, settings = leaf.base.shape, _settings(path, leaf)
+        extra = sorted(leaf.extra or {})
+        return {"kind": "lora", "shape": [*shape], "extra": extra} | settings
+    kind = "also" if matches(also, path, leaf) else "frozen"
+    if isinstance(leaf, Trained):
+        kind, leaf = "trained", leaf.value
+    return {"kind": kind, "shape": [*np.shape(abstract(leaf))]}
+
+
+def _settings(path: str, weight: LoraWeight) -> dict[str, Any]:
+    """The settings of a node, whatever fields nodes have."""
+    names = [f.name for f in dataclasses.fields(weight) if f.name not in _DATA]
+    found = {name: getattr(weight, name) for name in names}
+    layout = found.pop("layout")
+    axes = {"stack": layout.stack, "in": layout.in_, "out": layout.out}
+    return {"layout": axes, "settings": {k: _encoded(path, k, found[k]) for k in found}}
+
+
+def _encoded(path: str, name: str, value: Any) -> Any:
+    """A setting as JSON: a number, text, or a dataclass of flora's."""
+    kind = type(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple):
+        return {"tuple": [_encoded(path, name, x) for x in value]}
+    if dataclasses.is_dataclass(value) and kind.__module__.split(".")[0] == "flora":
+        fields = {
+            f.name: _encoded(path, name, getattr(value, f.name))
+            for f in dataclasses.fields(value)
+        }
+        public = hasattr(variants, kind.__name__)
+        module = "flora.variants" if public else kind.__module__
+        return {"class": f"{module}:{kind.__qualname__}", "fields": fields}
+    raise LoraError(
+        f"save: '{path}' has {name}={value!r}, which no file can hold. Use one of flora's "
+        "own, or flora.checkpoint."
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- What is read ---------------------------------------------------------------------
+
+
+def _opened(path: pathlib.Path) -> tuple[File, dict[str, Any]]:
+    """The file and its record."""
+    file = read(path)
+    text = file.metadata.get("flora")
+    if text is None:
+        raise LoraError(
+            f"{path} was not written by flora.save: its header has "
+            f"{', '.join(map(repr, file.metadata)) or 'no metadata'}, no 'flora'. Files of "
+            "PEFT are for flora.peft.load, base weights for flora.hf.load."
+        )
+    if _digest(text) != file.metadata.get("flora_sha256"):
+        _damaged(path, "its header was changed")
+    record = json.loads(text)
+    if record["format"] != _FORMAT:
+        raise LoraError(
+            f"{path} was written by flora {record['flora']} in format "
+            f"{record['format']}; flora {__version__} reads format {_FORMAT}. Install "
+            "that version."
+        )
+    settings = {k for x in record["leaves"].values() for k in x.get("settings", {})}
+    if lacking := sorted(settings - {f.name for f in dataclasses.fields(LoraWeight)}):
+        raise LoraError(
+            f"{path} was written by flora {record['flora']} with the settings "
+            f"{', '.join(lacking)}, which flora {__version__} lacks. Install that version."
+        )
+    return file, record
+
+
+def _damaged(path: pathlib.Path, what: str) -> NoReturn:
+    raise LoraError(
+        f"{path} is damaged: {what} after flora.save wrote it. Copy it again, or save the "
+        "adapter anew."
+    )
+
+
+def _verified(file: File, saved: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The arrays, read into memory, as they were written."""
+    if missing := sorted({*saved} ^ {*file.infos}):
+        _damaged(file.path, f"{', '.join(map(repr, missing[:3]))} came or went")
+    arrays = {name: np.array(file.array(name)) for name in saved}
+    found = fingerprint(arrays)
+    if changed := [name for name in saved if found[name] != saved[name]]:
+        _damaged(file.path, f"{', '.join(map(repr, changed[:3]))} changed")
+    fail(f"{file.path}: {p}" for k, x in arrays.items() for p in _not_finite(k, x))
+    fail(
+        f"{file.path}: '{k}' is {x.dtype}, which this JAX makes {was}. Write "
+        "jax.config.update('jax_enable_x64', True)."
+        for k, x in arrays.items()
+        if (was := jax.dtypes.canonicalize_dtype(x.dtype)) != x.dtype
+    )
+    return arrays
+
+
+def _structure_problems(
+    saved: Mapping[str, Any], given: Mapping[str, Any]
+) -> Iterator[str]:
+    """One line for each leaf that is not what the adapter was trained on."""
+    for path in dict.fromkeys((*saved, *given)):
+        if path in given and is_node(given[path]):
+            yield (
+                f"'{path}' of the given base is adapted already. Pass the base that "
+                "flora.split returned."
+            )
+            continue
+        whole = saved.get(path, {}).get("kind") in ("trained", "also")
+        if given.get(path) is None and (whole or path not in saved):
+            continue
+        was = _shown(saved, path, lambda record: record["shape"])
+        now = _shown(given, path, lambda leaf: np.shape(abstract(leaf)))
+        if was != now:
+            yield (
+                f"'{path}': the adapter was trained with {was}; the given base has {now}. "
+                "Pass the tree of the model that it was trained on."
+            )
+
+
+def _shown(leaves: Mapping[str, Any], path: str, shape: Any) -> str:
+    if leaves.get(path) is None:
+        return "no such leaf"
+    return f"shape {tuple(shape(leaves[path]))}"
+
+
+def _filled(
+    path: str, leaf: Any, record: Mapping[str, Any] | None, arrays: Mapping[str, Any]
+) -> Any:
+    """The leaf of the adapted tree, each array where it belongs."""
+    if record is None or record["kind"] == "frozen":
+        return leaf
+    if record["kind"] != "lora":
+        value = arrays[f"whole/{path}"]
+        value = jnp.asarray(value) if leaf is None else placed(leaf, value)
+        return Trained(value) if record["kind"] == "trained" else value
+    layout = Layout(*(tuple(record["layout"][k]) for k in ("stack", "in", "out")))
+    settings: dict[str, Any] = {k: _decoded(x) for k, x in record["settings"].items()}
+    extra = {k: arrays[f"extra/{k}/{path}"] for k in record["extra"]} or None
+    a, b = arrays[f"a/{path}"], arrays[f"b/{path}"]
+    return _laid(LoraWeight(leaf, a, b, extra=extra, layout=layout, **settings))
+
+
+def _laid(weight: LoraWeight) -> LoraWeight:
+    """Each part where the weight lies, as `flora.init` would lay it."""
+    spec, mesh = spec_of(weight.base), mesh_of(weight.base)
+    if spec is None:
+        return on_parts(lambda _, x: jnp.asarray(x), weight)
+    found = specs(weight.layout, spec, len(weight.base.shape))
+
+    def lay(name: str, x: np.ndarray) -> jax.Array:
+        place = {"a": found.a, "b": found.b}.get(name)
+        place = spec_of_extra(found, weight, x.shape) if place is None else place
+        sharding = NamedSharding(mesh, place)
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+    return on_parts(lay, weight)
+
+
+def _decoded(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tuple" in value:
+        return tuple(map(_decoded, value["tuple"]))
+    module, _, name = value["class"].partition(":")
+    found = None
+    if module.split(".")[0] == "flora":
+        found = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise LoraError(
+            f"The file needs {value['class']}, which flora {__version__} lacks. Install "
+            "the version that wrote it."
+        )
+    return found(**{k: _decoded(x) for k, x in value["fields"].items()})

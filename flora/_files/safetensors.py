@@ -1,0 +1,228 @@
+"""Files of named arrays in the safetensors format: written whole or not at all.
+
+    8 bytes: n, little-endian | n bytes: JSON | the arrays, one after the other
+
+The JSON is `{name: {"dtype", "shape", "data_offsets"}}` and text under `__metadata__`.
+Reading maps the file into memory: only what is used of an array is read.  Nothing in it
+is ever executed.
+
+References: https://huggingface.co/docs/safetensors
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from flora._tree.errors import LoraError
+
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(bool),
+    **{f"I{n}": np.dtype(f"int{n}") for n in (8, 16, 32, 64)},
+    **{f"U{n}": np.dtype(f"uint{n}") for n in (8, 16, 32, 64)},
+    **{f"F{n}": np.dtype(f"float{n}") for n in (16, 32, 64)},
+    "C64": np.dtype("complex64"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MOST = 100_000_000  # bytes of JSON, as in the reference implementation
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What the header says of an array: `data[start:stop]` holds it."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """An open file.
+
+    Attributes:
+      path: where it lies.
+      metadata: the text in its header.
+      infos: what the header says of each array.
+      data: the bytes behind the header, mapped.
+    """
+
+    path: pathlib.Path
+    metadata: Mapping[str, str]
+    infos: Mapping[str, Info]
+    data: np.ndarray
+
+    def array(self, name: str) -> np.ndarray:
+        """A read-only view of the array in the file."""
+        info = self.infos[name]
+        return self.data[info.start : info.stop].view(info.dtype).reshape(info.shape)
+
+
+def read(path: str | os.PathLike[str]) -> File:
+    """Opens a file, and checks its header against its size.
+
+    Raises:
+      LoraError: there is no such file, or it is another kind of file, or cut off.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise LoraError(f"{path} {what}; expected a .safetensors file.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or length > min(_MOST, size - 8):
+            _refuse(path, f"its header would end at byte {8 + length:,} of {size:,}")
+        text = file.read(length)
+    header = _parsed(path, text)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not _all_text(metadata.values()):
+        _refuse(path, "__metadata__ is no dict of text")
+    infos = {name: _info(path, name, entry) for name, entry in header.items()}
+    _require_packed(path, infos, size - 8 - length)
+    offset = 8 + length
+    if offset == size:
+        return File(path, metadata, infos, np.zeros(0, np.uint8))
+    data = np.asarray(np.memmap(path, np.uint8, mode="r"))[offset:]
+    return File(path, metadata, infos, data)
+
+
+def _parsed(path: pathlib.Path, text: bytes) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name occurs twice")
+        return found
+
+    try:
+        header = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        _refuse(path, f"its header is no JSON: {error}")
+    if not isinstance(header, dict):
+        _refuse(path, f"its header is a {type(header).__name__}, no dict")
+    return header
+
+
+def _info(path: pathlib.Path, name: str, entry: Any) -> Info:
+    try:
+        kind, shape = entry["dtype"], tuple(entry["shape"])
+        start, stop = entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        _refuse(path, f"its header has {entry!r} for '{name}'")
+    if kind not in DTYPES:
+        _refuse(path, f"'{name}' has dtype {kind!r}, not one of {', '.join(DTYPES)}")
+    numbers = (*shape, start, stop)
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        _refuse(path, f"its header has {entry!r} for '{name}'")
+    if stop - start != math.prod(shape) * DTYPES[kind].itemsize:
+        _refuse(
+            path, f"'{name}', {kind}{list(shape)}, was given {stop - start:,} bytes"
+        )
+    return Info(DTYPES[kind], shape, start, stop)
+
+
+def _require_packed(path: pathlib.Path, infos: Mapping[str, Info], size: int) -> None:
+    """Every byte belongs to one array."""
+    end = 0
+    for name, info in sorted(infos.items(), key=lambda x: (x[1].start, x[1].stop)):
+        if info.start != end:
+            _refuse(path, f"'{name}' starts at byte {info.start:,} instead of {end:,}")
+        end = info.stop
+    if end != size:
+        _refuse(path, f"its arrays take {end:,} bytes, and {size:,} are there")
+
+
+def _all_text(values: Any) -> bool:
+    return all(isinstance(x, str) for x in values)
+
+
+def _refuse(path: pathlib.Path, why: str) -> NoReturn:
+    raise LoraError(
+        f"{path} is no whole safetensors file: {why}. Copy or download it again, or pass "
+        "another file."
+    )
+
+
+def no_dtype(name: str, dtype: Any) -> list[str]:
+    """What keeps an array of that dtype from being written."""
+    if dtype in _NAMES:
+        return []
+    return [
+        f"'{name}' has dtype {dtype}, which safetensors does not have; expected one of "
+        f"{', '.join(map(str, _NAMES))}. Cast it with x.astype."
+    ]
+
+
+def write(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a file under its name once all of it is on disk.
+
+    Whatever stops it leaves the file that was there before.  A process that is killed
+    leaves a hidden `.<name>.<random>.tmp` beside it, which nobody reads.
+    """
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        x = arrays[name]
+        span = [end, end := end + x.nbytes]
+        kind = {"dtype": _NAMES[x.dtype], "shape": list(x.shape)}
+        header[name] = kind | {"data_offsets": span}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the arrays are aligned
+
+    def chunks() -> Iterator[Any]:
+        yield len(text).to_bytes(8, "little") + text
+        for name in order:
+            yield np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
+
+    replace(pathlib.Path(path), chunks)
+
+
+def replace(path: pathlib.Path, chunks: Callable[[], Iterator[Any]]) -> None:
+    """The file at `path` becomes these bytes in one step that a crash cannot divide."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with new.open("xb") as file:
+            for chunk in chunks():
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(folder: pathlib.Path) -> None:
+    """The folder's new entry goes to disk too, where a folder can be opened (not Windows)."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,93 @@
+"""Operations on weights that are stored in fewer bits.
+
+An operation that multiplies opens the weight inside `jax.checkpoint`: its residuals are
+what is stored, and the backward pass opens it anew.  One that only changes how the weight
+looks is put off until then.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from flora._algebra.factored import Factored, is_lazy
+from flora._tree.quantized import Quantized, is_stored, opened
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class View:
+    """Opens a weight and looks at it as operations since have done.
+
+    Attributes:
+      run: the last operation, on the values with the opened weight among them.
+      output: which of its outputs is the weight.
+      before: the opener of what it was done to.
+    """
+
+    run: Callable[[Any], Sequence[Any]]
+    output: int
+    before: Callable[[Any], Any]
+
+    def __call__(self, stored: Any) -> Any:
+        return self.run(self.before(stored))[self.output].base
+
+
+def on_stored(run: Callable[..., Sequence[Any]], values: Sequence[Any]) -> list[Any]:
+    """The outputs of an operation, for which stored weights are opened.
+
+    Args:
+      run: the operation, on values without stored weights.
+      values: its operands, arrays and weights, in any nesting.
+    """
+
+    def fn(values: Sequence[Any]) -> list[Any]:
+        return list(run(*jax.tree.map(_opened, values, is_leaf=is_lazy)))
+
+    flat = jax.tree.leaves(values, is_leaf=is_lazy)
+    stored = [x for x in flat if isinstance(x, Factored) and is_stored(x.base)]
+    if not stored:
+        return list(run(*values))
+    outs = jax.eval_shape(fn, values)
+    if not any(_is_whole(x) for x in outs):
+        return jax.checkpoint(fn)(values)
+    if len(stored) > 1:  # such as a sum of two weights: no one of them is left
+        return fn(values)
+    return [_put_off(fn, values, k, x) for k, x in enumerate(fn(values))]
+
+
+def in_slices(w: Factored, size: int) -> Factored:
+    """A stack whose base can be sliced as it is, opened where what is stored cannot."""
+    whole = all(x.shape[:1] == (size,) for x in jax.tree.leaves(w.base))
+    if not is_stored(w.base) or (whole and not isinstance(w.base.opener, View)):
+        return w
+    return _opened(w)
+
+
+def _opened(x: Any) -> Any:
+    if not isinstance(x, Factored):
+        return x
+    return dataclasses.replace(x, base=opened(x.base))
+
+
+def _is_whole(x: Any) -> bool:
+    """Whether an output is still a weight, not rows or sums of one."""
+    return is_lazy(x) and not (isinstance(x, Factored) and (x.chosen or x.summed))
+
+
+def _put_off(fn: Callable, values: Sequence[Any], output: int, x: Any) -> Any:
+    """The output, opened where it is used."""
+    if not isinstance(x, Factored) or x.base is None:
+        return x
+    at, w = next(
+        (i, v)
+        for i, v in enumerate(values)
+        if isinstance(v, Factored) and is_stored(v.base)
+    )
+
+    def run(base: Any) -> Sequence[Any]:
+        bare = dataclasses.replace(w, base=base, a=None, b=None, key=None)
+        return fn([*values[:at], bare, *values[at + 1 :]])
+
+    view = View(run, output, w.base.opener)
+    return dataclasses.replace(x, base=Quantized(w.base.stored, view))

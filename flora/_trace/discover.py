@@ -1,0 +1,225 @@
+"""Finds the layout of each weight by following it to what consumes it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora._algebra.factored import Factored, Squared, from_weight, undiscovered
+from flora._trace.interpret import Context, Use, interpret, lookup_roles
+from flora._trace.rules import RULES, RULES_FOR_SQUARES
+from flora._trace.stage import Staged
+from flora._tree.layout import Layout
+from flora._tree.weight import LoraWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What a function does with one leaf.
+
+    Attributes:
+      uses: the operations that read the leaf, in order.
+      layout: the layout they imply, if they agree on one.
+      conflict: why there is no layout, or ''.
+      returned: whether the function returns what it made of the leaf, unformed.
+    """
+
+    uses: tuple[Use, ...]
+    layout: Layout | None
+    conflict: str = ""
+    returned: bool = False
+
+    @property
+    def dense(self) -> list[Use]:
+        return [use for use in self.uses if use.dense]
+
+    @property
+    def status(self) -> str:
+        """'unused', 'dense' or 'factored'."""
+        if not any(use.firm for use in self.uses) and not self.returned:
+            return "unused"
+        return "factored" if self.layout and not self.dense else "dense"
+
+
+def discover(
+    staged: Staged,
+    leaves: Sequence[Any],
+    paths: Mapping[int, str],
+    given: Mapping[str, Layout] | None = None,
+) -> dict[str, Finding]:
+    """Follows the leaves `{position: path}` through a traced call.
+
+    A layout that is `given` stands, whatever the uses imply.
+    """
+    given = given or {}
+    log, returned = _walk(
+        staged,
+        leaves,
+        {
+            i: _with_layout(path, given[path]) if path in given else _unknown(path)
+            for i, path in paths.items()
+        },
+    )
+    found = {}
+    for i, path in paths.items():
+        uses = tuple(use for use in log if use.path == path)
+        layout, conflict = given.get(path), ""
+        if layout is None:
+            layout, conflict = _agree(uses, len(leaves[i].shape))
+        found[path] = Finding(uses, layout, conflict, path in returned)
+    return _verified(staged, leaves, paths, found)
+
+
+def _verified(
+    staged: Staged,
+    leaves: Sequence[Any],
+    paths: Mapping[int, str],
+    found: dict[str, Finding],
+) -> dict[str, Finding]:
+    """Walks once more with the layouts found: some operations refuse some layouts."""
+    log, _ = _walk(
+        staged,
+        leaves,
+        {
+            i: _with_layout(path, layout)
+            for i, path in paths.items()
+            if (layout := found[path].layout) and not found[path].dense
+        },
+    )
+    dense: dict[str, list[Use]] = {}
+    for use in log:
+        if use.dense:
+            dense.setdefault(use.path, []).append(use)
+    return {
+        path: dataclasses.replace(f, uses=(*f.uses, *dense.get(path, ())))
+        for path, f in found.items()
+    }
+
+
+def _unknown(path: str) -> Callable[[Any], Factored]:
+    return lambda base: undiscovered(base, path)
+
+
+def _with_layout(path: str, layout: Layout) -> Callable[[Any], Factored]:
+    def make(base: Any) -> Factored:
+        # Factors of rank 1 are enough to see which rules apply.
+        a, b = map(jnp.ones, layout.factor_shapes(base.shape, 1))
+        return from_weight(LoraWeight(base, a, b, layout=layout), path)
+
+    return make
+
+
+def _walk(
+    staged: Staged, leaves: Sequence[Any], make: Mapping[int, Callable[[Any], Any]]
+) -> tuple[dict[Use, None], set[str]]:
+    """Interprets the staged call abstractly, recording; also what leaves it raw."""
+    log: dict[Use, None] = {}
+    returned: set[str] = set()
+
+    def run(tree_arrays: list[Any], args: list[Any]) -> None:
+        values = list(tree_arrays)
+        for i, k in enumerate(staged.tree_inputs):
+            if k is not None and i in make:
+                values[k] = make[i](values[k])
+        ctx = Context(RULES, RULES_FOR_SQUARES, log=log)
+        outs = interpret(ctx, staged.jaxpr, [*values, *args])
+        for x in outs:
+            x = x.root if isinstance(x, Squared) else x
+            if not isinstance(x, Factored) or any(x is w for w in values):
+                continue
+            if x.chosen:
+                for path, roles in x.site.by_path(lookup_roles(x)):
+                    use = (path, "output", "the function's result")
+                    log.setdefault(Use(*use, tuple(sorted(roles))))
+            elif not x.summed:
+                returned.update(x.site.paths)
+            else:
+                for path in x.site.paths:
+                    log.setdefault(Use(path, "output", "the function's result"))
+
+    arrays = [
+        x for x, k in zip(leaves, staged.tree_inputs, strict=True) if k is not None
+    ]
+    jax.eval_shape(run, arrays, list(staged.args))
+    return log, returned
+
+
+def _agree(uses: Sequence[Use], ndim: int) -> tuple[Layout | None, str]:
+    """The one layout that all uses imply, or why there is none."""
+    firm = [use for use in uses if use.roles and use.firm]
+    chosen: dict[int, str] = {}
+    first: Use | None = None
+    # Products name the axes better than lookups do: a tied embedding keeps attend's.
+    # Those of many rows do so better than those of one: a norm's power iteration.
+    for use in sorted(
+        firm, key=lambda use: (use.primitive in ("gather", "output"), -use.rows)
+    ):
+        roles, conflict = _of_one_use(use)
+        if conflict:
+            return None, conflict
+        if first is None:
+            first = use
+        else:
+            aligned = _aligned(chosen, roles)
+            if aligned is None:
+                return None, (
+                    f"'{first.primitive}' at {first.source} reads it as "
+                    f"{_shown(chosen)}, '{use.primitive}' at {use.source} as "
+                    f"{_shown(roles)}"
+                )
+            roles = aligned
+        firm = {i: role for i, role in roles.items() if role != "window"}
+        chosen = roles | chosen
+        chosen |= {i: r for i, r in firm.items() if chosen[i] == "window"}
+    if first is None:
+        sums = [use for use in uses if use.firm and not use.dense]
+        if not sums or any(use.dense for use in uses):
+            return None, ""
+        where = f"'{sums[0].primitive}' at {sums[0].source}"
+        return None, f"{where} sums over it, and nothing multiplies by it"
+    # A window goes with what is contracted, unless another use says otherwise.
+    chosen = {i: "in" if role == "window" else role for i, role in chosen.items()}
+    groups = {
+        role: tuple(i for i in range(ndim) if chosen.get(i, "stack") == role)
+        for role in ("stack", "in", "out")
+    }
+    if not groups["in"] or not groups["out"]:
+        missing = "in" if not groups["in"] else "out"
+        return None, (
+            f"'{first.primitive}' at {first.source} reads it as "
+            f"{_shown(chosen)}: there is no {missing} axis"
+        )
+    return Layout(groups["stack"], groups["in"], groups["out"]), ""
+
+
+def _of_one_use(use: Use) -> tuple[dict[int, str], str]:
+    roles: dict[int, str] = {}
+    for axis, role in use.roles:
+        if {roles.get(axis), role} == {"in", "out"}:
+            return {}, (
+                f"'{use.primitive}' at {use.source} contracts one part of axis "
+                f"{axis} and keeps another"
+            )
+        if roles.get(axis, "stack") == "stack":
+            roles[axis] = role
+    return roles, ""
+
+
+def _aligned(one: Mapping[int, str], other: dict[int, str]) -> dict[int, str] | None:
+    """`other`, or with in and out swapped, as it means the same factors as `one`."""
+    swap = {"in": "out", "out": "in"}
+    for roles in (other, {i: swap.get(role, role) for i, role in other.items()}):
+        pairs = [{one[i], roles[i]} for i in one.keys() & roles.keys()]
+        if all(len(pair) == 1 or "window" in pair for pair in pairs):
+            return roles
+    return None
+
+
+def _shown(roles: Mapping[int, str]) -> str:
+    named = {
+        r: [str(i) for i in sorted(roles) if roles[i] == r]
+        for r in ("stack", "window", "in", "out")
+    }
+    return " ".join(f"{r}={','.join(axes)}" for r, axes in named.items() if axes)

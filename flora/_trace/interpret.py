@@ -1,0 +1,265 @@
+"""Walks a jaxpr: hands untouched equations back to JAX, the others to the rules."""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from flora._algebra.choice import may_differ
+from flora._algebra.factored import Factored, Squared, is_lazy
+from flora._algebra.low_rank import materialized
+from flora._trace import compat
+from flora._trace.dequantize import on_stored
+from flora._trace.share import Schedule, in_order, together
+from flora._trace.source import source_line
+from flora._tree.errors import LoraError, Unfactorable, human_bytes
+
+Rule = Callable[..., Sequence[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One operation that reads a weight.
+
+    Attributes:
+      path: the leaf.
+      primitive: what reads it, such as 'dot_general'.
+      source: where the user wrote that.
+      roles: `(axis of the stored weight, role)` pairs that the operation implies.
+      firm: whether the roles bind; indexing only suggests 'stack'.
+      rows: how many vectors the weight multiplies there.
+      dense: why there is no factored form; '' where there is one.
+      bytes: what forming the dense weight there costs, in bytes.
+    """
+
+    path: str
+    primitive: str
+    source: str
+    roles: tuple[tuple[int, str], ...] = ()
+    firm: bool = True
+    rows: int = 0
+    dense: str = ""
+    bytes: int = 0
+
+    def __str__(self) -> str:
+        where = f"'{self.primitive}' at {self.source} reads '{self.path}'"
+        return f"{where} and flora has no factored rule for it ({self.dense})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a rule needs besides its operands.
+
+    Attributes:
+      rules: the table.
+      rules_for_squares: the table for operations that read squares of weights.
+      enters: the primitives that hand their operands on to functions inside.
+      together: computes several products of one x at once; `None` where none are.
+      log: where uses are recorded, as keys, in order; `None` while computing.
+      salt: tells apart the dropout masks of a weight that is used more than once.
+      within: the equation at hand and those around it, as `(eqn, within)`.
+      jitted: inner functions that are jitted already, so that JAX traces them once.
+    """
+
+    rules: Mapping[Any, Rule]
+    rules_for_squares: Mapping[Any, Rule]
+    enters: Collection[Any] = ()
+    together: Callable[[Sequence[Any], Sequence[Any]], list[Any]] | None = None
+    log: dict[Use, None] | None = None
+    salt: int = 0
+    within: Any = None
+    jitted: dict[Any, Callable] = dataclasses.field(default_factory=dict)
+
+    def line(self, eqn: Any) -> str:
+        """Where the user wrote an equation, or else what is around it."""
+        within = self.within
+        while within is not None and within[0] is not eqn:
+            within = within[1]
+        around = within[1] if within else None
+        name = around[0].params.get("name", "") if around else ""
+        found = source_line(eqn, name)
+        if found or around is None:
+            return found or "an unknown line"
+        return dataclasses.replace(self, within=around).line(around[0])
+
+    def claim(
+        self,
+        w: Factored,
+        eqn: Any,
+        roles: Mapping[int, str],
+        firm: bool = True,
+        rows: int = 0,
+    ) -> None:
+        """Records what an operation says of the axes of a weight."""
+        found = {(d.at[0], role) for i, role in roles.items() for d in w.axes[i]}
+        self.record(w, eqn, found, firm, rows)
+
+    def record(
+        self,
+        w: Factored,
+        eqn: Any,
+        found: set[tuple[int, str]],
+        firm: bool = True,
+        rows: int = 0,
+    ) -> None:
+        """Records roles of the stored weights' axes."""
+        if (log := self.log) is None:
+            return
+        source = self.line(eqn)
+        for path, roles in w.site.by_path(found):
+            if roles:
+                known = tuple(sorted(roles))
+                use = Use(path, eqn.primitive.name, source, known, firm, rows)
+                log.setdefault(use)
+
+    def note(self, w: Factored, eqn: Any, **what: Any) -> None:
+        """Records a use that says nothing of the axes."""
+        if (log := self.log) is None:
+            return
+        source = self.line(eqn)
+        for path in w.site.paths:
+            log.setdefault(Use(path, eqn.primitive.name, source, **what))
+
+    def dense(self, w: Factored, eqn: Any, reason: str) -> Any:
+        """The materialized weight, where that is allowed or only being recorded."""
+        itemsize = 4 if w.base is None else w.base.dtype.itemsize
+        size = math.prod(w.shape) * itemsize
+        if self.log is not None:
+            self.note(w, eqn, dense=reason, bytes=size)
+        elif w.site.fallback != "materialize":
+            source = self.line(eqn)
+            use = Use(w.site.path, eqn.primitive.name, source, dense=reason, bytes=size)
+            raise LoraError(f"{use}. {remedy(use)}.")
+        return materialized(w)
+
+
+def remedy(use: Use) -> str:
+    """What to write when a use has no factored form."""
+    return (
+        f"Exclude '{use.path}', or pass fallback=\"materialize\" (forms W + scale·A·B, "
+        f"{human_bytes(use.bytes)})"
+    )
+
+
+def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+    """Evaluates a jaxpr of whose inputs some are `Factored`.
+
+    Outputs can be `Factored` too.  Runs of equations that touch no weight are
+    evaluated by JAX itself.
+    """
+    jaxpr, consts = compat.open_jaxpr(jaxpr)
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    lazy = {v: x for v, x in env.items() if is_lazy(x)}
+    schedule = _schedule(ctx, jaxpr.eqns, lazy)
+    last_use = schedule.last_uses(jaxpr)
+    touched = set(lazy)
+    untouched: list[Any] = []
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, compat.Literal) else env[schedule.same.get(v, v)]
+
+    def flush(before: int) -> None:
+        outs = [
+            v for e in untouched for v in e.outvars if last_use.get(v, -1) >= before
+        ]
+        env.update(zip(outs, compat.eval_eqns(untouched, outs, env), strict=True))
+        untouched.clear()
+
+    for at, step in enumerate(schedule.steps):
+        eqns = [jaxpr.eqns[i] for i in step]
+        if not any(v in touched for e in eqns for v in compat.variables(e.invars)):
+            untouched += eqns
+            continue
+        flush(at)
+        results = _results(ctx, step, eqns, [[*map(read, e.invars)] for e in eqns])
+        for eqn, outs in zip(eqns, results, strict=True):
+            env.update(zip(eqn.outvars, outs, strict=True))
+            touched.update(v for v in eqn.outvars if is_lazy(env[v]))
+    flush(len(schedule.steps))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _schedule(ctx: Context, eqns: Sequence[Any], lazy: Mapping[Any, Any]) -> Schedule:
+    """Products together where a form may gain by it."""
+    forms = {x.site.form for x in lazy.values() if isinstance(x, Factored)}
+    if ctx.log is None and ctx.together and any(map(may_differ, forms)):
+        return together(eqns, lazy)
+    return in_order(eqns)
+
+
+def _results(
+    ctx: Context, step: Sequence[int], eqns: Sequence[Any], values: Sequence[list[Any]]
+) -> list[Sequence[Any]]:
+    """The outputs of equations that are taken together, of each its own."""
+    joint: list[Any] = [None] * len(eqns)
+    if ctx.together and len(eqns) > 1:
+        with compat.common_scope(eqns):
+            run = functools.partial(ctx.together, eqns)
+            joint = on_stored(lambda *values: run(values), values)
+    return [
+        _apply_rule(ctx, i, eqn, args) if y is None else [y]
+        for i, eqn, args, y in zip(step, eqns, values, joint, strict=True)
+    ]
+
+
+def _apply_rule(ctx: Context, i: int, eqn: Any, values: list[Any]) -> Sequence[Any]:
+    salt = zlib.crc32(f"{ctx.salt}/{i}".encode())
+    ctx = dataclasses.replace(ctx, salt=salt, within=(eqn, ctx.within))
+    with compat.eqn_scope(eqn):
+        squares = any(isinstance(x, Squared) for x in values)
+        rule = (ctx.rules_for_squares if squares else ctx.rules).get(eqn.primitive)
+        try:
+            if rule is None:
+                what = "squares of a weight that are not summed"
+                raise Unfactorable(what if squares else "no rule for this primitive")
+            if unknown := compat.unknown_params(eqn):
+                raise _other_jax(ctx, eqn, values, f"the parameters {sorted(unknown)}")
+            run = functools.partial(rule, ctx, eqn)
+            if eqn.primitive in ctx.enters:
+                return run(*values)
+            return on_stored(run, values)
+        except Unfactorable as reason:
+            dense = [settle(ctx, eqn, x, str(reason)) for x in values]
+            return compat.eval_eqn(eqn, dense)
+        except KeyError as missing:
+            raise _other_jax(ctx, eqn, values, f"no parameter {missing}") from missing
+
+
+def _other_jax(ctx: Context, eqn: Any, values: Sequence[Any], what: str) -> LoraError:
+    """The error for an operation that another JAX has changed."""
+    paths = [x.site.path for x in values if isinstance(x, Factored)]
+    return LoraError(
+        f"'{eqn.primitive.name}' at {ctx.line(eqn)} reads '{paths[0]}', and "
+        f"in JAX {jax.__version__} it has {what}, unlike in those that flora knows. "
+        f"{compat.TESTED}"
+    )
+
+
+def settle(ctx: Context, eqn: Any, x: Any, reason: str) -> Any:
+    """A plain array for x.
+
+    Rows that an index looked up are activations already, and sums over axes are small.
+    """
+    if isinstance(x, Squared):
+        return lax.square(settle(ctx, eqn, x.root, reason)).astype(x.value.dtype)
+    if not isinstance(x, Factored):
+        return x
+    if x.chosen and x.base is not None:
+        ctx.record(x, eqn, lookup_roles(x))
+    elif x.summed:
+        ctx.note(x, eqn)
+    else:
+        return ctx.dense(x, eqn, reason)
+    return materialized(x)
+
+
+def lookup_roles(x: Factored) -> set[tuple[int, str]]:
+    """What rows that pass for activations say of the axes of the stored weight."""
+    rest = {d.at[0] for axis in x.axes for d in axis} - {*x.chosen}
+    return {(i, "in") for i in x.chosen} | {(i, "out") for i in rest}

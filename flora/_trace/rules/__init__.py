@@ -1,0 +1,85 @@
+"""The table of rules: one function a primitive.
+
+A rule takes `(ctx, eqn, *values)`, at least one value being a `Factored`, and returns
+the equation's outputs.  It calls public transforms only.  Where it has no factored form
+it raises `Unfactorable`.
+"""
+
+from flora._trace.compat import P
+from flora._trace.rules import (
+    control,
+    conv,
+    derivatives,
+    dot,
+    gather,
+    joined,
+    ragged,
+    sharded,
+    squares,
+    structure,
+)
+
+RULES = {
+    # products: W meets activations
+    P.dot_general: dot.dot_general,
+    P.conv_general_dilated: conv.conv_general_dilated,
+    P.gather: gather.gather,
+    P.ragged_dot_general: ragged.ragged_dot_general,
+    # structure: W changes its looks
+    P.transpose: structure.transpose,
+    P.reshape: structure.reshape,
+    P.broadcast_in_dim: structure.broadcast_in_dim,
+    P.squeeze: structure.squeeze,
+    P.reduce_sum: structure.reduce_sum,
+    P.slice: structure.slice_,
+    P.dynamic_slice: structure.dynamic_slice,
+    P.split: structure.split,
+    P.rev: structure.rev,
+    P.pad: structure.pad,
+    P.tile: structure.tile,
+    P.concatenate: joined.concatenate,
+    P.stack: joined.stack,
+    P.add: joined.add,
+    P.add_any: joined.add,
+    P.sub: joined.sub,
+    P.complex: joined.complex_,
+    P.all_gather: sharded.all_gather,
+    P.reshard: sharded.reshard,
+    P.mul: structure.mul,
+    P.div: structure.div,
+    P.neg: structure.neg,
+    P.convert_element_type: structure.convert_element_type,
+    P.reduce_precision: structure.on_base,
+    P.copy: structure.on_base,
+    P.device_put: structure.device_put,
+    P.sharding_constraint: structure.on_base,
+    P.checkpoint_name: structure.on_base,
+    P.pvary: structure.on_base,
+    P.stop_gradient: structure.stop_gradient,
+    P.optimization_barrier: structure.optimization_barrier,
+    # norms: W is squared and summed
+    P.square: squares.square,
+    P.integer_pow: squares.integer_pow,
+    # control: W enters a function
+    P.jit: control.jit,
+    P.remat: control.remat,
+    P.scan: control.scan,
+    P.while_: control.while_,
+    P.cond: control.cond,
+    P.custom_jvp_call: derivatives.custom_jvp_call,
+    P.custom_vjp_call: derivatives.custom_vjp_call,
+    P.shard_map: sharded.shard_map,
+}
+
+# What takes the squares of a weight; all else needs them formed.
+RULES_FOR_SQUARES = {
+    P.convert_element_type: squares.cast_squares,
+    P.reduce_sum: squares.sum_squares,
+    P.jit: control.jit,
+}
+
+# What hands weights on to functions inside, stored ones as they are.
+ENTERS = frozenset({P.jit, P.remat, P.scan, P.while_, P.cond})
+
+# What computes products of the same activations at once.
+TOGETHER = dot.together

@@ -1,0 +1,286 @@
+"""Rules for functions inside the function: rebuilt with JAX's public transforms."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flora._algebra.factored import (
+    Dim,
+    Factored,
+    flattened,
+    is_lazy,
+    per_dim,
+)
+from flora._trace import compat
+from flora._trace.dequantize import in_slices
+from flora._trace.interpret import Context, interpret, settle
+from flora._tree.quantized import is_stored
+
+
+def jit(ctx: Context, eqn: Any, *args: Any) -> Any:
+    """An inner jit keeps its name, shardings and options."""
+    inner = eqn.params["jaxpr"]
+
+    def fn(*args: Any) -> list[Any]:
+        return _constrained(interpret(ctx, inner, args), eqn.params["out_shardings"])
+
+    placed = _constrained(args, eqn.params["in_shardings"])
+    if ctx.log is not None:  # what is recorded names each caller's leaves
+        outs = compat.jit_like(eqn, fn)(*placed)
+    else:
+        salt = ctx.salt if keyed(args) else None
+        key = (id(inner), eqn.params["name"], eqn.params["out_shardings"], salt)
+        outs = ctx.jitted.setdefault(key, compat.jit_like(eqn, fn))(*placed)
+    return _handed_on(inner, args, outs)
+
+
+def _handed_on(jaxpr: Any, args: Sequence[Any], outs: Sequence[Any]) -> list[Any]:
+    """The outputs, where a weight that came out as it went in is the very same."""
+    if not any(is_lazy(x) for x in outs):
+        return list(outs)
+    return [
+        x if i is None or not is_lazy(args[i]) else args[i]
+        for x, i in zip(outs, compat.handed_on(jaxpr), strict=True)
+    ]
+
+
+def keyed(args: Sequence[Any]) -> bool:
+    """Whether any weight has dropout keys."""
+    return any(isinstance(x, Factored) and x.key is not None for x in args)
+
+
+def _constrained(values: Sequence[Any], shardings: Any) -> list[Any]:
+    def constrain(x: Any, sharding: Any) -> Any:
+        if not isinstance(sharding, jax.sharding.Sharding):
+            return x
+        if not isinstance(x, Factored):
+            return lax.with_sharding_constraint(x, sharding)
+        if x.base is None or is_stored(x.base):
+            return x
+        return dataclasses.replace(
+            x, base=lax.with_sharding_constraint(x.base, sharding)
+        )
+
+    return [constrain(x, s) for x, s in zip(values, shardings, strict=True)]
+
+
+def remat(ctx: Context, eqn: Any, *args: Any) -> Any:
+    p = eqn.params
+
+    def fn(*args: Any) -> list[Any]:
+        return interpret(ctx, p["jaxpr"], args)
+
+    outs = jax.checkpoint(fn, prevent_cse=p["prevent_cse"], policy=p["policy"])(*args)
+    return _handed_on(p["jaxpr"], args, outs)
+
+
+def scan(ctx: Context, eqn: Any, *args: Any) -> Any:
+    """Weights are constants of the loop, or stacks of which each step takes a slice."""
+    parts = compat.scan_parts(eqn)
+    first = parts.num_consts
+    last = first + parts.num_carry
+    consts, init, xs = list(args[:first]), list(args[first:last]), list(args[last:])
+    inner, _ = compat.open_jaxpr(parts.jaxpr)
+    fixed = _loop_invariant(
+        ctx, eqn, init, inner.invars[first:last], inner.outvars[: parts.num_carry]
+    )
+    slots = [_scanned(ctx, eqn, x) for x in xs]
+
+    def body(carry: Any, step: Any) -> Any:
+        i, state = carry
+        weights = [_at_step(w, i) for w in consts]
+        rows = [
+            _at_step(rebuild(x), i) for (_, rebuild), x in zip(slots, step, strict=True)
+        ]
+        state = _restored(fixed, state, i)
+        outs = interpret(ctx, parts.jaxpr, [*weights, *state, *rows])
+        state, ys = outs[: parts.num_carry], outs[parts.num_carry :]
+        ys = [settle(ctx, eqn, y, "a weight as a loop's output") for y in ys]
+        return (None if i is None else i + 1, _carried(ctx, eqn, fixed, state)), ys
+
+    start = jnp.int32(0) if keyed(args) else None
+    init = _carried(ctx, eqn, fixed, init)
+    (_, state), ys = lax.scan(
+        body, (start, init), [x for x, _ in slots], **parts.options
+    )
+    return [fixed.get(k, x) for k, x in enumerate(state)] + ys
+
+
+def while_(ctx: Context, eqn: Any, *args: Any) -> Any:
+    p = eqn.params
+    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+    cond_consts, body_consts = args[:n_cond], args[n_cond : n_cond + n_body]
+    init = list(args[n_cond + n_body :])
+    inner, _ = compat.open_jaxpr(p["body_jaxpr"])
+    fixed = _loop_invariant(ctx, eqn, init, inner.invars[n_body:], inner.outvars)
+
+    def cond(carry: Any) -> Any:
+        i, state = carry
+        weights = [_at_step(w, i) for w in cond_consts]
+        state = _restored(fixed, state, i)
+        (go,) = interpret(ctx, p["cond_jaxpr"], [*weights, *state])
+        return go
+
+    def body(carry: Any) -> Any:
+        i, state = carry
+        weights = [_at_step(w, i) for w in body_consts]
+        state = _restored(fixed, state, i)
+        outs = interpret(ctx, p["body_jaxpr"], [*weights, *state])
+        return None if i is None else i + 1, _carried(ctx, eqn, fixed, outs)
+
+    start = jnp.int32(0) if keyed(args) else None
+    init = _carried(ctx, eqn, fixed, init)
+    _, state = lax.while_loop(cond, body, (start, init))
+    return [fixed.get(k, x) for k, x in enumerate(state)]
+
+
+def cond(ctx: Context, eqn: Any, index: Any, *args: Any) -> Any:
+    """Branches can return weights, if those of all branches look alike.
+
+    The derivative of a branch does: what it remembers are weights.
+    """
+    index = settle(ctx, eqn, index, "a weight as a branch index")
+    like = _returned_weights(ctx, eqn, args)
+
+    def branch(jaxpr: Any) -> Callable:
+        def fn(*args: Any) -> list[Any]:
+            outs = interpret(ctx, jaxpr, args)
+            return [
+                _as_weight(x, like[k])
+                if k in like
+                else settle(ctx, eqn, x, "a weight as a branch's result")
+                for k, x in enumerate(outs)
+            ]
+
+        return fn
+
+    branches = [branch(b) for b in eqn.params["branches"]]
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        outs = lax.switch(index, branches, *args)
+        return [
+            dataclasses.replace(x, site=like[k].site) if k in like else x
+            for k, x in enumerate(outs)
+        ]
+    default = None
+    of_platform = {}
+    for names, fn in zip(platforms, branches, strict=True):
+        if names is None:
+            default = fn
+        of_platform |= {name: fn for name in names or ()}
+    return lax.platform_dependent(*args, default=default, **of_platform)
+
+
+def _returned_weights(
+    ctx: Context, eqn: Any, args: Sequence[Any]
+) -> dict[int, Factored]:
+    """What a weight that branches return looks like, for each output that is one."""
+    branches = eqn.params["branches"]
+    lazy = [is_lazy(x) for x in args]
+    if eqn.params.get("branches_platforms"):
+        return {}
+    if not any(compat.may_return(b, lazy) for b in branches):
+        return {}
+    outs = [
+        jax.eval_shape(lambda *a, b=b: interpret(ctx, b, a), *args) for b in branches
+    ]
+    found = {}
+    for k, values in enumerate(zip(*outs, strict=True)):
+        weights = [x for x in values if isinstance(x, Factored)]
+        if weights and all(_look_alike(x, weights[0]) for x in weights):
+            origins = tuple(o for w in weights for o in w.site.origins)
+            site = dataclasses.replace(weights[0].site, origins=origins)
+            found[k] = dataclasses.replace(weights[0], site=site)
+    return found
+
+
+def _look_alike(x: Factored, y: Factored) -> bool:
+    same = jax.tree.structure(x) == jax.tree.structure(y) and x.key is None
+    leaves = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=False)
+    return same and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in leaves)
+
+
+def _as_weight(x: Any, like: Factored) -> Factored:
+    """An array as a weight whose factors are zero."""
+    if isinstance(x, Factored):
+        return x
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (like.a, like.b))
+    base = None if like.base is None else x
+    columns = None if like.columns is None else jnp.ones_like(like.columns)
+    return dataclasses.replace(like, base=base, a=zero[0], b=zero[1], columns=columns)
+
+
+def _loop_invariant(
+    ctx: Context, eqn: Any, init: list[Any], ins: Any, outs: Any
+) -> dict[int, Factored]:
+    """The carried weights that every step hands on unchanged; others settle."""
+    fixed = {}
+    for k, x in enumerate(init):
+        if isinstance(x, Factored):
+            if ins[k] is outs[k]:
+                fixed[k] = x
+            else:
+                init[k] = settle(ctx, eqn, x, "a weight that a loop changes")
+    return fixed
+
+
+def _carried(
+    ctx: Context, eqn: Any, fixed: dict[int, Factored], values: Sequence[Any]
+) -> list[Any]:
+    """What a loop carries: arrays, and `None` for weights that no step changes."""
+    return [
+        None if k in fixed else settle(ctx, eqn, x, "a weight as a loop's result")
+        for k, x in enumerate(values)
+    ]
+
+
+def _restored(fixed: dict[int, Factored], state: Sequence[Any], i: Any) -> list[Any]:
+    """The carried values of step i, with those weights in their places."""
+    return [_at_step(fixed[k], i) if k in fixed else x for k, x in enumerate(state)]
+
+
+def _scanned(ctx: Context, eqn: Any, w: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """What `lax.scan` slices, and how a step puts its slice together again."""
+    if not isinstance(w, Factored):
+        return w, lambda x: x
+    ctx.claim(w, eqn, {0: "stack"}, firm=False)
+    if len(w.axes[0]) > 1:
+        w = flattened(w, [0])
+    (dim,) = w.axes[0] or (Dim((), 1),)
+    w = in_slices(w, dim.size)
+    leading = per_dim(w, w.base, w.axes, lambda array, at: _to_front(array, at, dim))
+    held = {
+        name
+        for name, roles in (
+            ("a", ("stack", "in")),
+            ("b", ("stack", "out")),
+            ("key", ("stack",)),
+            ("columns", ("stack", "out")),
+        )
+        if dim in w.dims(*roles) and getattr(w, name) is not None
+    }
+    sliced = {"base": w.base} | {name: getattr(leading, name) for name in held}
+    site = dataclasses.replace(w.site, sliced=True)
+
+    def rebuild(step: dict[str, Any]) -> Factored:
+        return dataclasses.replace(w, axes=w.axes[1:], site=site, **step)
+
+    return sliced, rebuild
+
+
+def _to_front(array: Any, at: dict[int, Dim], dim: Dim) -> Any:
+    where = [i for i, d in at.items() if d == dim]
+    return jnp.moveaxis(array, where[0], 0) if where else array
+
+
+def _at_step(w: Any, i: Any) -> Any:
+    """Every step of a loop draws its own dropout mask."""
+    if not isinstance(w, Factored) or w.key is None:
+        return w
+    keys = w.key.reshape(-1)
+    folded = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys).reshape(w.key.shape)
+    return dataclasses.replace(w, key=folded)

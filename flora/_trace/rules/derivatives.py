@@ -1,0 +1,176 @@
+"""Rules for functions with derivatives of their own."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora._algebra.factored import Factored, require_no_columns
+from flora._algebra.low_rank import Labelled, contract
+from flora._algebra.views import RANK, views
+from flora._trace import compat
+from flora._trace.interpret import Context, interpret, settle
+from flora._trace.rules.control import keyed
+from flora._trace.stage import filled
+from flora._tree.errors import Unfactorable
+
+
+def _computing(rule: Callable) -> Callable:
+    """While uses are recorded, a function counts as what it computes."""
+
+    @functools.wraps(rule)
+    def run(ctx: Context, eqn: Any, *args: Any) -> Any:
+        if ctx.log is not None:
+            return interpret(ctx, eqn.params["call_jaxpr"], args)
+        if keyed(args):
+            raise Unfactorable("dropout in a function with a derivative of its own")
+        for x in args:
+            if isinstance(x, Factored):
+                require_no_columns(x, "a function with a derivative of its own")
+        return rule(ctx, eqn, *args)
+
+    return run
+
+
+@_computing
+def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
+    """The user's rule at W, along the tangent scale (dA B + A dB)."""
+    jaxpr = eqn.params["call_jaxpr"]
+    flat, tree = jax.tree.flatten(args)
+
+    @jax.custom_jvp
+    def call(*flat: Any) -> list[Any]:
+        outs = interpret(ctx, jaxpr, jax.tree.unflatten(tree, flat))
+        return [settle(ctx, eqn, x, "a weight as the result") for x in outs]
+
+    @call.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        args = jax.tree.unflatten(tree, primals)
+        moved = jax.tree.unflatten(tree, tangents)
+        at = [i for i, v in enumerate(eqn.invars) if _differentiable(v.aval)]
+
+        def both(primals: Any, tangents: Any) -> Any:
+            def fn(*some: Any) -> Any:
+                return compat.eval_eqn(eqn, filled(primals, at, some))
+
+            return jax.jvp(fn, [primals[i] for i in at], tangents)
+
+        like = _examples(args, eqn.invars)
+        rule = jax.make_jaxpr(both)(like, [like[i] for i in at])
+
+        def along(part: Callable[[Any, Any], Any]) -> list[Any]:
+            outs = interpret(ctx, rule, [*args, *(part(args[i], moved[i]) for i in at)])
+            return [settle(ctx, eqn, x, "a weight as the result") for x in outs]
+
+        # Linear in the tangents, so that it can be transposed: dA B first, then A dB.
+        first, second = along(_along_a), along(_along_b)
+        n = len(eqn.outvars)
+        rest = zip(first[n:], second[n:], strict=True)
+        return first[:n], [jnp.add(dy, more) for dy, more in rest]
+
+    return call(*flat)
+
+
+def _along_a(x: Any, dx: Any) -> Any:
+    if not isinstance(x, Factored):
+        return dx
+    return dataclasses.replace(x, base=None, a=dx.a, key=None)
+
+
+def _along_b(x: Any, dx: Any) -> Any:
+    if not isinstance(x, Factored):
+        return jnp.zeros_like(dx)
+    return dataclasses.replace(x, base=None, b=dx.b, key=None)
+
+
+@_computing
+def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
+    """The user's forward and backward, whose dW becomes dA and dB."""
+    jaxpr = eqn.params["call_jaxpr"]
+    flat, tree = jax.tree.flatten(args)
+    at = [i for i, v in enumerate(eqn.invars) if _differentiable(v.aval)]
+    pullback: list[Any] = []
+
+    def forward(*full: Any) -> Any:
+        def fn(*some: Any) -> Any:
+            return compat.eval_eqn(eqn, filled(full, at, some))
+
+        outs, vjp = jax.vjp(fn, *(full[i] for i in at))
+        residuals, vjp_tree = jax.tree.flatten(vjp)
+        pullback[:] = [vjp_tree]
+        return outs, residuals
+
+    @jax.custom_vjp
+    def call(*flat: Any) -> list[Any]:
+        outs = interpret(ctx, jaxpr, jax.tree.unflatten(tree, flat))
+        return [settle(ctx, eqn, x, "a weight as the result") for x in outs]
+
+    def fwd(*flat: Any) -> Any:
+        args = jax.tree.unflatten(tree, flat)
+        outs = interpret(
+            ctx, jax.make_jaxpr(forward)(*_examples(args, eqn.invars)), args
+        )
+        n = len(eqn.outvars)
+        ys = [settle(ctx, eqn, x, "a weight as the result") for x in outs[:n]]
+        return ys, (outs[n:], args)
+
+    def bwd(saved: Any, cotangents: Any) -> Any:
+        residuals, args = saved
+        (vjp_tree,) = pullback
+        like = [r.base if isinstance(r, Factored) else r for r in residuals]
+        rule = jax.make_jaxpr(lambda res, cts: jax.tree.unflatten(vjp_tree, res)(cts))(
+            like, _examples(cotangents, eqn.outvars)
+        )
+        grads = interpret(ctx, rule, [*residuals, *cotangents])
+        grads = [settle(ctx, eqn, g, "a weight as a gradient") for g in grads]
+        of_arg = dict(zip(at, grads, strict=True))
+        return tuple(
+            ct for i, x in enumerate(args) for ct in _cotangent(x, of_arg.get(i))
+        )
+
+    call.defvjp(fwd, bwd)
+    return call(*flat)
+
+
+def _cotangent(x: Any, g: Any) -> list[Any]:
+    """The cotangents of x's leaves; dA, dB as the gradient of ⟨dW, scale A B⟩."""
+    if not isinstance(x, Factored):
+        return [g]
+
+    def inner(a: Any, b: Any) -> Any:
+        v = views(dataclasses.replace(x, a=a, b=b), "w")
+        pairs = [pair for axis in v.segments for pair in axis]
+        labels = [label for label, _ in pairs]
+        dw = Labelled(g.astype(a.dtype).reshape([n for _, n in pairs]), labels)
+        kept = [n for n in labels if n in v.b_labels] + [RANK]
+        z = contract(dw, Labelled(v.a, v.a_labels), kept)
+        return x.site.scale * jnp.sum(contract(z, Labelled(v.b, v.b_labels), []).array)
+
+    da, db = jax.grad(inner, (0, 1))(x.a, x.b)
+    return [
+        *([] if x.base is None else [None]),
+        da,
+        db,
+        *([] if x.key is None else [None]),
+    ]
+
+
+def _examples(values: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """What to trace with in the place of values.
+
+    Real arrays where there are any: inside `shard_map` their types say more than shapes.
+    """
+    examples = []
+    for x, v in zip(values, variables, strict=True):
+        array = x.base if isinstance(x, Factored) else x
+        if array is None or getattr(array, "dtype", None) != v.aval.dtype:
+            array = jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
+        examples.append(array)
+    return examples
+
+
+def _differentiable(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.inexact)

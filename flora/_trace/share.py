@@ -1,0 +1,116 @@
+"""Which products of a jaxpr have the same activations, found before they are computed.
+
+Query, key and value projections read one x, and so do the gate and the way up of an MLP.
+Taken together, their low-rank terms read it once.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from flora._trace.compat import P, variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The order in which to take the equations of a jaxpr.
+
+    Attributes:
+      steps: positions of equations; more than one where they are taken together.
+      same: for a variable that repeats an earlier one, that one.
+    """
+
+    steps: list[tuple[int, ...]]
+    same: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def last_uses(self, jaxpr: Any) -> dict[Any, int]:
+        """Of each variable the last step that reads it; outputs are read after all."""
+        found: dict[Any, int] = {}
+        read = [[v for i in step for v in jaxpr.eqns[i].invars] for step in self.steps]
+        for at, invars in enumerate([*read, jaxpr.outvars]):
+            for v in variables(invars):
+                found[v] = found[self.same.get(v, v)] = at
+        return found
+
+
+def in_order(eqns: Sequence[Any]) -> Schedule:
+    """One equation after the other."""
+    return Schedule([(i,) for i in range(len(eqns))])
+
+
+def together(eqns: Sequence[Any], weights: Iterable[Any]) -> Schedule:
+    """Products of the same activations side by side.
+
+    What only weights go into, such as casts, moves to before the first product that is
+    taken with one that needs it.  Nothing else changes its place.
+
+    Args:
+      eqns: of a jaxpr.
+      weights: the variables that hold adapted weights.
+    """
+    same, of_weights = _repeated(eqns), _made_of(eqns, set(weights))
+    groups: dict[Any, list[int]] = {}
+    for i, eqn in enumerate(eqns):
+        if (key := _activations(eqn, of_weights, same)) is not None:
+            groups.setdefault(key, []).append(i)
+    first = {group[0]: group for group in groups.values() if len(group) > 1}
+    maker = {v: i for i, eqn in enumerate(eqns) for v in eqn.outvars}
+    done: set[int] = set()
+    steps: list[tuple[int, ...]] = []
+    for i in range(len(eqns)):
+        if i in done:
+            continue
+        group = first.get(i, [i])
+        for j in group[1:]:
+            early = sorted(set(_before(eqns[j], eqns, maker, of_weights)) - done)
+            steps += [(k,) for k in early]
+            done.update(early)
+        steps.append(tuple(group))
+        done.update(group)
+    return Schedule(steps, same)
+
+
+def _made_of(eqns: Sequence[Any], weights: set[Any]) -> set[Any]:
+    """The variables that nothing but adapted weights goes into."""
+    for eqn in eqns:
+        found = list(variables(eqn.invars))
+        if found and not eqn.effects and all(v in weights for v in found):
+            weights.update(eqn.outvars)
+    return weights
+
+
+def _repeated(eqns: Sequence[Any]) -> dict[Any, Any]:
+    """Casts of a variable that was cast alike before: each layer casts for itself."""
+    casts: dict[Any, Any] = {}
+    same: dict[Any, Any] = {}
+    for eqn in eqns:
+        xs, (y, *_) = list(variables(eqn.invars)), [*eqn.outvars, None]
+        if eqn.primitive is P.convert_element_type and xs:
+            (x,) = xs
+            key = (same.get(x, x), y.aval.dtype, y.aval.weak_type)
+            if (earlier := casts.setdefault(key, y)) is not y:
+                same[y] = earlier
+    return same
+
+
+def _activations(eqn: Any, of_weights: set[Any], same: dict[Any, Any]) -> Any:
+    """What products must share to be taken together; `None` of another equation."""
+    if eqn.primitive is not P.dot_general or len(list(variables(eqn.invars))) < 2:
+        return None
+    sides = [v in of_weights for v in eqn.invars]
+    if sum(sides) != 1:
+        return None
+    side = sides.index(False)
+    x = eqn.invars[side]
+    summed, batch = eqn.params["dimension_numbers"]
+    return same.get(x, x), side, tuple(summed[side]), tuple(batch[side])
+
+
+def _before(
+    eqn: Any, eqns: Sequence[Any], maker: dict[Any, int], of_weights: set[Any]
+) -> Iterator[int]:
+    """The equations that make the weight of a product."""
+    for v in variables(eqn.invars):
+        if v in of_weights and v in maker:
+            yield maker[v]
+            yield from _before(eqns[maker[v]], eqns, maker, of_weights)

@@ -1,0 +1,44 @@
+"""Where the user wrote an equation."""
+
+import os
+from typing import Any
+
+
+def _package(name: str) -> str:
+    return os.sep + os.path.join("site-packages", name) + os.sep
+
+
+# Frames of these files are not where the user wrote something,
+_NO_MODELS = (
+    _package("jax"),
+    os.path.dirname(os.path.dirname(__file__)) + os.sep,
+    "<string>",
+    "contextlib.py",
+)
+# nor of these, unless there is nothing better.
+_LIBRARIES = (*_NO_MODELS, *map(_package, ("flax", "haiku", "equinox")))
+
+
+def source_line(eqn: Any, function: str = "") -> str:
+    """Where the user wrote the equation: 'model.py:41 (__call__)'; '' if unknown.
+
+    In a jitted `function` only its own lines count: JAX may have traced it for another
+    caller.
+    """
+    trace = eqn.source_info.traceback
+    frame = trace and trace.as_python_traceback()
+    found = library = None
+    while frame is not None:  # from the outermost frame inwards
+        code = frame.tb_frame.f_code
+        if function and code.co_name == function:
+            found, library, function = None, None, ""
+        if not any(name in code.co_filename for name in _LIBRARIES):
+            found = frame
+        elif not any(name in code.co_filename for name in _NO_MODELS):
+            library = frame
+        frame = frame.tb_next
+    frame = found or library
+    if frame is None:
+        return ""
+    code = frame.tb_frame.f_code
+    return f"{os.path.basename(code.co_filename)}:{frame.tb_lineno} ({code.co_name})"

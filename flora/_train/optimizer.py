@@ -1,0 +1,238 @@
+"""Training only the adapter: mask, optimizer, value_and_grad."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flora._tree.arrays import is_array
+from flora._tree.checks import require_adapted
+from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.paths import named_leaves
+from flora._tree.weight import (
+    LoraWeight,
+    Trained,
+    is_node,
+    parts_of,
+    trained_parts,
+)
+from flora._verbs.split import join, split
+
+FROZEN = "frozen"
+
+
+def mask(adapted: Any) -> Any:
+    """True at the leaves that train (A, B, `extra` and `Trained`), False at all others.
+
+    Args:
+      adapted: an adapted tree, or gradients of one.
+
+    Returns:
+      A tree of bools of the same structure, for `optax.masked` and the like.
+      `optax.masked` hands the gradients of other leaves on unchanged; `flora.lora`
+      makes them zero, and `flora.optimizer` freezes them whatever they are.
+
+    Raises:
+      LoraError: the tree is not adapted.
+    """
+    require_adapted(adapted, "mask")
+    return _labels(adapted, True, False)
+
+
+def map_parts(fn: Callable[[str, str, Any], Any], tree: Any) -> Any:
+    """The tree with `fn(path, part, x)` in the place of each array x.
+
+    The one place that says which arrays train and as what.  `part` is 'a', 'b' or the
+    name of an array in `extra`, 'train' for a leaf that trains whole, and 'frozen' for
+    all else; `path` is the leaf's.
+
+    Args:
+      fn: what to put there.
+      tree: an adapted tree, an adapter, gradients or updates of one, whole or masked.
+    """
+    named, treedef = named_leaves(tree)
+    return treedef.unflatten([_mapped(fn, path, leaf) for path, leaf in named])
+
+
+def _mapped(fn: Callable[[str, str, Any], Any], path: str, leaf: Any) -> Any:
+    if not isinstance(leaf, LoraWeight):
+        part = "train" if isinstance(leaf, Trained) else FROZEN
+        return jax.tree.map(lambda x: fn(path, part, x), leaf)
+    trained = trained_parts(leaf)
+
+    def one(keys: Any, x: Any) -> Any:
+        field = keys[0].name
+        part = keys[1].key if field == "extra" else field
+        here = field in ("a", "b", "extra") and part in trained
+        return fn(path, part if here else FROZEN, x)
+
+    return jax.tree_util.tree_map_with_path(one, leaf)
+
+
+def _labels(tree: Any, train: Any, freeze: Any) -> Any:
+    return map_parts(lambda _, part, x: freeze if part == FROZEN else train, tree)
+
+
+def optimizer(
+    tx: optax.GradientTransformation, adapted: Any
+) -> optax.GradientTransformation:
+    """`tx` on A, B and `Trained` leaves; all other leaves stay bit for bit.
+
+    Args:
+      tx: any optax transformation, weight decay and all.
+      adapted: the adapted tree, or the adapter alone.
+
+    Returns:
+      A transformation for the whole tree; `update` takes gradients of the tree, or of
+      the adapter alone as `value_and_grad` returns them, together with the tree.  It keeps no state for frozen leaves.  (Only
+      subnormal numbers can change, to zero, where updates are applied outside of jit:
+      XLA's additions flush them.)
+
+    Raises:
+      LoraError: the tree is not adapted.
+    """
+    if not hasattr(tx, "init") or not hasattr(tx, "update"):
+        raise LoraTypeError(
+            f"optimizer: tx is a {type(tx).__name__}; expected an optax "
+            "transformation, such as optax.adamw(1e-4)."
+        )
+    require_adapted(adapted, "optimizer")
+    inner = optax.multi_transform(
+        {"train": tx, "freeze": freeze()},
+        lambda tree: _labels(tree, "train", "freeze"),
+    )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        return inner.update(_whole(updates, params), state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _whole(grads: Any, params: Any) -> Any:
+    """Gradients of the adapter alone, with the frozen leaves as placeholders."""
+    if params is None or jax.tree.structure(grads) == jax.tree.structure(params):
+        return grads
+
+    def fill(leaf: Any, g: Any) -> Any:
+        if isinstance(leaf, LoraWeight) and isinstance(g, LoraWeight):
+            return dataclasses.replace(leaf, a=g.a, b=g.b, extra=g.extra)
+        return leaf if g is None else g
+
+    try:
+        return jax.tree.map(fill, params, grads, is_leaf=_is_node_or_none)
+    except ValueError as error:
+        raise LoraError(
+            "optimizer: gradients and parameters have other structures. Pass "
+            "the gradients of the adapted tree, or of its adapter."
+        ) from error
+
+
+def _is_node_or_none(x: Any) -> bool:
+    return x is None or is_node(x)
+
+
+def freeze() -> optax.GradientTransformation:
+    """Updates of -0.0: p + -0.0 is p bit for bit, -0.0 included; p + 0.0 is not."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return jax.tree.map(_no_change, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _no_change(g: Any) -> Any:
+    if jnp.issubdtype(g.dtype, jnp.inexact):
+        return jnp.full(g.shape, -0.0, g.dtype)
+    return jnp.zeros(g.shape, jnp.int8 if g.dtype == jax.dtypes.float0 else g.dtype)
+
+
+def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
+    """Differentiates a function of an adapted tree by the adapter alone.
+
+    The base is no input of the differentiation, so it can be of integers and the tree
+    can hold dropout keys.
+
+    Args:
+      fn: `fn(adapted, *args, **kwargs)`, a scalar loss, or `(loss, aux)`.
+      has_aux: whether `fn` returns `(loss, aux)`.
+
+    Returns:
+      A function of the same arguments that returns `(value, gradients)`; the gradients
+      have the structure of `flora.split(adapted)[1]`.
+
+    Raises:
+      LoraError: the tree is not adapted.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flora
+      >>> fn = flora.lora(lambda p, x: jnp.sum(x @ p["kernel"]))
+      >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
+      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2), fn, params, x)
+      >>> loss, grads = flora.value_and_grad(fn)(adapted, x)
+      >>> grads["kernel"].base is None, bool((grads["kernel"].a == 0).all())
+      (True, True)
+    """
+    if not callable(fn):
+        raise LoraTypeError(
+            f"value_and_grad: fn is a {type(fn).__name__}; expected a function of an "
+            "adapted tree that returns a loss."
+        )
+
+    def differentiated(adapted: Any, *args: Any, **kwargs: Any) -> Any:
+        base, adapter = split(adapted)
+        fail(
+            p
+            for path, leaf in named_leaves(adapter)[0]
+            for p in _untrainable(path, leaf)
+        )
+
+        def loss(adapter: Any) -> Any:
+            out = fn(_same_keys(join(base, adapter), adapted), *args, **kwargs)
+            _require_scalar(out, has_aux)
+            return out
+
+        return jax.value_and_grad(loss, has_aux=has_aux)(adapter)
+
+    return differentiated
+
+
+def _untrainable(path: str, leaf: Any) -> list[str]:
+    """What keeps a leaf of an adapter from being differentiated."""
+    values = [leaf.value] if isinstance(leaf, Trained) else [*parts_of(leaf).values()]
+    floating = [is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact) for x in values]
+    if all(floating):
+        return []
+    return [
+        f"'{path}' is to train and holds {values[floating.index(False)]!r}; expected "
+        "floating arrays. Pass the tree that flora.init or flora.join returned."
+    ]
+
+
+def _require_scalar(out: Any, has_aux: bool) -> None:
+    """Raises unless a loss function gave what can be differentiated."""
+    pair = isinstance(out, tuple | list) and len(out) == 2
+    value = out[0] if has_aux and pair else out
+    number = is_array(value) or isinstance(value, float)
+    if (has_aux and not pair) or not number or np.shape(value) != ():
+        kind = jax.typeof(value) if number else f"a {type(out).__name__}"
+        wanted = "(loss, aux) with a scalar loss" if has_aux else "a scalar loss"
+        raise LoraTypeError(
+            f"value_and_grad: fn returned {kind}; expected {wanted}. Write .mean() or "
+            ".sum(), or has_aux=True for (loss, aux)."
+        )
+    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise LoraTypeError(
+            f"value_and_grad: fn returned a loss of {jnp.result_type(value)}; expected a "
+            "real floating one."
+        )
+
+
+def _same_keys(joined: Any, adapted: Any) -> Any:
+    def attach(x: Any, old: Any) -> Any:
+        return dataclasses.replace(x, key=old.key) if isinstance(x, LoraWeight) else x
+
+    return jax.tree.map(attach, joined, adapted, is_leaf=is_node)

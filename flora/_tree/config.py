@@ -1,0 +1,210 @@
+"""What to adapt and how: `LoraConfig`."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from flora._tree.arrays import is_array
+from flora._tree.errors import LoraTypeError, fail
+from flora._tree.initializers import Initializer, gaussian
+from flora._tree.layout import Layout
+from flora._tree.paths import Matcher, Pattern, check_pattern
+from flora._tree.weight import Variant
+
+# Forms that multiply by a copy of W, which must not be kept for the backward pass.
+COPIES = ("concat", "merged", "dithered")
+FORMS = ("auto", "direct", "thin_first", "thin_last", *COPIES)
+
+_GAUSSIAN = gaussian()  # one function object, so that drawing compiles once
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What to adapt and how.  ΔW = scale A B with scale = alpha/rank.
+
+    Patterns are globs on '/'-joined paths (`*` crosses '/'; the glob must match the end
+    of the path from the start of a segment), compiled regexes (of the whole path),
+    callables `(path, leaf) -> bool`, or lists of these.
+
+    Attributes:
+      rank: r, the rank of ΔW.
+      alpha: numerator of the scale.
+      target: leaves that get factors.  Those with fewer than 2 axes are passed over.
+        `()` together with `train` makes a linear probe.
+      exclude: leaves that `target` selects and that stay frozen all the same.
+      rank_pattern: `{pattern: rank}`; the first that matches a leaf wins.
+      alpha_pattern: `{pattern: alpha}`, likewise.
+      layouts: `{pattern: Layout}` for leaves whose layout is not to be discovered.
+      train: leaves that train whole: heads, norms, biases.
+      rank_stabilized: scale = alpha/√rank (rsLoRA).
+      dropout: dropout rate on the input of the low-rank path, in [0, 1).
+      dtype: dtype of A and B, whatever the base's.
+      init: how A and B start, `flora.initializers`; by default A ~ N(0, 1/(3·in)), the
+        variance of PEFT, and B = 0.
+      fallback: 'error', or 'materialize' to form W + scale A B where an operation has
+        no factored rule.
+      form: how y = x W + scale (x A) B is computed: 'auto' chooses by device and sizes.
+        'direct', 'thin_first' and 'thin_last' differ in what is written to memory first;
+        'concat' multiplies [x | xA] by [W ; B].  All are exact up to the order of
+        summation.  'merged' multiplies by W + scale A B, rounded to W's dtype,
+        and 'dithered' rounds that at random.  `jax.jvp` needs 'direct'; where the others
+        do not apply (dropout, lookups, convolutions, inside shard_map) the product is
+        direct too.
+      form_pattern: `{pattern: form}`, for leaves that need another.
+      variant: what is made of A and B, one of `flora.variants` or your own; `None` is
+        LoRA.
+
+    Raises:
+      LoraError: a value is out of its range.
+
+    Example:
+      >>> LoraConfig(rank=16, alpha=32, target="attention/*/kernel").rank
+      16
+
+    References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
+      Kalajdzievski 2023 (rsLoRA). https://arxiv.org/abs/2312.03732
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    target: Pattern = "kernel"
+    exclude: Pattern = ()
+    rank_pattern: Mapping[Matcher, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[Matcher, float] = dataclasses.field(default_factory=dict)
+    layouts: Mapping[Matcher, Layout] = dataclasses.field(default_factory=dict)
+    train: Pattern = ()
+    rank_stabilized: bool = False
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+    init: Initializer = _GAUSSIAN
+    fallback: str = "error"
+    form: str = "auto"
+    form_pattern: Mapping[Matcher, str] = dataclasses.field(default_factory=dict)
+    variant: Variant | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target", "exclude", "train"):
+            check_pattern(name, getattr(self, name))
+        for name in ("rank_pattern", "alpha_pattern", "layouts", "form_pattern"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise LoraTypeError(
+                    f"{name}={value!r}. Write a dict, {{pattern: value}}."
+                )
+            for pattern in value:
+                check_pattern(f"{name} key", pattern)
+        fail(
+            [
+                *_rank_problems("rank", self.rank),
+                *(
+                    p
+                    for k, v in self.rank_pattern.items()
+                    for p in _rank_problems(f"rank_pattern[{k!r}]", v)
+                ),
+                *_alpha_problems("alpha", self.alpha),
+                *(
+                    p
+                    for k, v in self.alpha_pattern.items()
+                    for p in _alpha_problems(f"alpha_pattern[{k!r}]", v)
+                ),
+                *self._other_problems(),
+            ]
+        )
+
+    def _other_problems(self) -> list[str]:
+        found = []
+        for pattern, layout in self.layouts.items():
+            if not isinstance(layout, Layout):
+                found.append(
+                    f"layouts[{pattern!r}]={layout!r}. Write flora.Layout(...)."
+                )
+        if not _is_real(self.dropout) or not 0 <= self.dropout < 1:
+            found.append(f"dropout={self.dropout!r}. It must lie in [0, 1).")
+        if not isinstance(self.rank_stabilized, bool):
+            found.append(
+                f"rank_stabilized={self.rank_stabilized!r}. Write True or False."
+            )
+        if not is_fallback(self.fallback):
+            found.append(f"fallback={self.fallback!r}. Write 'error' or 'materialize'.")
+        found += form_problems("form", self.form)
+        for pattern, form in self.form_pattern.items():
+            found += form_problems(f"form_pattern[{pattern!r}]", form)
+        found += _variant_problems(self.variant)
+        if not callable(self.init):
+            found.append(
+                f"init={self.init!r}. Write one of flora.initializers, such as "
+                "flora.initializers.gaussian()."
+            )
+        if not _is_floating_dtype(self.dtype):
+            found.append(
+                f"dtype={self.dtype!r}. Factors need a floating dtype, such as "
+                "jnp.float32."
+            )
+        return found
+
+
+def _variant_problems(variant: Any) -> list[str]:
+    missing = [
+        name for name in ("frozen", "start", "product") if not hasattr(variant, name)
+    ]
+    if variant is None or not (missing or isinstance(variant, type)):
+        return []
+    shown = variant.__name__ if isinstance(variant, type) else repr(variant)
+    return [
+        f"variant={shown}. Write a value with `frozen`, `start` and `product`, such as "
+        "flora.variants.DoRA()."
+    ]
+
+
+def _is_floating_dtype(dtype: Any) -> bool:
+    if dtype is None or is_array(dtype):
+        return False
+    try:
+        return bool(jnp.issubdtype(dtype, jnp.inexact))
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
+def _rank_problems(name: str, rank: Any) -> list[str]:
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
+        return [f"{name}={rank!r}. The rank must be an int of at least 1."]
+    return []
+
+
+def _alpha_problems(name: str, alpha: Any) -> list[str]:
+    if not _is_real(alpha) or not math.isfinite(alpha) or alpha <= 0:
+        return [
+            f"{name}={alpha!r}. alpha must be a finite number above 0, such as "
+            "2 * rank."
+        ]
+    return []
+
+
+def require_config(config: Any) -> LoraConfig:
+    """The config, or an error that says what to write."""
+    if isinstance(config, LoraConfig):
+        return config
+    raise LoraTypeError(
+        f"config is a {type(config).__name__}; expected flora.LoraConfig(...). The order "
+        "is flora.init(key, config, fn, tree, *args)."
+    )
+
+
+def is_fallback(x: Any) -> bool:
+    """Whether x names what to do where an operation has no factored rule."""
+    return isinstance(x, str) and x in ("error", "materialize")
+
+
+def form_problems(name: str, form: Any) -> list[str]:
+    """What is wrong with the name of a form."""
+    if isinstance(form, str) and form in FORMS:
+        return []
+    return [f"{name}={form!r}. Write one of {', '.join(map(repr, FORMS))}."]

@@ -1,0 +1,59 @@
+"""`Layout`: which axes of a weight are stacked, contracted and produced."""
+
+import dataclasses
+
+from flora._tree.errors import LoraTypeError
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axes of a weight are stacked, contracted and produced.
+
+    Attributes:
+      stack: axes that index independent matrices (nn.scan, nn.vmap, experts).
+      in_: axes contracted with activations (indexed, for an embedding).
+      out: axes that the product keeps.
+    """
+
+    stack: tuple[int, ...] = ()
+    in_: tuple[int, ...] = (0,)
+    out: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        for name in ("stack", "in_", "out"):  # lists too: a layout must be hashable
+            axes = getattr(self, name)
+            if not isinstance(axes, tuple | list) or not all(
+                isinstance(i, int) and not isinstance(i, bool) for i in axes
+            ):
+                raise LoraTypeError(
+                    f"Layout: {name}={axes!r}. Write a tuple of axes, such as (0, 1)."
+                )
+            object.__setattr__(self, name, tuple(axes))
+
+    def role(self, axis: int) -> str:
+        """'stack', 'in' or 'out'."""
+        if axis in self.stack:
+            return "stack"
+        return "in" if axis in self.in_ else "out"
+
+    def fits(self, ndim: int) -> bool:
+        """Whether it names each of `ndim` axes once, in and out axes among them."""
+        axes = sorted((*self.stack, *self.in_, *self.out))
+        return axes == list(range(ndim)) and bool(self.in_ and self.out)
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The sizes of the stack, in and out axes of a weight of that shape."""
+        return tuple(
+            tuple(shape[i] for i in axes) for axes in (self.stack, self.in_, self.out)
+        )
+
+    def factor_shapes(
+        self, shape: tuple[int, ...], rank: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of `a` `[*stack, *in, rank]` and `b` `[*stack, rank, *out]`."""
+        stack, in_, out = self.sizes(shape)
+        return (*stack, *in_, rank), (*stack, rank, *out)
+
+    def __str__(self) -> str:
+        named = (("stack", self.stack), ("in", self.in_), ("out", self.out))
+        return " ".join(f"{n}={','.join(map(str, a))}" for n, a in named if a)

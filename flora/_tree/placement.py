@@ -1,0 +1,151 @@
+"""Where the factors of a weight lie, given where the weight lies.
+
+A takes the mesh axes of W's in axes, B those of its out axes, and both those of its
+stack axes; the rank is whole on every device unless it is asked to be divided too.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from flora._tree.layout import Layout
+from flora._tree.quantized import is_stored
+from flora._tree.weight import LoraWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class Specs:
+    """The partition specs of a weight, of its factors and of its dropout keys."""
+
+    base: Spec
+    a: Spec
+    b: Spec
+    key: Spec
+
+
+def specs(layout: Layout, base: Spec, ndim: int, rank: str | None = None) -> Specs:
+    """Those of the factors, from that of the weight.
+
+    Args:
+      layout: of the weight.
+      base: its spec, of at most `ndim` entries.
+      ndim: how many axes it has.
+      rank: the mesh axis over which the rank is divided, in each factor that has no
+        other use for it.
+    """
+    entries = (*base, *(None for _ in range(ndim - len(base))))
+    stack, in_, out = (
+        tuple(entries[i] for i in axes)
+        for axes in (layout.stack, layout.in_, layout.out)
+    )
+
+    def free(others: Sequence[Any]) -> str | None:
+        return None if rank in names(others) else rank
+
+    return Specs(
+        base,
+        Spec(*stack, *in_, free((*stack, *in_))),
+        Spec(*stack, free((*stack, *out)), *out),
+        Spec(*stack),
+    )
+
+
+def spec_of_extra(found: Specs, w: LoraWeight, shape: Sequence[int]) -> Spec:
+    """That of what a variant has besides A and B, by its shape.
+
+    What has one element for each output, `[*stack, *out]`, or for each input,
+    `[*stack, *in]`, lies as B and A do without their rank; all else that starts with the
+    stack axes is divided along these alone.
+    """
+    stack = len(w.layout.stack)
+    a, b = tuple(w.a.shape), tuple(w.b.shape)
+    if tuple(shape) == (*b[:stack], *b[stack + 1 :]):
+        rest = tuple(found.b)[stack + 1 :]
+        return Spec(*tuple(found.b)[:stack], *rest)
+    if tuple(shape) == a[:-1]:
+        return Spec(*tuple(found.a)[: len(a) - 1])
+    return Spec(*tuple(found.key)[:stack]) if tuple(shape[:stack]) == a[:stack] else Spec()
+
+
+def names(entries: Any) -> list[str]:
+    """The mesh axes in a spec's entries, in order."""
+    parts = [x if isinstance(x, tuple) else (x,) for x in entries]
+    return [name for part in parts for name in part if isinstance(name, str)]
+
+
+def spec_of(x: Any) -> Spec | None:
+    """How an array, or a `ShapeDtypeStruct`, is divided; `None` where it does not say.
+
+    A tracer says so on a mesh with explicit axes only.
+    """
+    sharding = _sharding(x)
+    return None if sharding is None else sharding.spec
+
+
+def mesh_of(x: Any) -> Any:
+    """The mesh of an array that says how it is divided, or `None`."""
+    sharding = _sharding(x)
+    return None if sharding is None else sharding.mesh
+
+
+def _sharding(x: Any) -> NamedSharding | None:
+    if is_stored(x):  # its largest array has the weight's axes
+        x = max(jax.tree.leaves(x), key=lambda part: part.size)
+    if isinstance(x, Tracer):
+        found = jax.typeof(x).sharding
+        return found if not found.mesh.empty and found.mesh.explicit_axes else None
+    found = getattr(x, "sharding", None)
+    return found if isinstance(found, NamedSharding) else None
+
+
+def places_of_parts(mesh: Any, stored: Any, spec: Spec) -> Any:
+    """The sharding of each array of a stored weight.
+
+    Scales of blocks are divided as the weight is, along each axis of which every device
+    would get as many.
+    """
+
+    def place(part: Any) -> NamedSharding:
+        entries = [
+            entry if not any(spec_problems("", [n], Spec(entry), mesh.shape)) else None
+            for n, entry in zip(part.shape, spec, strict=False)
+        ]
+        return NamedSharding(mesh, Spec(*entries))
+
+    return jax.tree.map(place, stored)
+
+
+def spec_problems(
+    what: str, shape: Sequence[int], spec: Spec, sizes: Mapping[str, int]
+) -> Iterator[str]:
+    """What is wrong with a spec for an array of that shape on a mesh of those sizes."""
+    if len(spec) > len(shape):
+        yield (
+            f"{what} has shape {tuple(shape)} and was given {spec}, {len(spec)} entries. "
+            f"Write at most {len(shape)}."
+        )
+        return
+    used = names(spec)
+    if unknown := sorted({*used} - {*sizes}):
+        yield (
+            f"{what} was given {spec}, but the mesh has no axis {unknown[0]!r}, only "
+            f"{', '.join(map(repr, sizes))}. Pass rules= for logical names."
+        )
+        return
+    if len(used) != len({*used}):
+        yield f"{what} was given {spec}: a mesh axis can divide one axis only."
+        return
+    for axis, (size, entry) in enumerate(zip(shape, spec, strict=False)):
+        parts = 1
+        for name in names([entry]):
+            parts *= sizes[name]
+        if size % parts:
+            yield (
+                f"{what} has shape {tuple(shape)}; axis {axis} of size {size} does not "
+                f"divide into {parts} ({entry!r}). Leave it whole, or pad it."
+            )

@@ -1,0 +1,150 @@
+"""`lora(fn)`: the unmodified function, run on an adapted tree."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from flora._algebra.factored import Factored, Squared, from_weight, undiscovered
+from flora._algebra.low_rank import materialized
+from flora._trace.interpret import Context, interpret
+from flora._trace.rules import ENTERS, RULES, RULES_FOR_SQUARES, TOGETHER
+from flora._trace.stage import stage
+from flora._tree.arrays import is_array
+from flora._tree.checks import weight_problems
+from flora._tree.config import form_problems, is_fallback
+from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.paths import named_leaves
+from flora._tree.quantized import abstract, is_stored
+from flora._tree.weight import (
+    LoraWeight,
+    Trained,
+    is_leaf,
+    is_node,
+    on_parts,
+    trained_parts,
+)
+
+
+def lora(
+    fn: Callable, *, fallback: str | None = None, form: str | None = None
+) -> Callable:
+    """The function that runs `fn` on adapted trees, with `fn`'s own signature.
+
+    y = x W + scale (x A) B wherever `fn` multiplies by an adapted weight W.  `fn` is
+    traced to a jaxpr, and only the equations that read an adapted weight change.  On a
+    tree with nothing adapted, `fn` itself is called.
+
+    Leaves that are neither factors nor named in `LoraConfig.train` are frozen: their
+    gradients are zero.  Call the result inside `jax.jit`; outside, each call traces anew.
+
+    Args:
+      fn: any function of a parameter tree first: `model.apply`, an NNX state's merge and
+        call, a loss.  Its other arguments can be anything.
+      fallback: 'materialize' forms W + scale A B where an operation has no factored
+        rule, 'error' refuses; by default what `LoraConfig.fallback` said.
+      form: how products are computed, see `LoraConfig.form`; by default what that said.
+
+    Returns:
+      A function of `(tree, *args, **kwargs)` with the outputs of `fn`.  Where `fn`
+      returns an adapted leaf as it came in (an NNX state, say), its node comes back.
+
+    Raises:
+      LoraError: an operation reads an adapted weight and has no factored rule, or the
+        tree's factors do not fit its weights, or `fn` returns a changed weight.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flora
+      >>> def fn(params, x):
+      ...     return x @ params["kernel"]
+      >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
+      >>> config = flora.LoraConfig(rank=2)
+      >>> adapted = flora.init(jax.random.key(0), config, fn, params, x)
+      >>> bool((flora.lora(fn)(adapted, x) == fn(params, x)).all())
+      True
+
+    References: Hu et al. 2021, eq. 3. https://arxiv.org/abs/2106.09685
+    """
+    if not callable(fn):
+        raise LoraTypeError(
+            f"lora() got a {type(fn).__name__}; expected the function to run, such as "
+            "model.apply."
+        )
+    if fallback is not None and not is_fallback(fallback):
+        raise LoraError(f"fallback={fallback!r}. Write 'error' or 'materialize'.")
+    if form is not None:
+        fail(form_problems("form", form))
+
+    @functools.wraps(fn)
+    def run_on_adapted(tree: Any, *args: Any, **kwargs: Any) -> Any:
+        named, treedef = named_leaves(tree)
+        if not any(is_leaf(leaf) for _, leaf in named):
+            return fn(tree, *args, **kwargs)
+        fail(p for path, leaf in named for p in weight_problems(path, leaf))
+        values = [_value(path, leaf, fallback, form) for path, leaf in named]
+        plain = [abstract(x.base) if isinstance(x, Factored) else x for x in values]
+        staged = stage(fn, plain, treedef, args, kwargs)
+        inputs = [
+            x for x, k in zip(values, staged.tree_inputs, strict=True) if k is not None
+        ]
+        ctx = Context(RULES, RULES_FOR_SQUARES, ENTERS, TOGETHER)
+        outs = interpret(ctx, staged.jaxpr, [*inputs, *staged.args])
+        unchanged = {
+            id(x): leaf
+            for x, (_, leaf) in zip(values, named, strict=True)
+            if is_node(leaf)
+        }
+        return staged.finish(
+            [
+                unchanged[id(x)] if id(x) in unchanged else _settled(x, path)
+                for x, path in zip(outs, staged.outputs, strict=True)
+            ]
+        )
+
+    return run_on_adapted
+
+
+def _value(path: str, leaf: Any, fallback: str | None, form: str | None) -> Any:
+    """What enters the interpreter for a leaf.  All but factors and `Trained` freeze."""
+    if isinstance(leaf, Trained):
+        return leaf.value
+    if isinstance(leaf, LoraWeight):
+        trained = trained_parts(leaf)
+        leaf = on_parts(lambda name, x: x if name in trained else lax.stop_gradient(x), leaf)
+        leaf = dataclasses.replace(
+            leaf,
+            base=lax.stop_gradient(leaf.base),
+            fallback=fallback or leaf.fallback,
+            form=form or leaf.form,
+        )
+        return from_weight(leaf, path)
+    if is_stored(leaf):  # not adapted, but opened where it is used
+        return undiscovered(lax.stop_gradient(leaf), path, fallback="materialize")
+    if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return lax.stop_gradient(leaf)
+    return leaf
+
+
+def _settled(x: Any, path: str) -> Any:
+    if isinstance(x, Squared):
+        return jnp.square(_settled(x.root, path)).astype(x.value.dtype)
+    if not isinstance(x, Factored):
+        return x
+    if x.chosen or x.summed or x.site.fallback == "materialize":
+        return materialized(x)
+    raise LoraError(returned_raw(x.site.path, path))
+
+
+def returned_raw(path: str, output: str = "") -> str:
+    """The message for a function that hands out what it made of an adapted weight."""
+    where = f" as output {output}" if output else ""
+    return (
+        f"The function returns '{path}' changed{where}, and a changed weight has no "
+        "factored form there. Return only what the call computes, call it on "
+        'flora.merge(tree), or pass fallback="materialize".'
+    )
+
+

@@ -1,0 +1,197 @@
+"""`summary`: what a tree holds, leaf by leaf."""
+
+import dataclasses
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora._tree.arrays import bits_of, is_array
+from flora._tree.errors import human_bytes
+from flora._tree.layout import Layout
+from flora._tree.paths import named_leaves
+from flora._tree.quantized import is_stored
+from flora._tree.weight import LoraWeight, Trained, trained_parts
+from flora._verbs.tables import plain_text, table
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafSummary:
+    """One leaf of a tree.  Sizes in elements; `bytes` counts base and factors."""
+
+    path: str
+    role: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: Layout | None
+    rank: int | None
+    alpha: float | None
+    parameters: int
+    trained: int
+    bytes: int
+    trained_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `summary` found; prints as a table."""
+
+    rows: tuple[LeafSummary, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the plain tree."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def trained(self) -> int:
+        """Elements that train."""
+        return sum(row.trained for row in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def trained_bytes(self) -> int:
+        return sum(row.trained_bytes for row in self.rows)
+
+    def __rich__(self) -> Any:
+        share = 100 * self.trained / max(self.parameters, 1)
+        shown = [r for r in self.rows if r.role != "frozen"] or list(self.rows)
+        cells = [
+            (
+                r.path,
+                r.role,
+                str(r.shape),
+                r.dtype,
+                str(r.layout or ""),
+                str(r.rank or ""),
+                "" if r.alpha is None else f"{r.alpha:g}",
+                f"{r.parameters:,}",
+                f"{r.trained:,}",
+                human_bytes(r.bytes),
+            )
+            for r in shown
+        ]
+        rest = [r for r in self.rows if r not in shown]
+        if rest:
+            cells.append(
+                (
+                    f"{len(rest)} other leaves",
+                    "frozen",
+                    "",
+                    "",
+                    "",
+                    "",
+                    "",
+                    f"{sum(r.parameters for r in rest):,}",
+                    "0",
+                    human_bytes(sum(r.bytes for r in rest)),
+                )
+            )
+        return table(
+            f"{self.trained:,} of {self.parameters:,} parameters train ({share:.2f} %); "
+            f"{human_bytes(self.bytes)}, of them {human_bytes(self.trained_bytes)} trained",
+            (
+                "leaf",
+                "role",
+                "shape",
+                "dtype",
+                "layout",
+                ">rank",
+                ">alpha",
+                ">parameters",
+                ">trained",
+                ">bytes",
+            ),
+            cells,
+        )
+
+    def __str__(self) -> str:
+        return plain_text(self)
+
+
+def summary(tree: Any) -> Summary:
+    """Leaf by leaf: role, shape, layout, rank, parameters and bytes.
+
+    The table shows the leaves that train and sums up the others; `.rows` has them all.
+
+    Args:
+      tree: an adapted or plain tree, of arrays or `ShapeDtypeStruct`s.
+
+    Returns:
+      A `Summary`: `.rows` and totals as data; prints as a table.
+    """
+    named, _ = named_leaves(tree)
+    return Summary(tuple(_summarize(path, leaf) for path, leaf in named))
+
+
+def _summarize(path: str, leaf: Any) -> LeafSummary:
+    if isinstance(leaf, LoraWeight):
+        shape, dtype = _shape_dtype(leaf.base)
+        held = [_shape_dtype(x) for x in (leaf.a, leaf.b, *(leaf.extra or {}).values())]
+        factors = [_shape_dtype(x) for x in trained_parts(leaf).values()]
+        trained = sum(math.prod(s) for s, _ in factors)
+        held_bytes = sum(math.prod(s) * _itemsize(d) for s, d in held)
+        trained_bytes = sum(math.prod(s) * _itemsize(d) for s, d in factors)
+        size = math.prod(shape) if leaf.base is not None else 0
+        return LeafSummary(
+            path,
+            "lora",
+            shape,
+            str(dtype),
+            leaf.layout,
+            leaf.rank,
+            leaf.alpha,
+            size,
+            trained,
+            _bytes(leaf.base) + held_bytes,
+            trained_bytes,
+        )
+    role, value = (
+        ("train", leaf.value) if isinstance(leaf, Trained) else ("frozen", leaf)
+    )
+    shape, dtype = _shape_dtype(value)
+    size = math.prod(shape)
+    size_bytes = _bytes(value)
+    trains = role == "train"
+    return LeafSummary(
+        path,
+        role,
+        shape,
+        str(dtype),
+        None,
+        None,
+        None,
+        size,
+        size if trains else 0,
+        size_bytes,
+        size_bytes if trains else 0,
+    )
+
+
+def _shape_dtype(x: Any) -> tuple[tuple[int, ...], Any]:
+    """Of an array or a Python number; `(0,)` and the type's name for other leaves."""
+    if is_array(x):
+        return tuple(x.shape), x.dtype
+    if is_stored(x):
+        return x.shape, "+".join(str(part.dtype) for part in jax.tree.leaves(x))
+    if isinstance(x, numbers.Number):
+        return (), jnp.result_type(x)
+    return (0,), "" if x is None else type(x).__name__
+
+
+def _bytes(x: Any) -> int:
+    """Bytes of an array, or of all arrays of a weight stored in fewer bits, packed."""
+    if is_stored(x):
+        bits = [part.size * bits_of(part.dtype) for part in jax.tree.leaves(x)]
+        return sum(bits) // 8
+    shape, dtype = _shape_dtype(x)
+    return math.prod(shape) * _itemsize(dtype)
+
+
+def _itemsize(dtype: Any) -> int:
+    return getattr(dtype, "itemsize", 0)

@@ -1,0 +1,321 @@
+"""Forms: every one computes the same product, low-rank in both passes."""
+
+import dataclasses
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flora
+from flora import _interpreter
+from flora._algebra.choice import Form, Sizes, Target, cheapest, target
+from flora._algebra.forms import stochastically_rounded
+from flora._trace.compat import P
+from flora._trace.rules import dot
+from flora._tree.config import COPIES, FORMS
+from tests.support.contract import (
+    adapt,
+    array,
+    check,
+    close,
+    close_to_merged,
+    dense_arrays_of_step,
+    equations,
+    randomized,
+    scalar,
+)
+
+EXACT = [form for form in FORMS if form not in ("merged", "dithered")]
+
+PRODUCTS = {
+    "dense": ("bi,io->bo", (3, 5), (5, 4)),
+    "dense of sequences": ("bti,io->bto", (2, 3, 5), (5, 4)),
+    "weight first": ("oi,bi->ob", (4, 5), (3, 5)),
+    "heads": ("bti,ihd->bthd", (2, 3, 6), (6, 2, 4)),
+    "heads out": ("bthd,hdo->bto", (2, 3, 2, 4), (2, 4, 6)),
+    "stack": ("ebi,eio->ebo", (3, 2, 5), (3, 5, 4)),
+    "transposed": ("bi,oi->ob", (3, 5), (4, 5)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_every_form_keeps_the_contract(x64, form, name):
+    spec, first, second = PRODUCTS[name]
+    shapes = dict(zip(("left", "right"), (first, second), strict=True))
+    side = "left" if name == "weight first" else "right"
+    other = array(*shapes["right" if side == "left" else "left"])
+    params = {"w": array(*shapes[side], seed=1)}
+
+    def fn(params, x):
+        pair = (params["w"], x) if side == "left" else (x, params["w"])
+        if name == "heads out":  # einsum sums in another order, to the last bit
+            return jnp.tensordot(*pair, 2)
+        return jnp.einsum(spec, *pair)
+
+    # Copies of W are what these forms are; they are not saved: see below.
+    views = set()
+    if form in COPIES:
+        views = {P.add, P.mul, P.dot_general, P.concatenate}
+    settings = {"form": form, "dtype": jnp.float64}
+    check(fn, params, other, views=views, **settings)
+
+
+def mlp(params, x):
+    return jax.nn.gelu(x @ params["up"]) @ params["down"]
+
+
+def mlp_case(dtype=jnp.float64):
+    params = {"up": array(6, 10, dtype=dtype), "down": array(10, 6, dtype=dtype)}
+    return params, array(7, 6, seed=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if f not in ("auto", "direct")])
+def test_forward_mode_needs_the_direct_form(x64, form):
+    params, x = mlp_case()
+    adapted = randomized(adapt(mlp, params, x, form=form, dtype=x.dtype))
+    base, adapter = flora.split(adapted)
+
+    def loss(adapter, name=form):
+        return scalar(flora.lora(mlp, form=name)(flora.join(base, adapter), x))
+
+    direct = functools.partial(loss, name="direct")
+    tangent = jax.jvp(direct, (adapter,), (adapter,))[1]
+    slope = sum(
+        jnp.vdot(g, v)
+        for g, v in zip(
+            jax.tree.leaves(jax.grad(loss)(adapter)),
+            jax.tree.leaves(adapter),
+            strict=True,
+        )
+    )
+    close(tangent, slope)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(loss, (adapter,), (adapter,))
+    # Forward over reverse, as Hessian-vector products are computed, always works.
+    twice = jax.jvp(jax.grad(loss), (adapter,), (adapter,))
+    close(twice, jax.jvp(jax.grad(direct), (adapter,), (adapter,)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_of_the_weights_size_is_saved(form):
+    params, x = mlp_case(jnp.float32)
+    adapted = randomized(adapt(mlp, params, x, form=form, dtype=x.dtype))
+    base, adapter = flora.split(adapted)
+
+    def saved(form):
+        def apply(a):
+            return flora.lora(mlp, form=form)(flora.join(base, a), x)
+
+        _, pull = jax.vjp(apply, adapter)
+        held = [y for y in jax.tree.leaves(pull) if hasattr(y, "shape")]
+        weights = [w for w in jax.tree.leaves(base)]
+        return [y for y in held if y.size >= 60 and not any(y is w for w in weights)]
+
+    sizes = {tuple(sorted(w.shape)) for w in jax.tree.leaves(params)}
+    dense = [y for y in saved(form) if tuple(sorted(y.shape)) in sizes]
+    assert all(any(np.array_equal(y, w) for w in params.values()) for y in dense)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_start_is_the_base_model_in_bfloat16(form):
+    params, x = mlp_case(jnp.bfloat16)
+    adapted = adapt(mlp, params, x, form=form)
+    chex.assert_trees_all_equal(flora.lora(mlp)(adapted, x), mlp(params, x))
+
+
+def test_a_form_per_leaf_and_per_call(x64):
+    params, x = mlp_case()
+    adapted = adapt(mlp, params, x, form="direct", form_pattern={"up": "concat"})
+    assert (adapted["up"].form, adapted["down"].form) == ("concat", "direct")
+
+    def concatenations(apply):
+        found = [e.primitive for e in equations(jax.make_jaxpr(apply)(adapted, x))]
+        return found.count(P.concatenate)
+
+    assert concatenations(flora.lora(mlp)) == 2  # [x | xA] and [W ; B] of 'up'
+    assert concatenations(flora.lora(mlp, form="concat")) == 4
+    assert concatenations(flora.lora(mlp, form="thin_last")) == 0
+
+
+@pytest.mark.parametrize("form", ["concat", "merged", "dithered"])
+def test_dropout_takes_the_direct_form(form):
+    params, x = mlp_case(jnp.float32)
+    adapted = randomized(adapt(mlp, params, x, form=form, dropout=0.5))
+    dropped = flora.with_dropout(adapted, jax.random.key(3))
+    got = flora.lora(mlp)(dropped, x)
+    close(got, flora.lora(mlp, form="direct")(dropped, x))
+    assert not np.array_equal(got, flora.lora(mlp)(adapted, x))
+
+
+def test_device_and_sizes_decide():
+    wide, narrow = Sizes(8192, 4096, 14336, 16), Sizes(8192, 14336, 4096, 16)
+    on_chip, on_chip_narrow = Sizes(4096, 2048, 5632, 16), Sizes(4096, 5632, 2048, 16)
+    kinds = "TPU v5 lite", "TPU v5", "TPU v6 lite"
+    v5e, v5p, v6e = map(Target, kinds)
+    apart = {"together": False}
+    assert cheapest(wide, v6e) == Form("thin_first", "thin_last", **apart)
+    assert cheapest(narrow, v6e) == Form("thin_last", "thin_first", **apart)
+    assert cheapest(wide, v5p) == Form("direct", "direct", **apart)
+    assert cheapest(on_chip, v6e) == Form("concat", "direct")
+    assert cheapest(on_chip, v5p) == Form("concat", "concat")
+    assert cheapest(on_chip_narrow, v5p) == Form("concat", "thin_first")
+    assert cheapest(wide, v5e) == Form("concat", "concat")
+    assert cheapest(narrow, v5e) == Form("concat", "thin_last")
+    for chip in (v5e, v5p, v6e):
+        assert cheapest(Sizes(4096, 2048, 32000, 16), chip) == Form("concat", "direct")
+    assert cheapest(Sizes(4096, 2048, 16384, 16), v5e) == Form("concat", "concat")
+    for kind in ("cpu", "NVIDIA H100"):
+        assert cheapest(wide, Target(kind)) is None
+    for few in (
+        Sizes(1, 4096, 14336, 16),
+        Sizes(8192, 64, 4096, 16),
+        Sizes(8192, 4096, 4096, 256),
+    ):
+        assert cheapest(few, v6e) is None
+    for kind in kinds:  # what may be sharded is not joined
+        assert cheapest(on_chip, Target(kind, 4)) == Form("direct", "direct")
+
+
+def test_slices_of_a_stack_are_told_from_whole_weights():
+    whole, wide = Sizes(4096, 2048, 5632, 16), Sizes(8192, 4096, 14336, 16)
+    v5e, v5p, v6e = map(Target, ("TPU v5 lite", "TPU v5", "TPU v6 lite"))
+
+    def sliced(sizes, chip):
+        return cheapest(dataclasses.replace(sizes, sliced=True), chip)
+
+    assert sliced(whole, v6e) == Form("direct", "direct")
+    assert sliced(wide, v6e) == cheapest(wide, v6e)
+    assert sliced(whole, v5p) == sliced(wide, v5p) == Form("concat", "direct")
+    assert sliced(whole, v5e) == cheapest(whole, v5e)
+
+
+CHOSEN = {
+    cheapest(Sizes(4096, in_, out, 16, sliced), Target(kind, devices))
+    for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite")
+    for in_, out in itertools.product((2048, 14336), (2048, 14336, 32000))
+    for sliced, devices in itertools.product((False, True), (1, 4))
+}
+
+
+@pytest.mark.parametrize("form", sorted(CHOSEN, key=str), ids=str)
+def test_every_choice_computes_the_product(x64, form, monkeypatch):
+    for module in (dot, _interpreter):
+        monkeypatch.setattr(module, "may_differ", lambda name: True)
+    monkeypatch.setattr(dot, "cheapest", lambda *_: form)
+
+    def layers(params, x):
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def layer(x, w):
+            gate, up = x @ w["gate"], x @ w["up"]
+            return x + (jax.nn.silu(gate) * up) @ w["down"], None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    shapes = {"gate": (2, 6, 10), "up": (2, 6, 10), "down": (2, 10, 6)}
+    params = {name: array(*shape) for name, shape in shapes.items()}
+    x = array(7, 6, seed=2)
+    adapted = adapt(layers, params, x, dtype=x.dtype)
+    close_to_merged(layers, randomized(adapted), x, start=adapted)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_loop_says_that_it_takes_slices(scanned, monkeypatch):
+    w = {"kernel": jnp.ones((3, 4, 4))}
+    seen = []
+    monkeypatch.setattr(dot, "may_differ", lambda form: True)
+    monkeypatch.setattr(dot, "cheapest", lambda sizes, _: seen.append(sizes.sliced))
+
+    def over_layers(w, x):
+        if scanned:
+            return jax.lax.scan(lambda x, k: (x @ k, None), x, w["kernel"])[0]
+        for i in range(3):
+            x = x @ w["kernel"][i]
+        return x
+
+    x = jnp.ones((2, 4))
+    adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2), over_layers, w, x)
+    flora.lora(over_layers)(adapted, x)
+    assert set(seen) == {scanned}
+
+
+def test_the_target_is_the_mesh_that_is_set_or_all_devices():
+    kind = jax.devices()[0].device_kind
+    assert target() == Target(kind, jax.device_count())
+    for count in (1, 2):
+        mesh = jax.make_mesh((count,), ("x",), devices=jax.devices()[:count])
+        with jax.set_mesh(mesh):
+            assert target() == Target(kind, count)
+            assert jax.jit(lambda: target().devices)() == count
+
+
+@pytest.mark.parametrize("bad", ["fast", "", None, 3])
+def test_an_unknown_form_is_refused(bad):
+    with pytest.raises(flora.LoraError, match="Write one of 'auto', 'direct'"):
+        flora.LoraConfig(form=bad)
+    with pytest.raises(flora.LoraError, match="form_pattern"):
+        flora.LoraConfig(form_pattern={"up": bad})
+    if bad is not None:
+        with pytest.raises(flora.LoraError, match="form="):
+            flora.lora(mlp, form=bad)
+
+
+def test_merged_loses_small_changes_and_dithered_keeps_their_mean():
+    # W = 1 in bfloat16, whose last place is 2⁻⁷ there; ΔW = 2⁻¹⁰ is an eighth of it.
+    n, rank, change = 256, 1, 2.0**-10
+
+    def fn(params, x):
+        return x @ params["w"]
+
+    params = {"w": jnp.ones((n, n), jnp.bfloat16)}
+    x = jnp.eye(n, dtype=jnp.bfloat16)
+    adapted = adapt(fn, params, x, rank=rank, alpha=1.0)
+    node = adapted["w"]
+    node = type(node)(
+        node.base,
+        jnp.ones_like(node.a),
+        change * jnp.ones_like(node.b),
+        layout=node.layout,
+        rank=rank,
+    )
+    merged = flora.lora(fn, form="merged")({"w": node}, x)
+    assert np.all(np.asarray(merged, np.float32) == 1)
+    dithered = flora.lora(fn, form="dithered")({"w": node}, x)
+    mean = np.asarray(dithered, np.float64).mean() - 1
+    # An eighth of n² coin tosses of 2⁻⁷ each: the standard error is 1 %.
+    assert abs(mean / change - 1) < 0.05
+
+
+def test_rounding_at_random_is_exact_on_the_grid_and_unbiased_off_it():
+    key = jax.random.key(0)
+    on_grid = jax.random.normal(key, (64, 64), jnp.bfloat16)
+    odd = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 0.0, -0.0, 1e-40], jnp.float32)
+    wide = on_grid.astype(jnp.float32)
+    chex.assert_trees_all_equal(stochastically_rounded(wide, jnp.bfloat16), on_grid)
+    rounded = stochastically_rounded(odd, jnp.bfloat16)[:5]
+    np.testing.assert_array_equal(np.asarray(rounded, np.float32), odd[:5])
+    x = jnp.full((512, 512), 1 + 0.3 * 2.0**-7, jnp.float32)
+    got = np.asarray(stochastically_rounded(x, jnp.bfloat16), np.float64)
+    assert set(np.unique(got)) == {1, 1 + 2.0**-7}
+    assert abs((got.mean() - 1) / 2.0**-7 - 0.3) < 0.01
+
+
+@pytest.mark.parametrize("form", EXACT)
+def test_transposed_weights_and_loops(x64, form):
+    params = {"w": array(3, 5, 5), "tied": array(7, 5, seed=3)}
+
+    def fn(params, ids):
+        x, _ = jax.lax.scan(
+            lambda x, w: (jnp.tanh(x @ w), None), params["tied"][ids], params["w"]
+        )
+        return x @ params["tied"].T
+
+    ids = jnp.asarray([1, 4, 4, 0])
+    adapted = randomized(adapt(fn, params, ids, form=form, dtype=jnp.float64))
+    close_to_merged(fn, adapted, ids)
+    if form not in COPIES:
+        assert dense_arrays_of_step(fn, adapted, ids) == []

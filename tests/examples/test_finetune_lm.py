@@ -1,0 +1,369 @@
+"""examples/finetune_lm.py: what it trains on, and that a run does what it says."""
+
+import json
+
+import finetune_lm
+import jax
+import jax.numpy as jnp
+import lm_tiny
+import lm_train
+import numpy as np
+import optax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+from language_models import hf_llama
+from language_models.generation import generator
+from language_models.llama import Llama
+from lm_data import Example, Text, batch_of, pack, read_examples
+
+import flora
+from flora import _safetensors
+from flora.checkpoint import Checkpointer
+from tests.support.checkpoints import same
+from tests.support.decoders import close, oracle
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """HF's files of an untrained decoder of one layer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return lm_tiny.write_checkpoint(folder, steps=0, layers=1)
+
+
+@pytest.fixture(scope="module")
+def text(checkpoint):
+    return Text.read(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def arrays(checkpoint):
+    """HF's arrays by name."""
+    found = {}
+    for path in checkpoint.glob("*.safetensors"):
+        file = _safetensors.read(path)
+        found |= {k: file.array(k).astype(np.float32) for k in file.infos}
+    return found
+
+
+def float32(checkpoint):
+    config = hf_llama.read_config(checkpoint)
+    model = Llama(config, dtype=jnp.float32, param_dtype=jnp.float32)
+    return model, hf_llama.load(checkpoint, model)
+
+
+# --- Data -----------------------------------------------------------------------------
+
+
+def example(*ids, trained=None):
+    return Example(ids, tuple(trained) if trained else (True,) * len(ids))
+
+
+def test_rows_are_packed_as_written_out_by_hand():
+    examples = [
+        example(7, 8, 9, trained=[False, False, True]),
+        example(4, 5, 6, 2),
+        example(
+            3, 3, trained=[True, False]
+        ),  # trains on nothing: its first has no left
+        example(11, 12, 13, 14, 15, 16, 17, 18, 19, 20),
+    ]
+    rows = pack(examples, 8)
+    expected = {
+        "ids": [[11, 12, 13, 14, 15, 16, 17, 18], [4, 5, 6, 2, 7, 8, 9, 0],
+                [18, 19, 20, 0, 0, 0, 0, 0]],
+        "segments": [[1] * 8, [1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0, 0, 0]],
+        "positions": [[*range(8)], [0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 2, 0, 0, 0, 0, 0]],
+        "targets": [[12, 13, 14, 15, 16, 17, 18, 0], [5, 6, 2, 0, 8, 9, 0, 0],
+                    [19, 20, 0, 0, 0, 0, 0, 0]],
+        "weights": [[1] * 7 + [0], [1, 1, 1, 0, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]],
+    }  # fmt: skip
+    assert {k: x.tolist() for k, x in rows.items()} == expected
+    assert rows["weights"].dtype == np.float32
+
+
+def test_packing_loses_no_prediction():
+    draw = np.random.default_rng(0)
+    examples = []
+    for _ in range(200):
+        n = int(draw.integers(2, 40))
+        ids, trained = draw.integers(1, 99, n), draw.random(n) < 0.7
+        examples.append(example(*ids.tolist(), trained=trained.tolist()))
+    rows = pack(examples, 16)
+    wanted = sorted(
+        pair for x in examples for pair in zip(x.ids, x.ids[1:], x.trained[1:], strict=False)
+        if pair[2]
+    )  # fmt: skip
+    on = rows["weights"] > 0
+    found = sorted(
+        zip(rows["ids"][on], rows["targets"][on], rows["weights"][on], strict=True)
+    )
+    assert found == wanted
+    assert (rows["segments"] > 0).mean() > 0.9
+    assert (rows["segments"][on] > 0).all()
+
+
+def test_a_packed_row_is_as_good_as_separate_ones(checkpoint, arrays):
+    """No attention crosses segments: logits are the oracle's of each example alone."""
+    draw = np.random.default_rng(1)
+    examples = [example(*draw.integers(3, 440, n).tolist()) for n in (9, 6, 5, 11, 4)]
+    rows = pack(examples, 21)
+    model, params = float32(checkpoint)
+    apply = jax.jit(model.apply)
+    logits = apply(params, *(rows[k] for k in ("ids", "positions", "segments")))
+    seen = 0
+    for row in range(len(rows["ids"])):
+        for segment in range(1, rows["segments"][row].max() + 1):
+            mine = rows["segments"][row] == segment
+            ids = rows["ids"][row][mine]
+            close(logits[row][mine], oracle(arrays, model.config, ids))
+            assert tuple(ids) in {x.ids for x in examples}
+            seen += 1
+    assert seen == len(examples) > len(rows["ids"])
+    # The loss is the mean over trained tokens, whatever the block.
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, rows["targets"])
+    expected = float((each * rows["weights"]).sum())
+    for block in (0, 7):
+        loss = model.apply(params, rows, block, method="loss")
+        assert abs(float(loss) - expected) < 1e-4 * expected
+
+
+def said(text, one):
+    """What is trained on, as text."""
+    ids = [i for i, t in zip(one.ids, one.trained, strict=True) if t]
+    return text.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_only_what_the_assistant_says_is_trained_on(text):
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Where is Rome?"},
+        {"role": "assistant", "content": "In Italy."},
+        {"role": "user", "content": "And Cairo?"},
+        {"role": "assistant", "content": "In Egypt, Africa."},
+    ]
+    one = text.example({"messages": chat})
+    end = "<|im_end|>\n"
+    assert said(text, one) == f"In Italy.{end}In Egypt, Africa.{end}"
+    whole = text.tokenizer.decode(list(one.ids), skip_special_tokens=False)
+    assert whole == text.render(chat)
+    prompt = text.chat_prompt(chat[:2])
+    assert one.ids[: len(prompt)] == tuple(prompt)
+    marked = lm_tiny.TEMPLATE.replace("{{ m.content }}", "{%- generation -%}{{ m.content }}"
+                                      "{%- endgeneration -%}")  # fmt: skip
+    other = Text(text.tokenizer, marked, text.special, text.stop)
+    assert other.render(chat[1:3]).endswith("assistantIn Italy.<|im_end|>\n")
+    completion = {"prompt": "Rome is in", "completion": " Italy."}
+    one = text.example(completion)
+    assert said(text, one) == " Italy.<|im_end|>"
+    assert said(text, text.example({"text": "Rome is."})) == "Rome is.<|im_end|>"
+    assert text.stop == (text.tokenizer.token_to_id("<|im_end|>"),)
+
+
+def test_lines_that_make_no_sense_are_named(text, tmp_path):
+    good = json.dumps({"text": "Rome is the capital of Italy."})
+    for line, message in (
+        ("{", "line 3: Expecting"),
+        ("[1]", "line 3: a list; expected an object"),
+        ('{"txt": "x"}', "line 3: keys 'txt'; expected 'messages', 'prompt' and"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}]}',
+            "line 3: 'messages' is no",
+        ),
+        ('{"messages": "x"}', "line 3: 'messages' is no list"),
+    ):
+        (tmp_path / "x").write_text(f"{good}\n\n{line}\n")
+        with pytest.raises(ValueError, match=message):
+            read_examples(tmp_path / "x", text)
+    (tmp_path / "x").write_text("\n")
+    with pytest.raises(ValueError, match="none of 0 examples has a token"):
+        read_examples(tmp_path / "x", text)
+
+
+def test_templates_that_hide_what_was_said_are_refused(text, tmp_path):
+    def with_template(template):
+        return Text(text.tokenizer, template, text.special, text.stop)
+
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]  # fmt: skip
+    last = with_template("{{ messages[-1].content }}")
+    for other, message in (
+        (last, "writes turn 1 otherwise once others follow"),
+        (with_template(None), "has no chat template"),
+        (
+            with_template("{{ raise_exception('no systems') }}"),
+            "refuses the chat: no systems",
+        ),
+        (
+            with_template("{{ ''.__class__.__mro__ }}"),
+            "the chat template fails: access to",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.example({"messages": chat})
+    with pytest.raises(ValueError, match=r"has no tokenizer.json"):
+        Text.read(tmp_path)
+
+
+def test_batches_are_a_function_of_the_step_alone():
+    rows = {"ids": np.arange(10)[:, None], "weights": np.ones((10, 1), np.float32)}
+    seen = [batch_of(rows, step, (2, 2), seed=5)["ids"] for step in range(10)]
+    assert seen[0].shape == (2, 2, 1)
+    stream = np.concatenate([x.reshape(-1) for x in seen])
+    for epoch in range(4):
+        assert sorted(stream[10 * epoch : 10 * epoch + 10]) == [*range(10)]
+    assert (stream[:10] != stream[10:20]).any()
+    again = batch_of(rows, 7, (2, 2), seed=5)["ids"]
+    np.testing.assert_array_equal(again, seen[7])
+    other = np.concatenate(
+        [batch_of(rows, n, (2, 2), 6)["ids"].reshape(-1) for n in range(10)]
+    )
+    assert (other != stream).any()
+
+
+# --- Training and generation ----------------------------------------------------------
+
+
+def test_generation_is_greedy_and_stops(checkpoint, arrays, text):
+    model, params = float32(checkpoint)
+    prompts = [
+        text.tokenizer.encode(x).ids for x in ("Rome is", "The capital of Peru is")
+    ]
+
+    def greedy(ids, count):
+        ids = list(ids)
+        for _ in range(count):
+            ids.append(int(oracle(arrays, model.config, np.array(ids))[-1].argmax()))
+        return ids[-count:]
+
+    expected = [greedy(x, 5) for x in prompts]
+    stop = expected[1][3]
+
+    def cut(ids):
+        return ids[: ids.index(stop)] if stop in ids else ids
+
+    generate = generator(model, flora.lora, new=5, stop=(stop,), rounded=8)
+    assert generate(params, prompts) == [cut(x) for x in expected]
+    assert len(cut(expected[1])) in (1, 2, 3)
+
+
+def test_accumulated_gradients_are_those_of_one_batch(checkpoint, text):
+    """Micro-batches with unequal numbers of trained tokens count token by token."""
+    model, params = float32(checkpoint)
+    examples = [text.example(x) for x in lm_tiny.chats()[:6]]
+    examples += [text.example({"text": x}) for x in lm_tiny.plain_text()[:6]]
+    rows = {k: x[:4] for k, x in pack(examples, 32).items()}
+    assert len({*rows["weights"].sum(axis=1)}) > 1
+    config = flora.LoraConfig(rank=2, target="self_attn/*/kernel")
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    mesh = Mesh(np.array(jax.devices("cpu")[:1]), ("fsdp",))
+    params = jax.device_put(params, NamedSharding(mesh, Spec()))
+    adapted = flora.init(jax.random.key(0), config, model.apply, params, ids)
+    base, adapter = flora.split(adapted)
+    tx = optax.sgd(1.0)
+    _, places = lm_train.started(tx, adapter)
+    step = lm_train.step_function(model, tx, places, dropout=False, block=16)
+    found = []
+    for shape in ((1, 4), (2, 2)):
+        batch = {k: x.reshape(*shape, 32) for k, x in rows.items()}
+        batch = lm_train.put(batch, mesh)
+        mine = jax.tree.map(jnp.copy, adapter)  # it is donated
+        found.append(step(base, mine, tx.init(mine), batch, jax.random.key(0)))
+    (one, _, loss, norm), (two, _, other_loss, other_norm) = found
+    np.testing.assert_allclose([loss, norm], [other_loss, other_norm], rtol=2e-5)
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-6)
+    moved = [abs(np.asarray(x) - y).max() for x, y in
+             zip(jax.tree.leaves(one), jax.tree.leaves(adapter), strict=True)]  # fmt: skip
+    assert max(moved) > 1e-4
+
+    def mean(tree):
+        out = model.apply(flora.merge(tree), rows, method="loss")
+        return float(out) / float(rows["weights"].sum())
+
+    assert abs(mean(flora.join(base, adapter)) - float(loss)) < 1e-5 * float(loss)
+
+
+@pytest.fixture
+def compiled_once(tmp_path):
+    """What two runs both compile is compiled once."""
+    new = {"jax_compilation_cache_dir": str(tmp_path / "cache"),
+           "jax_persistent_cache_min_compile_time_secs": 0}  # fmt: skip
+    old = {name: getattr(jax.config, name) for name in new}
+    for name, value in new.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in old.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+SIZES = {"steps": 4, "batch": 8, "accumulate": 2, "length": 64, "block": 32, "rank": 4,
+         "learning-rate": 2e-2, "warmup": 1, "save-every": 2, "eval-every": 2,
+         "dropout": 0.1, "new-tokens": 4}  # fmt: skip
+
+
+def run(checkpoint, out, *more, **sizes):
+    train, held_out = lm_tiny.write_data(out.parent / "data")
+    argv = ["--checkpoint", str(checkpoint), "--train", str(train), "--out", str(out)]
+    argv += ["--eval", str(held_out), "--devices", "2"]
+    for name, value in (SIZES | sizes).items():
+        argv += [f"--{name}", str(value)]
+    return finetune_lm.main([*argv, *more])
+
+
+def test_a_run_in_small_and_one_that_was_interrupted(
+    checkpoint, tmp_path, compiled_once
+):
+    whole = run(checkpoint, tmp_path / "whole", "--merge", "--prompt", "Where is Rome?")
+    assert whole.train_loss[1] < whole.train_loss[0]
+    assert [*whole.held_out_losses] == [0, 2, 4]
+    assert [*whole.losses] == [1, 2, 3, 4]
+    assert [*whole.answers] == ["Where is Rome?"]
+
+    half = run(checkpoint, tmp_path / "half", "--stop-after", "2")
+    assert half.losses == {n: whole.losses[n] for n in (1, 2)}
+    with pytest.raises(SystemExit, match="has come to step 2"):
+        run(checkpoint, tmp_path / "half")
+    with pytest.raises(SystemExit, match="was run with --batch 8, not 16"):
+        run(checkpoint, tmp_path / "half", "--resume", batch=16)
+    rest = run(checkpoint, tmp_path / "half", "--resume")
+    assert rest.losses == {n: whole.losses[n] for n in (3, 4)}
+    same(flora.split(rest.adapted)[1], flora.split(whole.adapted)[1])
+
+    # What lies on disk: the adapter on weights read anew, and the merged model.
+    model = Llama(hf_llama.read_config(checkpoint))
+    params = hf_llama.load(checkpoint, model)
+    again = flora.load(tmp_path / "whole" / "adapter.safetensors", params)
+    same(again, whole.adapted)
+    merged = Llama(hf_llama.read_config(tmp_path / "whole" / "merged"))
+    same(
+        hf_llama.load(tmp_path / "whole" / "merged", merged), flora.merge(whole.adapted)
+    )
+    assert Text.read(tmp_path / "whole" / "merged").template == lm_tiny.TEMPLATE
+    with Checkpointer(tmp_path / "half" / "checkpoints") as checkpointer:
+        assert checkpointer.steps() == (2, 4)
+
+
+@pytest.mark.slow
+def test_the_whole_run_learns(tmp_path):
+    results = finetune_lm.main(["--out", str(tmp_path / "run"), "--devices", "1"])
+    assert results.train_loss[1] < 0.5 * results.train_loss[0]
+    first, *_, last = results.held_out_losses.values()
+    assert last < first
+    assert all("It is" in after for _, after in results.answers.values())
+
+
+def test_a_loss_that_rises_fails_the_run(checkpoint, tmp_path):
+    with pytest.raises(RuntimeError, match="The loss has not fallen"):
+        finetune_lm.prove(None, None, 1.0, 1.0)
+    for argv, message in (
+        (["--checkpoint", str(checkpoint)], 2),
+        (["--checkpoint", str(checkpoint), "--train", "x", "--batch", "3"], 2),
+        (["--checkpoint", str(checkpoint), "--train", "x", "--block", "7"], 2),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            finetune_lm.options(argv)
+        assert caught.value.code == message

@@ -1,0 +1,101 @@
+"""The safetensors format, byte by byte, and writers that are killed."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import flora
+from flora import _safetensors
+from flora._files.safetensors import read, write
+
+KILLS = """
+import os, random, signal, sys, time, warnings
+import numpy as np
+from flora._files.safetensors import read, write
+
+warnings.simplefilter("ignore")  # of forks: no thread of JAX's has started
+path, draw, met = sys.argv[1], random.Random(0), 0
+write(path, {"x": np.zeros(1 << 19, np.int64)}, {})
+for trial in range(1, 13):
+    child = os.fork()
+    if not child:
+        for n in range(10**6):
+            write(path, {"x": np.full(1 << 19, 1000 * trial + n)}, {})
+    time.sleep(draw.uniform(0.02, 0.15))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    left = [n for n in os.listdir(os.path.dirname(path)) if n.endswith(".tmp")]
+    met += bool(left)
+    for name in left:
+        os.remove(os.path.join(os.path.dirname(path), name))
+    assert len(set(read(path).array("x").tolist())) == 1
+print(met)
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_file(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, str(tmp_path / "x")], capture_output=True,
+        text=True, check=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(flora.__file__).parents[1])},
+    )  # fmt: skip
+    assert int(done.stdout) > 3, "hardly a kill met a save under way"
+
+
+# --- The format -----------------------------------------------------------------------
+
+
+def test_the_format_s_own_example_reads(tmp_path):
+    """The bytes are written out by hand here."""
+    header = b'{"t":{"dtype":"I16","shape":[2,1],"data_offsets":[0,4]},"e":'
+    header += (
+        b'{"dtype":"F32","shape":[0,3],"data_offsets":[4,4]},"__metadata__":{"a":"b"}}'
+    )
+    data = len(header).to_bytes(8, "little") + header + b"\x01\x00\xff\xff"
+    (tmp_path / "x").write_bytes(data)
+    file = read(tmp_path / "x")
+    assert file.array("t").tolist() == [[1], [-1]]
+    assert file.array("e").shape == (0, 3)
+    assert file.metadata == {"a": "b"}
+
+
+def test_arrays_are_written_as_the_format_says(tmp_path):
+    arrays = {
+        name: np.arange(6).reshape(3, 2).astype(dtype)
+        for name, dtype in _safetensors.DTYPES.items()
+    } | {"scalar": np.float32(3)[...], "transposed": np.arange(6.0).reshape(2, 3).T}
+    write(tmp_path / "x", arrays, {"note": "é"})
+    file, data = read(tmp_path / "x"), (tmp_path / "x").read_bytes()
+    assert file.metadata == {"note": "é"}
+    for name, x in arrays.items():
+        assert file.infos[name].dtype == x.dtype
+        assert file.array(name).shape == x.shape
+        assert file.array(name).tobytes() == x.tobytes()
+        assert not file.array(name).flags.writeable
+    n = int.from_bytes(data[:8], "little")
+    start, stop = json.loads(data[8 : 8 + n])["transposed"]["data_offsets"]
+    assert data[8 + n :][start:stop] == np.array([0.0, 3, 1, 4, 2, 5]).tobytes()
+
+
+@pytest.mark.third_party
+def test_the_reference_library_reads_what_flora_writes(tmp_path):
+    from safetensors import deserialize
+    from safetensors.numpy import load_file, save_file
+
+    arrays = {k: np.arange(6).reshape(3, 2).astype(k) for k in ("f4", "i8", "u1", "?")}
+    write(tmp_path / "x", arrays, {"format": "pt"})
+    got = load_file(tmp_path / "x")
+    assert all((got[k] == arrays[k]).all() and got[k].dtype == k for k in arrays)
+    narrow = np.arange(6).astype(_safetensors.DTYPES["BF16"])
+    write(tmp_path / "y", {"x": narrow}, {})
+    ((name, found),) = deserialize((tmp_path / "y").read_bytes())
+    assert (name, found["dtype"], found["shape"]) == ("x", "BF16", [6])
+    assert bytes(found["data"]) == narrow.tobytes()
+    save_file(arrays, tmp_path / "z", {"format": "pt"})
+    file = read(tmp_path / "z")
+    assert all((file.array(k) == arrays[k]).all() for k in arrays)

@@ -1,0 +1,279 @@
+"""What PEFT lets pass, and damaged files: each an error that says where and what."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flora
+import flora.peft
+from tests.support import peft_files as files
+from tests.support.peft_files import PREFIX, D, F, linear, params, up_adapters, values
+
+A0 = f"{PREFIX}layers.0.up.lora_A.weight"
+B0 = f"{PREFIX}layers.0.up.lora_B.weight"
+
+
+def tensors(**changes):
+    """Those of `up` with some replaced, by short names; `...` takes one away."""
+    names = {"a": A0, "b": B0}
+    found = up_adapters() | {names.get(k, PREFIX + k): v for k, v in changes.items()}
+    return {k: v for k, v in found.items() if v is not ...}
+
+
+def with_nan():
+    a = values(2, D)
+    a[1, 2] = np.nan
+    return a
+
+
+TWO_A = {"r": 4, "target_modules": ["up"]}
+# (tensors, changes of the config, what the message must hold)
+CASES = {
+    # the config
+    "lower-case type": ({}, {"peft_type": "lora"}, ["peft_type", "'lora'", "'LORA'"]),
+    "no type": ({}, {"peft_type": ...}, ["peft_type is missing"]),
+    "other type": ({}, {"peft_type": "IA3"}, ["'IA3'", "'LORA'"]),
+    "no rank": ({}, {"r": ...}, ["r is missing", "PEFT would take 8"]),
+    "no alpha": ({}, {"lora_alpha": ...}, ["lora_alpha is missing"]),
+    "rank is text": ({}, {"r": "2"}, ["r is '2'", "an int"]),
+    "rank is a float": ({}, {"r": 2.0}, ["r is 2.0", "an int"]),
+    "rank zero": ({}, {"r": 0}, ["r is 0"]),
+    "rank true": ({}, {"r": True}, ["r is True"]),
+    "alpha is text": ({}, {"lora_alpha": "16"}, ["lora_alpha is '16'", "a finite number"]),
+    "alpha nan": ({}, {"lora_alpha": float("nan")}, ["lora_alpha is nan"]),
+    "alpha zero": ({}, {"lora_alpha": 0}, ["lora_alpha is 0", "above 0"]),
+    "alpha negative": ({}, {"lora_alpha": -4}, ["lora_alpha is -4", "above 0"]),
+    "flag is text": ({}, {"use_dora": "false"}, ["use_dora is 'false'", "true or false"]),
+    "other rank": ({}, {"r": 4}, ["rank 2", "gives rank 4", "layers.0.up", "r or rank_pat"]),
+    "no targets": ({}, {"target_modules": None}, ["target_modules", "both empty"]),
+    "typo in targets": (
+        {}, {"target_modules": ["up", "dwon"]}, ["'dwon'", "closest: 'layers.0.down'"]),
+    "targets too much": (
+        {}, {"target_modules": ["up", "down"]}, ["layers.0.down.lora_A.weight' is missing"]),
+    "targets too little": (
+        {}, {"target_modules": ["layers.0.up"]}, ["layers.1.up' is adapted", "not select"]),
+    "regex too little": (
+        {}, {"target_modules": r".*\.0\.up"}, ["layers.1.up' is adapted"]),
+    "rank_pattern typo": ({}, {"rank_pattern": {"upp": 2}}, ["rank_pattern", "'upp'"]),
+    "alpha_pattern typo": (
+        {}, {"alpha_pattern": {"layers.2.up": 2}}, ["alpha_pattern", "'layers.2.up'"]),
+    "rank_pattern text": ({}, {"rank_pattern": {"up": "2"}}, ["rank_pattern is"]),
+    "bad regex": ({}, {"alpha_pattern": {"up(": 2}}, ["alpha_pattern is"]),
+    "unknown start": ({}, {"init_lora_weights": "magic"}, ["'magic'", "expected true"]),
+    "random start": (
+        {}, {"init_lora_weights": "pissa_niter_4"},
+        ["pissa_niter_4", "path_initial_model_for_weight_conversion"]),
+    "corda": ({}, {"init_lora_weights": "corda"}, ["corda", "cannot be repeated"]),
+    "activated": (
+        {}, {"alora_invocation_tokens": [1, 2]}, ["alora_invocation_tokens", "Activated"]),
+    "replicated": ({}, {"layer_replication": [[0, 2]]}, ["layer_replication"]),
+    "unknown field": ({}, {"use_magic": True}, ["use_magic", "does not know"]),
+    "bias mode": ({}, {"bias": "some"}, ["bias is 'some'", "'lora_only'"]),
+    "dropout": ({}, {"lora_dropout": 1.5}, ["lora_dropout is 1.5"]),
+    "bias missing": (
+        {}, {"bias": "lora_only"}, ["layers.0.up.bias' is missing", "bias is 'lora_only'"]),
+    "saved module missing": (
+        {}, {"modules_to_save": ["head"]}, ["no tensor of 'head'", "modules_to_save"]),
+    "not in layers": (
+        {}, {"layers_to_transform": [0], "layers_pattern": "layers"},
+        ["layers.1.up' is adapted"]),
+    "no such layer": (
+        {}, {"layers_to_transform": [0, 1, 7], "layers_pattern": "layers"},
+        ["layers_to_transform has 7"]),
+    # keys
+    "missing B": ({"b": ...}, {}, ["layers.0.up' has a but no b", "lora_B.weight"]),
+    "missing layer": (
+        {"a": ..., "b": ...}, {}, ["layers.0.up.lora_A.weight' is missing"]),
+    "deeper": (
+        linear("layers.2.up", D, F), {}, ["layers.2.up.lora_A.weight'", "none of the base"]),
+    "unexpected": ({"norm.weight": values(D)}, {}, ["norm.weight", "not part", "bias"]),
+    "no such module": ({"x.y": values(2)}, {}, ["'base_model.model.x.y'", "none of"]),
+    "adapter's name": (
+        {"layers.0.up.lora_A.default.weight": values(2, D)}, {}, ["names an adapter inside"]),
+    # tensors
+    "nan": ({"a": with_nan()}, {}, [A0, "1 of 8 values"]),
+    "inf": ({"b": np.full((F, 2), np.inf, np.float32)}, {}, [B0, "12 of 12"]),
+    "wide": ({"a": values(2, D + 1)}, {}, ["(2, 5)", "layers/0/up/kernel", "(4, 6)"]),
+    "turned": ({"a": values(D, 2), "b": values(2, F)}, {}, ["rank 4", "gives rank 2"]),
+    "tall": ({"b": values(F + 1, 2)}, {}, ["(7, 2)", "(4, 6)"]),
+    "odd rank": ({"b": values(F, 3)}, {}, ["(6, 3)", "rank 2"]),
+    "flat": ({"a": values(8)}, {}, ["(8,)", "at least 2"]),
+    "integers": ({"a": np.ones((2, D), np.int32)}, {}, ["dtype I32", "F32"]),
+    "empty": ({"a": values(0, D)}, {}, ["(0, 4)", "no elements"]),
+    # flags
+    "dora without flag": (
+        {"layers.0.up.lora_magnitude_vector": values(F)}, {},
+        ["lora_magnitude_vector' is there", "use_dora false"]),
+    "flag without dora": (
+        {}, {"use_dora": True}, ["layers.0.up.lora_magnitude_vector' is missing"]),
+    "bias without flag": (
+        {"layers.0.up.lora_B.bias": values(F)}, {}, ["lora_B.bias", "lora_bias false"]),
+    "flag without bias": ({}, {"lora_bias": True}, ["lora_B.bias' is missing"]),
+    "head of another size": (
+        {"head.weight": values(9, D), "head.bias": values(3)},
+        {"modules_to_save": ["head"]}, ["head.weight", "(4, 3)", "(9, 4)"]),
+    "half a head": (
+        {"head.weight": values(3, D)}, {"modules_to_save": ["head"]},
+        ["head.bias' is missing"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_does_not_fit_is_named(tmp_path, name):
+    changes, config, fragments = CASES[name]
+    folder = files.write(tmp_path / "adapter", tensors(**_short(changes)), **config)
+    with pytest.raises(flora.LoraError) as caught:
+        flora.peft.load(folder, params())
+    text = str(caught.value)
+    assert str(folder) in text
+    for fragment in fragments:
+        assert fragment in text, text
+
+
+def _short(changes):
+    return {k.removeprefix(PREFIX): v for k, v in changes.items()}
+
+
+def test_keys_without_the_prefix(tmp_path):
+    bare = {k.removeprefix(PREFIX): v for k, v in tensors().items()}
+    folder = files.write(tmp_path / "x", bare)
+    with pytest.raises(
+        flora.LoraError, match=r"does not start with 'base_model\.model\.'"
+    ):
+        flora.peft.load(folder, params())
+
+
+def test_one_error_lists_all(tmp_path):
+    folder = files.write(
+        tmp_path / "x", tensors(), r="8", lora_alpha=None, bias="maybe"
+    )
+    with pytest.raises(flora.LoraError) as caught:
+        flora.peft.load(folder, params())
+    assert "3 problems" in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, 0.5, 0.99])
+def test_files_cut_off(tmp_path, kept):
+    folder = files.write(tmp_path / "x", tensors())
+    path = folder / "adapter_model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
+    with pytest.raises(flora.LoraError, match=r"adapter_model\.safetensors: no valid"):
+        flora.peft.load(folder, params())
+
+
+def test_header_that_lies(tmp_path):
+    folder = files.write(tmp_path / "x", tensors())
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"[2,4]", b"[4,4]", 1))
+    with pytest.raises(flora.LoraError, match="no valid safetensors"):
+        flora.peft.load(folder, params())
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("{", "not valid JSON"),
+        ("", "not valid JSON"),
+        ("[]", "a JSON list"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"peft_type": "LORA", "r": 8, "r": 4}', "'r' is there twice"),
+        ("\xff\xfe", "not valid JSON"),
+    ],
+)
+def test_broken_configs(tmp_path, text, fragment):
+    folder = files.write(tmp_path / "x", tensors())
+    (folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(flora.LoraError, match=r"adapter_config.json: ") as caught:
+        flora.peft.load(folder, params())
+    assert fragment in str(caught.value)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(flora.LoraError, match="does not exist"):
+        flora.peft.load(tmp_path / "none", params())
+    folder = files.write(tmp_path / "x", tensors())
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(
+        flora.LoraError, match=r"only adapter_model.bin. That is a pickle"
+    ):
+        flora.peft.load(folder, params())
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(flora.LoraError, match=r"has no adapter_model.safetensors"):
+        flora.peft.load(folder, params())
+    with pytest.raises(flora.LoraError, match=r"folders x: name one"):
+        flora.peft.load(tmp_path, params())
+    for odd in (None, 3, "", b""):
+        with pytest.raises(flora.LoraError, match="expected a directory"):
+            flora.peft.load(odd, params())
+
+
+def test_a_pickle_beside_is_never_opened(tmp_path):
+    folder = files.write(tmp_path / "x", tensors())
+    (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    flora.peft.load(folder, params())
+
+
+def test_trees_that_do_not_fit(tmp_path):
+    folder = files.write(tmp_path / "x", tensors())
+    with pytest.raises(flora.LoraError, match="the tree is empty"):
+        flora.peft.load(folder, {})
+    with pytest.raises(flora.LoraError, match="none of the base's 2 leaves"):
+        flora.peft.load(
+            folder, {"a": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}
+        )
+    loaded = flora.peft.load(folder, params())
+    other = files.write(tmp_path / "y", linear("head", D, 3), target_modules=["head"])
+    with pytest.raises(flora.LoraError, match="is adapted in the tree") as caught:
+        flora.peft.load(other, loaded)
+    assert "'head/kernel', which is not adapted" in str(caught.value)
+    with pytest.raises(flora.LoraError, match="an adapter without its base"):
+        flora.peft.load(folder, flora.split(loaded)[1])
+    with pytest.raises(flora.LoraError, match="Write a floating dtype"):
+        flora.peft.load(folder, params(), dtype=jnp.int32)
+
+
+def test_names_that_do_not_fit(tmp_path):
+    folder = files.write(tmp_path / "x", tensors())
+    for names, fragment in (
+        ({"nowhere/kernel": "a"}, "matches none of the"),
+        ({"layers/{i}/up": 3}, "Write a module's dotted path"),
+        (3, "names is a int"),
+        ({3: "a"}, "is no pattern"),
+        ({"layers/{i}/up": "layers.{i}.down"}, "none of the base's"),
+    ):
+        with pytest.raises(flora.LoraError, match=fragment):
+            flora.peft.load(folder, params(), names=names)
+    with pytest.raises(flora.LoraError, match="once each"):
+        flora.peft.Module("a", rows=[0, 0])
+    with pytest.raises(flora.LoraError, match="kind='dense'"):
+        flora.peft.Module("a", kind="dense")
+
+
+def test_a_base_that_is_another(tmp_path):
+    embedding = {"embed_tokens": {"embedding": jnp.asarray(values(7, D))}}
+    key = f"{PREFIX}embed_tokens"
+    held = {
+        f"{key}.lora_embedding_A": values(2, 7),
+        f"{key}.lora_embedding_B": values(D, 2),
+    }
+    same = {f"{key}.base_layer.weight": values(7, D)}
+    other = {f"{key}.base_layer.weight": values(7, D, seed=3)}
+    wider = {f"{key}.base_layer.weight": values(9, D)}
+    config = {"target_modules": ["embed_tokens"], "task_type": None}
+    flora.peft.load(files.write(tmp_path / "1", held | same, **config), embedding)
+    with pytest.raises(flora.LoraError, match="trained on another base"):
+        flora.peft.load(files.write(tmp_path / "2", held | other, **config), embedding)
+    with pytest.raises(flora.LoraError, match="Resize the base"):
+        flora.peft.load(files.write(tmp_path / "3", held | wider, **config), embedding)
+
+
+def test_unreadable_json_of_numbers(tmp_path):
+    folder = files.write(tmp_path / "x", tensors())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    text = json.dumps(config).replace('"lora_alpha": 6', '"lora_alpha": 1e999')
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(flora.LoraError, match="lora_alpha is inf"):
+        flora.peft.load(folder, params())

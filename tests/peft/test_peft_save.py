@@ -1,0 +1,355 @@
+"""Writing: what the files hold, what servers get, and that they are whole or not there."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flora
+import flora._peft.file
+import flora.peft
+from tests.support import peft_files as files
+from tests.support.peft_files import (
+    PREFIX,
+    D,
+    F,
+    X,
+    delta,
+    linear,
+    params,
+    up_adapters,
+    values,
+)
+
+
+def adapted(**settings):
+    config = flora.LoraConfig(
+        **{"rank": 2, "alpha": 6.0, "target": "up/kernel"} | settings
+    )
+    tree = flora.init(jax.random.key(0), config, files.fn, params(), X)
+    return randomized(tree)
+
+
+def randomized(tree):
+    def draw(path, x):
+        if not isinstance(x, flora.LoraWeight):
+            return x
+        seed = len(jax.tree_util.keystr(path))
+        b = jnp.asarray(values(*x.b.shape, seed=seed)).astype(x.b.dtype)
+        return dataclasses.replace(x, b=b)
+
+    is_node = lambda x: isinstance(x, flora.LoraWeight)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(draw, tree, is_leaf=is_node)
+
+
+def close(got, want, tolerance=2e-6):
+    want = np.asarray(want, np.float64)
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64), want, atol=tolerance * np.abs(want).max(), rtol=0
+    )
+
+
+def test_files(tmp_path):
+    tree = adapted()
+    flora.peft.save(
+        tmp_path / "a", tree, base_model_name_or_path="org/m", task_type="CAUSAL_LM"
+    )
+    config, tensors = files.read(tmp_path / "a")
+    assert {*tensors} == {*up_adapters()}
+    for i in "01":
+        node, module = tree["layers"][i]["up"]["kernel"], f"layers.{i}.up"
+        np.testing.assert_array_equal(
+            tensors[f"{PREFIX}{module}.lora_A.weight"], node.a.T
+        )
+        np.testing.assert_array_equal(
+            tensors[f"{PREFIX}{module}.lora_B.weight"], node.b.T
+        )
+    expected = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 6, "bias": "none",
+        "target_modules": ["layers.0.up", "layers.1.up"], "use_rslora": False,
+        "use_dora": False, "fan_in_fan_out": False, "lora_dropout": 0.0,
+        "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+        "init_lora_weights": True, "inference_mode": True,
+        "base_model_name_or_path": "org/m", "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    assert config | expected == config
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert b'"format":"pt"' in (tmp_path / "a/adapter_model.safetensors").read_bytes()
+
+
+def test_exact_names_with_their_ranks_and_alphas(tmp_path):
+    tree = adapted(
+        target=["up/kernel", "down/kernel"],
+        rank_pattern={"0/up/kernel": 3},
+        alpha_pattern={"1/down/kernel": 1.5},
+        rank_stabilized=True,
+        dropout=0.1,
+    )
+    flora.peft.save(tmp_path / "a", tree)
+    config, _ = files.read(tmp_path / "a")
+    assert config["rank_pattern"] == {"layers.0.up": 3}
+    assert config["alpha_pattern"] == {"layers.1.down": 1.5}
+    assert (config["use_rslora"], config["lora_dropout"]) == (True, 0.1)
+    loaded = flora.peft.load(tmp_path / "a", params())
+    jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+    assert jax.tree.structure(loaded) == jax.tree.structure(tree)
+
+
+def test_names_that_end_alike(tmp_path):
+    """PEFT's 'up' is also 'gate.up': what is not adapted must be excluded by name."""
+    tree = {
+        "up": {"kernel": jnp.ones((4, 4))},
+        "gate": {"up": {"kernel": jnp.ones((4, 4))}},
+    }
+
+    def fn(p, x):
+        return x @ p["up"]["kernel"] @ p["gate"]["up"]["kernel"]
+
+    x, config = (
+        jnp.ones((2, 4)),
+        flora.LoraConfig(rank=2, target=lambda p, _: p == "up/kernel"),
+    )
+    made = flora.init(jax.random.key(0), config, fn, tree, x)
+    flora.peft.save(tmp_path / "a", made)
+    written, _ = files.read(tmp_path / "a")
+    assert (written["target_modules"], written["exclude_modules"]) == (
+        ["up"],
+        ["gate.up"],
+    )
+    flora.peft.load(tmp_path / "a", tree)
+    both = flora.LoraConfig(rank=2, target="up/kernel", rank_pattern={"gate/up/kernel": 1},
+                            alpha_pattern={"gate/*": 3.0})  # fmt: skip
+    made = flora.init(jax.random.key(0), both, fn, tree, x)
+    flora.peft.save(tmp_path / "b", made)
+    loaded = flora.peft.load(tmp_path / "b", tree)
+    assert loaded["gate"]["up"]["kernel"].rank == 1
+    assert (loaded["up"]["kernel"].rank, loaded["up"]["kernel"].alpha) == (2, 16.0)
+
+
+def test_what_trains_whole(tmp_path):
+    tree = adapted(train=["head/*", "norm/scale", "up/bias"])
+    flora.peft.save(tmp_path / "a", tree)
+    config, tensors = files.read(tmp_path / "a")
+    assert config["modules_to_save"] == ["head", "norm"]
+    assert config["bias"] == "lora_only"
+    assert {*tensors} - {*up_adapters()} == {
+        f"{PREFIX}{n}"
+        for n in ("head.weight", "head.bias", "norm.weight", "norm.bias",
+                  "layers.0.up.base_layer.bias", "layers.1.up.base_layer.bias")
+    }  # fmt: skip
+    np.testing.assert_array_equal(tensors[f"{PREFIX}head.weight"],
+                                  params()["head"]["kernel"].T)  # fmt: skip
+    loaded = flora.peft.load(tmp_path / "a", params())
+    close(flora.lora(files.fn)(loaded, X), flora.lora(files.fn)(tree, X))
+    all_biases = adapted(train=["bias"])
+    flora.peft.save(tmp_path / "b", all_biases)
+    assert files.read(tmp_path / "b")[0]["bias"] == "all"
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        flora.peft.load(tmp_path / "b", params()),
+        all_biases,
+    )
+
+
+def test_an_adapter_without_its_base(tmp_path):
+    tree = adapted()
+    flora.peft.save(tmp_path / "a", flora.split(tree)[1], dtype=jnp.bfloat16)
+    _, tensors = files.read(tmp_path / "a")
+    assert all(x.dtype == jnp.bfloat16 for x in tensors.values())
+    loaded = flora.peft.load(tmp_path / "a", params())
+    close(
+        loaded["layers"]["0"]["up"]["kernel"].b,
+        tree["layers"]["0"]["up"]["kernel"].b,
+        1e-2,
+    )
+
+
+def test_dora(tmp_path):
+    tree = adapted(variant=flora.variants.DoRA())
+    flora.peft.save(tmp_path / "a", tree)
+    config, tensors = files.read(tmp_path / "a")
+    assert config["use_dora"] is True
+    m = tensors[f"{PREFIX}layers.0.up.lora_magnitude_vector"]
+    np.testing.assert_array_equal(
+        m, tree["layers"]["0"]["up"]["kernel"].extra["magnitude"]
+    )
+    loaded = flora.peft.load(tmp_path / "a", params())
+    jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+    with pytest.raises(flora.LoraError, match="vLLM and SGLang refuse"):
+        flora.peft.save(tmp_path / "b", tree, serving=True)
+    mixed = adapted()
+    mixed["layers"]["0"] = tree["layers"]["0"]
+    with pytest.raises(flora.LoraError, match="some leaves are DoRA"):
+        flora.peft.save(tmp_path / "b", mixed)
+    vera = adapted(variant=flora.variants.VeRA())
+    with pytest.raises(flora.LoraError, match=r"VeRA.*cannot hold"):
+        flora.peft.save(tmp_path / "b", vera)
+    assert not (tmp_path / "b").exists()
+
+
+def test_serving(tmp_path):
+    tree = adapted(
+        target=["up/kernel", "down/kernel"],
+        rank_pattern={"0/up/kernel": 3},
+        alpha_pattern={"down/kernel": 1.0},
+        rank_stabilized=True,
+    )
+    flora.peft.save(tmp_path / "a", tree, serving=True)
+    config, tensors = files.read(tmp_path / "a")
+    assert (config["r"], config["use_rslora"]) == (3, False)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    merged, scale = flora.merge(tree), config["lora_alpha"] / config["r"]
+    for i in "01":
+        for n in ("up", "down"):
+            assert tensors[f"{PREFIX}layers.{i}.{n}.lora_A.weight"].shape[0] == 3
+            base = np.asarray(params()["layers"][i][n]["kernel"], np.float64)
+            close(base + delta(tensors, f"layers.{i}.{n}", scale),
+                  merged["layers"][i][n]["kernel"])  # fmt: skip
+    for settings in ({"train": ["head/*"]}, {"train": ["up/bias"]}):
+        with pytest.raises(flora.LoraError, match="SGLang ignores and vLLM refuses"):
+            flora.peft.save(tmp_path / "b", adapted(**settings), serving=True)
+
+
+def test_serving_writes_zeros_beside_a_projection(tmp_path):
+    tree = {
+        n: {"kernel": jnp.asarray(values(D, F))} for n in ("q_proj", "k_proj", "v_proj")
+    }
+
+    def fn(p, x):
+        return sum(x @ p[n]["kernel"] for n in p)
+
+    config = flora.LoraConfig(rank=2, target="q_proj/kernel")
+    made = flora.init(jax.random.key(0), config, fn, tree, jnp.ones((2, D)))
+    flora.peft.save(tmp_path / "a", made, serving=True)
+    written, tensors = files.read(tmp_path / "a")
+    assert {*written["target_modules"]} == {*tree}
+    for n in ("k_proj", "v_proj"):
+        assert not tensors[f"{PREFIX}{n}.lora_A.weight"].any()
+        assert tensors[f"{PREFIX}{n}.lora_B.weight"].shape == (F, 2)
+
+
+def test_what_cannot_be_written(tmp_path):
+    target = tmp_path / "a"
+    tree = adapted()
+    node = tree["layers"]["1"]["up"]["kernel"]
+    bad = adapted()
+    bad["layers"]["1"]["up"]["kernel"] = dataclasses.replace(
+        node, b=node.b.at[0, 0].set(jnp.nan)
+    )
+    for given, settings, message in (
+        (params(), {}, "none of the tree's .* leaves is adapted"),
+        (bad, {}, "'layers/1/up/kernel' holds 1 of 12 values that are NaN"),
+        (jax.eval_shape(lambda: tree), {}, "Save outside of jax.jit"),
+        (tree, {"task_type": 3}, "task_type=3. Write a string"),
+        (tree, {"names": {"layers/0/up": "x"}}, "'layers/1/up/kernel' is not in names"),
+        (tree, {"dtype": jnp.int8}, "Write a floating dtype"),
+        (tree, {"base": {"x": jnp.ones(3)}}, "base has no leaf 'layers/0/up/kernel'"),
+        (adapted(target=(), train="head/*"), {}, "no leaf has factors"),
+    ):
+        with pytest.raises(flora.LoraError, match=message):
+            flora.peft.save(target, given, **settings)
+        assert not target.exists()
+    target.write_text("mine")
+    with pytest.raises(flora.LoraError, match="is a file"):
+        flora.peft.save(target, tree)
+    assert target.read_text() == "mine"
+    one_by_one = adapted()
+    for i, rate in (("0", 0.1), ("1", 0.2)):
+        up = one_by_one["layers"][i]["up"]
+        up["kernel"] = dataclasses.replace(up["kernel"], dropout=rate)
+    with pytest.raises(flora.LoraError, match="dropout rates differ"):
+        flora.peft.save(tmp_path / "b", one_by_one)
+
+
+@pytest.mark.parametrize(
+    ("step", "call"),
+    [("_write_through", 1), ("_write_through", 2), ("_sync", 1), ("_swap", 1)],
+)
+def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, step, call):
+    folder = files.write(tmp_path / "a", up_adapters())
+    (folder / "README.md").write_text("mine")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    real, calls = getattr(flora._peft.file, step), []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise OSError("no space left")
+        return real(*args)
+
+    monkeypatch.setattr(flora._peft.file, step, failing)
+    with pytest.raises(OSError, match="no space"):
+        flora.peft.save(folder, adapted())
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_other_files_stay_and_old_links_do_not_change(tmp_path):
+    folder = files.write(tmp_path / "a", up_adapters())
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.txt").write_text("a b")
+    os.link(folder / "adapter_config.json", tmp_path / "copy.json")
+    old = (tmp_path / "copy.json").read_bytes()
+    flora.peft.save(folder, adapted(target="down/kernel"))
+    assert (folder / "tokenizer" / "vocab.txt").read_text() == "a b"
+    assert (tmp_path / "copy.json").read_bytes() == old
+    assert files.read(folder)[0]["target_modules"] == ["layers.0.down", "layers.1.down"]
+
+
+def test_without_an_atomic_exchange(tmp_path, monkeypatch):
+    monkeypatch.setattr(flora._peft.file, "_exchanged", lambda *_: False)
+    folder = files.write(tmp_path / "a", up_adapters())
+    tree = adapted()
+    flora.peft.save(folder, tree)
+    jax.tree.map(np.testing.assert_array_equal, flora.peft.load(folder, params()), tree)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+KILLED = """
+import sys
+import numpy as np
+from pathlib import Path
+import flora._peft.file as files
+n = 0
+while True:
+    n += 1
+    x = np.full((400, 400), n, np.float32)
+    files.write(Path(sys.argv[1]), {"r": n}, {"a": x, "b": x})
+    print(n, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_kills_leave_a_whole_directory(tmp_path):
+    """SIGKILL at any time: config and weights are there, whole, and of one save."""
+    folder = tmp_path / "a"
+    last = 0
+    for i in range(4):
+        command = [sys.executable, "-c", KILLED, str(folder)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(0.013 * (i + 1))
+            process.kill()
+        config, tensors = files.read(folder)
+        assert config["r"] >= 1
+        for x in tensors.values():
+            np.testing.assert_array_equal(x, config["r"])
+        last += config["r"]
+    assert last >= 4
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+    folder = files.write(tmp_path / "a", linear("head", D, 3), target_modules=["head"])
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(flora.LoraError, match=r"pip install 'flora-jax\[peft\]'"):
+        flora.peft.load(folder, params())

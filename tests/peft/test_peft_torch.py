@@ -1,0 +1,261 @@
+"""Adapters that PEFT itself made and saved: logits, merged weights, gradients, and back.
+
+Needs the extra peft-test; float64 throughout, so that the tolerances are small.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import flora
+import flora.peft
+from flora.peft import Module
+from tests.support import torch_models as models
+
+pytestmark = [pytest.mark.peft, pytest.mark.usefixtures("x64")]
+
+UP = {"r": 3, "lora_alpha": 7, "target_modules": ["up", "down"]}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# (model, LoraConfig)
+CASES = {
+    "linear": ("mlp", UP),
+    "exact names": ("mlp", UP | {"target_modules": ["layers.0.up", "mix"]}),
+    "regex": ("mlp", UP | {"target_modules": r".*\.(up|gate)"}),
+    "all-linear": ("mlp", {"r": 2, "lora_alpha": 1, "target_modules": "all-linear"}),
+    "rslora": ("mlp", UP | {"use_rslora": True}),
+    "alpha is no int": ("mlp", UP | {"lora_alpha": 2.5}),
+    "patterns": ("mlp", UP | {
+        "target_modules": ["up", "down", "mix"],
+        "rank_pattern": {r"layers\.1\.down": 1, "up": 5},
+        "alpha_pattern": {"down": 3, "mix": 1}}),
+    "patterns and rslora": ("mlp", UP | {
+        "use_rslora": True, "rank_pattern": {"up": 5}, "alpha_pattern": {"0.up": 3}}),
+    "exclude": ("mlp", UP | {"exclude_modules": ["layers.1.up"]}),
+    "layers": ("mlp", UP | {"layers_to_transform": [0, 2], "layers_pattern": "layers"}),
+    "modules_to_save": ("mlp", UP | {"modules_to_save": ["classifier", "norm"]}),
+    "bias all": ("mlp", UP | {"bias": "all"}),
+    "bias lora_only": ("mlp", UP | {
+        "target_modules": ["up", "gate", "down"], "bias": "lora_only"}),
+    "bias all, modules_to_save": ("mlp", UP | {
+        "bias": "all", "modules_to_save": ["classifier"]}),
+    "bias lora_only, modules_to_save": ("mlp", UP | {
+        "bias": "lora_only", "modules_to_save": ["classifier"]}),
+    "lora_bias": ("mlp", UP | {"lora_bias": True}),
+    "dora": ("mlp", UP | {"target_modules": ["up", "mix"], "use_dora": True}),
+    "dora, rslora, patterns": ("mlp", UP | {
+        "use_dora": True, "use_rslora": True, "rank_pattern": {"up": 2}}),
+    "dora, modules_to_save": ("mlp", UP | {
+        "use_dora": True, "modules_to_save": ["classifier"]}),
+    "conv1d": ("gpt2", UP | {
+        "target_modules": ["c_attn", "c_proj", "square"], "fan_in_fan_out": True}),
+    "conv1d, dora": ("gpt2", UP | {
+        "target_modules": ["c_attn", "square"], "fan_in_fan_out": True, "use_dora": True}),
+    "conv": ("conv", {"r": 2, "lora_alpha": 5, "target_modules": ["two", "one"]}),
+    "conv, rslora, patterns": ("conv", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["two", "one"], "use_rslora": True,
+        "rank_pattern": {"one": 4}}),
+    "conv, dora": ("conv", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["two", "one"], "use_dora": True}),
+    "conv in groups": ("grouped", {
+        "r": 4, "lora_alpha": 5, "target_modules": ["two", "one"]}),
+    "conv in groups, rslora": ("grouped", {
+        "r": 8, "lora_alpha": 5, "target_modules": ["one"], "use_rslora": True}),
+    "embedding": ("embedding", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["embed_tokens", "mix", "lm_head"]}),
+    "embedding, dora": ("embedding", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["embed_tokens", "mix"],
+        "use_dora": True}),
+    "embedding whole": ("embedding", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["mix"],
+        "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "experts": ("experts", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+    "experts, one": ("experts", {
+        "r": 2, "lora_alpha": 5, "target_modules": [],
+        "target_parameters": ["experts.down_proj"],
+        "rank_pattern": {"experts.down_proj": 3}}),
+    "experts, patterns": ("experts", {
+        "r": 2, "lora_alpha": 5, "target_modules": [], "use_rslora": True,
+        "target_parameters": ["gate_up_proj", "down_proj"],
+        "rank_pattern": {"experts.down_proj": 3},
+        "alpha_pattern": {"gate_up_proj": 1}}),
+    "llama": ("llama", {"r": 2, "lora_alpha": 4, "target_modules": ATTENTION}),
+    "llama, all-linear": ("llama", {
+        "r": 2, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+    "llama, embeddings": ("llama", {
+        "r": 2, "lora_alpha": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "llama, layers": ("llama", {
+        "r": 2, "lora_alpha": 4, "target_modules": ATTENTION, "layers_to_transform": 1}),
+    "tied": ("tied", {
+        "r": 2, "lora_alpha": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"],
+        "ensure_weight_tying": True}),
+}  # fmt: skip
+NAMES = {
+    "conv": {"two": "two", "one": Module("one", kind="conv")},
+    "tied": lambda path: (
+        [Module("model.embed_tokens"), Module("lm_head", tied=True)]
+        if "embed" in path
+        else Module(".".join(path.split("/")[:-1]))
+    ),
+}
+NAMES["grouped"] = NAMES["conv"]
+
+
+def tolerance_of(kind):
+    """HF's Llama computes norms and softmax in float32, whatever the weights are."""
+    return 1e-6 if kind in ("llama", "tied") else 1e-10
+
+
+def close(got, want, tolerance=1e-10):
+    want, got = np.asarray(want), np.asarray(got)
+    assert got.shape == want.shape
+    error = np.abs(got - want).max() / max(np.abs(want).max(), 1e-30)
+    assert error < tolerance, error
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_that_peft_saved(tmp_path, name):
+    kind, config = CASES[name]
+    model, fn, x = models.build(kind)
+    tolerance = tolerance_of(kind)
+    params, names = models.params_of(kind, model), NAMES.get(kind)
+    close(fn(params, x), models.run(model, x), tolerance)
+    adapted = models.adapt(model, config)
+    folder = models.saved(adapted, tmp_path / "peft")
+    want = models.run(adapted, x)
+    assert np.abs(want - models.run(model, x)).max() > 1e-2
+
+    loaded = flora.peft.load(folder, params)
+    close(flora.lora(fn)(loaded, x), want, tolerance)
+    _check_gradients(adapted, loaded, fn, x, names, tmp_path, 10 * tolerance)
+    _check_merged(kind, adapted, loaded, fn, x)
+
+    flora.peft.save(tmp_path / "flora", loaded, names=names)
+    close(models.run(models.reloaded(model, tmp_path / "flora"), x), want, tolerance)
+    again = flora.peft.load(tmp_path / "flora", params, names=names)
+    close(flora.lora(fn)(again, x), want, tolerance)
+
+
+def _check_gradients(adapted, loaded, fn, x, names, scratch, tolerance):
+    """Those of every tensor in the file, written by `save` in PEFT's layout."""
+    import torch
+
+    y = adapted(torch.as_tensor(x))
+    weights = np.random.default_rng(5).normal(size=y.shape)
+    adapted.zero_grad()
+    (y * torch.as_tensor(weights)).sum().backward()
+    _, grads = flora.value_and_grad(lambda t: (flora.lora(fn)(t, x) * weights).sum())(
+        loaded
+    )
+    flora.peft.save(scratch / "grads", grads, names=names)
+    got = load_file(scratch / "grads" / "adapter_model.safetensors")
+    checked = set()
+    ties = adapted.peft_config["default"].ensure_weight_tying
+    twins = {k: p.grad.numpy().T for k, p in adapted.named_parameters()
+             if ties and "lm_head.lora" in k}  # fmt: skip
+    for path, p in adapted.named_parameters():
+        key = path.replace(".default", "").replace(".modules_to_save", "")
+        if "magnitude" in key:
+            key = key.removesuffix(".weight")
+        if not p.requires_grad or key.endswith("lora_B.bias"):
+            continue
+        if key not in got and "lm_head" in key:
+            continue  # of a tied weight
+        want = p.grad.numpy()
+        for twin, grad in twins.items():  # PyTorch has the two uses' gradients apart
+            if "lora_embedding" in key and ("lora_A" in twin) == key.endswith("_B"):
+                want = want + grad
+        if "lm_head.lora" in key and twins:
+            continue
+        close(got[key], want, tolerance)
+        checked.add(key)
+    held = load_file(scratch / "peft" / "adapter_model.safetensors")
+    factors = {k for k in held if "lora_A" in k or "lora_B.weight" in k}
+    assert checked == {k for k in factors if not (ties and "lm_head" in k)} | {
+        k for k in checked if k not in factors
+    }
+
+
+def _check_merged(kind, adapted, loaded, fn, x):
+    if kind == "grouped":  # neither can
+        with pytest.raises(flora.LoraError, match="puts a function between"):
+            flora.merge(loaded)
+        return
+    if kind == "tied":  # PEFT 0.21.2 adds its change twice to a tied weight
+        close(fn(flora.merge(loaded), x), flora.lora(fn)(loaded, x), 1e-6)
+        return
+    merged = models.params_of(kind, adapted.merge_and_unload())
+    jax.tree.map(close, flora.merge(loaded), merged)
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_bases_that_the_start_changed(tmp_path, how, rslora):
+    """PEFT has these in float32 alone."""
+    model, fn, x = models.build("mlp")
+    model, x = model.float(), x.astype(np.float32)
+    params = models.params_of("mlp", model)
+    config = UP | {"init_lora_weights": how, "use_rslora": rslora}
+    adapted = models.adapt(model, config)
+    want = models.run(adapted, x)
+    loaded = flora.peft.load(models.saved(adapted, tmp_path / "peft"), params)
+    close(flora.lora(fn)(loaded, x), want, 5e-6)
+    flora.peft.save(tmp_path / "plain", loaded, base=params)
+    close(models.run(models.reloaded(model, tmp_path / "plain"), x), want, 5e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_files_in_half_precision(tmp_path, dtype):
+    import torch
+
+    model, fn, x = models.build("mlp")
+    params = models.params_of("mlp", model)
+    adapted = models.adapt(model, UP)
+    for name, p in adapted.named_parameters():
+        if "lora" in name:
+            p.data = p.data.to(getattr(torch, dtype))
+    folder = models.saved(adapted, tmp_path / "peft")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {str(v.dtype) for v in tensors.values()} == {dtype}
+    want = models.run(adapted.double(), x)
+    close(flora.lora(fn)(flora.peft.load(folder, params), x), want)
+
+
+@pytest.mark.parametrize("name", ["patterns and rslora", "llama", "rslora", "experts"])
+def test_serving_files(tmp_path, name):
+    """One rank, alpha/r for all modules, and PEFT computes the same with them."""
+    kind, config = CASES[name]
+    model, _, x = models.build(kind)
+    adapted = models.adapt(model, config)
+    folder = models.saved(adapted, tmp_path / "peft")
+    loaded = flora.peft.load(folder, models.params_of(kind, model))
+    flora.peft.save(tmp_path / "serving", loaded, serving=True)
+    back = models.reloaded(model, tmp_path / "serving")
+    close(models.run(back, x), models.run(adapted, x), tolerance_of(kind))
+    written = back.peft_config["default"]
+    assert written.rank_pattern == written.alpha_pattern == {}
+    assert not written.use_rslora
+
+
+def test_adapters_of_flora_run_in_peft(tmp_path):
+    """Made by `init`, trained a little, and read by PEFT with no key left over."""
+    import optax
+
+    model, fn, x = models.build("llama")
+    params = models.params_of("llama", model)
+    config = flora.LoraConfig(rank=2, target="*_proj/kernel", train="lm_head/kernel",
+                              dtype=jnp.float64)  # fmt: skip
+    tree = flora.init(jax.random.key(0), config, fn, params, x)
+    tx = flora.optimizer(optax.adam(1e-2), tree)
+    state = tx.init(tree)
+    step = jax.jit(flora.value_and_grad(lambda t: (flora.lora(fn)(t, x) ** 2).mean()))
+    for _ in range(3):
+        _, grads = step(tree)
+        updates, state = tx.update(grads, state, tree)
+        tree = optax.apply_updates(tree, updates)
+    flora.peft.save(tmp_path / "a", tree)
+    back = models.reloaded(model, tmp_path / "a")
+    close(models.run(back, x), flora.lora(fn)(tree, x), tolerance_of("llama"))

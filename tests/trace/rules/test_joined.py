@@ -1,0 +1,156 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import flora
+from flora._trace.compat import P
+from tests.support import contract
+from tests.support.contract import array
+from tests.support.registry import normal
+
+EVERY = {
+    "u": (6, 5), "v": (6, 5), "t": (5, 6), "heads": (6, 2, 4), "keys": (6, 1, 4),
+    "wide": (6, 9),
+}  # fmt: skip
+
+JOINED = {
+    "sum": lambda p, x: x @ (p["u"] + p["v"]),
+    "difference with a transpose": lambda p, x: x @ (p["u"] - 2 * p["t"].T),
+    "of itself": lambda p, x: x @ (p["u"] + p["u"][::-1]),
+    "an array is added": lambda p, x: x @ (x.T @ jnp.ones((3, 5)) - p["u"]),
+    "complex": lambda p, x: jnp.abs(x @ lax.complex(p["u"], p["v"])),
+    "1j": lambda p, x: jnp.abs(x @ (p["u"] + 1j * p["v"])),
+    "fused heads": lambda p, x: x @ jnp.concatenate(
+        [p["heads"].reshape(6, 8), p["keys"].reshape(6, 4), p["t"].T], 1),
+    "centred": lambda p, x: x @ (p["u"] - p["u"].mean(0)),
+    "centred along out": lambda p, x: x @ (p["u"] - p["u"].mean(1, keepdims=True)),
+    "repeated heads": lambda p, x: x @ jnp.repeat(p["heads"], 3, axis=1).reshape(6, 24),
+    "tiled": lambda p, x: jnp.tile(x, (1, 2)) @ jnp.tile(p["wide"], (2, 3)),
+    "repeated and summed": lambda p, x: x @ jnp.broadcast_to(
+        p["u"][None], (3, 6, 5)).sum(0),
+    "padded": lambda p, x: jnp.pad(x, ((0, 0), (1, 2))) @ jnp.pad(
+        p["wide"], ((1, 2), (0, 3))),
+    "cropped by padding": lambda p, x: x[:, 1:] @ lax.pad(
+        p["wide"], 0.0, ((-1, 0, 0), (0, 0, 1))),
+}  # fmt: skip
+
+
+def used(fn, every, *args):
+    """The weights that a function reads."""
+    report = flora.coverage(fn, every, *args)
+    return {k: w for k, w in every.items() if report[k].uses}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_contract(x64, name):
+    fn, x = JOINED[name], array(3, 6, seed=9)
+    every = {k: array(*shape, seed=i) for i, (k, shape) in enumerate(EVERY.items())}
+    params = used(fn, every, x)
+    # What the function itself makes in a weight's shape.
+    own = (P.add, P.sub, P.mul, P.complex, P.pad, P.dot_general)
+    adapted = contract.check(fn, params, x, dtype=jnp.float64, views=own)
+    for path, w in adapted.items():
+        assert w.layout.role(0) == ("out" if path == "t" else "in")
+
+
+def test_an_inner_gradient_step(x64):
+    def loss(p, x, y):
+        return jnp.mean((jnp.tanh(x @ p["u"]) @ p["t"] - y) ** 2)
+
+    def fn(p, x, y):  # MAML: the loss after one step
+        grads = jax.grad(loss)(p, x, y)
+        return loss(jax.tree.map(lambda w, g: w - 0.1 * g, p, grads), x, y)
+
+    params = {"u": array(6, 5), "t": array(5, 6, seed=2)}
+    own = (P.sub, P.mul, P.neg, P.dot_general)
+    contract.check(fn, params, array(3, 6), array(3, 6, seed=1), views=own,
+                   dtype=jnp.float64)  # fmt: skip
+
+
+def test_stacks_of_other_ranks(x64):
+    def fn(p, x):
+        return jnp.einsum("bi,kio->kbo", x, jnp.stack([p["u"], p["v"]]))
+
+    contract.check(fn, {"u": array(6, 5), "v": array(6, 5, seed=1)}, array(3, 6),
+                   rank_pattern={"u": 3}, views=(P.stack,), dtype=jnp.float64)  # fmt: skip
+
+
+def test_scan_over_joined_stacks(x64):
+    def fn(p, x):
+        stacks = p["w"].reshape(6, 5, 5)
+        return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, stacks)[0]
+
+    adapted = contract.check(fn, {"w": array(2, 3, 5, 5)}, array(4, 5),
+                             dtype=jnp.float64)  # fmt: skip
+    assert adapted["w"].layout == flora.Layout((0, 1), (2,), (3,))
+
+
+def test_joined_weights_keep_dropout():
+    def fn(p, x):
+        return x @ (p["u"] + p["v"]), x @ jnp.concatenate([p["u"], p["v"]], 1)
+
+    params = {"u": normal(6, 5), "v": normal(6, 5, seed=1)}
+    x = normal(3, 6)
+    tree = contract.adapt(fn, params, x, dropout=0.5)
+    tree = contract.randomized(tree)
+    keyed = flora.with_dropout(tree, jax.random.key(0))
+    for y, z in zip(flora.lora(fn)(keyed, x), flora.lora(fn)(tree, x), strict=True):
+        assert not jnp.allclose(y, z)
+
+
+NORMED = {
+    "weight norm": lambda p, x: x @ (p["u"] / jnp.linalg.norm(p["u"], axis=0)),
+    "along out": lambda p, x: x @ (
+        p["u"] * lax.rsqrt((p["u"] ** 2).sum(1, keepdims=True) + 1e-6)),
+    "frobenius": lambda p, x: x @ p["u"] / jnp.sqrt(jnp.square(p["u"]).sum()),
+    "penalty": lambda p, x: (x @ p["u"]).sum() + (p["u"] * p["u"]).mean(),
+    "of a stack": lambda p, x: jnp.einsum(
+        "bi,eio->ebo", x, p["s"] * lax.rsqrt((p["s"] ** 2).sum(1, keepdims=True))),
+    "of a whole stack": lambda p, x: jnp.einsum("bi,eio->ebo", x, p["s"])
+        / jnp.sqrt((p["s"] ** 2).sum()),
+    "standardized": lambda p, x: x @ (
+        (p["u"] - p["u"].mean(0)) / jnp.sqrt(p["u"].var(0) + 1e-6)),
+    "heads": lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["heads"]
+        / jnp.linalg.norm(p["heads"], axis=(0, 2), keepdims=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_contract_of_norms(x64, name):
+    fn, x = NORMED[name], array(3, 6, seed=9)
+    every = {"s": array(2, 6, 5), "heads": array(6, 2, 4), "u": array(6, 5)}
+    params = used(fn, every, x)
+    layouts = {"s": flora.Layout((0,), (1,), (2,))} if "stack" in name else {}
+    # The norm moves with A and B, and its gradient takes a dense dW.
+    own = (P.mul, P.square, P.integer_pow, P.div, P.sub, P.dot_general)
+    contract.check(fn, params, x, dtype=jnp.float64, views=own, layouts=layouts,
+                   tolerance=1e-11)  # fmt: skip
+
+
+def test_norms_over_parts_of_in_and_out_are_refused():
+    def fn(p, x):
+        norms = (p["w"] ** 2).sum((0, 2)) + (p["w"] ** 2).sum(2)[0]
+        return jnp.einsum("bi,ihd->bhd", x, p["w"]) / norms[:, None]
+
+    with pytest.raises(
+        flora.LoraError, match=r"'reduce_sum' at .* parts of in and out"
+    ):
+        contract.adapt(fn, {"w": normal(6, 2, 4)}, normal(3, 6))
+
+
+def test_standardized_convolution():
+    class Standardized(nn.Conv):
+        def param(self, name, *args):
+            w = super().param(name, *args)
+            if name != "kernel":
+                return w
+            axes = (0, 1, 2)
+            return (w - w.mean(axes)) / jnp.sqrt(w.var(axes) + 1e-5)
+
+    module, x = Standardized(5, (3, 3)), normal(2, 6, 7, 4)
+    variables = module.init(jax.random.key(0), x)
+    own = (P.sub, P.div, P.square, P.integer_pow, P.mul, P.conv_general_dilated)
+    contract.check(module.apply, variables, x, target="kernel", views=own,
+                   tolerance=3e-5)  # fmt: skip

@@ -1,0 +1,205 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import flora
+from tests.support import contract
+from tests.support.contract import array
+
+RATE = 0.4
+
+
+def adapted_with_dropout(fn, params, *args, **config):
+    config = {"dropout": RATE, "alpha": 2.0} | config
+    return contract.randomized(contract.adapt(fn, params, *args, **config))
+
+
+def counting(fn, params, x, **config):
+    """An adapted tree whose low-rank path counts the inputs that it keeps."""
+    adapted = contract.adapt(fn, params, x, rank=1, alpha=1.0, dropout=RATE, **config)
+    return jax.tree.map(
+        lambda w: dataclasses.replace(
+            w, base=0 * w.base, a=jnp.ones_like(w.a), b=jnp.ones_like(w.b)
+        ),
+        adapted,
+        is_leaf=contract.is_weight,
+    )
+
+
+def dense(p, x):
+    return x @ p["w"]
+
+
+def test_without_keys_a_call_is_evaluation():
+    params, x = {"w": array(7, 5, dtype=jnp.float32)}, array(3, 7, dtype=jnp.float32)
+    adapted = adapted_with_dropout(dense, params, x)
+    contract.close(flora.lora(dense)(adapted, x), dense(flora.merge(adapted), x))
+
+
+def test_the_formula_and_its_gradients():
+    params, x = {"w": array(7, 5, dtype=jnp.float32)}, array(64, 7, dtype=jnp.float32)
+    adapted = adapted_with_dropout(dense, params, x)
+    apply, key = flora.lora(dense), jax.random.key(3)
+    w = adapted["w"]
+    probe = dataclasses.replace(
+        w, base=0 * w.base, a=jnp.eye(7, 7), b=jnp.eye(7, 5), rank=7, alpha=7.0
+    )
+    dropped = apply(flora.with_dropout({"w": probe}, key), x)  # dropout(x)[:, :5]
+    kept = dropped != 0
+    assert 0.5 < kept.mean() < 0.7
+    np.testing.assert_allclose(dropped[kept], (x[:, :5] / (1 - RATE))[kept], rtol=1e-6)
+    out, grads = flora.value_and_grad(lambda t: contract.scalar(apply(t, x)))(
+        flora.with_dropout(adapted, key)
+    )
+    assert jnp.isfinite(out)
+    assert grads["w"].key is None
+    assert grads["w"].a.shape == w.a.shape
+
+
+def test_the_mean_over_keys_is_evaluation():
+    params, x = {"w": array(7, 5, dtype=jnp.float32)}, array(3, 7, dtype=jnp.float32)
+    adapted = adapted_with_dropout(dense, params, x)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    runs = jax.vmap(lambda k: flora.lora(dense)(flora.with_dropout(adapted, k), x))(
+        keys
+    )
+    spread = runs.std(0) / np.sqrt(len(keys))
+    assert (jnp.abs(runs.mean(0) - flora.lora(dense)(adapted, x)) < 5 * spread).all()
+
+
+def test_masks_differ_by_leaf_step_and_use():
+    def fn(p, x):
+        return jnp.stack([x @ p["u"], x @ p["v"], x @ p["u"]])
+
+    w, x = jnp.ones((40, 5)), jnp.ones((6, 40))
+    tree = counting(fn, {"u": w, "v": w}, x)
+    apply = jax.jit(flora.lora(fn))
+    first = apply(flora.with_dropout(tree, jax.random.key(0)), x)
+    again = apply(flora.with_dropout(tree, jax.random.key(0)), x)
+    other = apply(flora.with_dropout(tree, jax.random.key(1)), x)
+    assert jnp.array_equal(first, again)
+    for one, two in ((first[0], first[1]), (first[0], first[2]), (first, other)):
+        assert not jnp.array_equal(one, two)
+
+
+def scan_xs(p, x):
+    return lax.scan(lambda c, w: (c, x @ w), 0, p["w"])[1]
+
+
+def scan_consts(p, x):
+    return lax.scan(lambda c, _: (c, x @ p["w"][0]), 0, None, length=3)[1]
+
+
+def remat_scan(p, x):
+    return lax.scan(jax.checkpoint(lambda c, w: (c, x @ w)), 0, p["w"])[1]
+
+
+def loop(p, x):
+    ys = jnp.zeros((3, 6, 5))
+    return lax.fori_loop(0, 3, lambda i, ys: ys.at[i].set(x @ p["w"][0]), ys)
+
+
+def experts(p, x):
+    return jnp.einsum("ebi,eio->ebo", jnp.stack([x] * 3), p["w"])
+
+
+@pytest.mark.parametrize("fn", [scan_xs, scan_consts, remat_scan, loop, experts])
+def test_masks_differ_by_layer_and_by_step_of_a_loop(fn):
+    params, x = {"w": jnp.ones((3, 40, 5))}, jnp.ones((6, 40))
+    tree = counting(fn, params, x)
+    ys = jax.jit(flora.lora(fn))(flora.with_dropout(tree, jax.random.key(0)), x)
+    for i, j in ((0, 1), (1, 2), (0, 2)):
+        assert not jnp.array_equal(ys[i], ys[j])
+
+
+def test_rematerialized_masks_are_the_same_in_the_backward_pass():
+    def fn(p, x):
+        return jnp.sum(jax.checkpoint(lambda w, x: jnp.sin(x @ w))(p["w"], x))
+
+    params, x = {"w": array(7, 5, dtype=jnp.float32)}, array(3, 7, dtype=jnp.float32)
+    adapted = adapted_with_dropout(fn, params, x)
+
+    keyed = flora.with_dropout(adapted, jax.random.key(0))
+    step = flora.value_and_grad(flora.lora(fn))
+    loss, grads = jax.jit(step)(keyed, x)
+    base, adapter = flora.split(adapted)
+    size = 1e-2
+
+    def at(t):
+        moved = jax.tree.map(lambda w, g: w + t * g, adapter, grads)
+        tree = flora.with_dropout(flora.join(base, moved), jax.random.key(0))
+        return flora.lora(fn)(tree, x)
+
+    slope = (at(size) - at(-size)) / (2 * size)
+    norm = sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
+    np.testing.assert_allclose(slope, norm, rtol=2e-2)
+    np.testing.assert_allclose(loss, at(0.0), rtol=1e-6)
+
+
+def test_convolutions_drop_too_and_lookups_do_not():
+    def fn(p, ids):
+        x = p["embedding"][ids]
+        return lax.conv_general_dilated(
+            x, p["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+
+    params = {"embedding": array(11, 6, dtype=jnp.float32),
+              "kernel": array(3, 6, 5, dtype=jnp.float32)}  # fmt: skip
+    ids = jnp.array([[1, 2, 3]])
+    adapted = adapted_with_dropout(fn, params, ids)
+    keyed = flora.with_dropout(adapted, jax.random.key(0))
+    apply = flora.lora(fn)
+    assert not jnp.array_equal(apply(keyed, ids), apply(adapted, ids))
+    only_table = keyed | {"kernel": adapted["kernel"]}
+    assert jnp.array_equal(apply(only_table, ids), apply(adapted, ids))
+
+
+def test_no_rate_and_bad_keys_are_refused():
+    params, x = {"w": jnp.ones((7, 5))}, jnp.ones((3, 7))
+    plain = contract.adapt(dense, params, x)
+    with pytest.raises(flora.LoraError, match="no leaf has a dropout rate"):
+        flora.with_dropout(plain, jax.random.key(0))
+    with pytest.raises(flora.LoraError, match="none of the tree's 1 leaves is adapted"):
+        flora.with_dropout(params, jax.random.key(0))
+    adapted = adapted_with_dropout(dense, params, x)
+    with pytest.raises(TypeError, match="expected a typed PRNG key"):
+        flora.with_dropout(adapted, jnp.zeros(2, jnp.uint32))
+    with pytest.raises(TypeError, match="expected one key"):
+        flora.with_dropout(adapted, jax.random.split(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("wrap", [jax.custom_jvp, jax.custom_vjp])
+def test_dropout_in_a_function_with_its_own_derivative_is_refused(wrap):
+    mm = wrap(lambda x, w: x @ w)
+    if wrap is jax.custom_jvp:
+        mm.defjvp(lambda p, t: (mm(*p), t[0] @ p[1] + p[0] @ t[1]))
+    else:
+        mm.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
+
+    def fn(p, x):
+        return mm(x, p["w"])
+
+    params, x = {"w": array(7, 5, dtype=jnp.float32)}, array(3, 7, dtype=jnp.float32)
+    adapted = adapted_with_dropout(fn, params, x)
+    contract.close(flora.lora(fn)(adapted, x), fn(flora.merge(adapted), x))
+    with pytest.raises(
+        flora.LoraError, match="dropout in a function with a derivative"
+    ):
+        flora.lora(fn)(flora.with_dropout(adapted, jax.random.key(0)), x)
+
+
+def test_integer_activations_are_dropped_too():
+    def fn(p, x):
+        dims = (((1,), (0,)), ((), ()))
+        return lax.dot_general(x, p["w"], dims, preferred_element_type=jnp.float32)
+
+    params, x = {"w": jnp.ones((40, 5))}, jnp.ones((6, 40), jnp.int8)
+    tree = counting(fn, params, x)
+    y = flora.lora(fn)(flora.with_dropout(tree, jax.random.key(0)), x)
+    kept = y * (1 - RATE)  # a whole number of inputs
+    np.testing.assert_allclose(kept, np.round(kept), atol=1e-4)
+    assert 10 < kept.min() < kept.max() < 40

@@ -25,4 +25,14 @@ from flora._tree.initializers import (
     uniform,
 )
 
-__all__ = ["VARIANCES", "Initializer", "a_zero", "both_random", "both_zero", "by_rank", "gaussian", "orthogonal", "uniform"]
+__all__ = [
+    "VARIANCES",
+    "Initializer",
+    "a_zero",
+    "both_random",
+    "both_zero",
+    "by_rank",
+    "gaussian",
+    "orthogonal",
+    "uniform",
+]

@@ -260,7 +260,9 @@ def _lying_as(x: jax.ShapeDtypeStruct, stored: Quantized) -> Quantized:
     if spec is None:
         return stored
     return jax.tree.map(
-        lambda part, place: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=place),
+        lambda part, place: jax.ShapeDtypeStruct(
+            part.shape, part.dtype, sharding=place
+        ),
         stored,
         places_of_parts(mesh_of(x), stored, spec),
     )

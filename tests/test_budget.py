@@ -211,7 +211,9 @@ def test_cutting_off_keeps_the_model(count):
         assert w.base is adapted[path].base
     left = {p: w for p, w in small.items() if is_weight(w)}
     assert count == 9 or len(left) < 3
-    assert budget.patterns(small)["rank_pattern"] == {p: w.rank for p, w in left.items()}
+    assert budget.patterns(small)["rank_pattern"] == {
+        p: w.rank for p, w in left.items()
+    }
 
 
 def test_rank_stabilized_scales_stay():
@@ -241,7 +243,11 @@ def test_sharded_trees_stay_where_they_lie():
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tp"))
     whole, _ = tree()
     whole = randomized(whole)
-    like = {"stack": Spec(None, "fsdp", "tp"), "q": Spec("fsdp", "tp"), "out": Spec("fsdp")}
+    like = {
+        "stack": Spec(None, "fsdp", "tp"),
+        "q": Spec("fsdp", "tp"),
+        "out": Spec("fsdp"),
+    }
     adapted = jax.device_put(whole, flora.sharding.shardings(whole, like, mesh=mesh))
     seen = budget.observe(budget.unseen(adapted), adapted, adapted)
     kept = budget.top(budget.scores(seen), 9)
@@ -295,7 +301,9 @@ def test_adaloras_own_numbers_are_scored_zeroed_and_cut():
               for x in (*np.asarray(w.a).reshape(-1, 8, 4),
                         *np.moveaxis(np.asarray(w.b).reshape(-1, 4, w.b.size // 4 if
                         w.b.ndim < 3 else 8), 1, 2))]  # fmt: skip
-    assert float(budget.orthogonality(adapted)) == pytest.approx(np.mean(wanted), rel=1e-5)
+    assert float(budget.orthogonality(adapted)) == pytest.approx(
+        np.mean(wanted), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("variant", [None, AdaLoRA(std=0.1)])
@@ -344,7 +352,9 @@ def test_orthogonality():
     for w in adapted.values():
         a = np.asarray(w.a, np.float64).reshape(-1, 8, 4)
         wanted += [np.linalg.norm(x.T @ x - np.eye(4)) for x in a]
-    assert float(budget.orthogonality(adapted)) == pytest.approx(np.mean(wanted), rel=1e-5)
+    assert float(budget.orthogonality(adapted)) == pytest.approx(
+        np.mean(wanted), rel=1e-5
+    )
     q = {"q": dataclasses.replace(adapted["q"], a=jnp.eye(8, 4))}
     value, grads = jax.value_and_grad(budget.orthogonality)(q)
     assert float(value) == 0

@@ -16,7 +16,7 @@ from language_models.llama_config import LlamaConfig, frequencies
 
 import flora
 import flora.hf
-from flora import _safetensors
+from flora._files import safetensors
 from flora.hf import Tensor
 from tests.support.checkpoints import mesh, same
 from tests.support.decoders import SMALL, close, decoder, drawn, oracle, weights
@@ -79,7 +79,7 @@ def folder(tmp_path):
         "model-2.safetensors": list(SHAPES)[3:],
     }
     for name, keys in parts.items():
-        _safetensors.write(
+        safetensors.write(
             tmp_path / name, {k: arrays[k] for k in keys}, {"format": "pt"}
         )
     index = {"weight_map": {k: name for name, keys in parts.items() for k in keys}}
@@ -92,7 +92,7 @@ def test_every_leaf_gets_its_tensors(folder):
     same(flora.hf.load(folder, like(jnp.bfloat16), TENSORS), expected(arrays))
     wide = jax.tree.map(lambda x: x.astype(np.float32), expected(arrays))
     same(flora.hf.load(folder / "model.safetensors.index.json", like(), TENSORS), wide)
-    _safetensors.write(folder / "one.safetensors", arrays, {})
+    safetensors.write(folder / "one.safetensors", arrays, {})
     same(flora.hf.load(folder / "one.safetensors", like(jnp.bfloat16), TENSORS),
          expected(arrays))  # fmt: skip
 

@@ -108,5 +108,7 @@ def test_other_dtypes(dtype):
 ])  # fmt: skip
 @pytest.mark.parametrize("bad", [0, -1, math.nan, math.inf, True, "kaiming", None])
 def test_bad_variances(make, bad):
-    with pytest.raises(flora.LoraError, match=r"It must be a finite number above 0.*'qwix'"):
+    with pytest.raises(
+        flora.LoraError, match=r"It must be a finite number above 0.*'qwix'"
+    ):
         make(bad)

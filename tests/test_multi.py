@@ -122,8 +122,6 @@ def test_planning_with_no_memory():
     )
 
 
-
-
 def swapped_layout(adapter):
     x = adapter["w"]
     layout = flora.Layout((), (1,), (0,))
@@ -143,7 +141,9 @@ def test_what_does_not_fit_is_named():
     refused(r"'w' is W with in=0 out=1.*\(6,\) x rank.*adapter 1", stack, [one, wide])
     refused(r"'w' is W.*in=1 out=0", stack, [one, swapped_layout(one)])
     refused("only adapter 1 has 'v'", stack, [one, two | {"v": two["w"]}])
-    refused("'v' is frozen in adapter 0", stack, [one | {"v": None}, one | {"v": one["w"]}])
+    refused(
+        "'v' is frozen in adapter 0", stack, [one | {"v": None}, one | {"v": one["w"]}]
+    )
     dropped = {"w": dataclasses.replace(two["w"], dropout=0.5)}
     refused(r"'w' has dropout=0.0 and 0.5.*like=adapters\[0\]", stack, [one, dropped])
     stack([one, flora.multi.pad(dropped, like=flora.multi.pad(one, rank=2))][:1])
@@ -160,9 +160,13 @@ def test_what_does_not_fit_is_named():
     refused("no axis of adapters", flora.multi.unstack, one)
     stacked, x, base = stack([one, two]), jnp.ones((3, 5)), {"w": jnp.ones(shape)}
     run = flora.multi.lora(lambda p, x: x @ p["w"])
-    refused(r"ids holds \[2, -2\]; there are 2 adapters", run, base, stacked, [2, -2, 0], x)
+    refused(
+        r"ids holds \[2, -2\]; there are 2 adapters", run, base, stacked, [2, -2, 0], x
+    )
     refused(r"ids is float32\[3\]", run, base, stacked, jnp.ones(3), x)
-    refused(r"argument \[0\] has shape \(3, 5\) and ids 2", run, base, stacked, [0, 1], x)
+    refused(
+        r"argument \[0\] has shape \(3, 5\) and ids 2", run, base, stacked, [0, 1], x
+    )
     refused(r"'w' has base \(4, 7\)", run, {"w": jnp.ones((4, 7))}, stacked, [0] * 3, x)
     refused("have other structures", run, {"v": jnp.ones(shape)}, stacked, [0] * 3, x)
     refused("no axis of adapters", run, base, one, [0] * 3, x)

@@ -275,7 +275,10 @@ def test_loftq_on_a_mesh_inside_jit_and_of_shapes():
     start = lambda tree: flora.quantize.loftq(tree, **settings)  # noqa: E731
     got, want = start(sharded)["kernel"], start(plain)["kernel"]
     for part in ("a", "b"):
-        lies, lay = getattr(got, part).sharding, getattr(sharded["kernel"], part).sharding
+        lies, lay = (
+            getattr(got, part).sharding,
+            getattr(sharded["kernel"], part).sharding,
+        )
         assert lies.is_equivalent_to(lay, 2)
     assert got.a.sharding.spec[0] == "fsdp"
     compiled = jax.jit(start)(plain)["kernel"]

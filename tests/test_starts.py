@@ -37,7 +37,9 @@ SCALED = [*((name, False) for name in MODELS), ("dense", True)]
 def case(name, dtype=jnp.float64, factor=None, **config):
     """The function, its parameters, the adapted tree and an input."""
     fn, shapes = MODELS[name]
-    params = {k: array(*s, seed=i, dtype=dtype) for i, (k, s) in enumerate(shapes.items())}
+    params = {
+        k: array(*s, seed=i, dtype=dtype) for i, (k, s) in enumerate(shapes.items())
+    }
     x = array(4, 8, seed=9, dtype=dtype)
     return fn, params, adapt(fn, params, x, dtype=factor or dtype, **config), x
 
@@ -60,8 +62,12 @@ def factors(w):
 def same_model(new, old, tolerance=1e-12):
     """W + scale A B is what it was; all but base and factors as well."""
     for x, y in zip(weights(new), weights(old), strict=True):
-        sums = [flat(w.base, w.layout) + w.scale * np.matmul(*factors(w)) for w in (x, y)]
-        np.testing.assert_allclose(*sums, rtol=0, atol=tolerance * np.abs(sums[1]).max())
+        sums = [
+            flat(w.base, w.layout) + w.scale * np.matmul(*factors(w)) for w in (x, y)
+        ]
+        np.testing.assert_allclose(
+            *sums, rtol=0, atol=tolerance * np.abs(sums[1]).max()
+        )
         assert dataclasses.replace(x, base=y.base, a=y.a, b=y.b) == y
         for one, other in ((x.base, y.base), (x.a, y.a), (x.b, y.b)):
             assert (one.shape, one.dtype) == (other.shape, other.dtype)
@@ -97,7 +103,9 @@ def test_randomized_pissa_comes_near(x64, name):
     start = starts.pissa(adapted, method="randomized", niter=8, key=key)
     same_model(start, adapted)
     for w, best in zip(weights(start), weights(exact), strict=True):
-        assert (norm(flat(w.base, w.layout)) < 1.001 * norm(flat(best.base, w.layout))).all()
+        assert (
+            norm(flat(w.base, w.layout)) < 1.001 * norm(flat(best.base, w.layout))
+        ).all()
     # A matrix of low rank is found at once, however few columns are sketched.
     low = jax.tree.map(lambda w: jnp.ones_like(w), flora.merge(adapted))
     w = weights(starts.pissa(adapt(MODELS[name][0], low, array(4, 8), dtype=jnp.float64),
@@ -202,9 +210,13 @@ def test_what_rounding_leaves(dtype, factor):
             assert (w.base.dtype, w.a.dtype, w.b.dtype) == (dtype, factor, factor)
             rest = flat(w.base, w.layout)
             off = rest + w.scale * np.matmul(*factors(w)) - flat(old.base, w.layout)
-            ulp = 2.0 ** np.floor(np.log2(np.abs(rest) + 1e-30)) * float(jnp.finfo(dtype).eps)
+            ulp = 2.0 ** np.floor(np.log2(np.abs(rest) + 1e-30)) * float(
+                jnp.finfo(dtype).eps
+            )
             summed = 0 if dtype == jnp.bfloat16 else 1e-6  # float32 sums round too
-            assert (np.abs(off) <= 0.51 * ulp + summed + 1e-6 * (dtype == jnp.bfloat16)).all()
+            assert (
+                np.abs(off) <= 0.51 * ulp + summed + 1e-6 * (dtype == jnp.bfloat16)
+            ).all()
 
 
 def test_trained_factors_are_not_lost(x64):
@@ -271,8 +283,12 @@ def test_a_residual_base_can_be_stored_in_fewer_bits():
     start = starts.pissa(adapted)
     stored = flora.quantize.quantize(start, "int8", target="*", block=1)
     close(flora.lora(fn)(stored, x), fn(params, x), 2e-2)
-    frozen = {**adapted, "extra": flora.quantize.quantize(
-        {"extra": array(8, 4, dtype=jnp.float32)}, "int8", target="*", block=2)["extra"]}
+    frozen = {
+        **adapted,
+        "extra": flora.quantize.quantize(
+            {"extra": array(8, 4, dtype=jnp.float32)}, "int8", target="*", block=2
+        )["extra"],
+    }
 
     def with_frozen(p, x):
         return (fn(p, x) ** 2).sum() + (x @ p["extra"]).sum()
@@ -319,8 +335,11 @@ def test_with_dora_and_back(x64):
         w = start["stack"]
         assert w.variant == DoRA()
         assert w.extra is adapted["stack"].extra
-        trained = {"stack": dataclasses.replace(
-            w, a=1.1 * w.a, extra={"magnitude": 1.2 * w.extra["magnitude"]})}
+        trained = {
+            "stack": dataclasses.replace(
+                w, a=1.1 * w.a, extra={"magnitude": 1.2 * w.extra["magnitude"]}
+            )
+        }
         plain = starts.to_plain(trained, start, params)
         close(flora.lora(fn)(plain, x), flora.lora(fn)(trained, x), 1e-12)
 

@@ -66,7 +66,11 @@ def test_every_variant_keeps_the_contract(x64, variant, name):
     for part, wanted in formula(adapted["w"], g).items():
         found = {"a": whole.a, "b": whole.b, **whole.extra}[part]
         np.testing.assert_allclose(
-            found, wanted, rtol=0, atol=1e-12 * max(1, np.abs(wanted).max()), err_msg=part
+            found,
+            wanted,
+            rtol=0,
+            atol=1e-12 * max(1, np.abs(wanted).max()),
+            err_msg=part,
         )
     found = dense_arrays_of_step(fn, adapted, *args)
     assert found == [], [eqn.primitive for eqn in found]
@@ -107,7 +111,9 @@ def test_dropout_acts_on_what_adapting_changes(x64, variant, name):
     eye = np.zeros((*shape[:-2], n, n))
     eye[tuple(k // 2 for k in shape[:-2])] = np.eye(n)
     same = {"w": jnp.zeros((*shape[:-1], n))}
-    whole = adapt(fn, same, *args, dropout=0.5, rank=n, alpha=float(n), dtype=jnp.float64)
+    whole = adapt(
+        fn, same, *args, dropout=0.5, rank=n, alpha=float(n), dtype=jnp.float64
+    )
     assert whole["w"].layout == changed["w"].layout
     echo = {"w": dataclasses.replace(whole["w"], a=jnp.asarray(eye), b=jnp.eye(n))}
     # Strides leave positions out.
@@ -157,7 +163,11 @@ def test_what_is_frozen_stays_and_the_rest_trains(variant):
 
 
 def test_vera_shares_its_random_factors():
-    params = {"one": jnp.ones((5, 4)), "two": jnp.ones((5, 4)), "six": jnp.ones((3, 5, 4))}
+    params = {
+        "one": jnp.ones((5, 4)),
+        "two": jnp.ones((5, 4)),
+        "six": jnp.ones((3, 5, 4)),
+    }
 
     def fn(p, x):
         return x @ p["one"] + x @ p["two"] + x @ p["six"][1]
@@ -185,7 +195,9 @@ def test_abstract_trees_and_meshes(variant):
     adapted = make(params)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), flora.split(adapted)[1])
     abstract = make(jax.eval_shape(lambda: params))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), flora.split(abstract)[1]) == shapes
+    assert (
+        jax.tree.map(lambda x: (x.shape, x.dtype), flora.split(abstract)[1]) == shapes
+    )
     places = flora.sharding.shardings(adapted)
     placed = jax.device_put(adapted, places)
     close(jax.jit(flora.lora(fn))(placed, x), fn(params, x), 1e-5)
@@ -225,7 +237,11 @@ TARGETS = {"two weights": "*"}
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_scaled_columns_cannot_go_through_is_refused_by_name(x64, what):
-    params, x, fn = {"w": array(5, 5), "v": array(5, 5, seed=3)}, array(3, 5), REFUSED[what]
+    params, x, fn = (
+        {"w": array(5, 5), "v": array(5, 5, seed=3)},
+        array(3, 5),
+        REFUSED[what],
+    )
     adapted = trained(
         adapt(fn, params, x, target=TARGETS.get(what, "w"), variant=DoRA(),
               dtype=jnp.float64)

@@ -97,7 +97,9 @@ def loss_rows(sizes: Sizes, runs: list[Any]) -> list[dict]:
     rows = []
     for t, task in enumerate(sizes.wanted_ranks):
         for rank, (left, _, _) in zip(sizes.ranks, runs, strict=True):
-            ends = np.where(np.isfinite(left), left, np.inf)[:, t]  # seeds, rules, rates
+            ends = np.where(np.isfinite(left), left, np.inf)[
+                :, t
+            ]  # seeds, rules, rates
             ks = [study.best(ends[:, j].T) for j in range(len(RULES))]
             means = [
                 float(np.exp(np.log(ends[:, j, k]).mean())) for j, k in enumerate(ks)
@@ -121,7 +123,8 @@ def size_rows(sizes: Sizes, runs: list[Any]) -> list[dict]:
     for j, rule in enumerate(RULES):
         early = np.stack([run[1][:, -1, j, k] for run in runs])  # [ranks, seeds]
         row = {"rule": rule} | {
-            f"rank_{r}": float(x.mean()) for r, x in zip(sizes.ranks, early, strict=True)
+            f"rank_{r}": float(x.mean())
+            for r, x in zip(sizes.ranks, early, strict=True)
         }
         rows.append(row | study.cells("exponent", study.exponent(sizes.ranks, early)))
     return rows

@@ -109,7 +109,9 @@ def compare(sizes: Sizes) -> dict[tuple[str, float, float], np.ndarray]:
     """By optimizer, p, q: |ΔW - ΔW'| to |ΔW| at each step, `[seeds, rates, t]`."""
     with jax.enable_x64(True):
         runs = {
-            (p, q): study.over_seeds(lambda k, p=p, q=q: trial(k, p, q, sizes), sizes.seeds)
+            (p, q): study.over_seeds(
+                lambda k, p=p, q=q: trial(k, p, q, sizes), sizes.seeds
+            )
             for p, q in ((1.0, 1.0), *sizes.pairs)
         }
     found = {}
@@ -129,7 +131,10 @@ def run(sizes: Sizes) -> Result:
         worst = apart.max(axis=2)  # [seeds, rates]
         rows.append(
             {"optimizer": name, "p": p, "q": q}
-            | {f"rate_{r:g}": float(worst[:, k].max()) for k, r in enumerate(sizes.rates)}
+            | {
+                f"rate_{r:g}": float(worst[:, k].max())
+                for k, r in enumerate(sizes.rates)
+            }
             | {"worst_seed": float(worst.max()), "mean": float(worst.mean())}
         )
     figure, (ax,) = panels(1, width=5)

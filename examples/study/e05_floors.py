@@ -39,7 +39,9 @@ class Sizes:
 
 
 FULL = Sizes()
-SMOKE = Sizes((2,), samples=8, inputs=6, outputs=4, steps=50, seeds=2, rates=(0.01, 0.1))
+SMOKE = Sizes(
+    (2,), samples=8, inputs=6, outputs=4, steps=50, seeds=2, rates=(0.01, 0.1)
+)
 
 
 def layer(params: Any, x: jax.Array) -> jax.Array:

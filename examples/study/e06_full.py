@@ -145,9 +145,7 @@ def capacity(sizes: Sizes) -> list[dict]:
     for rank in (*sizes.memory_ranks, None):
         hits = memorize(rank, sizes)
         k = int(hits.mean(axis=1).argmax())
-        trained = (
-            2 * n * n + 10 * n if rank is None else rank * (2 * (n + n) + n + 10)
-        )
+        trained = 2 * n * n + 10 * n if rank is None else rank * (2 * (n + n) + n + 10)
         rows.append(
             {"arm": "full" if rank is None else f"LoRA, rank {rank}"}
             | {"trained": trained}

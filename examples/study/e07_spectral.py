@@ -141,7 +141,9 @@ def trial(key: Any, sizes: Sizes) -> Any:
 
 def run(sizes: Sizes) -> Result:
     """The tables and the picture."""
-    losses, cosines, bounds, floors = study.over_seeds(lambda k: trial(k, sizes), sizes.seeds)
+    losses, cosines, bounds, floors = study.over_seeds(
+        lambda k: trial(k, sizes), sizes.seeds
+    )
     rows: list[dict] = []
     first: list[dict] = []
     figure, axes = panels(len(SHIFTS))

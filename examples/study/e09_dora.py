@@ -28,7 +28,9 @@ class Sizes:
 
 
 FULL = Sizes()
-SMOKE = Sizes(digits.Sizes(8, 1, 2, steps=2, batch=4, seeds=2, rates=(1e-3, 1e-2)), (1,))
+SMOKE = Sizes(
+    digits.Sizes(8, 1, 2, steps=2, batch=4, seeds=2, rates=(1e-3, 1e-2)), (1,)
+)
 
 
 def arms(sizes: Sizes) -> list[digits.Arm]:

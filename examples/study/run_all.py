@@ -62,7 +62,9 @@ def chosen(names: Sequence[str]) -> list[str]:
       SystemExit: one of them is the start of no name.
     """
     if wrong := [x for x in names if not any(n.startswith(x) for n in NAMES)]:
-        raise SystemExit(f"No experiment is named {wrong}. There are {', '.join(NAMES)}.")
+        raise SystemExit(
+            f"No experiment is named {wrong}. There are {', '.join(NAMES)}."
+        )
     return [n for n in NAMES if not names or any(n.startswith(x) for x in names)]
 
 

@@ -136,5 +136,3 @@ def target() -> Target:
 def may_differ(name: str) -> bool:
     """Whether a form can be another than the plain direct one on the device at hand."""
     return name != "direct" and (name != "auto" or is_tpu(target().kind))
-
-

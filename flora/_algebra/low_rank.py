@@ -140,7 +140,9 @@ def low_rank_product(
     a = Labelled(w_views.a, w_views.a_labels)
     b = Labelled(w_views.b, w_views.b_labels)
     orders = ((a, b), (b, a))
-    if w.site.between is not None:  # the rank stands between: x first, whatever it costs
+    if (
+        w.site.between is not None
+    ):  # the rank stands between: x first, whatever it costs
         orders = tuple(o for o in orders if _meets(x, *o)) or orders
     first, second = min(orders, key=lambda pair: _cost(x, pair, out))
     wide = jnp.promote_types(second.array.dtype, thin)

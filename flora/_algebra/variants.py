@@ -146,12 +146,8 @@ def column_norms(weight: LoraWeight) -> jax.Array:
         return jnp.einsum(*operands, precision=lax.Precision.HIGHEST)
 
     cross = sums(w, axes, a, [*stack, *in_, rank], [*stack, rank, *out])
-    cross = sums(
-        cross, [*stack, rank, *out], b, [*stack, rank, *out], [*stack, *out]
-    )
-    gram = sums(
-        a, [*stack, *in_, rank], a, [*stack, *in_, twin], [*stack, rank, twin]
-    )
+    cross = sums(cross, [*stack, rank, *out], b, [*stack, rank, *out], [*stack, *out])
+    gram = sums(a, [*stack, *in_, rank], a, [*stack, *in_, twin], [*stack, rank, twin])
     half = sums(
         gram, [*stack, rank, twin], b, [*stack, twin, *out], [*stack, rank, *out]
     )

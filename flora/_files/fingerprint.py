@@ -130,8 +130,6 @@ def _bits(x: np.ndarray) -> np.ndarray:
     return x.view(np.uint8) & np.uint8(2 ** bits_of(x.dtype) - 1) if narrow else x
 
 
-
-
 def _words(x: jax.Array) -> jax.Array:
     """The bits of x as uint32, `[..., k]`."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):

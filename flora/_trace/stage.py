@@ -28,8 +28,6 @@ class Staged:
     outputs: Sequence[str]
 
 
-
-
 def stage(
     fn: Callable,
     leaves: Sequence[Any],

@@ -69,7 +69,9 @@ def spec_of_extra(found: Specs, w: LoraWeight, shape: Sequence[int]) -> Spec:
         return Spec(*tuple(found.b)[:stack], *rest)
     if tuple(shape) == a[:-1]:
         return Spec(*tuple(found.a)[: len(a) - 1])
-    return Spec(*tuple(found.key)[:stack]) if tuple(shape[:stack]) == a[:stack] else Spec()
+    return (
+        Spec(*tuple(found.key)[:stack]) if tuple(shape[:stack]) == a[:stack] else Spec()
+    )
 
 
 def names(entries: Any) -> list[str]:

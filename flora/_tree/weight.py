@@ -181,5 +181,3 @@ def on_parts(fn: Callable[[str, Any], Any], weight: LoraWeight) -> LoraWeight:
     return dataclasses.replace(
         weight, a=fn("a", weight.a), b=fn("b", weight.b), extra=extra
     )
-
-

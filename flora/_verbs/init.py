@@ -273,7 +273,9 @@ def _started(root: Any, path: str, weight: LoraWeight) -> LoraWeight:
     def start(root: Any, weight: LoraWeight) -> LoraWeight:
         return variant.start(jax.random.fold_in(root, salt), weight)
 
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((root, weight))):
+    if any(
+        isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((root, weight))
+    ):
         made = jax.eval_shape(start, root, weight)
         made = dataclasses.replace(made, base=weight.base, a=weight.a, b=weight.b)
     else:

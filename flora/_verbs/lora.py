@@ -113,7 +113,9 @@ def _value(path: str, leaf: Any, fallback: str | None, form: str | None) -> Any:
         return leaf.value
     if isinstance(leaf, LoraWeight):
         trained = trained_parts(leaf)
-        leaf = on_parts(lambda name, x: x if name in trained else lax.stop_gradient(x), leaf)
+        leaf = on_parts(
+            lambda name, x: x if name in trained else lax.stop_gradient(x), leaf
+        )
         leaf = dataclasses.replace(
             leaf,
             base=lax.stop_gradient(leaf.base),
@@ -146,5 +148,3 @@ def returned_raw(path: str, output: str = "") -> str:
         "factored form there. Return only what the call computes, call it on "
         'flora.merge(tree), or pass fallback="materialize".'
     )
-
-

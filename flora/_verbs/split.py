@@ -16,8 +16,6 @@ def _on_nodes(fn: Callable[[Any], Any], tree: Any) -> Any:
     return jax.tree.map(fn, tree, is_leaf=is_leaf)
 
 
-
-
 def split(adapted: Any) -> tuple[Any, Any]:
     """The frozen base and the adapter: `adapted == join(*split(adapted))`.
 
@@ -134,7 +132,3 @@ def _other_structure(base: Any, adapter: Any, stop: Callable[[Any], bool]) -> st
         )
         + ". Pass base and adapter of the same flora.split."
     )
-
-
-
-

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import flora
-from flora import _interpreter
 from flora._algebra.choice import Form, Sizes, Target, cheapest, target
 from flora._algebra.forms import stochastically_rounded
+from flora._trace import interpret as _interpreter
 from flora._trace.compat import P
 from flora._trace.rules import dot
 from flora._tree.config import COPIES, FORMS

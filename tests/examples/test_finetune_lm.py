@@ -19,7 +19,7 @@ from language_models.llama import Llama
 from lm_data import Example, Text, batch_of, pack, read_examples
 
 import flora
-from flora import _safetensors
+from flora._files import safetensors
 from flora.checkpoint import Checkpointer
 from tests.support.checkpoints import same
 from tests.support.decoders import close, oracle
@@ -42,7 +42,7 @@ def arrays(checkpoint):
     """HF's arrays by name."""
     found = {}
     for path in checkpoint.glob("*.safetensors"):
-        file = _safetensors.read(path)
+        file = safetensors.read(path)
         found |= {k: file.array(k).astype(np.float32) for k in file.infos}
     return found
 

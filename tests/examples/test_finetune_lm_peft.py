@@ -8,10 +8,10 @@ import pytest
 from language_models import hf_llama
 from language_models.llama import Llama
 from lm_data import Text
-from test_finetune_lm import run
 
 import flora
 import flora.peft
+from tests.examples.test_finetune_lm import run
 from tests.support.checkpoints import same
 from tests.support.decoders import close
 

@@ -78,7 +78,9 @@ def test_starts_made_of_w_keep_the_function_and_lora_ga_is_the_best_step():
     g = np.asarray(w, np.float64)
     step = g @ b.T @ b + a @ a.T @ g  # what the first step of SGD adds, to first order
     cosine = (step * g).sum() / np.linalg.norm(step) / np.linalg.norm(g)
-    assert cosine == pytest.approx(math.sqrt((s[:4] ** 2).sum() / (s**2).sum()), rel=1e-5)
+    assert cosine == pytest.approx(
+        math.sqrt((s[:4] ** 2).sum() / (s**2).sum()), rel=1e-5
+    )
 
 
 def test_merging_a_small_change_into_bfloat16_loses_it():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import flora
-from flora import _safetensors
+from flora._files import safetensors
 from flora._files.safetensors import read, write
 
 KILLS = """
@@ -67,7 +67,7 @@ def test_the_format_s_own_example_reads(tmp_path):
 def test_arrays_are_written_as_the_format_says(tmp_path):
     arrays = {
         name: np.arange(6).reshape(3, 2).astype(dtype)
-        for name, dtype in _safetensors.DTYPES.items()
+        for name, dtype in safetensors.DTYPES.items()
     } | {"scalar": np.float32(3)[...], "transposed": np.arange(6.0).reshape(2, 3).T}
     write(tmp_path / "x", arrays, {"note": "é"})
     file, data = read(tmp_path / "x"), (tmp_path / "x").read_bytes()
@@ -91,7 +91,7 @@ def test_the_reference_library_reads_what_flora_writes(tmp_path):
     write(tmp_path / "x", arrays, {"format": "pt"})
     got = load_file(tmp_path / "x")
     assert all((got[k] == arrays[k]).all() and got[k].dtype == k for k in arrays)
-    narrow = np.arange(6).astype(_safetensors.DTYPES["BF16"])
+    narrow = np.arange(6).astype(safetensors.DTYPES["BF16"])
     write(tmp_path / "y", {"x": narrow}, {})
     ((name, found),) = deserialize((tmp_path / "y").read_bytes())
     assert (name, found["dtype"], found["shape"]) == ("x", "BF16", [6])

@@ -71,7 +71,9 @@ def test_the_combined_adapter_runs(x64):
 
 def test_what_peft_calls_linear_is_another_change(x64):
     layout, shape = LAYOUTS[0]
-    adapters = [{"w": node(layout, shape, 2, k, alpha=a)} for k, a in ((0, 3.0), (1, 1.0))]
+    adapters = [
+        {"w": node(layout, shape, 2, k, alpha=a)} for k, a in ((0, 3.0), (1, 1.0))
+    ]
     weights = [0.5, -2.0]
     made = flora.multi.combine(adapters, weights, method="peft_linear").adapter["w"]
     a = b = 0.0
@@ -130,7 +132,9 @@ def test_random_pruning_keeps_some_and_scales_them_up(x64):
     options = {"density": 0.3, "rank": 30}
 
     def drop(key, method="dare_linear", weight=2.0):
-        return flora.multi.combine([adapter], [weight], method=method, key=key, **options)
+        return flora.multi.combine(
+            [adapter], [weight], method=method, key=key, **options
+        )
 
     key = jax.random.key(0)
     w, v = (delta(drop(key).adapter[k])[0] for k in "wv")
@@ -220,7 +224,10 @@ def trained_whole(rank):
     """A base, and the same with changes of that rank (bias and gain changed too)."""
     base = {"in": array(9, 3, 5), "stack": array(2, 5, 5, seed=1), "bias": array(5, seed=2),
             "gain": array(5, seed=3)}  # fmt: skip
-    layouts = {"in": flora.Layout((), (0,), (1, 2)), "stack": flora.Layout((0,), (1,), (2,))}
+    layouts = {
+        "in": flora.Layout((), (0,), (1, 2)),
+        "stack": flora.Layout((0,), (1,), (2,)),
+    }
     change = {
         k: delta(node(v, base[k].shape, rank, 5)).reshape(base[k].shape)
         for k, v in layouts.items()
@@ -256,7 +263,9 @@ def test_extraction_by_a_random_projection(x64):
     base = {"w": array(*shape)}
     small = 1e-3 * array(*shape, seed=4)
     tuned = {"w": base["w"] + delta(node(layout, shape, 3))[0] + small}
-    adapted = adapt(lambda p, x: x @ p["w"], base, array(2, 60), rank=3, dtype=jnp.float64)
+    adapted = adapt(
+        lambda p, x: x @ p["w"], base, array(2, 60), rank=3, dtype=jnp.float64
+    )
     exact = flora.multi.extract(adapted, tuned)
     found = flora.multi.extract(adapted, tuned, svd="randomized", key=jax.random.key(0))
     assert 1e-4 < exact.errors["w"] * (1 - 1e-12) <= found.errors["w"]
@@ -276,7 +285,9 @@ def test_what_extract_refuses(x64):
     found = flora.multi.extract(adapted, tuned, ignore=["bias", "stack"])
     assert found.errors["bias"] == found.errors["stack"] == 1.0
     assert found.adapter["stack"] is None
-    refused(r"'in' has shape \(9, 3, 5\) in adapted", tuned | {"in": jnp.ones((9, 3, 4))})
+    refused(
+        r"'in' has shape \(9, 3, 5\) in adapted", tuned | {"in": jnp.ones((9, 3, 4))}
+    )
     refused(r"other leaves: \['v'\]", tuned | {"v": jnp.ones(3)})
     refused("svd='fast'", svd="fast")
     refused("expected a typed PRNG key", svd="randomized")

@@ -71,9 +71,10 @@ def test_rows_against_numpy(x64):
             def loss(s, run=run):
                 return jnp.sum(c * run(params, s, ids, jnp.asarray(tokens), x))
 
-            found[method] = run(params, stacked, ids, jnp.asarray(tokens), x), jax.grad(
-                loss
-            )(stacked)
+            found[method] = (
+                run(params, stacked, ids, jnp.asarray(tokens), x),
+                jax.grad(loss)(stacked),
+            )
         return found
 
     for y, grads in everything(stacked, jnp.asarray(x)).values():
@@ -179,7 +180,9 @@ def test_one_product_with_w_for_the_whole_batch(method):
     assert bool(per_row) == (method == "gather"), made
     # What XLA makes of it.
     text = jax.jit(run).lower(*inputs).compile().as_text()
-    shapes = [[int(n) for n in s.split(",")] for s in re.findall(r"f32\[([\d,]+)\]", text)]
+    shapes = [
+        [int(n) for n in s.split(",")] for s in re.findall(r"f32\[([\d,]+)\]", text)
+    ]
     assert max(np.prod(s) for s in shapes) < ROWS * IN * OUT
     assert len(re.findall(rf"f32\[{IN},{OUT}\]\S* parameter", text)) <= 2
 
@@ -210,7 +213,9 @@ def test_no_adapter_reaches_another_ones_rows():
         if method == "gather":  # the others say so: 0 · NaN
             np.testing.assert_array_equal(beyond[2:], before[2:])
     bad = flora.multi.unstack(stacked)
-    bad[2]["w"] = dataclasses.replace(bad[2]["w"], a=bad[2]["w"].a.at[0, 0].set(jnp.inf))
+    bad[2]["w"] = dataclasses.replace(
+        bad[2]["w"], a=bad[2]["w"].a.at[0, 0].set(jnp.inf)
+    )
     with pytest.raises(flora.LoraError, match="'w' of adapter 2 is not finite"):
         flora.multi.stack(bad)
 
@@ -225,7 +230,9 @@ def test_leaves_that_train_whole_differ_by_row():
     for n, i in ((0, 1), (1, -1), (2, 2)):
         tree = model.params if i < 0 else flora.merge(flora.join(base, adapters[i]))
         close(mixed[n], model.fn(tree, *model.args)[n], 2e-5)
-    with pytest.raises(flora.LoraError, match=r"bias' trains whole, and the base has no"):
+    with pytest.raises(
+        flora.LoraError, match=r"bias' trains whole, and the base has no"
+    ):
         run(base, stacked, [0, 1, 2], *model.args)
     with pytest.raises(flora.LoraError, match=r"bias' trains whole, so no adapter"):
         flora.multi.select(stacked, None)
@@ -242,7 +249,10 @@ def test_a_sharded_base_and_a_sharded_batch():
     def fn(p, x):
         return jnp.tanh(x @ p["up"]) @ p["down"]
 
-    base = {"up": array(16, 8, dtype=jnp.float32), "down": array(8, 16, dtype=jnp.float32)}
+    base = {
+        "up": array(16, 8, dtype=jnp.float32),
+        "down": array(8, 16, dtype=jnp.float32),
+    }
     x = array(4, 3, 16, dtype=jnp.float32)
     placed = {"up": put(base["up"], None, "model"), "down": put(base["down"], "model")}
     adapters = adapters_of(fn, placed, x, settings=((1, 2.0), (2, 3.0)))
@@ -274,10 +284,11 @@ def test_the_base_gets_no_gradient_and_statics_pass():
     assert dx.any()
 
 
-
-
 def test_a_base_in_fewer_bits():
-    params, x = {"w": array(64, 64, dtype=jnp.float32)}, array(3, 2, 64, dtype=jnp.float32)
+    params, x = (
+        {"w": array(64, 64, dtype=jnp.float32)},
+        array(3, 2, 64, dtype=jnp.float32),
+    )
     stored = flora.quantize.quantize(params, "int8", target="*")
 
     def fn(p, x):

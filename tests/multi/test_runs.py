@@ -20,7 +20,9 @@ from tests.support.many_adapters import METHODS, node
 
 
 def regression(adapted, x, y):
-    out = flora.lora(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"] + p["bias"])(adapted, x)
+    out = flora.lora(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"] + p["bias"])(
+        adapted, x
+    )
     return jnp.mean(jnp.square(out - y))
 
 
@@ -125,8 +127,6 @@ def test_what_runs_refuse():
         flora.multi.train_step(regression, optax.sgd)(None, adapters)
 
 
-
-
 # --- Variants ------------------------------------------------------------------------
 
 
@@ -153,12 +153,18 @@ def test_variants_are_stacked_and_selected(x64):
     assert stacked["w"].extra["magnitude"].shape == (2, 3)
     apply = flora.lora(product)
     for i, one in enumerate(adapters):
-        for made in (flora.multi.select(stacked, i), jax.jit(flora.multi.select)(stacked, i)):
+        for made in (
+            flora.multi.select(stacked, i),
+            jax.jit(flora.multi.select)(stacked, i),
+        ):
             close(apply(flora.join(params, made), x), apply(flora.join(params, one), x))
     assert np.isnan(jax.jit(flora.multi.select)(stacked, -1)["w"].b).all()
     for match, call in (
         ("'w' is a DoRA.*stands for the base", lambda: flora.multi.select(stacked, -1)),
-        ("'w' is a DoRA.*no mixed", lambda: flora.multi.lora(product)(params, stacked, [0], x)),
+        (
+            "'w' is a DoRA.*no mixed",
+            lambda: flora.multi.lora(product)(params, stacked, [0], x),
+        ),
         ("'w' is a DoRA", lambda: flora.multi.combine(adapters, [0.5, 0.5])),
         ("'w' is a DoRA.*are its own", lambda: flora.multi.stack(adapters, rank=3)),
     ):
@@ -189,9 +195,9 @@ def test_variants_train_side_by_side(x64, variant):
             adapted = optax.apply_updates(adapted, updates)
         close(found, flora.split(adapted)[1], 1e-9)
         for name in variant.frozen:
-            np.testing.assert_array_equal(getattr(found["w"], name), getattr(one["w"], name))
-
-
+            np.testing.assert_array_equal(
+                getattr(found["w"], name), getattr(one["w"], name)
+            )
 
 
 # --- Examples ------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as Spec
 import flora
 import flora.quantize
 import flora.sharding
-from flora import _eva, budget, starts
+from flora import budget, starts
+from flora._starts import eva as _eva
 from flora.variants import DoRA, VeRA
 from tests.support.contract import adapt, array, close, is_weight
 
@@ -50,7 +51,9 @@ def inputs(p, x):
 @functools.cache
 def setting(dtype=jnp.float64, **config):
     """Parameters, batches with a few strong directions, and the adapted tree."""
-    p = {k: array(*s, seed=i, dtype=dtype) / 3 for i, (k, s) in enumerate(SHAPES.items())}
+    p = {
+        k: array(*s, seed=i, dtype=dtype) / 3 for i, (k, s) in enumerate(SHAPES.items())
+    }
     wide = jnp.promote_types(dtype, jnp.float32)
     strong = array(IN, IN, seed=5, dtype=wide) * (0.3 ** jnp.arange(IN))[:, None]
     batches = [((array(3, 8, IN, seed=7 + i, dtype=wide) @ strong).astype(dtype),)

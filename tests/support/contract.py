@@ -164,9 +164,7 @@ def close_to_formula(adapted, pairs, dense, tolerance=None):
                 np.testing.assert_allclose(got, want, rtol=0, atol=max(atol, 1e-30))
 
 
-def close_to_merged(
-    fn, adapted, *args, tolerance=1e-12, of_gradients=None, start=None
-):
+def close_to_merged(fn, adapted, *args, tolerance=1e-12, of_gradients=None, start=None):
     """Outputs and gradients, in one compiled program; in float64 unless told.
 
     `start` is the tree as `adapt` made it: there the base model's outputs come out.

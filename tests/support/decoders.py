@@ -8,7 +8,7 @@ from language_models import hf_llama
 from language_models.llama import Llama
 from language_models.llama_config import LlamaConfig, frequencies
 
-from flora import _safetensors
+from flora._files import safetensors
 from flora._tree.paths import named_leaves
 
 SMALL = {
@@ -39,7 +39,7 @@ def weights(config, folder, seed=0):
         for key in names[path].names:
             shapes[key] = names[path].source(leaf.shape)
     arrays = {k: 0.3 * x for k, x in drawn(shapes, seed=seed).items()}
-    _safetensors.write(folder / "model.safetensors", arrays, {})
+    safetensors.write(folder / "model.safetensors", arrays, {})
     return arrays
 
 

@@ -68,4 +68,6 @@ def adapters_of(fn, params, *args, settings=((2, 6.0), (1, 5.0), (2, 2.0)), **op
 
 
 def of_model(model, **options):
-    return adapters_of(model.fn, model.params, *model.args, target=model.target, **options)
+    return adapters_of(
+        model.fn, model.params, *model.args, target=model.target, **options
+    )

@@ -127,7 +127,9 @@ def test_a_path_of_like_that_the_tree_lacks_is_named():
 
 
 def test_python_numbers_are_whole():
-    places = flora.sharding.shardings({"rate": 0.5, "w": normal(8, 6)}, Spec(), mesh=MESH)
+    places = flora.sharding.shardings(
+        {"rate": 0.5, "w": normal(8, 6)}, Spec(), mesh=MESH
+    )
     assert lies(places["rate"]) == Spec()
 
 
@@ -141,7 +143,9 @@ def test_places_of_another_tree_are_refused(tree, places):
 
 
 def test_what_is_no_mesh_is_refused():
-    with pytest.raises(flora.LoraError, match=r"mesh is a tuple. Pass a jax.sharding.Mesh"):
+    with pytest.raises(
+        flora.LoraError, match=r"mesh is a tuple. Pass a jax.sharding.Mesh"
+    ):
         flora.sharding.shardings({"w": normal(8, 6)}, Spec(), mesh=(4, 2))
 
 

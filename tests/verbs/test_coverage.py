@@ -32,7 +32,7 @@ def test_coverage_says_what_reads_each_leaf_and_where():
     assert head.layout == flora.Layout((), (0,), (1,))
     (use,) = head.uses
     assert use.primitive == "dot_general"
-    assert use.source.startswith("test_report.py:")
+    assert use.source.startswith("test_coverage.py:")
     assert use.source.endswith("(fn)")
     (use,) = [use for use in report["gate"].uses if use.dense]
     assert (use.primitive, use.bytes) == ("tanh", 24)
@@ -41,7 +41,7 @@ def test_coverage_says_what_reads_each_leaf_and_where():
     text = str(report)
     for word in (
         "3 factored, 1 dense, 1 unused, 1 vector",
-        "tanh at test_report.py",
+        "tanh at test_coverage.py",
         "24 B",
     ):
         assert word in text
@@ -75,7 +75,7 @@ def test_the_source_line_is_the_caller_s_where_jax_reuses_a_trace():
     start = lookups.__code__.co_firstlineno
     for i, name in enumerate(params, 1):
         sources = {use.source for use in report[name].uses}
-        assert sources == {f"test_report.py:{start + i} (lookups)"}
+        assert sources == {f"test_coverage.py:{start + i} (lookups)"}
 
 
 def test_summary_counts():

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_init import X, fn, init, params
 
 import flora
 from tests.support import contract
+from tests.verbs.test_init import X, fn, init, params
 
 
 def test_split_and_join():

@@ -62,9 +62,7 @@ def stop_gradient(ctx: Any, eqn: Any, w: Factored) -> list[Factored]:
 def optimization_barrier(ctx: Any, eqn: Any, *values: Any) -> list[Any]:
     """Factors apart: beside them a frozen base would be differentiated too."""
     bases = [x.base if isinstance(x, Factored) else x for x in values]
-    factors = [
-        (x.a, x.b, x.key, x.columns) for x in values if isinstance(x, Factored)
-    ]
+    factors = [(x.a, x.b, x.key, x.columns) for x in values if isinstance(x, Factored)]
     rest = iter(lax.optimization_barrier(factors))
 
     def join(x: Any, base: Any) -> Any:

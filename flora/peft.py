@@ -180,7 +180,7 @@ def _followed(
 def _readers(finding: Finding) -> set[str]:
     """The kinds of PyTorch modules that would read a leaf as the function does."""
     kinds = {"gather": "embedding", "conv_general_dilated": "conv"}
-    return {kinds.get(use.primitive, "linear") for use in finding.uses if use.firm}
+    return {kinds.get(use.primitive, "linear") for use in finding.uses if use.binding}
 
 
 def _untied(uses: Mapping[str, Finding], found: Plan, folder: Any) -> Iterator[str]:

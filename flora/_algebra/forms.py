@@ -20,28 +20,28 @@ by what is written to memory between the two, and that is what the forms fix.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.low_rank import Labelled, Labels, contract
-from flora._algebra.views import RANK
+from flora._algebra.axes import RANK, Name, Named
+from flora._algebra.low_rank import Names, contract
 from flora._tree.config import COPIES
 
-Arrays = Sequence[Any]
+Arrays = Sequence[Named]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is static about a product.
+class Product:
+    """What is static about a product, but for the names of its operands.
 
     Attributes:
       forward: the form of y, one of `SUMS`.
       backward: the form of dx.
-      x, w, p, q, y: the labels of the operands' axes and of the result's.
+      y: the names of the result's axes.
       dtype: of y.
       precision: as of `lax.dot_general`.
       scope: the name of the product within that of what it is computed with.
@@ -49,90 +49,81 @@ class Plan:
 
     forward: str
     backward: str
-    x: tuple[Hashable, ...]
-    w: tuple[Hashable, ...]
-    p: tuple[Hashable, ...]
-    q: tuple[Hashable, ...]
-    y: tuple[Hashable, ...]
+    y: tuple[Name, ...]
     dtype: Any
     precision: Any = None
     scope: str = ""
 
-    @property
-    def z(self) -> tuple[Hashable, ...]:
-        """Of x P: x's axes but those that P sums over."""
-        return (*(n for n in self.x if n not in self.p or n in self.q), RANK)
-
-    def reversed(self, dtype: Any) -> "Plan":
-        """The plan of dx, whose activations are dy, and whose P is Q."""
-        return dataclasses.replace(
-            self, x=self.y, y=self.x, p=self.q, q=self.p, dtype=dtype
-        )
-
-    def named(self) -> contextlib.AbstractContextManager:
+    def scoped(self) -> contextlib.AbstractContextManager:
         """Gives what runs inside the product's own name."""
         return jax.named_scope(self.scope) if self.scope else contextlib.nullcontext()
 
-    def times(self, u: Any, v: Any, out: Labels, dtype: Any = None) -> Any:
-        """u·v, summed over what `out` lacks; u and v are `(array, labels)`."""
-        return contract(
-            Labelled(*u), Labelled(*v), out, precision=self.precision, dtype=dtype
-        ).array
+    def times(self, u: Named, v: Named, out: Names, dtype: Any = None) -> Named:
+        """u·v, summed over what `out` lacks."""
+        return contract(u, v, out, precision=self.precision, dtype=dtype)
 
-    def base(self, x: Any, w: Any, dtype: Any = None) -> Any:
+    def base(self, x: Named, w: Named) -> Any:
         """X W."""
-        return self.times((w, self.w), (x, self.x), self.y, dtype or self.dtype)
+        return self.times(w, x, self.y, self.dtype).array
 
-    def change(self, z: Any, q: Any) -> Any:
+    def change(self, z: Named, q: Named) -> Any:
         """Z Q."""
-        return self.times((z, self.z), (q.astype(z.dtype), self.q), self.y, self.dtype)
+        return self.times(z, q.astype(z.array.dtype), self.y, self.dtype).array
 
 
-def _direct(plan: Plan, x: Any, w: Any, z: Any, p: Any, q: Any) -> Any:
+def _direct(product: Product, x: Named, w: Named, z: Named, p: Named, q: Named) -> Any:
     """XLA chooses the order."""
-    return plan.base(x, w) + plan.change(z, q)
+    return product.base(x, w) + product.change(z, q)
 
 
-def _thin_first(plan: Plan, x: Any, w: Any, z: Any, p: Any, q: Any) -> Any:
+def _thin_first(
+    product: Product, x: Named, w: Named, z: Named, p: Named, q: Named
+) -> Any:
     """Z Q goes to memory; the kernel of x W adds it to what it writes."""
-    return plan.base(x, w) + lax.optimization_barrier(plan.change(z, q))
+    return product.base(x, w) + lax.optimization_barrier(product.change(z, q))
 
 
-def _thin_last(plan: Plan, x: Any, w: Any, z: Any, p: Any, q: Any) -> Any:
+def _thin_last(
+    product: Product, x: Named, w: Named, z: Named, p: Named, q: Named
+) -> Any:
     """X W goes to memory; the kernel of z Q adds it to what it writes."""
-    return lax.optimization_barrier(plan.base(x, w)) + plan.change(z, q)
+    return lax.optimization_barrier(product.base(x, w)) + product.change(z, q)
 
 
-def _concat(plan: Plan, x: Any, w: Any, z: Any, p: Any, q: Any) -> Any:
+def _concat(product: Product, x: Named, w: Named, z: Named, p: Named, q: Named) -> Any:
     """[x | z] [W ; Q]: one product of longer operands."""
-    axes = [n for n in plan.x if n in plan.w and n not in plan.y]
-    if len(axes) != 1:
-        return _thin_last(plan, x, w, z, p, q)
+    summed = [n for n in x.names if n in w.names and n not in product.y]
+    if len(summed) != 1:
+        return _thin_last(product, x, w, z, p, q)
+    (axis,) = summed
 
-    def joined(first: Any, labels: Labels, second: Any, thin_labels: Labels) -> Any:
-        order = [thin_labels.index(RANK if n == axes[0] else n) for n in labels]
-        thin = lax.transpose(second, order).astype(first.dtype)
-        return lax.concatenate([first, thin], labels.index(axes[0]))
+    def longer(first: Named, thin: Named) -> Named:
+        more = thin.renamed({RANK: axis}).ordered(first.names)
+        pair = [first.array, more.astype(first.array.dtype)]
+        return first.along(axis, lambda _, at: lax.concatenate(pair, at))
 
-    return plan.base(joined(x, plan.x, z, plan.z), joined(w, plan.w, q, plan.q))
+    return product.base(longer(x, z), longer(w, q))
 
 
-def _merged(plan: Plan, x: Any, w: Any, z: Any, p: Any, q: Any) -> Any:
+def _merged(product: Product, x: Named, w: Named, z: Named, p: Named, q: Named) -> Any:
     """X (W + P Q), rounded to W's dtype: what is under half its last place vanishes."""
-    weight = _sum_of_weights(plan, w, p, q).astype(w.dtype)
-    return plan.base(x, lax.optimization_barrier(weight))
+    weight = _sum_of_weights(product, w, p, q).astype(w.array.dtype)
+    return product.base(x, Named(lax.optimization_barrier(weight), w.names))
 
 
-def _dithered(plan: Plan, x: Any, w: Any, z: Any, p: Any, q: Any) -> Any:
+def _dithered(
+    product: Product, x: Named, w: Named, z: Named, p: Named, q: Named
+) -> Any:
     """X (W + P Q), rounded so that it is right on average."""
-    weight = stochastically_rounded(_sum_of_weights(plan, w, p, q), w.dtype)
-    return plan.base(x, lax.optimization_barrier(weight))
+    whole = _sum_of_weights(product, w, p, q)
+    weight = stochastically_rounded(whole, w.array.dtype)
+    return product.base(x, Named(lax.optimization_barrier(weight), w.names))
 
 
-def _sum_of_weights(plan: Plan, w: Any, p: Any, q: Any) -> Any:
-    dtype = jnp.promote_types(w.dtype, jnp.float32)
-    p, q = p.astype(dtype), q.astype(dtype)
-    return w.astype(dtype) + plan.times((p, plan.p), (q, plan.q), plan.w, dtype)
+def _sum_of_weights(product: Product, w: Named, p: Named, q: Named) -> Any:
+    dtype = jnp.promote_types(w.array.dtype, jnp.float32)
+    change = product.times(p.astype(dtype), q.astype(dtype), w.names, dtype)
+    return w.array.astype(dtype) + change.array
 
 
 def stochastically_rounded(x: Any, dtype: Any) -> Any:
@@ -185,101 +176,109 @@ SUMS: Mapping[str, Callable[..., Any]] = {
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def products(
-    plans: tuple[Plan, ...], x: Any, ws: Arrays, ps: Arrays, qs: Arrays
-) -> Arrays:
-    """X W + (x P) Q for each W, with the axes `plan.y`.  Reverse mode only.
+    each: tuple[Product, ...], x: Named, ws: Arrays, ps: Arrays, qs: Arrays
+) -> Sequence[Any]:
+    """X W + (x P) Q for each W, with the axes `product.y`.  Reverse mode only.
 
     What products of one x share is computed once: z = x [P₁ P₂ …], xᵀ [g₁ g₂ …], and
     [g₁ g₂ …] [P₁ P₂ …]ᵀ, which is added to the first product's dy Wᵀ.
 
     Args:
-      plans: one a product: forms, labels, dtype, precision.  All are `alike`.
+      each: forms, dtype and precision of each product.  All are `alike`.
       x: activations.
       ws: the frozen weights; they get no gradient.
       ps: the factors that x meets.
       qs: the other ones, with the scale in them.
     """
-    return _forward(plans, x, ws, ps, qs)[0]
+    return _forward(each, x, ws, ps, qs)[0]
 
 
-def alike(one: Plan, other: Plan) -> bool:
-    """Whether two products of one x can be computed together."""
-    if {one.forward, one.backward} & {"merged", "dithered"}:
+def alike(one: tuple[Product, Named], other: tuple[Product, Named]) -> bool:
+    """Whether two products of one x, each with its P, can be computed together."""
+    if {one[0].forward, one[0].backward} & {"merged", "dithered"}:
         return False
-    free = {"forward": "", "backward": "", "w": (), "q": (), "y": (), "scope": ""}
-    return dataclasses.replace(one, **free) == dataclasses.replace(other, **free)
+    same = one[0].dtype == other[0].dtype and one[0].precision == other[0].precision
+    return same and one[1].names == other[1].names
 
 
 def _forward(
-    plans: tuple[Plan, ...], x: Any, ws: Arrays, ps: Arrays, qs: Arrays
-) -> tuple[Arrays, Any]:
-    plan = plans[0]
+    each: tuple[Product, ...], x: Named, ws: Arrays, ps: Arrays, qs: Arrays
+) -> tuple[Sequence[Any], Any]:
     x = lax.optimization_barrier(x)  # written once: W, P and dP read it
-    p = _joined([p.astype(x.dtype) for p in ps], plan.p)
-    z = plan.times((x, plan.x), (p, plan.p), plan.z)
+    p = _joined([p.astype(x.array.dtype) for p in ps])
+    z = each[0].times(x, p, _hidden(x, p, qs))
     ys = []
-    for args in zip(plans, ws, _parts(plans, z, plan.z, qs), ps, qs, strict=True):
-        own, w, part, *factors = args
-        with own.named():
-            ys.append(SUMS[own.forward](own, x, w, part, *factors))
+    for product, w, part, own, q in zip(each, ws, _parts(z, qs), ps, qs, strict=True):
+        with product.scoped():
+            ys.append(SUMS[product.forward](product, x, w, part, own, q))
     return tuple(ys), (x, ws, z, ps, qs)
 
 
-def _backward(plans: tuple[Plan, ...], saved: Any, dys: Arrays) -> tuple[Any, ...]:
+def _hidden(x: Named, p: Named, qs: Arrays) -> Names:
+    """The names of x P: x's but those that P sums over, and the rank."""
+    return (*(n for n in x.names if n not in p.names or n in qs[0].names), RANK)
+
+
+def _backward(
+    each: tuple[Product, ...], saved: Any, dys: Sequence[Any]
+) -> tuple[Any, ...]:
     x, ws, z, ps, qs = saved
-    plan, dtype = plans[0], x.dtype
-    if any(p.backward in COPIES for p in plans):
+    dtype = x.array.dtype
+    if any(product.backward in COPIES for product in each):
         # or XLA keeps the forward pass's copy of W until here
         ws, ps, qs = lax.optimization_barrier((ws, ps, qs))
-    dys = [lax.optimization_barrier(dy) for dy in dys]  # written once: W, Q, dQ read it
+    dys = [  # written once: W, Q, dQ read it
+        Named(lax.optimization_barrier(dy), product.y)
+        for product, dy in zip(each, dys, strict=True)
+    ]
     thin = [dy.astype(dtype) for dy in dys]
-    backs = [p.reversed(dtype) for p in plans]
     gs = [
-        own.times((dy, own.y), (q.astype(dtype), own.q), back.z)
-        for own, back, dy, q in zip(plans, backs, thin, qs, strict=True)
+        product.times(dy, q.astype(dtype), _hidden(dy, q, ps))
+        for product, dy, q in zip(each, thin, qs, strict=True)
     ]
-    g, p = _joined(gs, backs[0].z), _joined(ps, plan.p)
-    dx = _summed(plan, backs, dys, ws, g, qs[0], p)
-    dp = plan.times((x, plan.x), (g, backs[0].z), plan.p, ps[0].dtype)
+    g, p = _joined(gs), _joined(ps)
+    backs = [dataclasses.replace(one, y=x.names, dtype=dtype) for one in each]
+    dx = _summed(backs, dys, ws, g, qs[0], p)
+    dp = each[0].times(x, g, p.names, ps[0].array.dtype)
     dqs = [
-        own.times((part, own.z), (dy, own.y), own.q, q.dtype)
-        for own, part, dy, q in zip(
-            plans, _parts(plans, z, plan.z, qs), thin, qs, strict=True
-        )
+        product.times(part, dy, q.names, q.array.dtype)
+        for product, part, dy, q in zip(each, _parts(z, qs), thin, qs, strict=True)
     ]
-    return dx, (None,) * len(ws), _parts(plans, dp, plan.p, qs), tuple(dqs)
+    return Named(dx, x.names), None, tuple(_parts(dp, qs)), tuple(dqs)
 
 
 products.defvjp(_forward, _backward)
 
 
 def _summed(
-    plan: Plan, backs: Any, dys: Any, ws: Arrays, g: Any, q: Any, p: Any
+    backs: Sequence[Product], dys: Arrays, ws: Arrays, g: Named, q: Named, p: Named
 ) -> Any:
     """Σ dy Wᵀ + g Pᵀ, the low-rank term with the first product, in its form.
 
     In the direct form it comes last: on a mesh XLA then reduces the rest in one go.
     """
-    direct = plan.backward == "direct"
+    first, direct = backs[0], backs[0].backward == "direct"
     if direct:
-        dx = backs[0].base(dys[0], ws[0])
+        dx = first.base(dys[0], ws[0])
     else:
-        dx = SUMS[plan.backward](backs[0], dys[0], ws[0], g, q, p)
+        dx = SUMS[first.backward](first, dys[0], ws[0], g, q, p)
     for back, dy, w in zip(backs[1:], dys[1:], ws[1:], strict=True):
         dx = dx + back.base(dy, w)
-    return dx + backs[0].change(g, p) if direct else dx
+    return dx + first.change(g, p) if direct else dx
 
 
-def _joined(arrays: Sequence[Any], labels: Labels) -> Any:
+def _joined(factors: Arrays) -> Named:
     """Side by side along the rank."""
+    arrays = [f.array for f in factors]
     if len(arrays) == 1:
-        return arrays[0]
-    return lax.concatenate(arrays, labels.index(RANK))
+        return factors[0]
+    return factors[0].along(RANK, lambda _, at: lax.concatenate(arrays, at))
 
 
-def _parts(plans: Sequence[Plan], array: Any, labels: Labels, qs: Arrays) -> Arrays:
-    """What `_joined` had joined; each product's rank is read off its Q."""
-    if len(plans) == 1:
-        return (array,)
-    ranks = [q.shape[own.q.index(RANK)] for own, q in zip(plans, qs, strict=True)]
-    return tuple(lax.split(array, ranks, labels.index(RANK)))
+def _parts(joined: Named, qs: Arrays) -> Arrays:
+    """What `_joined` had joined; each product's rank is that of its Q."""
+    if len(qs) == 1:
+        return (joined,)
+    ranks = [q.sizes[RANK] for q in qs]
+    found = lax.split(joined.array, ranks, joined.names.index(RANK))
+    return tuple(Named(x, joined.names) for x in found)

@@ -1,12 +1,12 @@
-"""The low-rank term of a product, scale (x A) B, and the means to write it.
+"""Products with W + scale A B that never form A B.
 
-Arrays carry one label an axis, and `contract` sums over every label that is neither in
-the result nor needed later.  The order of the two thin products follows from sizes.
+`contract` sums over every name that is neither in the result nor needed later.  The
+order of the two thin products follows from sizes.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,82 +14,63 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from flora._algebra.factored import Factored, relayout, split_axes
-from flora._algebra.views import RANK, Views, views
+from flora._algebra.axes import RANK, Factored, Name, Named, Sizes, fused, reshaped
 from flora._tree.errors import LoraError, Unfactorable
 from flora._tree.quantized import opened
 
-Labels = Sequence[Hashable]
-Segments = Sequence[Sequence[tuple[Hashable, int]]]
+Names = Sequence[Name]
 
 
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-    """An operand with one label an axis.
-
-    Attributes:
-      array: the operand; `None` for a pure A B.
-      labels: one an axis.
-      weight: the factored weight that it is, if it is one.
-    """
-
-    array: Any
-    labels: Labels
-    weight: tuple[Factored, Views] | None = None
-
-    @property
-    def sizes(self) -> dict[Hashable, int]:
-        whole = self.weight[0] if self.weight else self.array
-        return dict(zip(self.labels, whole.shape, strict=True))
+def sizes_of(u: Named | Factored) -> dict[Name, int]:
+    """The length along each name of an operand."""
+    if isinstance(u, Named):
+        return u.sizes
+    return {x.name: x.size for x in u.pieces}
 
 
-def relabel(x: Any, segments: Segments) -> Labelled:
-    """x, an array or a weight, with its axes split and named as the segments say."""
-    flat = [pair for axis in segments for pair in axis]
-    labels, sizes = [label for label, _ in flat], [size for _, size in flat]
+def named(x: Any, sizes: Sizes) -> Any:
+    """x, an array or a weight, with its axes split and named as `sizes` say."""
+    names, shape = tuple(n for n, _ in sizes), [size for _, size in sizes]
     if not isinstance(x, Factored):
-        return Labelled(lax.reshape(x, sizes), labels)
-    base = None if x.base is None else lax.reshape(x.base, sizes)
-    x = relayout(x, base, split_axes(x.axes, sizes))
-    v = views(x, "x")
-    names = {
-        mine[0][0]: label
-        for mine, label in zip(v.segments, labels, strict=True)
-        if mine
-    }
-    if any(len(s) > 1 for s in v.segments):
-        raise Unfactorable("a product of two weights with joined axes")
-    v = dataclasses.replace(
-        v,
-        a_labels=tuple(names.get(n, ("x", n)) for n in v.a_labels),
-        b_labels=tuple(names.get(n, ("x", n)) for n in v.b_labels),
+        return Named(lax.reshape(x, shape), names)
+    base = None if x.base is None else lax.reshape(x.base, shape)
+    x = fused(reshaped(x, base, shape))
+    if any(len(axis) > 1 for axis in x.axes) or x.settings.between is not None:
+        raise Unfactorable("a product of two weights with joined axes or a variant")
+    new = {axis[0].name: n for axis, n in zip(x.axes, names, strict=True) if axis}
+    new[RANK] = "other rank"
+    axes = tuple(
+        tuple(dataclasses.replace(y, name=new[y.name]) for y in axis) for axis in x.axes
     )
-    return Labelled(base, labels, (x, v))
+    return x.on_factors(lambda f: f.renamed(new), axes=axes)
 
 
 def contract(
-    u: Labelled, v: Labelled, out: Labels, *, precision: Any = None, dtype: Any = None
-) -> Labelled:
-    """Sums u·v over the labels that `out` lacks.  u may be a weight, v is an array."""
-    if u.array is None and u.weight:
-        dtype = dtype or v.array.dtype
-        y = low_rank_product(v, *u.weight, out, precision=precision, dtype=dtype)
-        return Labelled(y, out)
-    shared = [x for x in u.labels if x in v.labels]
-    batch = [x for x in out if x in shared]
-    summed = [x for x in shared if x not in out]
-    free_u = [x for x in u.labels if x not in shared]
-    free_v = [x for x in v.labels if x not in shared]
-    first, second, labels = u, v, [*batch, *free_u, *free_v]
+    u: Named | Factored,
+    v: Named,
+    out: Names,
+    *,
+    precision: Any = None,
+    dtype: Any = None,
+) -> Named:
+    """u·v, summed over the names that `out` lacks.  u may be a weight, v is an array."""
+    if isinstance(u, Factored):
+        return _of_weight(u, v, out, precision, dtype)
+    shared = [n for n in u.names if n in v.names]
+    batch = [n for n in out if n in shared]
+    summed = [n for n in shared if n not in out]
+    free_u = [n for n in u.names if n not in shared]
+    free_v = [n for n in v.names if n not in shared]
+    first, second, names = u, v, [*batch, *free_u, *free_v]
     if list(out) == [*batch, *free_v, *free_u]:
-        first, second, labels = v, u, list(out)
+        first, second, names = v, u, list(out)
 
-    def axes_of(side: Labelled, group: Sequence[Hashable]) -> list[int]:
-        return [side.labels.index(x) for x in group]
+    def positions(side: Named, group: Names) -> list[int]:
+        return [side.names.index(n) for n in group]
 
     dims = (
-        (axes_of(first, summed), axes_of(second, summed)),
-        (axes_of(first, batch), axes_of(second, batch)),
+        (positions(first, summed), positions(second, summed)),
+        (positions(first, batch), positions(second, batch)),
     )
     y = lax.dot_general(
         *_placed_alike(first.array, second.array, dims[1]),
@@ -97,10 +78,18 @@ def contract(
         precision=precision,
         preferred_element_type=dtype,
     )
-    y = lax.transpose(y, [labels.index(x) for x in out])
-    if u.weight:
-        y = y + low_rank_product(v, *u.weight, out, precision=precision, dtype=y.dtype)
-    return Labelled(y, out)
+    return Named(lax.transpose(y, [names.index(n) for n in out]), tuple(out))
+
+
+def _of_weight(w: Factored, x: Named, out: Names, precision: Any, dtype: Any) -> Named:
+    """W x + scale (A B) x."""
+    options = {"precision": precision}
+    if w.base is None:
+        return low_rank(x, w, out, dtype=dtype or x.array.dtype, **options)
+    held = Named(w.base, w.names)
+    y = contract(held, x, out, dtype=dtype, **options)
+    change = low_rank(x, w, out, dtype=y.array.dtype, **options)
+    return Named(y.array + change.array, y.names)
 
 
 def _placed_alike(x: Any, y: Any, batch: Any) -> tuple[Any, Any]:
@@ -118,67 +107,62 @@ def _placed_alike(x: Any, y: Any, batch: Any) -> tuple[Any, Any]:
     )
 
 
-def low_rank_product(
-    x: Labelled, w: Factored, w_views: Views, out: Labels, *, precision: Any, dtype: Any
-) -> Any:
+def low_rank(
+    x: Named | Factored, w: Factored, out: Names, *, precision: Any, dtype: Any
+) -> Named:
     """Scale (x A) B with whichever thin product first that costs less.
 
     Args:
-      x: activations, labelled; shares labels with the axes of W that it meets.
-      w: the weight.
-      w_views: its labelled factors.
-      out: labels of the result.
+      x: activations, or another weight; shares names with W where it meets W.
+      w: the weight, `fused`.
+      out: names of the result.
       precision: as of `lax.dot_general`.
       dtype: dtype of the result.
     """
-    given = dtype if x.array is None else x.array.dtype
-    thin = compute_dtype_of(given, dtype)
+    held = x.array if isinstance(x, Named) else x.base
+    thin = compute_dtype_of(dtype if held is None else held.dtype, dtype)
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        thin = jnp.result_type(thin, w_views.a.dtype, w_views.b.dtype)
-    if x.array is not None:
-        x = dataclasses.replace(x, array=x.array.astype(thin))
-    a = Labelled(w_views.a, w_views.a_labels)
-    b = Labelled(w_views.b, w_views.b_labels)
-    orders = ((a, b), (b, a))
-    if (
-        w.site.between is not None
-    ):  # the rank stands between: x first, whatever it costs
+        thin = jnp.result_type(thin, w.a.array.dtype, w.b.array.dtype)
+    if isinstance(x, Named):
+        x = x.astype(thin)
+    elif held is not None:
+        x = dataclasses.replace(x, base=held.astype(thin))
+    orders = ((w.a, w.b), (w.b, w.a))
+    if w.settings.between is not None:  # the rank stands between: x first, at any cost
         orders = tuple(o for o in orders if _meets(x, *o)) or orders
     first, second = min(orders, key=lambda pair: _cost(x, pair, out))
-    wide = jnp.promote_types(second.array.dtype, thin)
-    scaled = widened(second.array.astype(wide)) * w.site.scale
-    first = dataclasses.replace(first, array=first.array.astype(thin))
-    second = dataclasses.replace(second, array=scaled.astype(thin))
-    z_labels = _kept(x.labels, first.labels, {*second.labels, *out})
-    z = contract(x, first, z_labels, precision=precision)
-    z = dataclasses.replace(z, array=between_factors(w, z.array, z.labels))
-    return contract(z, second, out, precision=precision, dtype=dtype).array
+    wide = second.astype(jnp.promote_types(second.array.dtype, thin)).array
+    second = Named((widened(wide) * w.settings.scale).astype(thin), second.names)
+    z = _kept(sizes_of(x), first.names, {*second.names, *out})
+    z = contract(x, first.astype(thin), z, precision=precision)
+    return contract(on_hidden(w, z), second, out, precision=precision, dtype=dtype)
 
 
-def _meets(x: Labelled, first: Labelled, second: Labelled) -> bool:
+def _meets(x: Named | Factored, first: Named, second: Named) -> bool:
     """Whether x shares an axis with one factor that the other does not have."""
-    own = {*first.labels} - {*second.labels}
-    return any(label in own for label in x.labels)
+    return bool({*sizes_of(x)} & ({*first.names} - {*second.names}))
 
 
-def between_factors(w: Factored, z: Any, labels: Labels) -> Any:
+def on_hidden(w: Factored, z: Named) -> Named:
     """What the variant makes of z = x A, whose rank comes last for it."""
-    if w.site.between is None:
+    if w.settings.between is None:
         return z
-    at = list(labels).index(RANK)
-    return jnp.moveaxis(w.site.between(jnp.moveaxis(z, at, -1)), -1, at)
+    at = z.names.index(RANK)
+    made = w.settings.between(jnp.moveaxis(z.array, at, -1))
+    return Named(jnp.moveaxis(made, -1, at), z.names)
 
 
-def _kept(u: Labels, v: Labels, needed: set[Hashable]) -> Labels:
-    return [x for x in dict.fromkeys([*u, *v]) if x in needed]
+def _kept(u: Mapping[Name, int], v: Names, needed: set[Name]) -> Names:
+    return [n for n in dict.fromkeys([*u, *v]) if n in needed]
 
 
-def _cost(x: Labelled, pair: tuple[Labelled, Labelled], out: Labels) -> int:
+def _cost(x: Named | Factored, pair: tuple[Named, Named], out: Names) -> int:
     """Multiplications of (x first) second."""
     first, second = pair
-    size = x.sizes | first.sizes | second.sizes
-    z = _kept(x.labels, first.labels, {*second.labels, *out})
-    steps = ({*x.labels, *first.labels}, {*z, *second.labels})
+    own = sizes_of(x)
+    size = own | first.sizes | second.sizes
+    z = _kept(own, first.names, {*second.names, *out})
+    steps = ({*own, *first.names}, {*z, *second.names})
     return sum(math.prod(size[n] for n in step) for step in steps)
 
 
@@ -186,6 +170,11 @@ def widened(factor: Any, *others: Any) -> Any:
     """A factor in float32 or wider, before it is scaled."""
     dtypes = [x.dtype for x in others if jnp.issubdtype(x.dtype, jnp.inexact)]
     return factor.astype(jnp.result_type(factor.dtype, jnp.float32, *dtypes))
+
+
+def scaled_factor(f: Named, scale: Any) -> Named:
+    """A factor times a number, in float32 or wider."""
+    return Named(widened(f.array) * scale, f.names)
 
 
 def compute_dtype_of(x: Any, result: Any) -> Any:
@@ -196,82 +185,84 @@ def compute_dtype_of(x: Any, result: Any) -> Any:
     return jnp.float32
 
 
-def materialized(w: Factored) -> Any:
+def densified(w: Factored) -> Any:
     """W + scale A B as one dense array: the fallback, never taken silently."""
     base = opened(w.base)
-    if w.a is None:
+    if not w.factors:
         return base
-    seen = views(w, "w")
-    out = [label for runs in seen.segments for label, _ in runs]
+    w = fused(w)
     dtype = jnp.float32 if base is None else jnp.promote_types(base.dtype, jnp.float32)
-    a = Labelled(seen.a.astype(dtype), seen.a_labels)
-    b = Labelled(seen.b.astype(dtype), seen.b_labels)
-    if w.site.between is not None:
+    if w.settings.between is not None:
         raise LoraError(
-            f"'{w.site.path}' would have to be formed, and its variant puts a function "
-            "between A and B. Exclude it, or choose another variant."
+            f"'{w.settings.path}' would have to be formed, and its variant puts a "
+            "function between A and B. Exclude it, or choose another variant."
         )
-    change = contract(a, b, out, precision=lax.Precision.HIGHEST).array
-    change = lax.reshape(change, w.shape) * jnp.asarray(w.site.scale, dtype)
+    highest = lax.Precision.HIGHEST
+    change = contract(w.a.astype(dtype), w.b.astype(dtype), w.names, precision=highest)
+    change = lax.reshape(change.array, w.shape) * jnp.asarray(w.settings.scale, dtype)
     whole = change if base is None else base.astype(dtype) + change
-    whole = on_columns(whole, seen, [run for runs in seen.segments for run in runs])
+    if w.output_scale is not None:
+        whole = with_output_scale(whole, w.output_scale, [*sizes_of(w).items()])
     return whole if base is None else whole.astype(base.dtype)
 
 
-def on_columns(y: Any, v: Views, out: Sequence[tuple[Hashable, int]]) -> Any:
-    """Y ⊙ columns; `out` has label and size of each axis that y's axes are made of.
+def with_output_scale(y: Any, scale: Named, sizes: Sizes) -> Any:
+    """Y ⊙ scale; `sizes` has name and length of each axis that y's axes are made of.
 
     Both passes multiply in float32 or wider, and y is saved in its own dtype.
     """
-    if v.columns is None:
-        return y
-    labels = [label for label, _ in out]
-    if not {*v.column_labels} <= {*labels}:
-        raise Unfactorable("scaled columns along axes that the result does not have")
-    held = [n for n in labels if n in v.column_labels]
-    columns = lax.transpose(v.columns, [v.column_labels.index(n) for n in held])
-    columns = lax.expand_dims(
-        columns, [i for i, n in enumerate(labels) if n not in held]
-    )
+    names = [n for n, _ in sizes]
+    if not {*scale.names} <= {*names}:
+        raise Unfactorable("scaled outputs along axes that the result does not have")
 
-    def times(y: Any, columns: Any) -> Any:
-        wide = jnp.result_type(y.dtype, columns.dtype, jnp.float32)
-        return (y.astype(wide) * columns.astype(wide)).astype(y.dtype)
+    def times(y: Any, scale: Any) -> Any:
+        wide = jnp.result_type(y.dtype, scale.dtype, jnp.float32)
+        return (y.astype(wide) * scale.astype(wide)).astype(y.dtype)
 
-    apart = lax.reshape(y, [size for _, size in out])
-    scaled = jax.checkpoint(times, prevent_cse=False)(apart, columns)
+    apart = lax.reshape(y, [size for _, size in sizes])
+    scaled = jax.checkpoint(times, prevent_cse=False)(apart, scale.aligned(names))
     return lax.reshape(scaled, y.shape)
 
 
-def with_columns(
+def run_with_output_scale(
     w: Factored,
     x: Any,
     salt: int,
     run: Callable[[Factored, Any], Any],
-    out: Sequence[tuple[Hashable, int]],
-    v: Views | None = None,
-    x_axes: Sequence[tuple[Hashable, int]] = (),
+    out: Sizes,
+    scale: Named | None = None,
+    x_sizes: Sizes = (),
 ) -> Any:
-    """(x (W + scale A B)) ⊙ columns, for a linear `run(weight, x)`.
+    """(x (W + scale A B)) ⊙ output scale, for a linear `run(weight, x)`.
 
-    Where x meets the out axes, as with Wᵀ, (x ⊙ columns) (W + scale A B)ᵀ; `x_axes` are
-    label and size of its axes.  Dropout acts on what adapting changes: x W keeps the x
+    Where x meets the out axes, as with Wᵀ, (x ⊙ scale) (W + scale A B)ᵀ; `x_sizes` has
+    name and length of its axes.  Dropout acts on what adapting changes: x W keeps the x
     that was dropped.
+
+    Args:
+      w: the weight.
+      x: activations.
+      salt: of the dropout masks.
+      run: the product with a weight that has no output scale.
+      out: name and length of each axis that the result's axes are made of.
+      scale: what stands for the weight's own output scale, if that is another.
+      x_sizes: the same of x's axes.
 
     References: Liu et al. 2024 (DoRA), section 4.3 and its implementation in PEFT.
       https://arxiv.org/abs/2402.09353
     """
     dropped = drop(x, w, salt)
-    plain = dataclasses.replace(w, columns=None, key=None)
-    v = v or views(w, "w")
-    if {*v.column_labels} <= {label for label, _ in x_axes}:
-        y = run(plain, on_columns(dropped, v, x_axes))
+    plain = {k: f for k, f in w.factors.items() if k not in ("scale", "key")}
+    plain = dataclasses.replace(w, factors=plain)
+    scale = scale or fused(w).factors["scale"]
+    if {*scale.names} <= {n for n, _ in x_sizes}:
+        y = run(plain, with_output_scale(dropped, scale, x_sizes))
     else:
-        y = on_columns(run(plain, dropped), v, out)
+        y = with_output_scale(run(plain, dropped), scale, out)
     if dropped is x or w.base is None:
         return y
-    frozen = dataclasses.replace(plain, a=None, b=None)
-    return y + run(frozen, x.astype(dropped.dtype) - dropped).astype(y.dtype)
+    rest = run(w.frozen(w.base), x.astype(dropped.dtype) - dropped)
+    return y + rest.astype(y.dtype)
 
 
 def drop(x: Any, w: Factored, salt: int) -> Any:
@@ -279,6 +270,7 @@ def drop(x: Any, w: Factored, salt: int) -> Any:
     if w.key is None or isinstance(x, Factored):
         return x
     x = x.astype(compute_dtype_of(x.dtype, jnp.float32))
-    key = jax.random.fold_in(w.key.reshape(-1)[0], salt)
-    keep = jax.random.bernoulli(key, 1.0 - w.site.dropout, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - w.site.dropout, x.dtype), 0)
+    key = jax.random.fold_in(w.key.array.reshape(-1)[0], salt)
+    rate = w.settings.dropout
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), 0)

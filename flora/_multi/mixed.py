@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flora._algebra.factored import Dim, Factored, Origin, Site
-from flora._algebra.low_rank import materialized
+from flora._algebra.axes import RANK, Factored, Named, Settings, axes_of_leaf
+from flora._algebra.low_rank import densified
 from flora._multi.stacked import BASE, chosen, only_if, picked, require_stacked
-from flora._trace.interpret import Context, Use, interpret
-from flora._trace.rules import ENTERS, RULES, RULES_FOR_SQUARES
+from flora._trace.interpret import Use, interpret
+from flora._trace.rules import context
 from flora._trace.stage import Staged, filled, stage
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail
@@ -249,15 +249,11 @@ def _one_row(
                   else _lazy_pair(path, x, i, pairs.count))
     ]  # fmt: skip
     outs = interpret(
-        _context(), staged.jaxpr, _inputs(staged, filled(leaves, at, values))
+        context(together=False),
+        staged.jaxpr,
+        _inputs(staged, filled(leaves, at, values)),
     )
-    return staged.finish(
-        [materialized(y) if isinstance(y, Factored) else y for y in outs]
-    )
-
-
-def _context(log: dict[Use, None] | None = None) -> Context:
-    return Context(RULES, RULES_FOR_SQUARES, ENTERS, log=log)
+    return staged.finish([densified(y) if isinstance(y, Factored) else y for y in outs])
 
 
 def _inputs(staged: Staged, values: Sequence[Any]) -> list[Any]:
@@ -306,39 +302,41 @@ def _product(
     path: str, a: Any, b: Any, shape: tuple[int, ...], stack: int, in_: Sequence[int]
 ) -> Factored:
     """A pure A B of that shape, whose first axes are a stack."""
-    role = [
-        "stack" if n < stack else "in" if n in in_ else "out" for n in range(len(shape))
-    ]
-    axes = tuple((Dim((n,), size, role[n]),) for n, size in enumerate(shape))
-    site = Site((Origin(path),), fallback="materialize", form="direct")
-    return Factored(None, a, b, None, axes, site)
+    names = tuple(map(str, range(len(shape))))
+    inner = [n for i, n in enumerate(names) if i >= stack and i in in_]
+    rest = [n for i, n in enumerate(names) if i >= stack and i not in in_]
+    factors = {
+        "a": Named(a, (*names[:stack], *inner, RANK)),
+        "b": Named(b, (*names[:stack], RANK, *rest)),
+    }
+    settings = Settings((path,), fallback="materialize", form="direct")
+    return Factored(None, factors, axes_of_leaf(path, shape), settings)
 
 
 def _to_gather(
     staged: Staged, values: Sequence[Any], method: str, limit: int
 ) -> set[str]:
     """The leaves of which each row gets copies."""
-    paths = {p for x in values if isinstance(x, Factored) for p in x.site.paths}
+    paths = {p for x in values if isinstance(x, Factored) for p in x.settings.paths}
     if method != "auto":
         return paths if method == "gather" else set()
     log: dict[Use, None] = {}
-    context = _context(log)
-    jax.eval_shape(lambda: _ran(context, staged, values))
+    jax.eval_shape(lambda: _ran(log, staged, values))
     uses: Mapping[str, list[Use]] = {path: [] for path in paths}
     for use in log:
         uses[use.path].append(use)
     return {path for path, mine in uses.items() if _is_long(mine, limit)}
 
 
-def _ran(context: Context, staged: Staged, values: Sequence[Any]) -> None:
-    interpret(context, staged.jaxpr, _inputs(staged, values))
+def _ran(log: dict[Use, None], staged: Staged, values: Sequence[Any]) -> None:
+    interpret(context(log), staged.jaxpr, _inputs(staged, values))
 
 
 def _is_long(uses: Sequence[Use], limit: int) -> bool:
     """Whether a row has more tokens than may be multiplied by all adapters."""
-    kinds = {use.primitive for use in uses if use.firm}
+    kinds = {use.primitive for use in uses if use.binding}
     if kinds & {"gather", "dynamic_slice"}:
         return False
-    tokens = max((use.rows for use in uses), default=0)
+    tokens = max((use.tokens for use in uses), default=0)
     dense = any(use.dense for use in uses) or "conv_general_dilated" in kinds
     return dense or tokens > limit

@@ -125,78 +125,90 @@ class P:
 # Where a weight meets activations, and what comes out is one no more.
 PRODUCTS = {P.dot_general, P.conv_general_dilated, P.ragged_dot_general, P.gather}
 
-# What the rules understand.  A parameter that is not listed could change what the
-# operation means, so the rule is not applied.
+# What the rules understand, and with a star what they read.  A parameter that is not
+# listed could change what the operation means, so the rule is not applied.
 _PARAMS = {
-    P.dot_general: "dimension_numbers out_sharding precision preferred_element_type",
+    P.dot_general: "*dimension_numbers out_sharding *precision preferred_element_type",
     P.conv_general_dilated: (
-        "batch_group_count dimension_numbers feature_group_count lhs_dilation "
-        "out_sharding padding precision preferred_element_type rhs_dilation "
-        "window_strides"
+        "*batch_group_count *dimension_numbers *feature_group_count *lhs_dilation "
+        "*out_sharding *padding *precision preferred_element_type *rhs_dilation "
+        "*window_strides"
     ),
     P.gather: (
-        "dimension_numbers fill_value indices_are_sorted mode slice_sizes "
+        "*dimension_numbers fill_value indices_are_sorted *mode *slice_sizes "
         "unique_indices"
     ),
     P.ragged_dot_general: (
-        "group_offset out_sharding precision preferred_element_type "
-        "ragged_dot_dimension_numbers"
+        "*group_offset out_sharding *precision preferred_element_type "
+        "*ragged_dot_dimension_numbers"
     ),
-    P.transpose: "permutation",
-    P.reshape: "dimensions new_sizes sharding",
-    P.broadcast_in_dim: "broadcast_dimensions shape sharding",
-    P.squeeze: "dimensions",
-    P.reduce_sum: "axes out_sharding",
-    P.slice: "limit_indices start_indices strides",
-    P.dynamic_slice: "slice_sizes",
-    P.split: "axis sizes",
-    P.rev: "dimensions",
-    P.concatenate: "dimension",
-    P.stack: "axis",
-    P.tile: "reps",
+    P.transpose: "*permutation",
+    P.reshape: "*dimensions *new_sizes sharding",
+    P.broadcast_in_dim: "*broadcast_dimensions *shape sharding",
+    P.squeeze: "*dimensions",
+    P.reduce_sum: "*axes out_sharding",
+    P.slice: "*limit_indices *start_indices *strides",
+    P.dynamic_slice: "*slice_sizes",
+    P.split: "*axis *sizes",
+    P.rev: "*dimensions",
+    P.concatenate: "*dimension",
+    P.stack: "*axis",
+    P.tile: "*reps",
     P.add: "",
     P.add_any: "",
     P.sub: "",
     P.complex: "",
-    P.pad: "padding_config",
+    P.pad: "*padding_config",
     P.square: "",
-    P.integer_pow: "y",
+    P.integer_pow: "*y",
     P.mul: "out_dtype",
     P.div: "",
     P.neg: "",
-    P.convert_element_type: "new_dtype sharding weak_type",
+    P.convert_element_type: "*new_dtype sharding weak_type",
     P.reduce_precision: "exponent_bits mantissa_bits",
     P.copy: "",
     P.device_put: "copy_semantics devices srcs",
     P.sharding_constraint: "context_mesh layout sharding unconstrained_dims",
     P.checkpoint_name: "name",
     P.pvary: "axes",
-    P.reshard: "concrete_mesh dst_sharding",
-    P.all_gather: ("all_gather_dimension axis_index_groups axis_name axis_size tiled"),
+    P.reshard: "concrete_mesh *dst_sharding",
+    P.all_gather: (
+        "*all_gather_dimension *axis_index_groups *axis_name *axis_size *tiled"
+    ),
     P.stop_gradient: "",
     P.optimization_barrier: "",
     P.jit: (
-        "compiler_options_kvs ctx_mesh donated_invars in_layouts in_shardings inline "
-        "jaxpr keep_unused name out_layouts out_shardings"
+        "compiler_options_kvs ctx_mesh donated_invars in_layouts *in_shardings *inline "
+        "*jaxpr *keep_unused *name out_layouts *out_shardings"
     ),
-    P.remat: "differentiated jaxpr policy prevent_cse",
+    P.remat: "differentiated *jaxpr *policy *prevent_cse",
     P.scan: (
-        "_split_transpose ft_in ft_out jaxpr length linear num_carry num_consts "
+        "_split_transpose ft_in ft_out *jaxpr length linear num_carry num_consts "
         "reverse unroll"
     ),
-    P.while_: "body_jaxpr body_nconsts cond_jaxpr cond_nconsts",
-    P.cond: "branches branches_platforms",
-    P.custom_jvp_call: "call_jaxpr jvp_jaxpr_fun num_consts symbolic_zeros",
+    P.while_: "*body_jaxpr *body_nconsts *cond_jaxpr *cond_nconsts",
+    P.cond: "*branches branches_platforms",
+    P.custom_jvp_call: "*call_jaxpr jvp_jaxpr_fun num_consts symbolic_zeros",
     P.custom_vjp_call: (
-        "bwd call_jaxpr fwd_jaxpr_thunk num_consts out_trees symbolic_zeros"
+        "bwd *call_jaxpr fwd_jaxpr_thunk num_consts out_trees symbolic_zeros"
     ),
-    P.shard_map: "check_vma in_specs jaxpr mesh newly_manual_axes out_specs",
+    P.shard_map: "*check_vma *in_specs *jaxpr *mesh *newly_manual_axes *out_specs",
+}
+_KNOWN = {p: frozenset(text.replace("*", "").split()) for p, text in _PARAMS.items()}
+_READ = {
+    p: frozenset(name[1:] for name in text.split() if name.startswith("*"))
+    for p, text in _PARAMS.items()
 }
 
 
-def unknown_params(eqn: Eqn) -> set[str]:
-    """The parameters of an equation that its rule does not understand."""
-    return set(eqn.params) - set(_PARAMS[eqn.primitive].split())
+def unlike_known(eqn: Eqn) -> str:
+    """What of an equation's parameters its rule does not understand; '' if nothing."""
+    given = eqn.params.keys()
+    if unknown := given - _KNOWN[eqn.primitive]:
+        return f"the parameters {sorted(unknown)}"
+    if missing := _READ[eqn.primitive] - given:
+        return f"no parameter {min(missing)!r}"
+    return ""
 
 
 def eval_eqns(eqns: Sequence[Eqn], outvars: Sequence[Any], env: dict) -> list[Any]:

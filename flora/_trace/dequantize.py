@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from flora._algebra.factored import Factored, is_lazy
+from flora._algebra.axes import Factored, is_lazy
 from flora._tree.quantized import Quantized, is_stored, opened
 
 
@@ -72,7 +72,7 @@ def _opened(x: Any) -> Any:
 
 def _is_whole(x: Any) -> bool:
     """Whether an output is still a weight, not rows or sums of one."""
-    return is_lazy(x) and not (isinstance(x, Factored) and (x.chosen or x.summed))
+    return is_lazy(x) and not (isinstance(x, Factored) and (x.indexed or x.reduced))
 
 
 def _put_off(fn: Callable, values: Sequence[Any], output: int, x: Any) -> Any:
@@ -86,8 +86,7 @@ def _put_off(fn: Callable, values: Sequence[Any], output: int, x: Any) -> Any:
     )
 
     def run(base: Any) -> Sequence[Any]:
-        bare = dataclasses.replace(w, base=base, a=None, b=None, key=None)
-        return fn([*values[:at], bare, *values[at + 1 :]])
+        return fn([*values[:at], w.frozen(base), *values[at + 1 :]])
 
     view = View(run, output, w.base.opener)
     return dataclasses.replace(x, base=Quantized(w.base.stored, view))

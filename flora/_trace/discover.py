@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora._algebra.factored import Factored, Squared, from_weight, undiscovered
-from flora._trace.interpret import Context, Use, interpret, lookup_roles
-from flora._trace.rules import RULES, RULES_FOR_SQUARES
+from flora._algebra.axes import Factored, Squared, from_weight, undiscovered
+from flora._trace.interpret import Use, by_path, interpret, lookup_roles
+from flora._trace.rules import context
 from flora._trace.stage import Staged
 from flora._tree.layout import Layout
 from flora._tree.weight import LoraWeight
@@ -38,7 +38,7 @@ class Finding:
     @property
     def status(self) -> str:
         """'unused', 'dense' or 'factored'."""
-        if not any(use.firm for use in self.uses) and not self.returned:
+        if not any(use.binding for use in self.uses) and not self.returned:
             return "unused"
         return "factored" if self.layout and not self.dense else "dense"
 
@@ -123,20 +123,18 @@ def _walk(
         for i, k in enumerate(staged.tree_inputs):
             if k is not None and i in make:
                 values[k] = make[i](values[k])
-        ctx = Context(RULES, RULES_FOR_SQUARES, log=log)
-        outs = interpret(ctx, staged.jaxpr, [*values, *args])
+        outs = interpret(context(log), staged.jaxpr, [*values, *args])
         for x in outs:
             x = x.root if isinstance(x, Squared) else x
             if not isinstance(x, Factored) or any(x is w for w in values):
                 continue
-            if x.chosen:
-                for path, roles in x.site.by_path(lookup_roles(x)):
-                    use = (path, "output", "the function's result")
-                    log.setdefault(Use(*use, tuple(sorted(roles))))
-            elif not x.summed:
-                returned.update(x.site.paths)
+            if x.indexed:
+                for path, roles in by_path(lookup_roles(x)).items():
+                    log.setdefault(Use(path, "output", "the function's result", roles))
+            elif not x.reduced:
+                returned.update(x.settings.paths)
             else:
-                for path in x.site.paths:
+                for path in x.settings.paths:
                     log.setdefault(Use(path, "output", "the function's result"))
 
     arrays = [
@@ -148,13 +146,13 @@ def _walk(
 
 def _agree(uses: Sequence[Use], ndim: int) -> tuple[Layout | None, str]:
     """The one layout that all uses imply, or why there is none."""
-    firm = [use for use in uses if use.roles and use.firm]
+    firm = [use for use in uses if use.roles and use.binding]
     chosen: dict[int, str] = {}
     first: Use | None = None
     # Products name the axes better than lookups do: a tied embedding keeps attend's.
     # Those of many rows do so better than those of one: a norm's power iteration.
     for use in sorted(
-        firm, key=lambda use: (use.primitive in ("gather", "output"), -use.rows)
+        firm, key=lambda use: (use.primitive in ("gather", "output"), -use.tokens)
     ):
         roles, conflict = _of_one_use(use)
         if conflict:
@@ -174,7 +172,7 @@ def _agree(uses: Sequence[Use], ndim: int) -> tuple[Layout | None, str]:
         chosen = roles | chosen
         chosen |= {i: r for i, r in firm.items() if chosen[i] == "window"}
     if first is None:
-        sums = [use for use in uses if use.firm and not use.dense]
+        sums = [use for use in uses if use.binding and not use.dense]
         if not sums or any(use.dense for use in uses):
             return None, ""
         where = f"'{sums[0].primitive}' at {sums[0].source}"

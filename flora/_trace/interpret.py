@@ -4,22 +4,24 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import lax
 
+from flora._algebra.axes import Axis, Factored, Squared, is_lazy
 from flora._algebra.choice import may_differ
-from flora._algebra.factored import Factored, Squared, is_lazy
-from flora._algebra.low_rank import materialized
+from flora._algebra.low_rank import densified
 from flora._trace import compat
+from flora._trace.compat import Eqn
 from flora._trace.dequantize import on_stored
 from flora._trace.share import Schedule, in_order, together
 from flora._trace.source import source_line
 from flora._tree.errors import LoraError, Unfactorable, human_bytes
 
 Rule = Callable[..., Sequence[Any]]
+Roles = set[tuple[str, int, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Use:
       primitive: what reads it, such as 'dot_general'.
       source: where the user wrote that.
       roles: `(axis of the stored weight, role)` pairs that the operation implies.
-      firm: whether the roles bind; indexing only suggests 'stack'.
-      rows: how many vectors the weight multiplies there.
+      binding: whether the roles bind; indexing only suggests 'stack'.
+      tokens: how many vectors the weight multiplies there.
       dense: why there is no factored form; '' where there is one.
       bytes: what forming the dense weight there costs, in bytes.
     """
@@ -41,8 +43,8 @@ class Use:
     primitive: str
     source: str
     roles: tuple[tuple[int, str], ...] = ()
-    firm: bool = True
-    rows: int = 0
+    binding: bool = True
+    tokens: int = 0
     dense: str = ""
     bytes: int = 0
 
@@ -75,7 +77,7 @@ class Context:
     within: Any = None
     jitted: dict[Any, Callable] = dataclasses.field(default_factory=dict)
 
-    def line(self, eqn: Any) -> str:
+    def line(self, eqn: Eqn) -> str:
         """Where the user wrote an equation, or else what is around it."""
         within = self.within
         while within is not None and within[0] is not eqn:
@@ -88,54 +90,53 @@ class Context:
         return dataclasses.replace(self, within=around).line(around[0])
 
     def claim(
-        self,
-        w: Factored,
-        eqn: Any,
-        roles: Mapping[int, str],
-        firm: bool = True,
-        rows: int = 0,
+        self, w: Factored, eqn: Eqn, roles: Mapping[int, str], **what: Any
     ) -> None:
         """Records what an operation says of the axes of a weight."""
-        found = {(d.at[0], role) for i, role in roles.items() for d in w.axes[i]}
-        self.record(w, eqn, found, firm, rows)
+        if self.log is not None:
+            found = (sources_as(role, w.axes[i]) for i, role in roles.items())
+            self.record(eqn, set().union(*found), **what)
 
-    def record(
-        self,
-        w: Factored,
-        eqn: Any,
-        found: set[tuple[int, str]],
-        firm: bool = True,
-        rows: int = 0,
-    ) -> None:
-        """Records roles of the stored weights' axes."""
-        if (log := self.log) is None:
+    def record(self, eqn: Eqn, roles: Roles, **what: Any) -> None:
+        """Records `(path, axis, role)` of stored weights."""
+        if self.log is None:
             return
         source = self.line(eqn)
-        for path, roles in w.site.by_path(found):
-            if roles:
-                known = tuple(sorted(roles))
-                use = Use(path, eqn.primitive.name, source, known, firm, rows)
-                log.setdefault(use)
+        for path, known in by_path(roles).items():
+            self.log.setdefault(Use(path, eqn.primitive.name, source, known, **what))
 
-    def note(self, w: Factored, eqn: Any, **what: Any) -> None:
+    def note(self, w: Factored, eqn: Eqn, **what: Any) -> None:
         """Records a use that says nothing of the axes."""
-        if (log := self.log) is None:
+        if self.log is None:
             return
         source = self.line(eqn)
-        for path in w.site.paths:
-            log.setdefault(Use(path, eqn.primitive.name, source, **what))
+        for path in w.settings.paths:
+            self.log.setdefault(Use(path, eqn.primitive.name, source, **what))
 
-    def dense(self, w: Factored, eqn: Any, reason: str) -> Any:
-        """The materialized weight, where that is allowed or only being recorded."""
+    def dense(self, w: Factored, eqn: Eqn, reason: str) -> Any:
+        """The dense weight, where that is allowed or only being recorded."""
         itemsize = 4 if w.base is None else w.base.dtype.itemsize
         size = math.prod(w.shape) * itemsize
         if self.log is not None:
             self.note(w, eqn, dense=reason, bytes=size)
-        elif w.site.fallback != "materialize":
-            source = self.line(eqn)
-            use = Use(w.site.path, eqn.primitive.name, source, dense=reason, bytes=size)
+        elif w.settings.fallback != "materialize":
+            what = {"dense": reason, "bytes": size}
+            use = Use(w.settings.path, eqn.primitive.name, self.line(eqn), **what)
             raise LoraError(f"{use}. {remedy(use)}.")
-        return materialized(w)
+        return densified(w)
+
+
+def sources_as(role: str, pieces: Iterable[Axis]) -> Roles:
+    """The leaves' axes that pieces came from, each in that role."""
+    return {(path, axis, role) for x in pieces for path, axis in x.sources}
+
+
+def by_path(roles: Roles) -> dict[str, tuple[tuple[int, str], ...]]:
+    """`(path, axis, role)`s as each leaf's own `(axis, role)` pairs, sorted."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for path, axis, role in sorted(roles):
+        found.setdefault(path, []).append((axis, role))
+    return {path: tuple(pairs) for path, pairs in found.items()}
 
 
 def remedy(use: Use) -> str:
@@ -185,16 +186,16 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     return [read(v) for v in jaxpr.outvars]
 
 
-def _schedule(ctx: Context, eqns: Sequence[Any], lazy: Mapping[Any, Any]) -> Schedule:
+def _schedule(ctx: Context, eqns: Sequence[Eqn], lazy: Mapping[Any, Any]) -> Schedule:
     """Products together where a form may gain by it."""
-    forms = {x.site.form for x in lazy.values() if isinstance(x, Factored)}
+    forms = {x.settings.form for x in lazy.values() if isinstance(x, Factored)}
     if ctx.log is None and ctx.together and any(map(may_differ, forms)):
         return together(eqns, lazy)
     return in_order(eqns)
 
 
 def _results(
-    ctx: Context, step: Sequence[int], eqns: Sequence[Any], values: Sequence[list[Any]]
+    ctx: Context, step: Sequence[int], eqns: Sequence[Eqn], values: Sequence[list[Any]]
 ) -> list[Sequence[Any]]:
     """The outputs of equations that are taken together, of each its own."""
     joint: list[Any] = [None] * len(eqns)
@@ -208,7 +209,7 @@ def _results(
     ]
 
 
-def _apply_rule(ctx: Context, i: int, eqn: Any, values: list[Any]) -> Sequence[Any]:
+def _apply_rule(ctx: Context, i: int, eqn: Eqn, values: list[Any]) -> Sequence[Any]:
     salt = zlib.crc32(f"{ctx.salt}/{i}".encode())
     ctx = dataclasses.replace(ctx, salt=salt, within=(eqn, ctx.within))
     with compat.eqn_scope(eqn):
@@ -218,22 +219,19 @@ def _apply_rule(ctx: Context, i: int, eqn: Any, values: list[Any]) -> Sequence[A
             if rule is None:
                 what = "squares of a weight that are not summed"
                 raise Unfactorable(what if squares else "no rule for this primitive")
-            if unknown := compat.unknown_params(eqn):
-                raise _other_jax(ctx, eqn, values, f"the parameters {sorted(unknown)}")
-            run = functools.partial(rule, ctx, eqn)
+            if what := compat.unlike_known(eqn):
+                raise _other_jax(ctx, eqn, values, what)
             if eqn.primitive in ctx.enters:
-                return run(*values)
-            return on_stored(run, values)
+                return rule(ctx, eqn, *values)
+            return on_stored(functools.partial(rule, ctx, eqn), values)
         except Unfactorable as reason:
-            dense = [settle(ctx, eqn, x, str(reason)) for x in values]
+            dense = [densify(ctx, eqn, x, str(reason)) for x in values]
             return compat.eval_eqn(eqn, dense)
-        except KeyError as missing:
-            raise _other_jax(ctx, eqn, values, f"no parameter {missing}") from missing
 
 
-def _other_jax(ctx: Context, eqn: Any, values: Sequence[Any], what: str) -> LoraError:
+def _other_jax(ctx: Context, eqn: Eqn, values: Sequence[Any], what: str) -> LoraError:
     """The error for an operation that another JAX has changed."""
-    paths = [x.site.path for x in values if isinstance(x, Factored)]
+    paths = [x.settings.path for x in values if isinstance(x, Factored)]
     return LoraError(
         f"'{eqn.primitive.name}' at {ctx.line(eqn)} reads '{paths[0]}', and "
         f"in JAX {jax.__version__} it has {what}, unlike in those that flora knows. "
@@ -241,25 +239,27 @@ def _other_jax(ctx: Context, eqn: Any, values: Sequence[Any], what: str) -> Lora
     )
 
 
-def settle(ctx: Context, eqn: Any, x: Any, reason: str) -> Any:
+def densify(ctx: Context, eqn: Eqn, x: Any, reason: str) -> Any:
     """A plain array for x.
 
     Rows that an index looked up are activations already, and sums over axes are small.
     """
     if isinstance(x, Squared):
-        return lax.square(settle(ctx, eqn, x.root, reason)).astype(x.value.dtype)
+        return lax.square(densify(ctx, eqn, x.root, reason)).astype(x.value.dtype)
     if not isinstance(x, Factored):
         return x
-    if x.chosen and x.base is not None:
-        ctx.record(x, eqn, lookup_roles(x))
-    elif x.summed:
+    if x.indexed and x.base is not None:
+        ctx.record(eqn, lookup_roles(x))
+    elif x.reduced:
         ctx.note(x, eqn)
     else:
         return ctx.dense(x, eqn, reason)
-    return materialized(x)
+    return densified(x)
 
 
-def lookup_roles(x: Factored) -> set[tuple[int, str]]:
+def lookup_roles(x: Factored) -> Roles:
     """What rows that pass for activations say of the axes of the stored weight."""
-    rest = {d.at[0] for axis in x.axes for d in axis} - {*x.chosen}
-    return {(i, "in") for i in x.chosen} | {(i, "out") for i in rest}
+    looked_up = sources_as("in", x.indexed)
+    gone = {(path, axis) for path, axis, _ in looked_up}
+    rest = {u for u in sources_as("out", x.pieces) if u[:2] not in gone}
+    return looked_up | rest

@@ -202,7 +202,7 @@ def _cells(row: LeafCoverage) -> tuple[str, ...]:
 
 
 def _read_by(row: LeafCoverage) -> str:
-    uses = [u for u in row.uses if u.firm]
+    uses = [u for u in row.uses if u.binding]
     if row.status == "dense":
         uses = [u for u in row.uses if u.dense] or uses
     lines = dict.fromkeys(
@@ -302,7 +302,7 @@ def _covered(path: str, leaf: Any, finding: Finding, parts: Parts) -> LeafCovera
 
 
 def _roles(path: str, finding: Finding, parts: Parts) -> tuple[str, ...]:
-    found = {_ROLE_OF.get(use.primitive, "") for use in finding.uses if use.firm}
+    found = {_ROLE_OF.get(use.primitive, "") for use in finding.uses if use.binding}
     found |= {"attention"} if path in parts.attention else set()
     found |= {"head"} if path in parts.head else set()
     return tuple(role for role in ROLES if role in found)

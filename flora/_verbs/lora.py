@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.factored import Factored, Squared, from_weight, undiscovered
-from flora._algebra.low_rank import materialized
-from flora._trace.interpret import Context, interpret
-from flora._trace.rules import ENTERS, RULES, RULES_FOR_SQUARES, TOGETHER
+from flora._algebra.axes import Factored, Squared, from_weight, undiscovered
+from flora._algebra.low_rank import densified
+from flora._trace.interpret import interpret
+from flora._trace.rules import context
 from flora._trace.stage import stage
 from flora._tree.arrays import is_array
 from flora._tree.checks import weight_problems
@@ -90,8 +90,7 @@ def lora(
         inputs = [
             x for x, k in zip(values, staged.tree_inputs, strict=True) if k is not None
         ]
-        ctx = Context(RULES, RULES_FOR_SQUARES, ENTERS, TOGETHER)
-        outs = interpret(ctx, staged.jaxpr, [*inputs, *staged.args])
+        outs = interpret(context(), staged.jaxpr, [*inputs, *staged.args])
         unchanged = {
             id(x): leaf
             for x, (_, leaf) in zip(values, named, strict=True)
@@ -99,7 +98,7 @@ def lora(
         }
         return staged.finish(
             [
-                unchanged[id(x)] if id(x) in unchanged else _settled(x, path)
+                unchanged[id(x)] if id(x) in unchanged else _output(x, path)
                 for x, path in zip(outs, staged.outputs, strict=True)
             ]
         )
@@ -130,14 +129,14 @@ def _value(path: str, leaf: Any, fallback: str | None, form: str | None) -> Any:
     return leaf
 
 
-def _settled(x: Any, path: str) -> Any:
+def _output(x: Any, path: str) -> Any:
     if isinstance(x, Squared):
-        return jnp.square(_settled(x.root, path)).astype(x.value.dtype)
+        return jnp.square(_output(x.root, path)).astype(x.value.dtype)
     if not isinstance(x, Factored):
         return x
-    if x.chosen or x.summed or x.site.fallback == "materialize":
-        return materialized(x)
-    raise LoraError(returned_raw(x.site.path, path))
+    if x.indexed or x.reduced or x.settings.fallback == "materialize":
+        return densified(x)
+    raise LoraError(returned_raw(x.settings.path, path))
 
 
 def returned_raw(path: str, output: str = "") -> str:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import flora
+from flora._algebra.axes import from_weight
 from flora._trace import compat
 from flora._trace.compat import P
 from flora._trace.interpret import Context, interpret
@@ -48,7 +49,7 @@ def test_a_renamed_parameter_fails_with_one_message(new, what):
     tree, x = adapted()
     jaxpr, _ = compat.open_jaxpr(jax.make_jaxpr(lambda w, x: x @ w)(tree["w"].base, x))
     changed = renamed(jaxpr, "dimension_numbers", new)
-    weight = flora._algebra.factored.from_weight(tree["w"], "w")
+    weight = from_weight(tree["w"], "w")
     message = (
         rf"'dot_general' at test_compat.py:.* reads 'w'.* it has {what}.*install one"
     )
@@ -66,7 +67,7 @@ def test_a_primitive_that_splits_in_two_is_refused_by_name():
     tree, x = adapted()
     rules = {p: rule for p, rule in RULES.items() if p is not P.dot_general}
     jaxpr = jax.make_jaxpr(lambda w, x: x @ w)(tree["w"].base, x)
-    weight = flora._algebra.factored.from_weight(tree["w"], "w")
+    weight = from_weight(tree["w"], "w")
     with pytest.raises(flora.LoraError, match=r"'dot_general' .*no rule for this prim"):
         interpret(Context(rules, {}), jaxpr, [weight, x])
 

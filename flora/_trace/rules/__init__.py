@@ -2,10 +2,12 @@
 
 A rule takes `(ctx, eqn, *values)`, at least one value being a `Factored`, and returns
 the equation's outputs.  It calls public transforms only.  Where it has no factored form
-it raises `Unfactorable`.
+it raises `Unfactorable`.  Structural rules act on W as the equation does and on each
+factor by name; they need not know what a name's role is.
 """
 
 from flora._trace.compat import P
+from flora._trace.interpret import Context, Use
 from flora._trace.rules import (
     control,
     conv,
@@ -25,7 +27,7 @@ RULES = {
     P.conv_general_dilated: conv.conv_general_dilated,
     P.gather: gather.gather,
     P.ragged_dot_general: ragged.ragged_dot_general,
-    # structure: W changes its looks
+    # structure: W is reshaped, sliced or cast
     P.transpose: structure.transpose,
     P.reshape: structure.reshape,
     P.broadcast_in_dim: structure.broadcast_in_dim,
@@ -78,8 +80,16 @@ RULES_FOR_SQUARES = {
     P.jit: control.jit,
 }
 
-# What hands weights on to functions inside, stored ones as they are.
-ENTERS = frozenset({P.jit, P.remat, P.scan, P.while_, P.cond})
+# What hands weights on to functions inside, quantized ones as they are.
+_ENTERS = frozenset({P.jit, P.remat, P.scan, P.while_, P.cond})
 
-# What computes products of the same activations at once.
-TOGETHER = dot.together
+
+def context(log: dict[Use, None] | None = None, *, together: bool = True) -> Context:
+    """A context with all rules.
+
+    Args:
+      log: where uses are recorded, if they are.
+      together: whether products of the same activations may be computed at once.
+    """
+    joint = dot.together if together and log is None else None
+    return Context(RULES, RULES_FOR_SQUARES, _ENTERS, joint, log)

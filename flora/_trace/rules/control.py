@@ -1,27 +1,22 @@
 """Rules for functions inside the function: rebuilt with JAX's public transforms."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.factored import (
-    Dim,
-    Factored,
-    flattened,
-    is_lazy,
-    per_dim,
-)
+from flora._algebra.axes import Axis, Factored, Named, is_lazy, with_sole
 from flora._trace import compat
+from flora._trace.compat import Eqn
 from flora._trace.dequantize import in_slices
-from flora._trace.interpret import Context, interpret, settle
+from flora._trace.interpret import Context, densify, interpret
 from flora._tree.quantized import is_stored
 
 
-def jit(ctx: Context, eqn: Any, *args: Any) -> Any:
+def jit(ctx: Context, eqn: Eqn, *args: Any) -> Any:
     """An inner jit keeps its name, shardings and options."""
     inner = eqn.params["jaxpr"]
 
@@ -68,7 +63,7 @@ def _constrained(values: Sequence[Any], shardings: Any) -> list[Any]:
     return [constrain(x, s) for x, s in zip(values, shardings, strict=True)]
 
 
-def remat(ctx: Context, eqn: Any, *args: Any) -> Any:
+def remat(ctx: Context, eqn: Eqn, *args: Any) -> Any:
     p = eqn.params
 
     def fn(*args: Any) -> list[Any]:
@@ -78,7 +73,7 @@ def remat(ctx: Context, eqn: Any, *args: Any) -> Any:
     return _handed_on(p["jaxpr"], args, outs)
 
 
-def scan(ctx: Context, eqn: Any, *args: Any) -> Any:
+def scan(ctx: Context, eqn: Eqn, *args: Any) -> Any:
     """Weights are constants of the loop, or stacks of which each step takes a slice."""
     parts = compat.scan_parts(eqn)
     first = parts.num_consts
@@ -99,7 +94,7 @@ def scan(ctx: Context, eqn: Any, *args: Any) -> Any:
         state = _restored(fixed, state, i)
         outs = interpret(ctx, parts.jaxpr, [*weights, *state, *rows])
         state, ys = outs[: parts.num_carry], outs[parts.num_carry :]
-        ys = [settle(ctx, eqn, y, "a weight as a loop's output") for y in ys]
+        ys = [densify(ctx, eqn, y, "a weight as a loop's output") for y in ys]
         return (None if i is None else i + 1, _carried(ctx, eqn, fixed, state)), ys
 
     start = jnp.int32(0) if keyed(args) else None
@@ -110,7 +105,7 @@ def scan(ctx: Context, eqn: Any, *args: Any) -> Any:
     return [fixed.get(k, x) for k, x in enumerate(state)] + ys
 
 
-def while_(ctx: Context, eqn: Any, *args: Any) -> Any:
+def while_(ctx: Context, eqn: Eqn, *args: Any) -> Any:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, body_consts = args[:n_cond], args[n_cond : n_cond + n_body]
@@ -138,12 +133,12 @@ def while_(ctx: Context, eqn: Any, *args: Any) -> Any:
     return [fixed.get(k, x) for k, x in enumerate(state)]
 
 
-def cond(ctx: Context, eqn: Any, index: Any, *args: Any) -> Any:
+def cond(ctx: Context, eqn: Eqn, index: Any, *args: Any) -> Any:
     """Branches can return weights, if those of all branches look alike.
 
     The derivative of a branch does: what it remembers are weights.
     """
-    index = settle(ctx, eqn, index, "a weight as a branch index")
+    index = densify(ctx, eqn, index, "a weight as a branch index")
     like = _returned_weights(ctx, eqn, args)
 
     def branch(jaxpr: Any) -> Callable:
@@ -152,7 +147,7 @@ def cond(ctx: Context, eqn: Any, index: Any, *args: Any) -> Any:
             return [
                 _as_weight(x, like[k])
                 if k in like
-                else settle(ctx, eqn, x, "a weight as a branch's result")
+                else densify(ctx, eqn, x, "a weight as a branch's result")
                 for k, x in enumerate(outs)
             ]
 
@@ -163,7 +158,7 @@ def cond(ctx: Context, eqn: Any, index: Any, *args: Any) -> Any:
     if platforms is None:
         outs = lax.switch(index, branches, *args)
         return [
-            dataclasses.replace(x, site=like[k].site) if k in like else x
+            dataclasses.replace(x, settings=like[k].settings) if k in like else x
             for k, x in enumerate(outs)
         ]
     default = None
@@ -176,7 +171,7 @@ def cond(ctx: Context, eqn: Any, index: Any, *args: Any) -> Any:
 
 
 def _returned_weights(
-    ctx: Context, eqn: Any, args: Sequence[Any]
+    ctx: Context, eqn: Eqn, args: Sequence[Any]
 ) -> dict[int, Factored]:
     """What a weight that branches return looks like, for each output that is one."""
     branches = eqn.params["branches"]
@@ -192,9 +187,9 @@ def _returned_weights(
     for k, values in enumerate(zip(*outs, strict=True)):
         weights = [x for x in values if isinstance(x, Factored)]
         if weights and all(_look_alike(x, weights[0]) for x in weights):
-            origins = tuple(o for w in weights for o in w.site.origins)
-            site = dataclasses.replace(weights[0].site, origins=origins)
-            found[k] = dataclasses.replace(weights[0], site=site)
+            paths = tuple(dict.fromkeys(p for w in weights for p in w.settings.paths))
+            settings = dataclasses.replace(weights[0].settings, paths=paths)
+            found[k] = dataclasses.replace(weights[0], settings=settings)
     return found
 
 
@@ -208,14 +203,17 @@ def _as_weight(x: Any, like: Factored) -> Factored:
     """An array as a weight whose factors are zero."""
     if isinstance(x, Factored):
         return x
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (like.a, like.b))
+    make = {"scale": jnp.ones}
+    factors = {
+        k: Named(make.get(k, jnp.zeros)(f.array.shape, f.array.dtype), f.names)
+        for k, f in like.factors.items()
+    }
     base = None if like.base is None else x
-    columns = None if like.columns is None else jnp.ones_like(like.columns)
-    return dataclasses.replace(like, base=base, a=zero[0], b=zero[1], columns=columns)
+    return dataclasses.replace(like, base=base, factors=factors)
 
 
 def _loop_invariant(
-    ctx: Context, eqn: Any, init: list[Any], ins: Any, outs: Any
+    ctx: Context, eqn: Eqn, init: list[Any], ins: Any, outs: Any
 ) -> dict[int, Factored]:
     """The carried weights that every step hands on unchanged; others settle."""
     fixed = {}
@@ -224,16 +222,16 @@ def _loop_invariant(
             if ins[k] is outs[k]:
                 fixed[k] = x
             else:
-                init[k] = settle(ctx, eqn, x, "a weight that a loop changes")
+                init[k] = densify(ctx, eqn, x, "a weight that a loop changes")
     return fixed
 
 
 def _carried(
-    ctx: Context, eqn: Any, fixed: dict[int, Factored], values: Sequence[Any]
+    ctx: Context, eqn: Eqn, fixed: dict[int, Factored], values: Sequence[Any]
 ) -> list[Any]:
     """What a loop carries: arrays, and `None` for weights that no step changes."""
     return [
-        None if k in fixed else settle(ctx, eqn, x, "a weight as a loop's result")
+        None if k in fixed else densify(ctx, eqn, x, "a weight as a loop's result")
         for k, x in enumerate(values)
     ]
 
@@ -243,44 +241,37 @@ def _restored(fixed: dict[int, Factored], state: Sequence[Any], i: Any) -> list[
     return [_at_step(fixed[k], i) if k in fixed else x for k, x in enumerate(state)]
 
 
-def _scanned(ctx: Context, eqn: Any, w: Any) -> tuple[Any, Callable[[Any], Any]]:
+def _scanned(ctx: Context, eqn: Eqn, w: Any) -> tuple[Any, Callable[[Any], Any]]:
     """What `lax.scan` slices, and how a step puts its slice together again."""
     if not isinstance(w, Factored):
         return w, lambda x: x
-    ctx.claim(w, eqn, {0: "stack"}, firm=False)
-    if len(w.axes[0]) > 1:
-        w = flattened(w, [0])
-    (dim,) = w.axes[0] or (Dim((), 1),)
-    w = in_slices(w, dim.size)
-    leading = per_dim(w, w.base, w.axes, lambda array, at: _to_front(array, at, dim))
-    held = {
-        name
-        for name, roles in (
-            ("a", ("stack", "in")),
-            ("b", ("stack", "out")),
-            ("key", ("stack",)),
-            ("columns", ("stack", "out")),
+    ctx.claim(w, eqn, {0: "stack"}, binding=False)
+    w = with_sole(w, [0])
+    (stack,) = w.axes[0] or (Axis("", 1),)
+    w = in_slices(w, stack.size)
+    held = {k: f.first(stack.name) for k, f in w.factors.items()
+            if stack.name in f.names}  # fmt: skip
+    settings = dataclasses.replace(w.settings, sliced=True)
+
+    def rebuild(step: tuple[Any, Mapping[str, Named]]) -> Factored:
+        base, sliced = step
+        factors = {k: sliced.get(k, f) for k, f in w.factors.items()}
+        factors = {k: f.without(stack.name) for k, f in factors.items()}
+        return dataclasses.replace(
+            w, base=base, axes=w.axes[1:], factors=factors, settings=settings
         )
-        if dim in w.dims(*roles) and getattr(w, name) is not None
-    }
-    sliced = {"base": w.base} | {name: getattr(leading, name) for name in held}
-    site = dataclasses.replace(w.site, sliced=True)
 
-    def rebuild(step: dict[str, Any]) -> Factored:
-        return dataclasses.replace(w, axes=w.axes[1:], site=site, **step)
-
-    return sliced, rebuild
-
-
-def _to_front(array: Any, at: dict[int, Dim], dim: Dim) -> Any:
-    where = [i for i, d in at.items() if d == dim]
-    return jnp.moveaxis(array, where[0], 0) if where else array
+    return (w.base, held), rebuild
 
 
 def _at_step(w: Any, i: Any) -> Any:
     """Every step of a loop draws its own dropout mask."""
     if not isinstance(w, Factored) or w.key is None:
         return w
-    keys = w.key.reshape(-1)
-    folded = jax.vmap(lambda k: jax.random.fold_in(k, i))(keys).reshape(w.key.shape)
-    return dataclasses.replace(w, key=folded)
+    keys = w.key.array
+
+    def folded(k: Any) -> Any:
+        return jax.random.fold_in(k, i)
+
+    new = jax.vmap(folded)(keys.reshape(-1)).reshape(keys.shape)
+    return dataclasses.replace(w, factors={**w.factors, "key": Named(new, w.key.names)})

@@ -1,8 +1,9 @@
 """The rule for convolutions: y = conv(x, W) + scale conv(x, A) B."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,16 +11,14 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from flora._algebra.factored import Factored
-from flora._algebra.low_rank import Labelled, compute_dtype_of, drop, with_columns
-from flora._algebra.views import RANK, views
-from flora._trace.compat import eval_eqn
+from flora._algebra.axes import RANK, Axis, Factored, Named, Sizes, fused
+from flora._algebra.low_rank import compute_dtype_of, drop, run_with_output_scale
+from flora._trace.compat import Eqn, eval_eqn
+from flora._trace.interpret import Context, Roles, sources_as
 from flora._tree.errors import Unfactorable
 
-Named = Sequence[tuple[Hashable, int]]
 
-
-def conv_general_dilated(ctx: Any, eqn: Any, x: Any, w: Any) -> list[Any]:
+def conv_general_dilated(ctx: Context, eqn: Eqn, x: Any, w: Any) -> list[Any]:
     """A convolves with W's window, strides, padding and dilations; B is 1×1.
 
     In G feature (or batch) groups W is `[*window, in/G, out]`.  Every group convolves
@@ -28,150 +27,135 @@ def conv_general_dilated(ctx: Any, eqn: Any, x: Any, w: Any) -> list[Any]:
     """
     if isinstance(x, Factored) or not isinstance(w, Factored):
         raise Unfactorable("a weight as the input of a convolution")
-    p, out = eqn.params, eqn.outvars[0].aval
-    ctx.record(w, eqn, _roles(w, p))
-    if w.columns is not None:
-        return [_on_columns(ctx, eqn, x, w)]
+    ctx.record(eqn, _roles(w, eqn.params))
+    if w.output_scale is not None:
+        return [_with_output_scale(ctx, eqn, x, w)]
     base = None if w.base is None else eval_eqn(eqn, [x, w.base])[0]
-    if w.a is None:
+    if not w.factors:
         return [base]
-    change = _change(eqn, drop(x, w, ctx.salt), w, out)
+    change = _change(eqn, drop(x, w, ctx.salt), w)
     return [change if base is None else base + change]
 
 
-def _on_columns(ctx: Any, eqn: Any, x: Any, w: Factored) -> Any:
+def _with_output_scale(ctx: Context, eqn: Eqn, x: Any, w: Factored) -> Any:
     """A convolution whose output channels are scaled."""
     dn, result = eqn.params["dimension_numbers"], eqn.outvars[0].aval
-    out: list[Any] = [(("y", i), n) for i, n in enumerate(result.shape)]
+    out: list[tuple[str, int]] = [(f"y{i}", n) for i, n in enumerate(result.shape)]
     features = dn.out_spec[1]
-    out[features : features + 1] = views(w, "w").segments[dn.rhs_spec[0]]
+    out[features : features + 1] = _sizes(fused(w).axes[dn.rhs_spec[0]])
 
     def run(w: Factored, x: Any) -> Any:
         x = x.astype(eqn.invars[0].aval.dtype)
         return conv_general_dilated(ctx, eqn, x, w)[0]
 
-    return with_columns(w, x, ctx.salt, run, out)
+    return run_with_output_scale(w, x, ctx.salt, run, out)
 
 
-def _roles(w: Factored, p: Any) -> set[tuple[int, str]]:
+def _sizes(axis: Sequence[Axis]) -> Sizes:
+    return [(x.name, x.size) for x in axis]
+
+
+def _roles(w: Factored, p: Any) -> Roles:
     """Axes that `vmap` joined to the output channels are a stack, if groups say so."""
     out, in_, *window = p["dimension_numbers"].rhs_spec
     # What both are parts of one axis is a group: it says nothing.
-    axis = [d for d in w.axes[out] if d.at[0] not in {i.at[0] for i in w.axes[in_]}]
-    stacked = {d.at[0] for d in axis[:-1] if p["feature_group_count"] % d.size == 0}
-    stacked -= {d.at[0] for d in axis[-1:]}
+    ins = {source for x in w.axes[in_] for source in x.sources}
+    axis = [x for x in w.axes[out] if not ins & {*x.sources}]
+    last = {source for x in axis[-1:] for source in x.sources}
+    count = p["feature_group_count"]
+    stacked = [x for x in axis[:-1] if count % x.size == 0 and not last & {*x.sources}]
     return (
-        {(d.at[0], "stack" if d.at[0] in stacked else "out") for d in axis}
-        | {(d.at[0], "in") for d in w.axes[in_]}
-        | {(d.at[0], "window") for i in window for d in w.axes[i]}
+        sources_as("stack", stacked)
+        | sources_as("out", [x for x in axis if x not in stacked])
+        | sources_as("in", w.axes[in_])
+        | sources_as("window", itertools.chain(*(w.axes[i] for i in window)))
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-    """W's axes by name: `(label, size)` pairs."""
+    """W's axes: names and sizes of their pieces."""
 
-    window: Sequence[Named]
-    in_: Named
-    groups: Named
-    out: Named
+    window: Sequence[Sizes]
+    in_: Sizes
+    groups: Sizes
+    out: Sizes
 
 
-def _change(eqn: Any, x: Any, w: Factored, result: Any) -> Any:
+def _change(eqn: Eqn, x: Any, w: Factored) -> Any:
     """Scale times x convolved with the factor that holds the inputs, then the other."""
-    p, dtype = eqn.params, compute_dtype_of(x.dtype, result.dtype)
-    v = views(w, "w")
-    first = Labelled(v.a.astype(dtype), v.a_labels)
-    second = Labelled(v.b.astype(dtype), v.b_labels)
+    p, result, w = eqn.params, eqn.outvars[0].aval, fused(w)
+    dtype = compute_dtype_of(x.dtype, result.dtype)
     out, in_, *window = p["dimension_numbers"].rhs_spec
     count = p["feature_group_count"] * p["batch_group_count"]
-    groups, channels = _cut(v.segments[out], count)
-    first, second = (_with_cut_axis(f, groups, channels) for f in (first, second))
-    kernel = _Kernel([v.segments[i] for i in window], v.segments[in_], groups, channels)
-    ins = {label for label, _ in kernel.in_}
-    if ins & {*second.labels} or (not ins and _lead(channels, second) == channels):
+    groups, channels, cut = _cut(_sizes(w.axes[out]), count)
+    first, second = (f.astype(dtype).split(cut) for f in (w.a, w.b))
+    ins = {x.name for x in w.axes[in_]}
+    if ins & {*second.names} or (not ins and _lead(channels, second) == channels):
         first, second = second, first
     # Stacked kernels over one image: the first step makes channels for each.
     both = _lead(channels, first)
     rest = channels[len(both) :]
-    known = ins <= {*first.labels}, {label for label, _ in rest} <= {*second.labels}
-    if (
-        not all(known)
-        or ins & {*second.labels}
-        or any(n in first.labels for n, _ in rest)
-    ):
+    others = {n for n, _ in rest}
+    if not ins <= {*first.names} - {*second.names} or not others <= {*second.names} - {
+        *first.names
+    }:
         raise Unfactorable("a convolution across the axes of the weight's layout")
-    rank = [(RANK, w.a.shape[-1])]
-    start = dataclasses.replace(kernel, out=[*both, *rank])
+    rank = [(RANK, w.rank)]
+    windows = [_sizes(w.axes[i]) for i in window]
+    start = _Kernel(windows, _sizes(w.axes[in_]), groups, [*both, *rank])
     z = _convolved(p, x.astype(dtype), first, start, as_first=True)
-    z = _between(w, z, p["dimension_numbers"].out_spec[1])
-    z = z * jnp.asarray(w.site.scale, dtype)
-    end = _Kernel(kernel.window, rank, [*groups, *both], rest)
+    z = _on_hidden(w, z, p["dimension_numbers"].out_spec[1])
+    z = z * jnp.asarray(w.settings.scale, dtype)
+    end = _Kernel(windows, rank, [*groups, *both], rest)
     y = _convolved(p, z, second, end, as_first=False)
     return y.reshape(result.shape).astype(result.dtype)
 
 
-def _between(w: Factored, z: Any, features: int) -> Any:
+def _on_hidden(w: Factored, z: Any, features: int) -> Any:
     """What the variant makes of x A, whose rank is the innermost part of the channels."""
-    if w.site.between is None:
+    if w.settings.between is None:
         return z
     z = jnp.moveaxis(z, features, -1)
-    made = w.site.between(z.reshape(*z.shape[:-1], -1, w.a.shape[-1]))
+    made = w.settings.between(z.reshape(*z.shape[:-1], -1, w.rank))
     return jnp.moveaxis(made.reshape(z.shape), -1, features)
 
 
-def _lead(axis: Named, factor: Labelled) -> Named:
-    """The labels that lead an axis and that a factor has."""
-    n = 0
-    while n < len(axis) and axis[n][0] in factor.labels:
-        n += 1
-    return axis[:n]
+def _lead(axis: Sizes, factor: Named) -> Sizes:
+    """The pieces that lead an axis and that a factor has."""
+    return [*itertools.takewhile(lambda piece: piece[0] in factor.names, axis)]
 
 
-def _cut(axis: Named, count: int) -> tuple[Named, Named]:
-    """The groups that lead an axis of output channels, and the channels of one."""
-    groups: list[tuple[Hashable, int]] = []
-    for k, (label, size) in enumerate(axis):
+def _cut(axis: Sizes, count: int) -> tuple[Sizes, Sizes, dict[str, Sizes]]:
+    """The groups that lead an axis of output channels, and the channels of one.
+
+    Also what becomes of a piece that is cut in two.
+    """
+    groups: list[tuple[str, int]] = []
+    for k, (name, size) in enumerate(axis):
         if count == 1:
-            return groups, axis[k:]
+            return groups, axis[k:], {}
         if count % size == 0:
-            groups.append((label, size))
+            groups.append((name, size))
             count //= size
         elif size % count == 0:
-            groups.append(((label, "groups"), count))
-            return groups, [((label, "channels"), size // count), *axis[k + 1 :]]
+            two = [(f"{name} groups", count), (f"{name} channels", size // count)]
+            return [*groups, two[0]], [two[1], *axis[k + 1 :]], {name: two}
         else:
             raise Unfactorable("a convolution with groups across stacked kernels")
-    return groups, []
-
-
-def _with_cut_axis(factor: Labelled, groups: Named, channels: Named) -> Labelled:
-    """The factor with the axis that `_cut` cut in two."""
-    if not groups or not channels:
-        return factor
-    (last, n), (next_, m) = groups[-1], channels[0]
-    whole = last[0] if isinstance(last, tuple) and last[1] == "groups" else None
-    if whole is None or whole not in factor.labels:
-        return factor
-    at = list(factor.labels).index(whole)
-    shape, labels = factor.array.shape, list(factor.labels)
-    array = factor.array.reshape(*shape[:at], n, m, *shape[at + 1 :])
-    return Labelled(array, [*labels[:at], last, next_, *labels[at + 1 :]])
+    return groups, [], {}
 
 
 def _convolved(
-    p: Any, x: Any, factor: Labelled, kernel: _Kernel, *, as_first: bool
+    p: Any, x: Any, factor: Named, kernel: _Kernel, *, as_first: bool
 ) -> Any:
     """An input convolved with a factor, 1×1 along the window axes that it does not have."""
-    dn = p["dimension_numbers"]
-    held = [all(n in factor.labels for n, _ in axis) and axis for axis in kernel.window]
-    if any(axis and not ok and {n for n, _ in axis} & {*factor.labels}
-           for axis, ok in zip(kernel.window, held, strict=True)):  # fmt: skip
-        raise Unfactorable("a convolution across the axes of the weight's layout")
-    mine = [bool(axis) or (as_first and not whole)
-            for axis, whole in zip(held, kernel.window, strict=True)]  # fmt: skip
-    array = _arranged(factor, kernel)
-    lhs_spec = dn.lhs_spec if as_first else dn.out_spec
+    dn, mine = p["dimension_numbers"], []
+    for axis in kernel.window:
+        held = [n in factor.names for n, _ in axis]
+        if any(held) and not all(held):
+            raise Unfactorable("a convolution across the axes of the weight's layout")
+        mine.append(any(held) or (as_first and not axis))
     groups = math.prod(n for _, n in kernel.groups)
     batches = p["batch_group_count"] if as_first else 1
 
@@ -182,12 +166,14 @@ def _convolved(
     order = sorted(range(len(spec)), key=[*spec[2:], spec[1], spec[0]].__getitem__)
     return lax.conv_general_dilated(
         x,
-        lax.transpose(array, order),
+        lax.transpose(_arranged(factor, kernel), order),
         of_window(p["window_strides"], 1),
         of_window(p["padding"], (0, 0)),
         of_window(p["lhs_dilation"], 1),
         of_window(p["rhs_dilation"], 1),
-        lax.ConvDimensionNumbers(lhs_spec, spec, dn.out_spec),
+        lax.ConvDimensionNumbers(
+            dn.lhs_spec if as_first else dn.out_spec, spec, dn.out_spec
+        ),
         groups // batches,
         batches,
         p["precision"],
@@ -205,18 +191,13 @@ def _divided(p: Any, *, whole_features: bool) -> Any:
     return NamedSharding(sharding.mesh, Spec(*entries))
 
 
-def _arranged(factor: Labelled, kernel: _Kernel) -> Any:
+def _arranged(factor: Named, kernel: _Kernel) -> Any:
     """The factor as `[*window, in, groups · out]`, repeated for groups that it lacks."""
-    labels = list(factor.labels)
-    parts = [*kernel.window, kernel.in_, kernel.groups, kernel.out]
-    named = [pair for part in parts for pair in part]
-    perm = [labels.index(label) for label, _ in named if label in labels]
-    array = lax.transpose(factor.array, perm)
-    array = array.reshape([n if label in labels else 1 for label, n in named])
-    window = len([pair for part in kernel.window for pair in part])
-    full = [*array.shape[:window], *(n for _, n in named[window:])]
+    window = [piece for axis in kernel.window for piece in axis]
+    pieces = [*window, *kernel.in_, *kernel.groups, *kernel.out]
+    array = factor.aligned([n for n, _ in pieces])
+    full = [*array.shape[: len(window)], *(n for _, n in pieces[len(window) :])]
     array = jnp.broadcast_to(array, full)
-    sizes = [math.prod(n if label in labels else 1 for label, n in axis)
+    sizes = [math.prod(size if n in factor.names else 1 for n, size in axis)
              for axis in kernel.window]  # fmt: skip
-    ins = math.prod(n for _, n in kernel.in_)
-    return array.reshape(*sizes, ins, -1)
+    return array.reshape(*sizes, math.prod(n for _, n in kernel.in_), -1)

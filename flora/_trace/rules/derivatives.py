@@ -8,11 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora._algebra.factored import Factored, require_no_columns
-from flora._algebra.low_rank import Labelled, contract
-from flora._algebra.views import RANK, views
+from flora._algebra.axes import (
+    RANK,
+    Factored,
+    Named,
+    fused,
+    require_no_output_scale,
+)
+from flora._algebra.low_rank import contract, sizes_of
 from flora._trace import compat
-from flora._trace.interpret import Context, interpret, settle
+from flora._trace.compat import Eqn
+from flora._trace.interpret import Context, densify, interpret
 from flora._trace.rules.control import keyed
 from flora._trace.stage import filled
 from flora._tree.errors import Unfactorable
@@ -22,21 +28,25 @@ def _computing(rule: Callable) -> Callable:
     """While uses are recorded, a function counts as what it computes."""
 
     @functools.wraps(rule)
-    def run(ctx: Context, eqn: Any, *args: Any) -> Any:
+    def run(ctx: Context, eqn: Eqn, *args: Any) -> Any:
         if ctx.log is not None:
             return interpret(ctx, eqn.params["call_jaxpr"], args)
         if keyed(args):
             raise Unfactorable("dropout in a function with a derivative of its own")
-        for x in args:
-            if isinstance(x, Factored):
-                require_no_columns(x, "a function with a derivative of its own")
-        return rule(ctx, eqn, *args)
+        adapted = [x for x in args if isinstance(x, Factored) and x.factors]
+        for x in adapted:
+            require_no_output_scale(x, "a function with a derivative of its own")
+        # A weight without factors is an array like any other.
+        args = tuple(
+            x.base if isinstance(x, Factored) and not x.factors else x for x in args
+        )
+        return rule(ctx, eqn, *args) if adapted else compat.eval_eqn(eqn, args)
 
     return run
 
 
 @_computing
-def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
+def custom_jvp_call(ctx: Context, eqn: Eqn, *args: Any) -> Any:
     """The user's rule at W, along the tangent scale (dA B + A dB)."""
     jaxpr = eqn.params["call_jaxpr"]
     flat, tree = jax.tree.flatten(args)
@@ -44,7 +54,7 @@ def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
     @jax.custom_jvp
     def call(*flat: Any) -> list[Any]:
         outs = interpret(ctx, jaxpr, jax.tree.unflatten(tree, flat))
-        return [settle(ctx, eqn, x, "a weight as the result") for x in outs]
+        return [densify(ctx, eqn, x, "a weight as the result") for x in outs]
 
     @call.defjvp
     def _(primals: Any, tangents: Any) -> Any:
@@ -63,7 +73,7 @@ def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
 
         def along(part: Callable[[Any, Any], Any]) -> list[Any]:
             outs = interpret(ctx, rule, [*args, *(part(args[i], moved[i]) for i in at)])
-            return [settle(ctx, eqn, x, "a weight as the result") for x in outs]
+            return [densify(ctx, eqn, x, "a weight as the result") for x in outs]
 
         # Linear in the tangents, so that it can be transposed: dA B first, then A dB.
         first, second = along(_along_a), along(_along_b)
@@ -75,19 +85,19 @@ def custom_jvp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
 
 
 def _along_a(x: Any, dx: Any) -> Any:
-    if not isinstance(x, Factored):
-        return dx
-    return dataclasses.replace(x, base=None, a=dx.a, key=None)
+    return _change(x, a=dx.a, b=x.b) if isinstance(x, Factored) else dx
 
 
 def _along_b(x: Any, dx: Any) -> Any:
-    if not isinstance(x, Factored):
-        return jnp.zeros_like(dx)
-    return dataclasses.replace(x, base=None, b=dx.b, key=None)
+    return _change(x, a=x.a, b=dx.b) if isinstance(x, Factored) else jnp.zeros_like(dx)
+
+
+def _change(x: Factored, **factors: Named) -> Factored:
+    return dataclasses.replace(x, base=None, factors=factors)
 
 
 @_computing
-def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
+def custom_vjp_call(ctx: Context, eqn: Eqn, *args: Any) -> Any:
     """The user's forward and backward, whose dW becomes dA and dB."""
     jaxpr = eqn.params["call_jaxpr"]
     flat, tree = jax.tree.flatten(args)
@@ -106,7 +116,7 @@ def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
     @jax.custom_vjp
     def call(*flat: Any) -> list[Any]:
         outs = interpret(ctx, jaxpr, jax.tree.unflatten(tree, flat))
-        return [settle(ctx, eqn, x, "a weight as the result") for x in outs]
+        return [densify(ctx, eqn, x, "a weight as the result") for x in outs]
 
     def fwd(*flat: Any) -> Any:
         args = jax.tree.unflatten(tree, flat)
@@ -114,7 +124,7 @@ def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
             ctx, jax.make_jaxpr(forward)(*_examples(args, eqn.invars)), args
         )
         n = len(eqn.outvars)
-        ys = [settle(ctx, eqn, x, "a weight as the result") for x in outs[:n]]
+        ys = [densify(ctx, eqn, x, "a weight as the result") for x in outs[:n]]
         return ys, (outs[n:], args)
 
     def bwd(saved: Any, cotangents: Any) -> Any:
@@ -125,7 +135,7 @@ def custom_vjp_call(ctx: Context, eqn: Any, *args: Any) -> Any:
             like, _examples(cotangents, eqn.outvars)
         )
         grads = interpret(ctx, rule, [*residuals, *cotangents])
-        grads = [settle(ctx, eqn, g, "a weight as a gradient") for g in grads]
+        grads = [densify(ctx, eqn, g, "a weight as a gradient") for g in grads]
         of_arg = dict(zip(at, grads, strict=True))
         return tuple(
             ct for i, x in enumerate(args) for ct in _cotangent(x, of_arg.get(i))
@@ -140,22 +150,16 @@ def _cotangent(x: Any, g: Any) -> list[Any]:
     if not isinstance(x, Factored):
         return [g]
 
-    def inner(a: Any, b: Any) -> Any:
-        v = views(dataclasses.replace(x, a=a, b=b), "w")
-        pairs = [pair for axis in v.segments for pair in axis]
-        labels = [label for label, _ in pairs]
-        dw = Labelled(g.astype(a.dtype).reshape([n for _, n in pairs]), labels)
-        kept = [n for n in labels if n in v.b_labels] + [RANK]
-        z = contract(dw, Labelled(v.a, v.a_labels), kept)
-        return x.site.scale * jnp.sum(contract(z, Labelled(v.b, v.b_labels), []).array)
+    def inner(factors: Any) -> Any:
+        w = fused(dataclasses.replace(x, factors=factors))
+        sizes = sizes_of(w)
+        dw = g.astype(w.a.array.dtype).reshape([*sizes.values()])
+        kept = [n for n in sizes if n in w.b.names] + [RANK]
+        z = contract(Named(dw, tuple(sizes)), w.a, kept)
+        return w.settings.scale * jnp.sum(contract(z, w.b, []).array)
 
-    da, db = jax.grad(inner, (0, 1))(x.a, x.b)
-    return [
-        *([] if x.base is None else [None]),
-        da,
-        db,
-        *([] if x.key is None else [None]),
-    ]
+    found = jax.tree.leaves(jax.grad(inner)(dict(x.factors)))
+    return found if x.base is None else [None, *found]
 
 
 def _examples(values: Sequence[Any], variables: Sequence[Any]) -> list[Any]:

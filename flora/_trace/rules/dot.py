@@ -9,31 +9,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.choice import (
-    Form,
-    Sizes,
-    cheapest,
-    may_differ,
-    named_form,
-    target,
-)
-from flora._algebra.factored import Factored
-from flora._algebra.forms import Plan, alike, products
+from flora._algebra.axes import RANK, Axis, Factored, Name, Named, fused
+from flora._algebra.choice import Sizes, cheapest, may_differ, named_form, target
+from flora._algebra.forms import Product, alike, products
 from flora._algebra.low_rank import (
-    Labelled,
     compute_dtype_of,
     drop,
-    low_rank_product,
-    relabel,
+    low_rank,
+    named,
+    run_with_output_scale,
+    sizes_of,
     widened,
-    with_columns,
 )
-from flora._algebra.views import RANK, Views, views
-from flora._trace.compat import eval_eqn, relative_scopes
+from flora._trace.compat import Eqn, eval_eqn, relative_scopes
+from flora._trace.interpret import Context
 from flora._tree.errors import Unfactorable
 
 
-def dot_general(ctx: Any, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
+def dot_general(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> list[Any]:
     """Y = x W + scale (x A) B for any dimension numbers and either side.
 
     With weights on both sides, W₁ W₂ = base₁ W₂ + scale₁ A₁ (B₁ W₂) and so on.
@@ -42,9 +35,9 @@ def dot_general(ctx: Any, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     for side, w in enumerate((lhs, rhs)):
         if isinstance(w, Factored):
             other = (lhs, rhs)[1 - side].shape
-            free = set(range(len(other))) - {*dims[0][1 - side], *dims[1][1 - side]}
-            rows = math.prod(other[i] for i in free)
-            ctx.claim(w, eqn, _roles(dims, side, len(w.axes)), rows=rows)
+            free = {*range(len(other))} - {*dims[0][1 - side], *dims[1][1 - side]}
+            tokens = math.prod(other[i] for i in free)
+            ctx.claim(w, eqn, _roles(dims, side, len(w.axes)), tokens=tokens)
     return [_product(ctx, eqn, lhs, rhs)]
 
 
@@ -56,178 +49,150 @@ def _roles(dims: Any, side: int, ndim: int) -> dict[int, str]:
     }
 
 
-def _product(ctx: Any, eqn: Any, lhs: Any, rhs: Any) -> Any:
-    if isinstance(lhs, Factored):
-        w, x, side = lhs, rhs, 0
-    elif isinstance(rhs, Factored):
-        w, x, side = rhs, lhs, 1
-    else:
+def _product(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> Any:
+    side = 0 if isinstance(lhs, Factored) else 1
+    w, x = ((lhs, rhs), (rhs, lhs))[side]
+    if not isinstance(w, Factored):
         return eval_eqn(eqn, [lhs, rhs])[0]
-    if w.columns is not None:
-        return _on_columns(ctx, eqn, x, w, side)
-    if w.a is not None and not isinstance(x, Factored):
-        planned = _planned(eqn, x, w, side)
-        if planned is not None:
-            return _computed([planned])[0]
-    base = None
-    if w.base is not None:
-        base = _product(ctx, eqn, *((w.base, x) if side == 0 else (x, w.base)))
-    if w.a is None:
-        return base
-    change = _change(eqn, _named(eqn, drop(x, w, ctx.salt), w, side), w)
+
+    def plain(w: Any, x: Any) -> Any:
+        return _product(ctx, eqn, *((w, x) if side == 0 else (x, w)))
+
+    if not w.factors:
+        return plain(w.base, x)
+    if w.output_scale is not None:
+        return _with_output_scale(ctx, eqn, x, w, side, plain)
+    if not isinstance(x, Factored) and (found := _in_form(eqn, x, w, side)):
+        return _computed([found])[0]
+    base = None if w.base is None else plain(w.base, x)
+    met = _meeting(eqn, drop(x, w, ctx.salt), w, side)
+    aval, precision = eqn.outvars[0].aval, eqn.params["precision"]
+    change = low_rank(met.x, met.w, met.y, precision=precision, dtype=aval.dtype)
+    change = lax.reshape(change.array, aval.shape)
     return change if base is None else base + change
 
 
-def _on_columns(ctx: Any, eqn: Any, x: Any, w: Factored, side: int) -> Any:
-    """A product whose columns are scaled."""
+def _with_output_scale(
+    ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int, plain: Any
+) -> Any:
     if isinstance(x, Factored):
-        raise Unfactorable("a product of two weights, of which one has scaled columns")
-    named = _named(eqn, x, w, side)
-
-    def run(w: Factored, x: Any) -> Any:
-        x = x.astype(eqn.invars[1 - side].aval.dtype)
-        return _product(ctx, eqn, *((w, x) if side == 0 else (x, w)))
-
-    out, x_axes = (
-        [(label, named.sizes[label]) for label in labels]
-        for labels in (named.out, named.x.labels)
+        raise Unfactorable("a product of two weights, of which one has scaled outputs")
+    met, dtype = _meeting(eqn, x, w, side), eqn.invars[1 - side].aval.dtype
+    sizes = met.sizes
+    return run_with_output_scale(
+        w,
+        x,
+        ctx.salt,
+        lambda w, x: plain(w, x.astype(dtype)),
+        [(n, sizes[n]) for n in met.y],
+        x_sizes=[*sizes_of(met.x).items()],
     )
-    return with_columns(w, x, ctx.salt, run, out, x_axes=x_axes)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Named:
-    """A product with one label an axis.
+class _Meeting:
+    """A product with named axes.
 
     Attributes:
       x: the operand that is not the weight.
-      w: the labelled factors of W.
-      out: labels of the result.
+      w: the weight, fused.
+      y: the names of the result.
     """
 
-    x: Labelled
-    w: Views
-    out: tuple[Any, ...]
+    x: Any
+    w: Factored
+    y: tuple[Name, ...]
 
     @property
-    def w_labels(self) -> tuple[Any, ...]:
-        return tuple(label for runs in self.w.segments for label, _ in runs)
-
-    @property
-    def sizes(self) -> dict[Any, int]:
-        runs = [run for runs in self.w.segments for run in runs]
-        return self.x.sizes | dict(runs)
-
-    def count(self, labels: Any) -> int:
-        return math.prod(self.sizes[n] for n in labels)
-
-    def counts(self, w: Factored) -> Sizes:
-        """How many tokens, inputs and outputs there are."""
-        held, x = self.w_labels, self.x.labels
-        return Sizes(
-            tokens=self.count(n for n in x if n not in held),
-            in_=self.count(self.summed),
-            out=self.count(n for n in held if n not in x),
-            rank=w.a.shape[-1],
-            sliced=w.site.sliced,
-        )
-
-    @property
-    def summed(self) -> tuple[Any, ...]:
-        return tuple(n for n in self.w_labels if n not in self.out)
+    def sizes(self) -> dict[Name, int]:
+        return sizes_of(self.x) | sizes_of(self.w)
 
 
-def _named(eqn: Any, x: Any, w: Factored, side: int) -> _Named:
-    """The labels of a product; x stands on the side that W does not."""
+def _meeting(eqn: Eqn, x: Any, w: Factored, side: int) -> _Meeting:
+    """Names for the axes of a product; x stands on the side that W does not."""
     summed, batch = eqn.params["dimension_numbers"]
-    w_views = views(w, "w")
-    met = dict(
-        zip(
-            (*summed[1 - side], *batch[1 - side]),
-            (*summed[side], *batch[side]),
-            strict=True,
-        )
-    )
-    x_segments = [
-        w_views.segments[met[i]] if i in met else (((("x", i), 0), size),)
-        for i, size in enumerate(x.shape)
-    ]
-    segments = (
-        [w_views.segments, x_segments] if side == 0 else [x_segments, w_views.segments]
-    )
-    result = [segments[0][i] for i in batch[0]]
+    w = fused(w)
+    mine, theirs = (*summed[side], *batch[side]), (*summed[1 - side], *batch[1 - side])
+    axes = [(Axis(f"x{i}", size),) for i, size in enumerate(x.shape)]
+    for i, j in zip(theirs, mine, strict=True):
+        axes[i] = w.axes[j]
+    sides = (w.axes, axes) if side == 0 else (axes, w.axes)
+    result = [sides[0][i] for i in batch[0]]
     for k in (0, 1):
         gone = {*summed[k], *batch[k]}
-        result += [s for i, s in enumerate(segments[k]) if i not in gone]
-    out = tuple(label for s in result for label, _ in s)
-    return _Named(relabel(x, x_segments), w_views, out)
-
-
-def _change(eqn: Any, named: _Named, w: Factored) -> Any:
-    """What scale A B adds to the product."""
-    y = low_rank_product(
-        named.x,
-        w,
-        named.w,
-        named.out,
-        precision=eqn.params["precision"],
-        dtype=eqn.outvars[0].aval.dtype,
+        result += [axis for i, axis in enumerate(sides[k]) if i not in gone]
+    pieces = [(piece.name, piece.size) for axis in axes for piece in axis]
+    return _Meeting(
+        named(x, pieces), w, tuple(piece.name for axis in result for piece in axis)
     )
-    return lax.reshape(y, eqn.outvars[0].aval.shape)
 
 
-def _ends(named: _Named) -> tuple[Labelled, Labelled] | None:
+def _ends(met: _Meeting) -> tuple[Named, Named] | None:
     """`(P, Q)`: the factor with all axes that are summed over, and that with the rest.
 
     `None` if the factors divide W's axes in another way.
     """
-    a = Labelled(named.w.a, named.w.a_labels)
-    b = Labelled(named.w.b, named.w.b_labels)
-    stack = {*a.labels} & {*b.labels} - {RANK}
-    shared = {n for n in named.w_labels if n in named.x.labels}
-    summed, kept = {*named.summed}, {n for n in named.w_labels if n not in shared}
-    if stack != shared - summed:
+    a, b, held = met.w.a, met.w.b, {*met.w.names}
+    stack = {*a.names} & {*b.names} - {RANK}
+    shared = held & {*met.x.names}
+    if stack != shared & {*met.y}:
         return None
     for p, q in ((a, b), (b, a)):
-        ends = {*p.labels} - {*stack, RANK}, {*q.labels} - {*stack, RANK}
-        if ends == (summed, kept):
+        ends = {*p.names} - {*stack, RANK}, {*q.names} - {*stack, RANK}
+        if ends == (shared - {*met.y}, held - shared):
             return p, q
     return None
 
 
+def _counts(met: _Meeting) -> Sizes:
+    """How many tokens, inputs and outputs there are."""
+    held, sizes = met.w.names, met.sizes
+
+    def count(names: Any) -> int:
+        return math.prod(sizes[n] for n in names)
+
+    return Sizes(
+        tokens=count(n for n in met.x.names if n not in held),
+        in_=count(n for n in held if n not in met.y),
+        out=count(n for n in held if n not in met.x.names),
+        rank=met.w.rank,
+        sliced=met.w.settings.sliced,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
-class _Planned:
+class _InForm:
     """A product in another form than the plain direct one.
 
     Attributes:
-      plan: what is static.
+      product: what is static.
       together: whether it may be computed with others.
-      x, w, p, q: the operands, with the axes that the plan says.
+      x, w, p, q: the operands.
       shape: of the result.
     """
 
-    plan: Plan
+    product: Product
     together: bool
-    x: Any
-    w: Any
-    p: Any
-    q: Any
+    x: Named
+    w: Named
+    p: Named
+    q: Named
     shape: tuple[int, ...]
 
 
-def _planned(eqn: Any, x: Any, w: Factored, side: int) -> _Planned | None:
+def _in_form(eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm | None:
     """The product in the form that the weight or the device asks for.
 
     `None` where that is the plain direct one, or no other applies.
     """
-    out = eqn.outvars[0].aval
+    out, asked = eqn.outvars[0].aval, w.settings.form
     # Dropout acts on the low-rank term alone.
-    if w.base is None or w.key is not None or not may_differ(w.site.form):
+    if w.base is None or w.key is not None or not may_differ(asked):
         return None
-    if w.columns is not None or w.site.between is not None:
+    if w.output_scale is not None or w.settings.between is not None:
         return None
-    named = _named(eqn, x, w, side)
-    ends, mesh = _ends(named), jax.sharding.get_abstract_mesh()
+    met = _meeting(eqn, x, w, side)
+    ends, mesh = _ends(met), jax.sharding.get_abstract_mesh()
     if (
         ends is None
         or x.dtype != compute_dtype_of(x.dtype, out.dtype)
@@ -235,45 +200,26 @@ def _planned(eqn: Any, x: Any, w: Factored, side: int) -> _Planned | None:
         or (not mesh.empty and (mesh.manual_axes or mesh.explicit_axes))
     ):
         return None
-    if w.site.form == "auto":
-        form = cheapest(named.counts(w), target())
-    else:
-        form = named_form(w.site.form)
-    return form and _in_form(eqn, named, ends, w, form)
+    auto = asked == "auto"
+    form = cheapest(_counts(met), target()) if auto else named_form(asked)
+    if form is None:
+        return None
+    (p, q), precision = ends, eqn.params["precision"]
+    product = Product(form.forward, form.backward, met.y, out.dtype, precision)
+    base = Named(lax.reshape(w.base, [y.size for y in met.w.pieces]), met.w.names)
+    q = Named(widened(q.array, x) * w.settings.scale, q.names)
+    return _InForm(product, form.together, met.x, base, p, q, out.shape)
 
 
-def _in_form(
-    eqn: Any, named: _Named, ends: tuple[Labelled, Labelled], w: Factored, form: Form
-) -> _Planned:
-    """X W + scale (x A) B, ready to be computed."""
-    (p, q), out = ends, eqn.outvars[0].aval
-    plan = Plan(
-        form.forward,
-        form.backward,
-        tuple(named.x.labels),
-        named.w_labels,
-        tuple(p.labels),
-        tuple(q.labels),
-        named.out,
-        out.dtype,
-        eqn.params["precision"],
-    )
-    base = lax.reshape(w.base, [named.sizes[n] for n in named.w_labels])
-    scaled = widened(q.array, named.x.array) * w.site.scale
-    return _Planned(
-        plan, form.together, named.x.array, base, p.array, scaled, out.shape
-    )
-
-
-def _computed(planned: Sequence[_Planned]) -> list[Any]:
+def _computed(found: Sequence[_InForm]) -> list[Any]:
     """The products, all of one x."""
-    plans = tuple(each.plan for each in planned)
-    ws, ps, qs = zip(*((each.w, each.p, each.q) for each in planned), strict=True)
-    ys: Any = products(plans, planned[0].x, ws, ps, qs)
-    return [lax.reshape(y, e.shape) for y, e in zip(ys, planned, strict=True)]
+    each = tuple(one.product for one in found)
+    ws, ps, qs = zip(*((one.w, one.p, one.q) for one in found), strict=True)
+    ys: Any = products(each, found[0].x, ws, ps, qs)
+    return [lax.reshape(y, one.shape) for y, one in zip(ys, found, strict=True)]
 
 
-def together(eqns: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+def together(eqns: Sequence[Eqn], values: Sequence[Any]) -> list[Any]:
     """Products of the same activations, as far as they can be computed at once.
 
     Args:
@@ -283,24 +229,26 @@ def together(eqns: Sequence[Any], values: Sequence[Any]) -> list[Any]:
     Returns:
       The results; `None` for each product that is to be computed alone.
     """
-    found: dict[int, _Planned] = {}
+    found: dict[int, _InForm] = {}
     for i, (eqn, (lhs, rhs)) in enumerate(zip(eqns, values, strict=True)):
         side = int(isinstance(rhs, Factored))
         w, x = ((lhs, rhs), (rhs, lhs))[side]
-        if isinstance(w, Factored) and w.a is not None and not isinstance(x, Factored):
-            planned = _planned(eqn, x, w, side)
-            if planned and planned.together:
-                found[i] = planned
-    first = next(iter(found.values()), None)
-    found = {i: p for i, p in found.items() if first and alike(first.plan, p.plan)}
+        if isinstance(w, Factored) and w.factors and not isinstance(x, Factored):
+            one = _in_form(eqn, x, w, side)
+            if one and one.together:
+                found[i] = one
+    if found:
+        first, *_ = found.values()
+        like = first.product, first.p
+        found = {i: x for i, x in found.items() if alike(like, (x.product, x.p))}
     results: list[Any] = [None] * len(eqns)
     if len(found) < 2:
         return results
     scopes = relative_scopes([eqns[i] for i in found])
-    named = [
-        dataclasses.replace(p, plan=dataclasses.replace(p.plan, scope=scope))
-        for p, scope in zip(found.values(), scopes, strict=True)
+    scoped = [
+        dataclasses.replace(x, product=dataclasses.replace(x.product, scope=scope))
+        for x, scope in zip(found.values(), scopes, strict=True)
     ]
-    for i, y in zip(found, _computed(named), strict=True):
+    for i, y in zip(found, _computed(scoped), strict=True):
         results[i] = y
     return results

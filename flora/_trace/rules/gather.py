@@ -1,26 +1,22 @@
 """The rule for `gather`: embeddings look rows up, stacks are indexed."""
 
 import dataclasses
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.factored import Dim, Factored
-from flora._algebra.low_rank import (
-    Labelled,
-    between_factors,
-    contract,
-    on_columns,
-    widened,
-)
-from flora._algebra.views import RANK, views
-from flora._trace.compat import eval_eqn
+from flora._algebra.axes import RANK, Axis, Factored, Name, Named, fused
+from flora._algebra.low_rank import contract, on_hidden, widened, with_output_scale
+from flora._trace.compat import Eqn, eval_eqn
+from flora._trace.interpret import Context
 from flora._tree.errors import Unfactorable
 
 
-def gather(ctx: Any, eqn: Any, w: Any, indices: Any) -> list[Any]:
+def gather(ctx: Context, eqn: Eqn, w: Any, indices: Any) -> list[Any]:
     """Looks the same rows up in W, and in each factor that has the indexed axes.
 
     For an embedding `[vocab, dim]`: y = W[i] + scale A[i] B.  Rows looked up are
@@ -29,105 +25,109 @@ def gather(ctx: Any, eqn: Any, w: Any, indices: Any) -> list[Any]:
     if isinstance(indices, Factored) or not isinstance(w, Factored):
         raise Unfactorable("a weight as an index")
     base = None if w.base is None else eval_eqn(eqn, [w.base, indices])[0]
-    plan = _plan(eqn, indices.ndim - 1)
-    if _is_lookup(w, plan):
-        roles = {i: "in" if i in plan.chosen else "out" for i in range(len(w.axes))}
+    places = _places(eqn, w, indices.ndim - 1)
+    if _is_lookup(w, places):
+        roles = {
+            i: "in" if i in places.looked_up else "out" for i in range(len(w.axes))
+        }
         ctx.claim(w, eqn, roles)
-        if w.a is None:
-            return [base]
-        return [_on_columns(eqn, w, _rows(eqn, w, base, indices, plan), indices, plan)]
-    ctx.claim(w, eqn, {i: "stack" for i in plan.chosen}, firm=False)
-    return [_restack(ctx, eqn, w, base, indices, plan)]
+        return [_rows(eqn, w, base, indices, places) if w.factors else base]
+    ctx.claim(w, eqn, dict.fromkeys(places.looked_up, "stack"), binding=False)
+    return [_restacked(ctx, eqn, w, base, indices, places)]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Places:
     """Where W's axes go.
 
     Attributes:
-      chosen: axes that the indices pick one element of.
+      looked_up: axes that the indices pick one element of.
       cut: axes of which a window stays.
-      out: for each axis of the result, `("i", n)` for axis n of the indices or
-        `("w", axis, 0)` for an axis of W.
+      out: for each axis of the result the axis of W that it is, or the name of an axis
+        of the indices.
+      indices: the names of the indices' axes, which W does not have.
     """
 
-    chosen: tuple[int, ...]
+    looked_up: tuple[int, ...]
     cut: tuple[int, ...]
-    out: tuple[Any, ...]
+    out: tuple[int | Name, ...]
+    indices: tuple[Name, ...]
 
 
-def _plan(eqn: Any, index_ndim: int) -> _Plan:
+def _places(eqn: Eqn, w: Factored, index_ndim: int) -> _Places:
     dn, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     shape = eqn.invars[0].aval.shape
-    chosen = {*dn.collapsed_slice_dims, *dn.operand_batching_dims}
-    kept = [i for i in range(len(shape)) if i not in chosen]
-    offsets, batch = iter(kept), iter(range(index_ndim))
+    looked_up = {*dn.collapsed_slice_dims, *dn.operand_batching_dims}
+    kept = [i for i in range(len(shape)) if i not in looked_up]
+    fresh = (n for k in itertools.count() if (n := f"index{k}") not in w.names)
+    names = tuple(itertools.islice(fresh, index_ndim))
+    offsets, batch = iter(kept), iter(names)
     out = tuple(
-        ("w", next(offsets), 0) if i in dn.offset_dims else ("i", next(batch))
+        next(offsets) if i in dn.offset_dims else next(batch)
         for i in range(len(kept) + index_ndim)
     )
     cut = tuple(i for i in kept if sizes[i] != shape[i])
-    return _Plan(tuple(sorted(chosen)), cut, out)
+    return _Places(tuple(sorted(looked_up)), cut, out, names)
 
 
-def _is_lookup(w: Factored, plan: _Plan) -> bool:
+def _is_lookup(w: Factored, places: _Places) -> bool:
     """Whether the result is rows of activations, not a smaller weight."""
-    roles = {d.role for i in (*plan.chosen, *plan.cut) for d in w.axes[i] if d.size > 1}
-    if "" in roles:
-        rest = [n for i, n in enumerate(w.shape) if i not in plan.chosen and n > 1]
-        return bool(plan.chosen) and len(rest) <= 1
-    return bool(roles - {"stack"})
+    touched = (*places.looked_up, *places.cut)
+    pieces = [x for i in touched for x in w.axes[i] if x.size > 1]
+    if pieces and not w.factors:
+        rest = [n for i, n in enumerate(w.shape) if i not in places.looked_up and n > 1]
+        return bool(places.looked_up) and len(rest) <= 1
+    return any(w.role(x.name) != "stack" for x in pieces)
 
 
-def _rows(eqn: Any, w: Factored, base: Any, indices: Any, plan: _Plan) -> Any:
-    v = views(w, "w")
-    if any(len(s) > 1 for s in v.segments):
-        raise Unfactorable("a lookup in an axis that joins several of the weight's")
-    a = _gather_factor(eqn, v.a, v.a_labels, indices)
-    b = _gather_factor(eqn, v.b, v.b_labels, indices)
-    a = dataclasses.replace(a, array=between_factors(w, a.array, a.labels))
-    present = {*a.labels, *b.labels}
-    out = [label for label in plan.out if label in present]
-    aval = eqn.outvars[0].aval
-    if jnp.issubdtype(aval.dtype, jnp.inexact):
-        b = dataclasses.replace(b, array=widened(b.array) * w.site.scale)
-        a, b = (
-            dataclasses.replace(f, array=f.array.astype(aval.dtype)) for f in (a, b)
-        )
-    if {("i", n) for n in range(indices.ndim - 1)} - present:
+def _rows(eqn: Eqn, w: Factored, base: Any, indices: Any, places: _Places) -> Any:
+    """Scale A[i] B for rows of A, or A B[i], added to the base's and scaled."""
+    w, at = _with_sole_axes(w, "a lookup in an axis that joins several of the weight's")
+    found = {k: _gathered(eqn, f, at, indices, places) for k, f in w.factors.items()
+             if k != "key"}  # fmt: skip
+    a, b, aval = on_hidden(w, found["a"]), found["b"], eqn.outvars[0].aval
+    names = {i: n for n, i in at.items()}
+    out = [p if isinstance(p, str) else names.get(p, "") for p in places.out]
+    present = {*a.names, *b.names}
+    if {*places.indices} - present:
         raise Unfactorable("a lookup that repeats the weight")
-    y = contract(a, b, out).array.reshape(aval.shape)
-    return y if base is None else base + y
-
-
-def _on_columns(eqn: Any, w: Factored, y: Any, indices: Any, plan: _Plan) -> Any:
-    """Rows whose columns are scaled."""
-    if w.columns is None:
+    if jnp.issubdtype(aval.dtype, jnp.inexact):
+        b = Named(widened(b.array) * w.settings.scale, b.names)
+        a, b = a.astype(aval.dtype), b.astype(aval.dtype)
+    y = contract(a, b, [n for n in out if n in present]).array.reshape(aval.shape)
+    y = y if base is None else base + y
+    if "scale" not in found:
         return y
-    v, looked_up = views(w, "w"), {*plan.chosen, *plan.cut}
-    if any(label[1] in looked_up for label in v.column_labels):
-        got = _gather_factor(eqn, v.columns, v.column_labels, indices)
-        v = dataclasses.replace(v, columns=got.array, b_labels=tuple(got.labels))
-    return on_columns(y, v, list(zip(plan.out, y.shape, strict=True)))
+    return with_output_scale(y, found["scale"], [*zip(out, y.shape, strict=True)])
 
 
-def _gather_factor(eqn: Any, array: Any, labels: Any, indices: Any) -> Labelled:
+def _with_sole_axes(w: Factored, what: str) -> tuple[Factored, dict[Name, int]]:
+    """The weight with at most one piece an axis, and the axis of each name."""
+    w = fused(w)
+    if any(len(axis) > 1 for axis in w.axes):
+        raise Unfactorable(what)
+    return w, {axis[0].name: i for i, axis in enumerate(w.axes) if axis}
+
+
+def _gathered(
+    eqn: Eqn, f: Named, axes: Mapping[Name, int], indices: Any, places: _Places
+) -> Named:
     """The same gather on a factor: index axes first, then the factor's own."""
     p, dn = eqn.params, eqn.params["dimension_numbers"]
-    at = {label[1]: i for i, label in enumerate(labels) if label != RANK}
+    at = {axes[n]: i for i, n in enumerate(f.names) if n != RANK}
     components = [k for k, i in enumerate(dn.start_index_map) if i in at]
     pairs = zip(dn.operand_batching_dims, dn.start_indices_batching_dims, strict=True)
     batching = sorted(((i, j) for i, j in pairs if i in at), key=lambda p: at[p[0]])
     if not components and not batching:
-        return Labelled(array, labels)
+        return f
     gone = {*dn.collapsed_slice_dims, *(i for i, _ in batching)}
-    own = [x for x in labels if x == RANK or x[1] not in gone]
-    n = indices.ndim - 1
+    own = [n for n in f.names if n == RANK or axes[n] not in gone]
+    ndim = len(places.indices)
     y = lax.gather(
-        array,
+        f.array,
         _select_last(indices, components),
         lax.GatherDimensionNumbers(
-            offset_dims=tuple(range(n, n + len(own))),
+            offset_dims=tuple(range(ndim, ndim + len(own))),
             collapsed_slice_dims=tuple(
                 sorted(at[i] for i in dn.collapsed_slice_dims if i in at)
             ),
@@ -136,78 +136,56 @@ def _gather_factor(eqn: Any, array: Any, labels: Any, indices: Any) -> Labelled:
             start_indices_batching_dims=tuple(j for _, j in batching),
         ),
         slice_sizes=[
-            array.shape[i] if x == RANK else p["slice_sizes"][x[1]]
-            for i, x in enumerate(labels)
+            size if n == RANK else p["slice_sizes"][axes[n]]
+            for n, size in f.sizes.items()
         ],
         mode=p["mode"],
         fill_value=0 if p["mode"] == lax.GatherScatterMode.FILL_OR_DROP else None,
     )
-    return Labelled(y, (*(("i", k) for k in range(n)), *own))
+    return Named(y, (*places.indices, *own))
 
 
 def _select_last(indices: Any, components: list[int]) -> Any:
     """The components of each index vector that a factor has axes for."""
     if components == list(range(indices.shape[-1])):
         return indices
-    chosen = [lax.slice_in_dim(indices, k, k + 1, axis=-1) for k in components]
-    return lax.concatenate(chosen, indices.ndim - 1) if chosen else indices[..., :0]
+    found = [lax.slice_in_dim(indices, k, k + 1, axis=-1) for k in components]
+    return lax.concatenate(found, indices.ndim - 1) if found else indices[..., :0]
 
 
-def _restack(
-    ctx: Any, eqn: Any, w: Factored, base: Any, indices: Any, plan: _Plan
+def _restacked(
+    ctx: Context, eqn: Eqn, w: Factored, base: Any, indices: Any, places: _Places
 ) -> Factored:
     """The weight that the indices choose from a stack."""
-    if len(plan.chosen) > 1 and indices.ndim > 1:
+    if len(places.looked_up) > 1 and places.indices:
         raise Unfactorable("a stack indexed along several axes at once")
-    old = [d for i in plan.chosen or plan.cut for d in w.axes[i]]
-    out_shape = eqn.outvars[0].aval.shape
-    axes: list[tuple[Dim, ...]] = []
-    for label, size in zip(plan.out, out_shape, strict=True):
-        if label[0] == "i":
-            dim = old[0] if old else Dim((0,), 1)
-            at = (*dim.at, label[1])
-            axes.append((Dim(at, size, dim.role),))
+    at: dict[Name, int] = {}
+    if w.factors:
+        w, at = _with_sole_axes(w, "an index into several joined axes")
+    old = [x for i in places.looked_up or places.cut for x in w.axes[i]]
+    source = old[0].sources if old else ()
+    axes = []
+    for place, size in zip(places.out, eqn.outvars[0].aval.shape, strict=True):
+        if isinstance(place, str):
+            axes.append((Axis(place, size, source),))
+        elif place in places.cut:
+            axes.append((dataclasses.replace(w.sole(place), size=size),))
         else:
-            axis = w.axes[label[1]]
-            if label[1] in plan.cut:
-                if len(axis) != 1:
-                    raise Unfactorable("a window of several joined axes")
-                axis = (dataclasses.replace(axis[0], size=size),)
-            axes.append(axis)
-    rows = {d.at[0] for d in old if d.role != "stack"}
-    chosen = tuple(sorted({*w.chosen, *rows}))
-    new = dataclasses.replace(w, base=base, axes=tuple(axes), chosen=chosen)
-    if w.a is None:
+            axes.append(w.axes[place])
+    rows = [x for x in old if w.role(x.name) != "stack"]
+    new = dataclasses.replace(
+        w, base=base, axes=tuple(axes), indexed=(*w.indexed, *rows)
+    )
+    if not w.factors:
         return new
-    v = views(w, "w")
-    if any(len(s) > 1 for s in v.segments):
-        raise Unfactorable("an index into several joined axes")
-    rank = Dim((), w.a.shape[-1], "rank")
-    dims_of = dict(zip(plan.out, axes, strict=True)) | {RANK: (rank,)}
-    found = []
-    for array, labels, before, after in (
-        (v.a, v.a_labels, ("stack", "in"), ()),
-        (v.b, v.b_labels, ("stack",), ("out",)),
-    ):
-        got = _gather_factor(eqn, array, labels, indices)
-        if any(label not in got.labels for label in plan.out if label[0] == "i"):
-            raise Unfactorable("an index that repeats the weight")
-        found.append(
-            _in_dims(got, dims_of, [*new.dims(*before), rank, *new.dims(*after)])
-        )
-    key = w.key
-    if key is not None:
-        key = jax.random.fold_in(key.reshape(-1)[0], ctx.salt)
-        key = jnp.broadcast_to(key, [d.size for d in new.dims("stack")])
-    columns = w.columns
-    if columns is not None:
-        got = _gather_factor(eqn, v.columns, v.column_labels, indices)
-        columns = _in_dims(got, dims_of, new.dims("stack", "out"))
-    return dataclasses.replace(new, a=found[0], b=found[1], key=key, columns=columns)
-
-
-def _in_dims(got: Labelled, dims_of: Any, wanted: list[Dim]) -> Any:
-    """The factor with one axis a dim, in the order in which a factor holds them."""
-    held = [d for label in got.labels for d in dims_of[label]]
-    array = lax.reshape(got.array, [d.size for d in held])
-    return lax.transpose(array, [held.index(d) for d in wanted])
+    factors = {k: _gathered(eqn, f, at, indices, places) for k, f in w.factors.items()
+               if k != "key"}  # fmt: skip
+    if {*places.indices} - ({*factors["a"].names} & {*factors["b"].names}):
+        raise Unfactorable("an index that repeats the weight")
+    new = dataclasses.replace(new, factors=factors)
+    if w.key is not None:
+        key = jax.random.fold_in(w.key.array.reshape(-1)[0], ctx.salt)
+        sizes = {x.name: x.size for x in new.pieces if new.role(x.name) == "stack"}
+        key = Named(jnp.broadcast_to(key, [*sizes.values()]), tuple(sizes))
+        new = dataclasses.replace(new, factors={**new.factors, "key": key})
+    return new

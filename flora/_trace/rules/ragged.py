@@ -1,24 +1,24 @@
 """The rule for `ragged_dot`: mixtures of experts whose tokens are sorted by expert."""
 
-import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.factored import Factored
+from flora._algebra.axes import RANK, Factored, Name, Named
 from flora._algebra.low_rank import (
-    between_factors,
     compute_dtype_of,
     drop,
-    with_columns,
+    on_hidden,
+    run_with_output_scale,
 )
-from flora._algebra.views import RANK, views
-from flora._trace.compat import eval_eqn
+from flora._trace.compat import Eqn, eval_eqn
+from flora._trace.interpret import Context
 from flora._tree.errors import Unfactorable
 
 
-def ragged_dot_general(ctx: Any, eqn: Any, x: Any, w: Any, *rest: Any) -> list[Any]:
+def ragged_dot_general(ctx: Context, eqn: Eqn, x: Any, w: Any, *rest: Any) -> list[Any]:
     """y[t] = x[t] W[g] + scale (x[t] A[g]) B[g] for token t of group g.
 
     The layout says which factors an expert has of its own: with the expert axis in
@@ -26,6 +26,22 @@ def ragged_dot_general(ctx: Any, eqn: Any, x: Any, w: Any, *rest: Any) -> list[A
     """
     if isinstance(x, Factored) or not isinstance(w, Factored):
         raise Unfactorable("a weight as the tokens of a ragged product")
+    g, k, n = axes = _axes(eqn, x, w)
+    ctx.claim(w, eqn, {g: "stack", k: "in", n: "out"})
+    base = None if w.base is None else eval_eqn(eqn, [x, w.base, *rest])[0]
+    if not w.factors:
+        return [base]
+    if any(len(axis) > 1 for axis in w.axes):
+        raise Unfactorable("a ragged product with joined axes")
+    names = [w.axes[i][0].name if w.axes[i] else f"new{i}" for i in axes]
+    if w.output_scale is not None:
+        return [_with_output_scale(ctx, eqn, x, w, rest, names)]
+    change = _change(eqn, drop(x, w, ctx.salt), w, rest[0], names)
+    return [change if base is None else base + change]
+
+
+def _axes(eqn: Eqn, x: Any, w: Factored) -> tuple[int, int, int]:
+    """W's axes of groups, inputs and outputs."""
     dims = eqn.params["ragged_dot_dimension_numbers"]
     (summed_x, summed), batch = dims.dot_dimension_numbers
     group = dims.rhs_group_dimensions
@@ -36,71 +52,53 @@ def ragged_dot_general(ctx: Any, eqn: Any, x: Any, w: Any, *rest: Any) -> list[A
         or len(group) != 1
     ):
         raise Unfactorable("a ragged product with batch or other ragged axes")
-    (k,), (g,) = summed, group
-    n = 3 - k - g
-    ctx.claim(w, eqn, {g: "stack", k: "in", n: "out"})
-    base = None if w.base is None else eval_eqn(eqn, [x, w.base, *rest])[0]
-    if w.a is None:
-        return [base]
-    if w.columns is not None:
-        return [_on_columns(ctx, eqn, x, w, rest, (g, n))]
-    change = _change(ctx, eqn, x, w, rest[0], (g, k, n))
-    return [change if base is None else base + change]
+    return group[0], summed[0], 3 - summed[0] - group[0]
 
 
-def _on_columns(ctx: Any, eqn: Any, x: Any, w: Factored, rest: Any, axes: Any) -> Any:
-    """A ragged product whose columns are scaled, by each expert's own or all alike."""
-    g, n = (("w", axis, 0) for axis in axes)
-    v = views(w, "w")
-    if g in v.column_labels:  # as a product: each token takes its expert's
-        order = [v.column_labels.index(label) for label in (g, n)]
-        of_experts = lax.transpose(v.columns, order)[:, None, :]
-        ones = jnp.ones((x.shape[0], 1), v.columns.dtype)
-        columns = lax.ragged_dot(
-            ones,
-            of_experts,
+def _with_output_scale(
+    ctx: Context, eqn: Eqn, x: Any, w: Factored, rest: Any, names: Sequence[Name]
+) -> Any:
+    """A ragged product with scaled outputs, by each expert's own or all alike."""
+    (g, _, n), scale = names, w.factors["scale"]
+    if g in scale.names:  # as a product: each token takes its expert's
+        of_tokens = lax.ragged_dot(
+            jnp.ones((x.shape[0], 1), scale.array.dtype),
+            scale.ordered((g, n))[:, None, :],
             rest[0],
             precision=lax.Precision.HIGHEST,
             group_offset=eqn.params["group_offset"],
         )
-        v = dataclasses.replace(v, columns=columns, b_labels=("t", n))
+        scale = Named(of_tokens, ("tokens", n))
 
     def run(w: Factored, x: Any) -> Any:
         x = x.astype(eqn.invars[0].aval.dtype)
         return ragged_dot_general(ctx, eqn, x, w, *rest)[0]
 
-    out = [("t", x.shape[0]), (n, w.shape[axes[1]])]
-    return with_columns(w, x, ctx.salt, run, out, v)
+    out = [("tokens", x.shape[0]), (n, eqn.outvars[0].aval.shape[1])]
+    return run_with_output_scale(w, x, ctx.salt, run, out, scale)
 
 
-def _change(ctx: Any, eqn: Any, x: Any, w: Factored, sizes: Any, axes: Any) -> Any:
-    g, k, n = (("w", axis, 0) for axis in axes)
-    v, out = views(w, "w"), eqn.outvars[0].aval
-    if any(len(s) > 1 for s in v.segments):
-        raise Unfactorable("a ragged product with joined axes")
-    dtype = compute_dtype_of(x.dtype, out.dtype)
-    factors = [(v.a, v.a_labels), (v.b, v.b_labels)]
-    if g not in (*v.a_labels, *v.b_labels):  # an axis of size 1 that W gained
-        factors[0] = (v.a[None], (g, *v.a_labels))
-    if k in v.b_labels:  # in and out are called the other way round
-        factors.reverse()
-    if k not in factors[0][1] or n not in factors[1][1]:
+def _change(eqn: Eqn, x: Any, w: Factored, sizes: Any, names: Sequence[Name]) -> Any:
+    """Scale (x A) B, each product ragged where its factor is an expert's own."""
+    (g, k, n), aval = names, eqn.outvars[0].aval
+    dtype = compute_dtype_of(x.dtype, aval.dtype)
+    first, second = w.a, w.b
+    if g not in (*first.names, *second.names):  # an axis of length 1 that W gained
+        first = first.repeated(g, 1)
+    if k in second.names:  # in and out are called the other way round
+        first, second = second, first
+    if k not in first.names or n not in second.names:
         raise Unfactorable("a ragged product across the axes of the weight's layout")
+    precision = eqn.params["precision"]
 
-    def times(x: Any, factor: Any, labels: Any, ends: tuple[Any, Any]) -> Any:
-        order = (g, *ends) if g in labels else ends
-        factor = lax.transpose(factor, [labels.index(label) for label in order])
-        if g in labels:
-            return lax.ragged_dot(
-                x,
-                factor.astype(dtype),
-                sizes,
-                precision=eqn.params["precision"],
-                group_offset=eqn.params["group_offset"],
-            )
-        return jnp.dot(x, factor.astype(dtype), precision=eqn.params["precision"])
+    def times(x: Any, factor: Named, ends: tuple[Name, Name]) -> Any:
+        array = factor.ordered((g, *ends)).astype(dtype)
+        if g not in factor.names:
+            return jnp.dot(x, array, precision=precision)
+        offset = eqn.params["group_offset"]
+        return lax.ragged_dot(x, array, sizes, precision=precision, group_offset=offset)
 
-    z = times(drop(x, w, ctx.salt).astype(dtype), *factors[0], (k, RANK))
-    z = between_factors(w, z, ("t", RANK))
-    y = times(z * jnp.asarray(w.site.scale, dtype), *factors[1], (RANK, n))
-    return y.astype(out.dtype)
+    z = times(x.astype(dtype), first, (k, RANK))
+    z = on_hidden(w, Named(z, ("tokens", RANK))).array
+    y = times(z * jnp.asarray(w.settings.scale, dtype), second, (RANK, n))
+    return y.astype(aval.dtype)

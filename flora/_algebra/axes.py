@@ -65,22 +65,22 @@ class Named:
             return self
         return Named(fn(self.array, self.names.index(name)), self.names)
 
-    def without(self, name: Name) -> "Named":
-        """Of what is left after an axis, the first one, is sliced away."""
-        return Named(self.array, tuple(n for n in self.names if n != name))
-
-    def first(self, name: Name) -> "Named":
-        """With that axis in front, if there is one."""
-        if name not in self.names:
-            return self
-        names = (name, *(n for n in self.names if n != name))
-        return Named(self.ordered(names), names)
-
     def repeated(self, name: Name, size: int) -> "Named":
         """With a new axis in front, along which it is constant."""
         shape = (size, *self.array.shape)
         array = lax.broadcast_in_dim(self.array, shape, range(1, len(shape)))
         return Named(array, (name, *self.names))
+
+    def padded(
+        self, name: Name, before: int, after: int, between: int = 0, value: int = 0
+    ) -> "Named":
+        """With a value around and between the elements along an axis."""
+        if name not in self.names:
+            return self
+        config = [(before, after, between) if n == name else (0, 0, 0)
+                  for n in self.names]  # fmt: skip
+        edge = jnp.asarray(value, self.array.dtype)
+        return Named(lax.pad(self.array, edge, config), self.names)
 
     def summed(self, names: Iterable[Name]) -> "Named":
         """The sum over the axes of those names, as far as there are any."""
@@ -255,6 +255,11 @@ class Factored:
         """W alone, or what stands for it, with no factors."""
         return dataclasses.replace(self, base=base, factors={})
 
+    def without(self, *factors: str) -> "Factored":
+        """The weight without some of its factors."""
+        left = {k: f for k, f in self.factors.items() if k not in factors}
+        return dataclasses.replace(self, factors=left)
+
     def resized(self, sizes: Mapping[Name, int]) -> Axes:
         """The axes, some pieces with other lengths."""
         return tuple(
@@ -381,42 +386,47 @@ def _leaves(halves: Mapping[Name, tuple[Axis, Axis]], name: Name) -> Sizes:
     return found
 
 
-def fused(w: Factored) -> Factored:
-    """The same weight, neighboring pieces of an axis that share a role as one."""
-    if all(len(axis) <= 1 for axis in w.axes):
+def fused(w: Factored, at: Iterable[int] | None = None) -> Factored:
+    """The same weight, neighboring pieces of an axis that share a role as one.
+
+    Args:
+      w: the weight.
+      at: the axes concerned, of which each must be of one role; all of any roles by
+        default.
+    """
+    mine = range(len(w.axes)) if at is None else {*at}
+    if all(len(w.axes[i]) <= 1 for i in mine):
         return w
+    few = [
+        (tuple(x for x in axis if x.size > 1) or axis[:1]) if i in mine else axis
+        for i, axis in enumerate(w.axes)
+    ]
+    w = regrouped(w, w.base, few)
     groups: dict[Name, tuple[Name, ...]] = {}
     axes = []
-    for axis in w.axes:
-        runs = [[*run] for _, run in itertools.groupby(axis, lambda x: w.role(x.name))]
+    for i, axis in enumerate(few):
+        runs = [[x] for x in axis]
+        if i in mine:
+            grouped = itertools.groupby(axis, lambda x: w.role(x.name))
+            runs = [[*run] for _, run in grouped]
+        if i in mine and at is not None and len(runs) > 1:
+            raise Unfactorable("an axis that joins axes of other roles")
         axes.append(tuple(_one(run, groups) for run in runs))
     return w.on_factors(lambda f: f.merged(groups), axes=tuple(axes))
 
 
 def _one(run: Sequence[Axis], groups: dict[Name, tuple[Name, ...]]) -> Axis:
-    """A run of pieces as one."""
+    """A run of pieces as one; `groups` learns what its name stands for."""
     if len(run) == 1:
         return run[0]
     names = tuple(x.name for x in run)
     groups["+".join(names)] = names
-    sources = tuple(dict.fromkeys(s for x in run for s in x.sources))
-    return Axis("+".join(names), math.prod(x.size for x in run), sources)
+    return Axis("+".join(names), math.prod(x.size for x in run), sources_of(run))
 
 
-def with_sole(w: Factored, axes: Iterable[int]) -> Factored:
-    """The same weight with at most one piece in each of those axes."""
-    few, at = [*w.axes], {*axes}
-    for i in at:
-        few[i] = tuple(x for x in few[i] if x.size > 1) or few[i][:1]
-        if len({w.role(x.name) for x in few[i]}) > 1:
-            raise Unfactorable("an axis that joins axes of other roles")
-    w = regrouped(w, w.base, few)
-    groups: dict[Name, tuple[Name, ...]] = {}
-    joined = [
-        (_one(axis, groups),) if i in at and axis else axis
-        for i, axis in enumerate(w.axes)
-    ]
-    return w.on_factors(lambda f: f.merged(groups), axes=tuple(joined))
+def sources_of(pieces: Iterable[Axis]) -> tuple[tuple[str, int], ...]:
+    """The leaves' axes that pieces came from."""
+    return tuple(dict.fromkeys(s for x in pieces for s in x.sources))
 
 
 def by_position(w: Factored) -> Factored:
@@ -424,7 +434,7 @@ def by_position(w: Factored) -> Factored:
 
     So the names of other leaves' weights compare.
     """
-    w = with_sole(w, range(len(w.axes)))
+    w = fused(w, range(len(w.axes)))
     new = {axis[0].name: str(i) for i, axis in enumerate(w.axes) if axis}
     axes = tuple(
         tuple(dataclasses.replace(x, name=new[x.name]) for x in axis) for axis in w.axes

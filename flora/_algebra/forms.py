@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ Arrays = Sequence[Named]
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class Spec:
     """What is static about a product, but for the names of its operands.
 
     Attributes:
@@ -54,47 +54,59 @@ class Product:
     precision: Any = None
     scope: str = ""
 
-    def scoped(self) -> contextlib.AbstractContextManager:
-        """Gives what runs inside the product's own name."""
-        return jax.named_scope(self.scope) if self.scope else contextlib.nullcontext()
-
     def times(self, u: Named, v: Named, out: Names, dtype: Any = None) -> Named:
         """u·v, summed over what `out` lacks."""
         return contract(u, v, out, precision=self.precision, dtype=dtype)
 
-    def base(self, x: Named, w: Named) -> Any:
-        """X W."""
-        return self.times(w, x, self.y, self.dtype).array
 
-    def change(self, z: Named, q: Named) -> Any:
+class Sum(NamedTuple):
+    """The operands of x W + z Q with z = x P."""
+
+    spec: Spec
+    x: Named
+    w: Named
+    z: Named
+    p: Named
+    q: Named
+
+    def base(self, x: Named | None = None, w: Named | None = None) -> Any:
+        """X W, or of what stands for x and W."""
+        spec = self.spec
+        return spec.times(w or self.w, x or self.x, spec.y, spec.dtype).array
+
+    def change(self) -> Any:
         """Z Q."""
-        return self.times(z, q.astype(z.array.dtype), self.y, self.dtype).array
+        q = self.q.astype(self.z.array.dtype)
+        return self.spec.times(self.z, q, self.spec.y, self.spec.dtype).array
+
+    def weight(self) -> Any:
+        """W + P Q, in float32 or wider."""
+        dtype = jnp.promote_types(self.w.array.dtype, jnp.float32)
+        p, q = self.p.astype(dtype), self.q.astype(dtype)
+        change = self.spec.times(p, q, self.w.names, dtype)
+        return self.w.array.astype(dtype) + change.array
 
 
-def _direct(product: Product, x: Named, w: Named, z: Named, p: Named, q: Named) -> Any:
+def _direct(s: Sum) -> Any:
     """XLA chooses the order."""
-    return product.base(x, w) + product.change(z, q)
+    return s.base() + s.change()
 
 
-def _thin_first(
-    product: Product, x: Named, w: Named, z: Named, p: Named, q: Named
-) -> Any:
+def _thin_first(s: Sum) -> Any:
     """Z Q goes to memory; the kernel of x W adds it to what it writes."""
-    return product.base(x, w) + lax.optimization_barrier(product.change(z, q))
+    return s.base() + lax.optimization_barrier(s.change())
 
 
-def _thin_last(
-    product: Product, x: Named, w: Named, z: Named, p: Named, q: Named
-) -> Any:
+def _thin_last(s: Sum) -> Any:
     """X W goes to memory; the kernel of z Q adds it to what it writes."""
-    return lax.optimization_barrier(product.base(x, w)) + product.change(z, q)
+    return lax.optimization_barrier(s.base()) + s.change()
 
 
-def _concat(product: Product, x: Named, w: Named, z: Named, p: Named, q: Named) -> Any:
+def _concat(s: Sum) -> Any:
     """[x | z] [W ; Q]: one product of longer operands."""
-    summed = [n for n in x.names if n in w.names and n not in product.y]
+    summed = [n for n in s.x.names if n in s.w.names and n not in s.spec.y]
     if len(summed) != 1:
-        return _thin_last(product, x, w, z, p, q)
+        return _thin_last(s)
     (axis,) = summed
 
     def longer(first: Named, thin: Named) -> Named:
@@ -102,28 +114,21 @@ def _concat(product: Product, x: Named, w: Named, z: Named, p: Named, q: Named) 
         pair = [first.array, more.astype(first.array.dtype)]
         return first.along(axis, lambda _, at: lax.concatenate(pair, at))
 
-    return product.base(longer(x, z), longer(w, q))
+    return s.base(longer(s.x, s.z), longer(s.w, s.q))
 
 
-def _merged(product: Product, x: Named, w: Named, z: Named, p: Named, q: Named) -> Any:
+def _merged(s: Sum) -> Any:
     """X (W + P Q), rounded to W's dtype: what is under half its last place vanishes."""
-    weight = _sum_of_weights(product, w, p, q).astype(w.array.dtype)
-    return product.base(x, Named(lax.optimization_barrier(weight), w.names))
+    return _by_copy(s, s.weight().astype(s.w.array.dtype))
 
 
-def _dithered(
-    product: Product, x: Named, w: Named, z: Named, p: Named, q: Named
-) -> Any:
+def _dithered(s: Sum) -> Any:
     """X (W + P Q), rounded so that it is right on average."""
-    whole = _sum_of_weights(product, w, p, q)
-    weight = stochastically_rounded(whole, w.array.dtype)
-    return product.base(x, Named(lax.optimization_barrier(weight), w.names))
+    return _by_copy(s, stochastically_rounded(s.weight(), s.w.array.dtype))
 
 
-def _sum_of_weights(product: Product, w: Named, p: Named, q: Named) -> Any:
-    dtype = jnp.promote_types(w.array.dtype, jnp.float32)
-    change = product.times(p.astype(dtype), q.astype(dtype), w.names, dtype)
-    return w.array.astype(dtype) + change.array
+def _by_copy(s: Sum, weight: Any) -> Any:
+    return s.base(w=Named(lax.optimization_barrier(weight), s.w.names))
 
 
 def stochastically_rounded(x: Any, dtype: Any) -> Any:
@@ -175,10 +180,10 @@ SUMS: Mapping[str, Callable[..., Any]] = {
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def products(
-    each: tuple[Product, ...], x: Named, ws: Arrays, ps: Arrays, qs: Arrays
+def _products(
+    each: tuple[Spec, ...], x: Named, ws: Arrays, ps: Arrays, qs: Arrays
 ) -> Sequence[Any]:
-    """X W + (x P) Q for each W, with the axes `product.y`.  Reverse mode only.
+    """X W + (x P) Q for each W, with the axes `spec.y`.  Reverse mode only.
 
     What products of one x share is computed once: z = x [P₁ P₂ …], xᵀ [g₁ g₂ …], and
     [g₁ g₂ …] [P₁ P₂ …]ᵀ, which is added to the first product's dy Wᵀ.
@@ -193,7 +198,7 @@ def products(
     return _forward(each, x, ws, ps, qs)[0]
 
 
-def alike(one: tuple[Product, Named], other: tuple[Product, Named]) -> bool:
+def alike(one: tuple[Spec, Named], other: tuple[Spec, Named]) -> bool:
     """Whether two products of one x, each with its P, can be computed together."""
     if {one[0].forward, one[0].backward} & {"merged", "dithered"}:
         return False
@@ -202,15 +207,16 @@ def alike(one: tuple[Product, Named], other: tuple[Product, Named]) -> bool:
 
 
 def _forward(
-    each: tuple[Product, ...], x: Named, ws: Arrays, ps: Arrays, qs: Arrays
+    each: tuple[Spec, ...], x: Named, ws: Arrays, ps: Arrays, qs: Arrays
 ) -> tuple[Sequence[Any], Any]:
     x = lax.optimization_barrier(x)  # written once: W, P and dP read it
     p = _joined([p.astype(x.array.dtype) for p in ps])
     z = each[0].times(x, p, _hidden(x, p, qs))
     ys = []
-    for product, w, part, own, q in zip(each, ws, _parts(z, qs), ps, qs, strict=True):
-        with product.scoped():
-            ys.append(SUMS[product.forward](product, x, w, part, own, q))
+    for spec, w, part, own, q in zip(each, ws, _parts(z, qs), ps, qs, strict=True):
+        scope = jax.named_scope(spec.scope) if spec.scope else contextlib.nullcontext()
+        with scope:
+            ys.append(SUMS[spec.forward](Sum(spec, x, w, part, own, q)))
     return tuple(ys), (x, ws, z, ps, qs)
 
 
@@ -220,51 +226,52 @@ def _hidden(x: Named, p: Named, qs: Arrays) -> Names:
 
 
 def _backward(
-    each: tuple[Product, ...], saved: Any, dys: Sequence[Any]
+    each: tuple[Spec, ...], saved: Any, dys: Sequence[Any]
 ) -> tuple[Any, ...]:
     x, ws, z, ps, qs = saved
     dtype = x.array.dtype
-    if any(product.backward in COPIES for product in each):
+    if any(spec.backward in COPIES for spec in each):
         # or XLA keeps the forward pass's copy of W until here
         ws, ps, qs = lax.optimization_barrier((ws, ps, qs))
     dys = [  # written once: W, Q, dQ read it
-        Named(lax.optimization_barrier(dy), product.y)
-        for product, dy in zip(each, dys, strict=True)
+        Named(lax.optimization_barrier(dy), spec.y)
+        for spec, dy in zip(each, dys, strict=True)
     ]
     thin = [dy.astype(dtype) for dy in dys]
     gs = [
-        product.times(dy, q.astype(dtype), _hidden(dy, q, ps))
-        for product, dy, q in zip(each, thin, qs, strict=True)
+        spec.times(dy, q.astype(dtype), _hidden(dy, q, ps))
+        for spec, dy, q in zip(each, thin, qs, strict=True)
     ]
     g, p = _joined(gs), _joined(ps)
     backs = [dataclasses.replace(one, y=x.names, dtype=dtype) for one in each]
     dx = _summed(backs, dys, ws, g, qs[0], p)
     dp = each[0].times(x, g, p.names, ps[0].array.dtype)
     dqs = [
-        product.times(part, dy, q.names, q.array.dtype)
-        for product, part, dy, q in zip(each, _parts(z, qs), thin, qs, strict=True)
+        spec.times(part, dy, q.names, q.array.dtype)
+        for spec, part, dy, q in zip(each, _parts(z, qs), thin, qs, strict=True)
     ]
     return Named(dx, x.names), None, tuple(_parts(dp, qs)), tuple(dqs)
 
 
-products.defvjp(_forward, _backward)
+_products.defvjp(_forward, _backward)
+
+# Traced, differentiated and transposed once for all layers that are alike.
+products = jax.jit(_products, static_argnums=0, inline=True)
 
 
 def _summed(
-    backs: Sequence[Product], dys: Arrays, ws: Arrays, g: Named, q: Named, p: Named
+    backs: Sequence[Spec], dys: Arrays, ws: Arrays, g: Named, q: Named, p: Named
 ) -> Any:
     """Σ dy Wᵀ + g Pᵀ, the low-rank term with the first product, in its form.
 
     In the direct form it comes last: on a mesh XLA then reduces the rest in one go.
     """
-    first, direct = backs[0], backs[0].backward == "direct"
-    if direct:
-        dx = first.base(dys[0], ws[0])
-    else:
-        dx = SUMS[first.backward](first, dys[0], ws[0], g, q, p)
-    for back, dy, w in zip(backs[1:], dys[1:], ws[1:], strict=True):
-        dx = dx + back.base(dy, w)
-    return dx + first.change(g, p) if direct else dx
+    sums = [Sum(b, dy, w, g, q, p) for b, dy, w in zip(backs, dys, ws, strict=True)]
+    first, direct = sums[0], backs[0].backward == "direct"
+    dx = first.base() if direct else SUMS[backs[0].backward](first)
+    for each in sums[1:]:
+        dx = dx + each.base()
+    return dx + first.change() if direct else dx
 
 
 def _joined(factors: Arrays) -> Named:

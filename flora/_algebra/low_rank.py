@@ -6,7 +6,7 @@ order of the two thin products follows from sizes.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -172,11 +172,6 @@ def widened(factor: Any, *others: Any) -> Any:
     return factor.astype(jnp.result_type(factor.dtype, jnp.float32, *dtypes))
 
 
-def scaled_factor(f: Named, scale: Any) -> Named:
-    """A factor times a number, in float32 or wider."""
-    return Named(widened(f.array) * scale, f.names)
-
-
 def compute_dtype_of(x: Any, result: Any) -> Any:
     """The activations' dtype, unless it is an integer or narrower than 16 bits."""
     for dtype in (x, result):
@@ -222,47 +217,6 @@ def with_output_scale(y: Any, scale: Named, sizes: Sizes) -> Any:
     apart = lax.reshape(y, [size for _, size in sizes])
     scaled = jax.checkpoint(times, prevent_cse=False)(apart, scale.aligned(names))
     return lax.reshape(scaled, y.shape)
-
-
-def run_with_output_scale(
-    w: Factored,
-    x: Any,
-    salt: int,
-    run: Callable[[Factored, Any], Any],
-    out: Sizes,
-    scale: Named | None = None,
-    x_sizes: Sizes = (),
-) -> Any:
-    """(x (W + scale A B)) ⊙ output scale, for a linear `run(weight, x)`.
-
-    Where x meets the out axes, as with Wᵀ, (x ⊙ scale) (W + scale A B)ᵀ; `x_sizes` has
-    name and length of its axes.  Dropout acts on what adapting changes: x W keeps the x
-    that was dropped.
-
-    Args:
-      w: the weight.
-      x: activations.
-      salt: of the dropout masks.
-      run: the product with a weight that has no output scale.
-      out: name and length of each axis that the result's axes are made of.
-      scale: what stands for the weight's own output scale, if that is another.
-      x_sizes: the same of x's axes.
-
-    References: Liu et al. 2024 (DoRA), section 4.3 and its implementation in PEFT.
-      https://arxiv.org/abs/2402.09353
-    """
-    dropped = drop(x, w, salt)
-    plain = {k: f for k, f in w.factors.items() if k not in ("scale", "key")}
-    plain = dataclasses.replace(w, factors=plain)
-    scale = scale or fused(w).factors["scale"]
-    if {*scale.names} <= {n for n, _ in x_sizes}:
-        y = run(plain, with_output_scale(dropped, scale, x_sizes))
-    else:
-        y = with_output_scale(run(plain, dropped), scale, out)
-    if dropped is x or w.base is None:
-        return y
-    rest = run(w.frozen(w.base), x.astype(dropped.dtype) - dropped)
-    return y + rest.astype(y.dtype)
 
 
 def drop(x: Any, w: Factored, salt: int) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.axes import Axis, Factored, Named, is_lazy, with_sole
+from flora._algebra.axes import Axis, Factored, Named, fused, is_lazy
 from flora._trace import compat
 from flora._trace.compat import Eqn
 from flora._trace.dequantize import in_slices
@@ -246,17 +246,19 @@ def _scanned(ctx: Context, eqn: Eqn, w: Any) -> tuple[Any, Callable[[Any], Any]]
     if not isinstance(w, Factored):
         return w, lambda x: x
     ctx.claim(w, eqn, {0: "stack"}, binding=False)
-    w = with_sole(w, [0])
+    w = fused(w, [0])
     (stack,) = w.axes[0] or (Axis("", 1),)
     w = in_slices(w, stack.size)
-    held = {k: f.first(stack.name) for k, f in w.factors.items()
-            if stack.name in f.names}  # fmt: skip
+    held = {k: f.along(stack.name, lambda x, at: jnp.moveaxis(x, at, 0)).array
+            for k, f in w.factors.items() if stack.name in f.names}  # fmt: skip
     settings = dataclasses.replace(w.settings, sliced=True)
 
-    def rebuild(step: tuple[Any, Mapping[str, Named]]) -> Factored:
+    def rebuild(step: tuple[Any, Mapping[str, Any]]) -> Factored:
         base, sliced = step
-        factors = {k: sliced.get(k, f) for k, f in w.factors.items()}
-        factors = {k: f.without(stack.name) for k, f in factors.items()}
+        factors = dict(w.factors)
+        for k, array in sliced.items():
+            names = tuple(n for n in factors[k].names if n != stack.name)
+            factors[k] = Named(array, names)
         return dataclasses.replace(
             w, base=base, axes=w.axes[1:], factors=factors, settings=settings
         )

@@ -12,9 +12,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from flora._algebra.axes import RANK, Axis, Factored, Named, Sizes, fused
-from flora._algebra.low_rank import compute_dtype_of, drop, run_with_output_scale
+from flora._algebra.low_rank import compute_dtype_of
 from flora._trace.compat import Eqn, eval_eqn
 from flora._trace.interpret import Context, Roles, sources_as
+from flora._trace.rules.product import Operation, Product, multiplied
 from flora._tree.errors import Unfactorable
 
 
@@ -28,27 +29,20 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Any, w: Any) -> list[Any]:
     if isinstance(x, Factored) or not isinstance(w, Factored):
         raise Unfactorable("a weight as the input of a convolution")
     ctx.record(eqn, _roles(w, eqn.params))
-    if w.output_scale is not None:
-        return [_with_output_scale(ctx, eqn, x, w)]
-    base = None if w.base is None else eval_eqn(eqn, [x, w.base])[0]
-    if not w.factors:
-        return [base]
-    change = _change(eqn, drop(x, w, ctx.salt), w)
-    return [change if base is None else base + change]
 
+    def y() -> Sizes:
+        dn, shape = eqn.params["dimension_numbers"], eqn.outvars[0].aval.shape
+        out, features = [(f"y{i}", n) for i, n in enumerate(shape)], dn.out_spec[1]
+        channels = _sizes(fused(w).axes[dn.rhs_spec[0]])
+        return [*out[:features], *channels, *out[features + 1 :]]
 
-def _with_output_scale(ctx: Context, eqn: Eqn, x: Any, w: Factored) -> Any:
-    """A convolution whose output channels are scaled."""
-    dn, result = eqn.params["dimension_numbers"], eqn.outvars[0].aval
-    out: list[tuple[str, int]] = [(f"y{i}", n) for i, n in enumerate(result.shape)]
-    features = dn.out_spec[1]
-    out[features : features + 1] = _sizes(fused(w).axes[dn.rhs_spec[0]])
-
-    def run(w: Factored, x: Any) -> Any:
-        x = x.astype(eqn.invars[0].aval.dtype)
-        return conv_general_dilated(ctx, eqn, x, w)[0]
-
-    return run_with_output_scale(w, x, ctx.salt, run, out)
+    product = Product(
+        lambda w, x: eval_eqn(eqn, [x, w])[0],
+        _change,
+        y,
+        scale=lambda: fused(w).factors["scale"],
+    )
+    return [multiplied(ctx, eqn, product, w, x)]
 
 
 def _sizes(axis: Sequence[Axis]) -> Sizes:
@@ -82,9 +76,10 @@ class _Kernel:
     out: Sizes
 
 
-def _change(eqn: Eqn, x: Any, w: Factored) -> Any:
+def _change(operation: Operation, w: Factored, x: Any) -> Any:
     """Scale times x convolved with the factor that holds the inputs, then the other."""
-    p, result, w = eqn.params, eqn.outvars[0].aval, fused(w)
+    eqn, w = operation.eqn, fused(w)
+    p, result = eqn.params, eqn.outvars[0].aval
     dtype = compute_dtype_of(x.dtype, result.dtype)
     out, in_, *window = p["dimension_numbers"].rhs_spec
     count = p["feature_group_count"] * p["batch_group_count"]

@@ -9,20 +9,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.axes import RANK, Axis, Factored, Name, Named, fused
-from flora._algebra.choice import Sizes, cheapest, may_differ, named_form, target
-from flora._algebra.forms import Product, alike, products
+from flora._algebra.axes import RANK, Axis, Factored, Name, Named, Sizes, fused
+from flora._algebra.choice import Sizes as Counts
+from flora._algebra.choice import cheapest, may_differ, named_form, target
+from flora._algebra.forms import Spec, alike, products
 from flora._algebra.low_rank import (
     compute_dtype_of,
-    drop,
     low_rank,
     named,
-    run_with_output_scale,
     sizes_of,
     widened,
 )
 from flora._trace.compat import Eqn, eval_eqn, relative_scopes
 from flora._trace.interpret import Context
+from flora._trace.rules.product import Operation, Product, multiplied
 from flora._tree.errors import Unfactorable
 
 
@@ -54,39 +54,32 @@ def _product(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> Any:
     w, x = ((lhs, rhs), (rhs, lhs))[side]
     if not isinstance(w, Factored):
         return eval_eqn(eqn, [lhs, rhs])[0]
-
-    def plain(w: Any, x: Any) -> Any:
-        return _product(ctx, eqn, *((w, x) if side == 0 else (x, w)))
-
-    if not w.factors:
-        return plain(w.base, x)
-    if w.output_scale is not None:
-        return _with_output_scale(ctx, eqn, x, w, side, plain)
+    if isinstance(x, Factored) and w.output_scale is not None:
+        raise Unfactorable("a product of two weights, of which one has scaled outputs")
     if not isinstance(x, Factored) and (found := _in_form(eqn, x, w, side)):
         return _computed([found])[0]
-    base = None if w.base is None else plain(w.base, x)
-    met = _meeting(eqn, drop(x, w, ctx.salt), w, side)
-    aval, precision = eqn.outvars[0].aval, eqn.params["precision"]
-    change = low_rank(met.x, met.w, met.y, precision=precision, dtype=aval.dtype)
-    change = lax.reshape(change.array, aval.shape)
-    return change if base is None else base + change
 
+    def y() -> Sizes:
+        met = _meeting(eqn, x, w, side)
+        return [(n, met.sizes[n]) for n in met.y]
 
-def _with_output_scale(
-    ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int, plain: Any
-) -> Any:
-    if isinstance(x, Factored):
-        raise Unfactorable("a product of two weights, of which one has scaled outputs")
-    met, dtype = _meeting(eqn, x, w, side), eqn.invars[1 - side].aval.dtype
-    sizes = met.sizes
-    return run_with_output_scale(
-        w,
-        x,
-        ctx.salt,
-        lambda w, x: plain(w, x.astype(dtype)),
-        [(n, sizes[n]) for n in met.y],
-        x_sizes=[*sizes_of(met.x).items()],
+    product = Product(
+        lambda w, x: _product(ctx, eqn, *((w, x) if side == 0 else (x, w))),
+        _change,
+        y,
+        lambda: [*sizes_of(_meeting(eqn, x, w, side).x).items()],
+        lambda: fused(w).factors["scale"],
+        (side,),
     )
+    return multiplied(ctx, eqn, product, w, x)
+
+
+def _change(operation: Operation, w: Factored, x: Any) -> Any:
+    eqn = operation.eqn
+    met, aval = _meeting(eqn, x, w, *operation.static), eqn.outvars[0].aval
+    precision = eqn.params["precision"]
+    change = low_rank(met.x, met.w, met.y, precision=precision, dtype=aval.dtype)
+    return lax.reshape(change.array, aval.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,14 +137,14 @@ def _ends(met: _Meeting) -> tuple[Named, Named] | None:
     return None
 
 
-def _counts(met: _Meeting) -> Sizes:
+def _counts(met: _Meeting) -> Counts:
     """How many tokens, inputs and outputs there are."""
     held, sizes = met.w.names, met.sizes
 
     def count(names: Any) -> int:
         return math.prod(sizes[n] for n in names)
 
-    return Sizes(
+    return Counts(
         tokens=count(n for n in met.x.names if n not in held),
         in_=count(n for n in held if n not in met.y),
         out=count(n for n in held if n not in met.x.names),
@@ -165,13 +158,13 @@ class _InForm:
     """A product in another form than the plain direct one.
 
     Attributes:
-      product: what is static.
+      spec: what is static.
       together: whether it may be computed with others.
       x, w, p, q: the operands.
       shape: of the result.
     """
 
-    product: Product
+    spec: Spec
     together: bool
     x: Named
     w: Named
@@ -187,7 +180,7 @@ def _in_form(eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm | None:
     """
     out, asked = eqn.outvars[0].aval, w.settings.form
     # Dropout acts on the low-rank term alone.
-    if w.base is None or w.key is not None or not may_differ(asked):
+    if w.base is None or w.key or not w.factors or not may_differ(asked):
         return None
     if w.output_scale is not None or w.settings.between is not None:
         return None
@@ -205,15 +198,15 @@ def _in_form(eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm | None:
     if form is None:
         return None
     (p, q), precision = ends, eqn.params["precision"]
-    product = Product(form.forward, form.backward, met.y, out.dtype, precision)
+    spec = Spec(form.forward, form.backward, met.y, out.dtype, precision)
     base = Named(lax.reshape(w.base, [y.size for y in met.w.pieces]), met.w.names)
     q = Named(widened(q.array, x) * w.settings.scale, q.names)
-    return _InForm(product, form.together, met.x, base, p, q, out.shape)
+    return _InForm(spec, form.together, met.x, base, p, q, out.shape)
 
 
 def _computed(found: Sequence[_InForm]) -> list[Any]:
     """The products, all of one x."""
-    each = tuple(one.product for one in found)
+    each = tuple(one.spec for one in found)
     ws, ps, qs = zip(*((one.w, one.p, one.q) for one in found), strict=True)
     ys: Any = products(each, found[0].x, ws, ps, qs)
     return [lax.reshape(y, one.shape) for y, one in zip(ys, found, strict=True)]
@@ -233,20 +226,20 @@ def together(eqns: Sequence[Eqn], values: Sequence[Any]) -> list[Any]:
     for i, (eqn, (lhs, rhs)) in enumerate(zip(eqns, values, strict=True)):
         side = int(isinstance(rhs, Factored))
         w, x = ((lhs, rhs), (rhs, lhs))[side]
-        if isinstance(w, Factored) and w.factors and not isinstance(x, Factored):
+        if isinstance(w, Factored) and not isinstance(x, Factored):
             one = _in_form(eqn, x, w, side)
             if one and one.together:
                 found[i] = one
     if found:
         first, *_ = found.values()
-        like = first.product, first.p
-        found = {i: x for i, x in found.items() if alike(like, (x.product, x.p))}
+        like = first.spec, first.p
+        found = {i: x for i, x in found.items() if alike(like, (x.spec, x.p))}
     results: list[Any] = [None] * len(eqns)
     if len(found) < 2:
         return results
     scopes = relative_scopes([eqns[i] for i in found])
     scoped = [
-        dataclasses.replace(x, product=dataclasses.replace(x.product, scope=scope))
+        dataclasses.replace(x, spec=dataclasses.replace(x.spec, scope=scope))
         for x, scope in zip(found.values(), scopes, strict=True)
     ]
     for i, y in zip(found, _computed(scoped), strict=True):

@@ -13,6 +13,7 @@ from flora._algebra.axes import RANK, Axis, Factored, Name, Named, fused
 from flora._algebra.low_rank import contract, on_hidden, widened, with_output_scale
 from flora._trace.compat import Eqn, eval_eqn
 from flora._trace.interpret import Context
+from flora._trace.rules.product import Operation, once
 from flora._tree.errors import Unfactorable
 
 
@@ -31,7 +32,7 @@ def gather(ctx: Context, eqn: Eqn, w: Any, indices: Any) -> list[Any]:
             i: "in" if i in places.looked_up else "out" for i in range(len(w.axes))
         }
         ctx.claim(w, eqn, roles)
-        return [_rows(eqn, w, base, indices, places) if w.factors else base]
+        return [_rows(eqn, w, base, indices) if w.factors else base]
     ctx.claim(w, eqn, dict.fromkeys(places.looked_up, "stack"), binding=False)
     return [_restacked(ctx, eqn, w, base, indices, places)]
 
@@ -80,32 +81,48 @@ def _is_lookup(w: Factored, places: _Places) -> bool:
     return any(w.role(x.name) != "stack" for x in pieces)
 
 
-def _rows(eqn: Eqn, w: Factored, base: Any, indices: Any, places: _Places) -> Any:
-    """Scale A[i] B for rows of A, or A B[i], added to the base's and scaled."""
-    w, at = _with_sole_axes(w, "a lookup in an axis that joins several of the weight's")
-    found = {k: _gathered(eqn, f, at, indices, places) for k, f in w.factors.items()
-             if k != "key"}  # fmt: skip
-    a, b, aval = on_hidden(w, found["a"]), found["b"], eqn.outvars[0].aval
-    names = {i: n for n, i in at.items()}
-    out = [p if isinstance(p, str) else names.get(p, "") for p in places.out]
-    present = {*a.names, *b.names}
+def _rows(eqn: Eqn, w: Factored, base: Any, indices: Any) -> Any:
+    """Rows of W and of the low-rank term, with scaled outputs."""
+    scale = {k: f for k, f in w.factors.items() if k == "scale"}
+    plain = dataclasses.replace(w.without("scale", "key"), base=None)
+    change = once(_change, Operation(eqn), plain, indices)
+    y = change if base is None else base + change
+    if not scale:
+        return y
+    w, at = _with_sole_axes(w)
+    places = _places(eqn, w, indices.ndim - 1)
+    scale = _gathered(eqn, w.factors["scale"], at, indices, places)
+    return with_output_scale(
+        y, scale, [*zip(_result(at, places), y.shape, strict=True)]
+    )
+
+
+def _change(operation: Operation, w: Factored, indices: Any) -> Any:
+    """Scale A[i] B for rows of A, or A B[i]."""
+    eqn, (w, at) = operation.eqn, _with_sole_axes(w)
+    places, aval = _places(eqn, w, indices.ndim - 1), eqn.outvars[0].aval
+    a, b = (_gathered(eqn, f, at, indices, places) for f in (w.a, w.b))
+    a, present = on_hidden(w, a), {*a.names, *b.names}
     if {*places.indices} - present:
         raise Unfactorable("a lookup that repeats the weight")
     if jnp.issubdtype(aval.dtype, jnp.inexact):
         b = Named(widened(b.array) * w.settings.scale, b.names)
         a, b = a.astype(aval.dtype), b.astype(aval.dtype)
-    y = contract(a, b, [n for n in out if n in present]).array.reshape(aval.shape)
-    y = y if base is None else base + y
-    if "scale" not in found:
-        return y
-    return with_output_scale(y, found["scale"], [*zip(out, y.shape, strict=True)])
+    y = contract(a, b, [n for n in _result(at, places) if n in present])
+    return y.array.reshape(aval.shape)
 
 
-def _with_sole_axes(w: Factored, what: str) -> tuple[Factored, dict[Name, int]]:
+def _result(at: Mapping[Name, int], places: _Places) -> list[Name]:
+    """The names of the result's axes."""
+    names = {i: n for n, i in at.items()}
+    return [p if isinstance(p, str) else names.get(p, "") for p in places.out]
+
+
+def _with_sole_axes(w: Factored) -> tuple[Factored, dict[Name, int]]:
     """The weight with at most one piece an axis, and the axis of each name."""
     w = fused(w)
     if any(len(axis) > 1 for axis in w.axes):
-        raise Unfactorable(what)
+        raise Unfactorable("an index in an axis that joins several of the weight's")
     return w, {axis[0].name: i for i, axis in enumerate(w.axes) if axis}
 
 
@@ -161,7 +178,7 @@ def _restacked(
         raise Unfactorable("a stack indexed along several axes at once")
     at: dict[Name, int] = {}
     if w.factors:
-        w, at = _with_sole_axes(w, "an index into several joined axes")
+        w, at = _with_sole_axes(w)
     old = [x for i in places.looked_up or places.cut for x in w.axes[i]]
     source = old[0].sources if old else ()
     axes = []

@@ -1,7 +1,8 @@
 """Rules for weights that a function joins or adds: fused projections, sums, means."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ from jax import lax
 
 from flora._algebra.axes import (
     RANK,
+    Axes,
     Axis,
     Factored,
     Name,
     Named,
     by_position,
     require_no_output_scale,
+    sources_of,
     swapped,
     with_axis,
 )
@@ -23,14 +26,11 @@ from flora._trace.compat import Eqn, eval_eqn
 from flora._trace.interpret import Context
 from flora._tree.errors import Unfactorable
 
-Factors = dict[str, Named]
-
 
 def concatenate(ctx: Context, eqn: Eqn, *parts: Any) -> list[Factored]:
     """[W₁ | W₂] + [A₁ | A₂] · diag(scale₁ B₁, scale₂ B₂), of rank r₁ + r₂.
 
-    Along in axes it is A that becomes block-diagonal, along stack axes neither.  Parts
-    that are not adapted get factors of zeros.
+    Along in axes it is A that becomes block-diagonal, along stack axes neither.
     """
     return [_concatenated(ctx, eqn, eqn.params["dimension"], parts)]
 
@@ -63,38 +63,68 @@ def complex_(ctx: Context, eqn: Eqn, x: Any, y: Any) -> list[Factored]:
 
 def _sum(ctx: Context, eqn: Eqn, x: Any, y: Any, sign: complex) -> Factored:
     """The sum x + sign y."""
-    terms, shape = _with_factors(ctx, (x, y)), eqn.outvars[0].aval.shape
+    terms, shape = _alike_in_factors(ctx, (x, y)), eqn.outvars[0].aval.shape
     weights = [w for w in terms if isinstance(w, Factored)]
     for w in weights:
         require_no_output_scale(w, "a sum")
     _require_weights(weights, "sum")
-    if len(weights) == 1 and weights[0].shape != shape:
-        raise Unfactorable("a sum that repeats the weight")
     base = _joint_base(eqn, terms)
-    if len(weights) == 1:
-        new = dataclasses.replace(weights[0], base=base)
-        if not new.factors or sign == 1 or weights[0] is x:
-            return new
-        b = Named(widened(new.b.array) * sign, new.b.names)
-        return dataclasses.replace(new, factors={**new.factors, "b": b})
-    ready = _alike(weights, shape)
-    total = _joint(ready[0], weights, base, ready[0].axes)
-    if not total.factors:
-        return total
-    one, other = _with_scales(ready)
-    if sign != 1:
-        other["b"] = Named(other["b"].array * sign, other["b"].names)
-    return dataclasses.replace(
-        total,
-        factors={
-            **total.factors,
-            "a": _side_by_side([one["a"], other["a"]], RANK),
-            "b": _side_by_side([one["b"], other["b"]], RANK),
-        },
-    )
+    if len(weights) == 2:
+        ready = _fitted(weights, shape)
+        return _joint(ready, base, ready[0].axes, _summed(_scaled(ready, (1, sign))))
+    (w,) = weights
+    if w.shape != shape:
+        raise Unfactorable("a sum that repeats the weight")
+    new = dataclasses.replace(w, base=base)
+    if w is x or sign == 1 or not w.factors:
+        return new
+    b = Named(widened(w.b.array) * sign, w.b.names)
+    return dataclasses.replace(new, factors={**w.factors, "b": b})
 
 
-def _with_factors(ctx: Context, parts: Sequence[Any]) -> Sequence[Any]:
+def _concatenated(ctx: Context, eqn: Eqn, at: int, parts: Sequence[Any]) -> Factored:
+    parts, shape = _alike_in_factors(ctx, parts), eqn.outvars[0].aval.shape
+    weights = [w for w in parts if isinstance(w, Factored)]
+    _require_weights(weights, "concatenation")
+    base = _joint_base(eqn, parts)
+    # An axis of size 1 stays one where it is concatenated: it is not repeated.
+    ready = _fitted(weights, [1 if i == at else n for i, n in enumerate(shape)])
+    like, name, total = ready[0], str(at), shape[at]
+    axes = (*like.axes[:at], (Axis(name, total),), *like.axes[at + 1 :])
+    if not like.factors:
+        return _joint(ready, base, axes, {}, alone=len(ready) == len(parts))
+    sizes = [x.shape[at] for x in parts]
+    starts = [0, *itertools.accumulate(sizes)]
+    is_weight = [isinstance(x, Factored) for x in parts]
+    held = [*itertools.compress(zip(starts, sizes, strict=False), is_weight)]
+    pairs = _scaled(ready, [1] * len(ready))
+    if like.role(name) == "stack":
+        rank = max(pair["a"].sizes[RANK] for pair in pairs)
+        pairs = [{k: f.padded(RANK, 0, rank - f.sizes[RANK]) for k, f in pair.items()}
+                 for pair in pairs]  # fmt: skip
+        rest = {k: _with_gaps([pair[k] for pair in pairs], name, is_weight, sizes)
+                for k in "ab"}  # fmt: skip
+    else:  # a sum of weights with zeros around them
+        rest = _summed([
+            {k: f.padded(name, start, total - start - size) for k, f in pair.items()}
+            for pair, (start, size) in zip(pairs, held, strict=True)
+        ])  # fmt: skip
+    if found := [w.output_scale for w in ready if w.output_scale is not None]:
+        if name not in found[0].names:
+            raise Unfactorable("in axes joined, of weights whose outputs are scaled")
+        ones = [_filled(found[0], name, size, 1) for _, size in held]
+        scales = [w.output_scale or one for w, one in zip(ready, ones, strict=True)]
+        rest["scale"] = _with_gaps(scales, name, is_weight, sizes, 1)
+    if like.key is not None:
+        rest["key"] = like.key
+        if name in like.key.names:  # one key for all
+            one = like.key.along(name, lambda x, at: jnp.moveaxis(x, at, 0))
+            left = tuple(n for n in one.names if n != name)
+            rest["key"] = Named(one.array[0], left).repeated(name, total)
+    return _joint(ready, base, axes, rest, alone=len(ready) == len(parts))
+
+
+def _alike_in_factors(ctx: Context, parts: Sequence[Any]) -> Sequence[Any]:
     """The parts, of which weights without factors are arrays beside ones with factors.
 
     While uses are recorded they stay weights, and none has factors.
@@ -107,12 +137,12 @@ def _with_factors(ctx: Context, parts: Sequence[Any]) -> Sequence[Any]:
     return [x.frozen(x.base) if isinstance(x, Factored) else x for x in parts]
 
 
-def _side_by_side(factors: Sequence[Named], name: Name) -> Named:
-    """Concatenated along an axis, in one dtype, as the first one has its axes."""
-    names = factors[0].names
-    dtype = jnp.result_type(*(f.array for f in factors))
-    arrays = [f.ordered(names).astype(dtype) for f in factors]
-    return Named(lax.concatenate(arrays, names.index(name)), names)
+def _require_weights(weights: Sequence[Factored], what: str) -> None:
+    """Rows that an index chose are activations, and are joined as such."""
+    if any(w.indexed for w in weights):
+        raise Unfactorable("rows of a weight beside other arrays")
+    if len({w.settings.dropout for w in weights}) > 1:
+        raise Unfactorable(f"a {what} of weights with other dropout rates")
 
 
 def _joint_base(eqn: Eqn, terms: Sequence[Any]) -> Any:
@@ -128,36 +158,29 @@ def _joint_base(eqn: Eqn, terms: Sequence[Any]) -> Any:
     return eval_eqn(eqn, bases)[0]
 
 
-def _require_weights(weights: Sequence[Factored], what: str) -> None:
-    """Rows that an index chose are activations, and are joined as such."""
-    if any(w.indexed for w in weights):
-        raise Unfactorable("rows of a weight beside other arrays")
-    if len({w.settings.dropout for w in weights}) > 1:
-        raise Unfactorable(f"a {what} of weights with other dropout rates")
-
-
 def _joint(
-    like: Factored, weights: Sequence[Factored], base: Any, axes: Any
+    weights: Sequence[Factored],
+    base: Any,
+    axes: Axes,
+    factors: Mapping[str, Named],
+    alone: bool = True,
 ) -> Factored:
-    """What becomes of all weights, but for its factors."""
-    every = [*zip(*(w.axes for w in weights), strict=True)]
+    """What becomes of weights with one piece an axis, alone or beside arrays."""
+    of_axis = [sources_of(itertools.chain(*each))
+               for each in zip(*(w.axes for w in weights), strict=True)]  # fmt: skip
     axes = tuple(
-        tuple(dataclasses.replace(x, sources=_sources(each)) for x in axis)
-        for axis, each in zip(axes, every, strict=True)
+        tuple(dataclasses.replace(x, sources=sources) for x in axis)
+        for axis, sources in zip(axes, of_axis, strict=True)
     )
     paths = tuple(dict.fromkeys(p for w in weights for p in w.settings.paths))
-    settings = dataclasses.replace(like.settings, paths=paths, scale=1.0)
-    reduced = all(w.reduced for w in weights)
-    return dataclasses.replace(
-        like, base=base, axes=axes, settings=settings, reduced=reduced
-    )
+    settings = dataclasses.replace(weights[0].settings, paths=paths, scale=1.0)
+    reduced = alone and all(w.reduced for w in weights)
+    key = {"key": weights[0].key} if weights[0].key is not None else {}
+    return Factored(base, {**key, **factors} if factors else {}, axes, settings,
+                    reduced=reduced)  # fmt: skip
 
 
-def _sources(axes: Iterable[Sequence[Axis]]) -> tuple[tuple[str, int], ...]:
-    return tuple(dict.fromkeys(s for axis in axes for x in axis for s in x.sources))
-
-
-def _alike(weights: Sequence[Factored], shape: Sequence[int]) -> list[Factored]:
+def _fitted(weights: Sequence[Factored], shape: Sequence[int]) -> list[Factored]:
     """The weights with one piece an axis, named and held by factors alike.
 
     Axes of size 1 that `shape` has longer are repeated.
@@ -172,7 +195,12 @@ def _alike(weights: Sequence[Factored], shape: Sequence[int]) -> list[Factored]:
             if any(swap.get(mine[i], mine[i]) != roles[i] for i in real):
                 raise Unfactorable("weights of other layouts, joined")
             w = swapped(w)
-        ready.append(_fitted(w, roles, shape))
+        for i, role in enumerate(roles):
+            size = w.shape[i] if w.shape[i] > 1 else shape[i]
+            (held,) = w.axes[i] or (Axis("", 0),)
+            if (held.size, w.role(held.name)) != (size, role):
+                w = with_axis(w, i, Axis(str(i), size, held.sources), role)
+        ready.append(w)
     return ready
 
 
@@ -182,101 +210,51 @@ def _role(weights: Sequence[Factored], axis: int) -> str:
     return min(found, key=lambda pair: pair[0], default=(0, ""))[1] or "stack"
 
 
-def _fitted(w: Factored, roles: Sequence[str], shape: Sequence[int]) -> Factored:
-    """A piece for every axis, repeated where `shape` is longer than W."""
-    for i, role in enumerate(roles):
-        size = w.shape[i] if w.shape[i] > 1 else shape[i]
-        (held,) = w.axes[i] or (Axis("", 0),)
-        if (held.size, w.role(held.name)) != (size, role):
-            w = with_axis(w, i, Axis(str(i), size, held.sources), role)
-    return w
-
-
-def _with_scales(weights: Sequence[Factored]) -> list[Factors]:
-    """A and B of each weight, with its scale in B, in one dtype."""
-    pairs = [
-        {"a": Named(widened(w.a.array), w.a.names),
-         "b": Named(widened(w.b.array) * w.settings.scale, w.b.names)}
-        for w in weights
-    ]  # fmt: skip
-    dtype = jnp.result_type(*(f.array for pair in pairs for f in pair.values()))
+def _scaled(
+    weights: Sequence[Factored], signs: Sequence[complex]
+) -> list[dict[str, Named]]:
+    """A and B of each weight, its scale and sign in B, in one dtype; if there are any."""
+    pairs = []
+    for w, sign in zip(weights, signs, strict=True):
+        if w.factors:
+            b = widened(w.b.array) * (w.settings.scale * sign)
+            a = Named(widened(w.a.array), w.a.names)
+            pairs.append({"a": a, "b": Named(b, w.b.names)})
+    every = [f.array for pair in pairs for f in pair.values()]
+    dtype = jnp.result_type(jnp.float32, *every)
     return [{k: f.astype(dtype) for k, f in pair.items()} for pair in pairs]
 
 
-def _concatenated(ctx: Context, eqn: Eqn, at: int, parts: Sequence[Any]) -> Factored:
-    parts = _with_factors(ctx, parts)
-    weights = [w for w in parts if isinstance(w, Factored)]
-    _require_weights(weights, "concatenation")
-    base, shape = _joint_base(eqn, parts), eqn.outvars[0].aval.shape
-    # An axis of size 1 stays one where it is concatenated: it is not repeated.
-    one = [1 if i == at else n for i, n in enumerate(shape)]
-    ready = _alike(weights, one)
-    like, name = ready[0], str(at)
-    whole = (*like.axes[:at], (Axis(name, shape[at]),), *like.axes[at + 1 :])
-    fused = _joint(like, weights, base, whole)
-    if len(weights) < len(parts):
-        fused = dataclasses.replace(fused, reduced=False)
-    if not fused.factors:
-        return fused
-    rest = iter(ready)
-    each = [next(rest) if isinstance(x, Factored) else None for x in parts]
-    shaped = _with_scales([_or_zeros(w, like, name, x.shape[at])
-                           for w, x in zip(each, parts, strict=True)])  # fmt: skip
-    factors = dict(fused.factors) | _joined_factors(
-        [x["a"] for x in shaped], [x["b"] for x in shaped], name, like.role(name)
-    )
-    scales = [w and w.output_scale for w in each]
-    if found := next((s for s in scales if s is not None), None):
-        if name not in found.names:
-            raise Unfactorable("in axes joined, of weights whose outputs are scaled")
-        sizes = [x.shape[at] for x in parts]
-        factors["scale"] = _side_by_side(
-            [s or _filled(jnp.ones, found, name, n)
-             for s, n in zip(scales, sizes, strict=True)], name)  # fmt: skip
-    if like.key is not None and like.role(name) == "stack":
-        key = like.key.first(name)  # one key for all
-        factors["key"] = Named(key.array[0], key.names[1:]).repeated(name, shape[at])
-    return dataclasses.replace(fused, factors=factors)
+def _summed(pairs: Sequence[Mapping[str, Named]]) -> dict[str, Named]:
+    """A and B of a sum: side by side along the rank."""
+    if not pairs:
+        return {}
+    return {k: _side_by_side([pair[k] for pair in pairs], RANK) for k in "ab"}
 
 
-def _filled(make: Callable, like: Named, name: Name, size: int) -> Named:
-    """An array of zeros or ones, shaped as another but for one axis."""
+def _side_by_side(factors: Sequence[Named], name: Name) -> Named:
+    """Concatenated along an axis, in one dtype, as the first one has its axes."""
+    names = factors[0].names
+    dtype = jnp.result_type(*(f.array for f in factors))
+    arrays = [f.ordered(names).astype(dtype) for f in factors]
+    return Named(lax.concatenate(arrays, names.index(name)), names)
+
+
+def _with_gaps(
+    factors: Sequence[Named],
+    name: Name,
+    is_weight: Sequence[bool],
+    sizes: Sequence[int],
+    value: int = 0,
+) -> Named:
+    """Side by side along an axis of all parts, with a value for those without factors."""
+    rest = iter(factors)
+    every = [next(rest) if held else _filled(factors[0], name, size, value)
+             for held, size in zip(is_weight, sizes, strict=True)]  # fmt: skip
+    return _side_by_side(every, name)
+
+
+def _filled(like: Named, name: Name, size: int, value: int) -> Named:
+    """An array of one value, shaped as another but for one axis."""
     shape = [size if n == name else k for n, k in like.sizes.items()]
-    return Named(make(shape, like.array.dtype), like.names)
-
-
-def _or_zeros(w: Factored | None, like: Factored, name: Name, size: int) -> Factored:
-    """The weight; factors of rank 1, all zeros, for a part that is not adapted."""
-    if w is not None:
-        return w
-    a = _filled(jnp.zeros, _filled(jnp.zeros, like.a, RANK, 1), name, size)
-    b = _filled(jnp.zeros, _filled(jnp.zeros, like.b, RANK, 1), name, size)
-    return dataclasses.replace(like, factors={"a": a, "b": b})
-
-
-def _joined_factors(
-    a: Sequence[Named], b: Sequence[Named], name: Name, role: str
-) -> Factors:
-    """A and B of what is joined along an axis of that name and role."""
-    if role == "stack":
-        rank = max(f.sizes[RANK] for f in a)
-        a, b = ([_padded(f, rank) for f in each] for each in (a, b))
-        return {"a": _side_by_side(a, name), "b": _side_by_side(b, name)}
-    if role == "in":
-        return {"a": _block_diagonal(a, name), "b": _side_by_side(b, RANK)}
-    return {"a": _side_by_side(a, RANK), "b": _block_diagonal(b, name)}
-
-
-def _padded(f: Named, rank: int, before: int = 0) -> Named:
-    """A factor with zeros before and after along the rank."""
-    edge = (before, rank - before - f.sizes[RANK], 0)
-    config = [edge if n == RANK else (0, 0, 0) for n in f.names]
-    return Named(lax.pad(f.array, jnp.zeros((), f.array.dtype), config), f.names)
-
-
-def _block_diagonal(blocks: Sequence[Named], name: Name) -> Named:
-    """The blocks along the diagonal of an axis and the rank, zeros elsewhere."""
-    ranks = [f.sizes[RANK] for f in blocks]
-    before = [sum(ranks[:i]) for i in range(len(ranks))]
-    padded = [_padded(f, sum(ranks), at) for f, at in zip(blocks, before, strict=True)]
-    return _side_by_side(padded, name)
+    return Named(jnp.full(shape, value, like.array.dtype), like.names)

@@ -7,14 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._algebra.axes import RANK, Factored, Name, Named
-from flora._algebra.low_rank import (
-    compute_dtype_of,
-    drop,
-    on_hidden,
-    run_with_output_scale,
-)
+from flora._algebra.low_rank import compute_dtype_of, on_hidden
 from flora._trace.compat import Eqn, eval_eqn
 from flora._trace.interpret import Context
+from flora._trace.rules.product import Operation, Product, multiplied
 from flora._tree.errors import Unfactorable
 
 
@@ -28,16 +24,18 @@ def ragged_dot_general(ctx: Context, eqn: Eqn, x: Any, w: Any, *rest: Any) -> li
         raise Unfactorable("a weight as the tokens of a ragged product")
     g, k, n = axes = _axes(eqn, x, w)
     ctx.claim(w, eqn, {g: "stack", k: "in", n: "out"})
-    base = None if w.base is None else eval_eqn(eqn, [x, w.base, *rest])[0]
-    if not w.factors:
-        return [base]
-    if any(len(axis) > 1 for axis in w.axes):
+    if w.factors and any(len(axis) > 1 for axis in w.axes):
         raise Unfactorable("a ragged product with joined axes")
     names = [w.axes[i][0].name if w.axes[i] else f"new{i}" for i in axes]
-    if w.output_scale is not None:
-        return [_with_output_scale(ctx, eqn, x, w, rest, names)]
-    change = _change(eqn, drop(x, w, ctx.salt), w, rest[0], names)
-    return [change if base is None else base + change]
+    product = Product(
+        lambda w, x: eval_eqn(eqn, [x, w, *rest])[0],
+        _change,
+        lambda: [("tokens", x.shape[0]), (names[2], eqn.outvars[0].aval.shape[1])],
+        scale=lambda: _scale_of_tokens(eqn, x, w, rest[0], names),
+        static=(tuple(names),),
+        rest=rest[:1],
+    )
+    return [multiplied(ctx, eqn, product, w, x)]
 
 
 def _axes(eqn: Eqn, x: Any, w: Factored) -> tuple[int, int, int]:
@@ -55,31 +53,26 @@ def _axes(eqn: Eqn, x: Any, w: Factored) -> tuple[int, int, int]:
     return group[0], summed[0], 3 - summed[0] - group[0]
 
 
-def _with_output_scale(
-    ctx: Context, eqn: Eqn, x: Any, w: Factored, rest: Any, names: Sequence[Name]
-) -> Any:
-    """A ragged product with scaled outputs, by each expert's own or all alike."""
+def _scale_of_tokens(
+    eqn: Eqn, x: Any, w: Factored, sizes: Any, names: Sequence[Name]
+) -> Named:
+    """The output scale; where experts have their own, each token takes its expert's."""
     (g, _, n), scale = names, w.factors["scale"]
-    if g in scale.names:  # as a product: each token takes its expert's
-        of_tokens = lax.ragged_dot(
-            jnp.ones((x.shape[0], 1), scale.array.dtype),
-            scale.ordered((g, n))[:, None, :],
-            rest[0],
-            precision=lax.Precision.HIGHEST,
-            group_offset=eqn.params["group_offset"],
-        )
-        scale = Named(of_tokens, ("tokens", n))
-
-    def run(w: Factored, x: Any) -> Any:
-        x = x.astype(eqn.invars[0].aval.dtype)
-        return ragged_dot_general(ctx, eqn, x, w, *rest)[0]
-
-    out = [("tokens", x.shape[0]), (n, eqn.outvars[0].aval.shape[1])]
-    return run_with_output_scale(w, x, ctx.salt, run, out, scale)
+    if g not in scale.names:
+        return scale
+    of_tokens = lax.ragged_dot(
+        jnp.ones((x.shape[0], 1), scale.array.dtype),
+        scale.ordered((g, n))[:, None, :],
+        sizes,
+        precision=lax.Precision.HIGHEST,
+        group_offset=eqn.params["group_offset"],
+    )
+    return Named(of_tokens, ("tokens", n))
 
 
-def _change(eqn: Eqn, x: Any, w: Factored, sizes: Any, names: Sequence[Name]) -> Any:
+def _change(operation: Operation, w: Factored, x: Any, sizes: Any) -> Any:
     """Scale (x A) B, each product ragged where its factor is an expert's own."""
+    (names,), eqn = operation.static, operation.eqn
     (g, k, n), aval = names, eqn.outvars[0].aval
     dtype = compute_dtype_of(x.dtype, aval.dtype)
     first, second = w.a, w.b

@@ -157,28 +157,26 @@ def pad(ctx: Context, eqn: Eqn, w: Any, value: Any) -> list[Factored]:
     """W gets the value around it, the factors zeros, an output scale ones."""
     if not isinstance(w, Factored) or isinstance(value, Factored) or w.indexed:
         raise Unfactorable("a weight as the padding")
-    shape, edges, sizes = eqn.outvars[0].aval.shape, {}, {}
-    for i, edge in enumerate(eqn.params["padding_config"]):
-        if tuple(edge) != (0, 0, 0):
-            name = w.sole(i).name
-            edges[name], sizes[name] = edge, shape[i]
+    edges = {
+        w.sole(i).name: (edge, eqn.outvars[0].aval.shape[i])
+        for i, edge in enumerate(eqn.params["padding_config"])
+        if tuple(edge) != (0, 0, 0)
+    }
     if w.key is not None and any(w.role(n) == "stack" for n in edges):
         raise Unfactorable("padding of a stack with dropout")
 
     def around(f: Named, what: int) -> Named:
-        if not {*edges} & {*f.names}:
-            return f
-        config = [edges.get(n, (0, 0, 0)) for n in f.names]
-        return Named(
-            lax.pad(f.array, jnp.asarray(what, f.array.dtype), config), f.names
-        )
+        for name, (edge, _) in edges.items():
+            f = f.padded(name, *edge, value=what)
+        return f
 
     factors = {k: around(f, int(k == "scale")) for k, f in w.factors.items()}
-    axes, base = w.resized(sizes), _base(eqn, w, value)
+    axes = w.resized({name: size for name, (_, size) in edges.items()})
+    base = _base(eqn, w, value)
     return [dataclasses.replace(w, base=base, axes=axes, factors=factors)]
 
 
-Take = Callable[[Any, int], Any]
+Cuts = Mapping[int, tuple[Callable[[Any, int], Any], int]]
 
 
 def slice_(ctx: Context, eqn: Eqn, w: Factored) -> list[Factored]:
@@ -202,7 +200,7 @@ def split(ctx: Context, eqn: Eqn, w: Factored) -> list[Factored]:
     return pieces
 
 
-def _static(cut: slice) -> Take:
+def _static(cut: slice) -> Callable[[Any, int], Any]:
     return lambda x, at: lax.slice_in_dim(x, cut.start, cut.stop, cut.step, at)
 
 
@@ -213,7 +211,7 @@ def dynamic_slice(ctx: Context, eqn: Eqn, w: Any, *starts: Any) -> list[Factored
     if len(starts) != len(sizes):
         raise Unfactorable("a slice of dynamic shape")
 
-    def take(start: Any, size: int) -> Take:
+    def take(start: Any, size: int) -> Callable[[Any, int], Any]:
         return lambda x, at: lax.dynamic_slice_in_dim(x, start, size, axis=at)
 
     cuts = {
@@ -230,31 +228,25 @@ def dynamic_slice(ctx: Context, eqn: Eqn, w: Any, *starts: Any) -> list[Factored
     return [new]
 
 
-def _cut(
-    ctx: Context, eqn: Eqn, w: Factored, base: Any, cuts: Mapping[int, tuple[Take, int]]
-) -> Factored:
+def _cut(ctx: Context, eqn: Eqn, w: Factored, base: Any, cuts: Cuts) -> Factored:
     """Cuts axes: W's stack axes in both factors, in axes in A, out axes in B."""
-    by_name = {w.sole(i).name: cut for i, cut in cuts.items()}
     _suggest_stack(ctx, eqn, w, cuts)
-
-    def cut_factor(f: Named) -> Named:
-        for name, (take, _) in by_name.items():
-            f = f.along(name, take)
-        return f
-
-    axes = w.resized({name: size for name, (_, size) in by_name.items()})
-    return w.on_factors(cut_factor, base=base, axes=axes)
+    new = dataclasses.replace(w, base=base)
+    for i, (take, size) in cuts.items():
+        name = w.sole(i).name
+        axes = new.resized({name: size})
+        new = new.on_factors(lambda f, n=name, t=take: f.along(n, t), axes=axes)
+    return new
 
 
 def rev(ctx: Context, eqn: Eqn, w: Factored) -> list[Factored]:
-    flipped = [i for i in eqn.params["dimensions"] if w.shape[i] > 1]
-    names = {w.sole(i).name for i in flipped}
-
-    def flip(f: Named) -> Named:
-        at = [i for i, n in enumerate(f.names) if n in names]
-        return Named(lax.rev(f.array, at), f.names) if at else f
-
-    return [w.on_factors(flip, base=_base(eqn, w))]
+    new = dataclasses.replace(w, base=_base(eqn, w))
+    for i in (i for i in eqn.params["dimensions"] if w.shape[i] > 1):
+        name = w.sole(i).name
+        new = new.on_factors(
+            lambda f, n=name: f.along(n, lambda x, at: lax.rev(x, [at]))
+        )
+    return [new]
 
 
 def mul(ctx: Context, eqn: Eqn, x: Any, y: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import pytest
 
 import flora
 from tests.support import contract
@@ -81,3 +82,74 @@ def test_a_custom_gradient_that_is_a_piece_of_the_weight(x64):
     adapted = contract.adapt(fn, {"w": array(7, 7)}, array(7), dtype=jnp.float64,
                              layouts=layouts, fallback="materialize")  # fmt: skip
     contract.close_to_merged(fn, contract.randomized(adapted), array(7))
+
+
+def times(wrap):
+    """x w with a derivative of its own: three times JAX's along x, twice along w."""
+
+    def product(x, w):
+        return x @ w
+
+    own = wrap(product)
+    if wrap is jax.custom_jvp:
+        own.defjvp(lambda p, t: (own(*p), 3 * (t[0] @ p[1]) + 2 * (p[0] @ t[1])))
+    else:
+        own.defvjp(
+            lambda x, w: (own(x, w), (x, w)),
+            lambda saved, g: (3 * (g @ saved[1].T), 2 * (saved[0].T @ g)),
+        )
+    return own
+
+
+BOTH = pytest.mark.parametrize("wrap", [jax.custom_jvp, jax.custom_vjp])
+
+
+@BOTH
+def test_what_a_custom_rule_says_of_w_reaches_a_and_b(x64, wrap):
+    own, x = times(wrap), array(3, 7)
+    fn = lambda p, x: own(x, p["w"])  # noqa: E731
+    tree = contract.adapt(fn, {"w": array(7, 5)}, x, dtype=jnp.float64)
+    tree = contract.randomized(tree)
+    w = tree["w"]
+    grads = jax.grad(lambda t: flora.lora(fn)(t, x).sum())(tree)["w"]
+    dw = 2 * x.T @ jnp.ones((3, 5))
+    contract.close(grads.a, w.scale * dw @ w.b.T)
+    contract.close(grads.b, w.scale * w.a.T @ dw)
+    assert not grads.base.any()
+    dx = jax.grad(lambda x: flora.lora(fn)(tree, x).sum())(x)
+    contract.close(dx, 3 * jnp.ones((3, 5)) @ flora.merge(tree)["w"].T)
+
+
+@BOTH
+def test_the_layout_is_what_the_function_computes(wrap):
+    own = times(wrap)
+    report = flora.coverage(
+        lambda p, x: own(x, p["w"]), {"w": jnp.ones((7, 5))}, jnp.ones((3, 7))
+    )
+    assert report["w"].layout == flora.Layout()
+    assert [use.primitive for use in report["w"].uses] == ["dot_general"]
+
+
+@BOTH
+def test_scaled_columns_are_refused_by_name(wrap):
+    own, x = times(wrap), jnp.ones((3, 7))
+    fn = lambda p, x: own(x, p["w"])  # noqa: E731
+    tree = contract.adapt(fn, {"w": jnp.ones((7, 5))}, x, variant=flora.variants.DoRA())
+    match = (
+        rf"'{wrap.__name__}_call' at test_derivatives.py:\d+ .*reads 'w'.* derivative"
+    )
+    with pytest.raises(flora.LoraError, match=match):
+        flora.lora(fn)(tree, x)
+
+
+@BOTH
+def test_a_weight_as_the_result_is_refused(wrap):
+    same = wrap(lambda w: w * 2)
+    if wrap is jax.custom_jvp:
+        same.defjvp(lambda p, t: (same(*p), t[0] * 2))
+    else:
+        same.defvjp(lambda w: (same(w), None), lambda _, g: (g * 2,))
+    fn = lambda p, x: x @ same(p["w"])  # noqa: E731
+    tree = contract.adapt(fn, {"w": jnp.ones((7, 5))}, jnp.ones((3, 7)))
+    with pytest.raises(flora.LoraError, match=r"reads 'w' .*a weight as the result"):
+        flora.lora(fn)(tree, jnp.ones((3, 7)))

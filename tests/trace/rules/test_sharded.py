@@ -173,3 +173,51 @@ def test_pmap_inside_the_function(mapped):
     assert tree["w"].layout.stack == (() if mapped is None else (0,))
     contract.close(flora.lora(fn)(tree, x), fn(flora.merge(tree), x))
     contract.close_to_formula(tree, *contract.gradients(fn, tree, x))
+
+
+def lone(p, body, **specs):
+    return jax.shard_map(body, mesh=MESH, out_specs=specs.pop("out", Spec()), **specs)(
+        p
+    )
+
+
+SHARDED_REFUSALS = {
+    "a gather of shards that adds an axis": lambda w, x: lone(
+        w, lambda w: lax.psum(lax.all_gather(w, "data")[0], "data"),
+        in_specs=Spec("data"), check_vma=False),
+    "a weight as a shard's result": lambda w, x: x @ lone(
+        w, lambda w: w.T, in_specs=Spec("data", None), out=Spec(None, "data")).T,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", SHARDED_REFUSALS)
+def test_what_shards_cannot_factor_is_named(reason):
+    def fn(p, x):
+        return SHARDED_REFUSALS[reason](p["w"], x)
+
+    params, x = {"w": normal(8, 6)}, normal(3, 8)
+    with pytest.raises(
+        flora.LoraError, match=rf"at test_sharded.py:\d+ .*'w' .*{reason}"
+    ):
+        contract.adapt(fn, params, x)
+    tree = contract.randomized(contract.adapt(fn, params, x, fallback="materialize"))
+    got, want = (jax.jit(f)(t, x) for f, t in
+                 ((flora.lora(fn), tree), (fn, flora.merge(tree))))  # fmt: skip
+    contract.close(got, want)
+
+
+def test_a_stack_is_gathered_with_both_factors():
+    def fn(p, x):
+        def body(w, x):
+            w = lax.all_gather(w, "data", axis=0, tiled=True)
+            return jnp.einsum("bi,eio->beo", x, w)
+
+        specs = Spec("data", None, None), Spec("data")
+        run = jax.shard_map(body, mesh=MESH, in_specs=specs, out_specs=Spec("data"))
+        return run(p["w"], x)
+
+    layouts = {"w": flora.Layout((0,), (1,), (2,))}
+    tree = contract.adapt(fn, {"w": normal(4, 8, 5)}, normal(4, 8), layouts=layouts)
+    tree = contract.randomized(tree)
+    both = jax.jit(lambda t, x: (flora.lora(fn)(t, x), fn(flora.merge(t), x)))
+    contract.close(*both(tree, normal(4, 8)))

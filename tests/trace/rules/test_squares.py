@@ -64,3 +64,55 @@ def test_standardized_convolution():
     own = (P.sub, P.div, P.square, P.integer_pow, P.mul, P.conv_general_dilated)
     contract.check(module.apply, variables, x, target="kernel", views=own,
                    tolerance=3e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("axes", [None, 0, 1, (0, 1)])
+def test_the_norm_is_that_of_the_merged_weight(x64, axes):
+    """Σ (W + s A B)² without A B: no array of W's shape but W² itself."""
+    fn = lambda p, x: (p["w"] * p["w"]).sum(axes) + (x @ p["w"]).sum()  # noqa: E731
+    params, x = {"w": array(6, 5)}, array(3, 6, seed=1)
+    tree = contract.randomized(contract.adapt(fn, params, x, dtype=jnp.float64))
+    w = tree["w"]
+    dense = w.base + w.scale * w.a @ w.b
+    want = (dense**2).sum(axes) + (x @ dense).sum()
+    contract.close(flora.lora(fn)(tree, x), want, 1e-12)
+    made = contract.dense_arrays(flora.lora(fn), [(6, 5)], tree, x)
+    assert [eqn.primitive for eqn in made] == [P.mul]
+
+
+UNSUMMED = {
+    "a power .* other than the square": lambda w, x: x.sum() * (w**3).sum(),
+    "squares of a weight that are not summed": lambda w, x: x @ (w * w),
+    "squares of a weight that are not": lambda w, x: x @ jnp.square(w).T.T,
+    "the square of a change, or of a complex weight": lambda w, x: (
+        x @ jnp.abs(jnp.square(w + 1j).sum(0)[:, None])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", UNSUMMED)
+def test_squares_that_are_not_summed_are_refused(reason):
+    def fn(p, x):
+        return UNSUMMED[reason](p["w"], x)
+
+    with pytest.raises(
+        flora.LoraError, match=rf"at test_squares.py:\d+ .*reads 'w' .*{reason}"
+    ):
+        contract.adapt(fn, {"w": normal(6, 6)}, normal(3, 6))
+
+
+def test_a_cast_of_squares_keeps_their_weight(x64):
+    def fn(p, x):
+        squares = (p["w"].astype(jnp.float32) ** 2).astype(jnp.float64)
+        return x @ p["w"] / jnp.sqrt(squares.sum(0))
+
+    tree = contract.adapt(fn, {"w": array(6, 5)}, array(3, 6), dtype=jnp.float64)
+    tree = contract.randomized(tree)
+    contract.close(
+        flora.lora(fn)(tree, array(3, 6)), fn(flora.merge(tree), array(3, 6)), 1e-6
+    )
+
+    def rounded(p, x):
+        return x.sum() * jnp.square(p["w"]).astype(jnp.int32).sum() + (x @ p["w"]).sum()
+
+    with pytest.raises(flora.LoraError, match="a cast to int32"):
+        contract.adapt(rounded, {"w": array(6, 5)}, array(3, 6))

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import pytest
 
 import flora
-from flora._algebra.choice import Form, Sizes, Target, cheapest, target
+from flora._algebra import choice
+from flora._algebra.choice import (
+    Form,
+    Sizes,
+    Target,
+    cheapest,
+    is_tpu,
+    may_differ,
+    named_form,
+    target,
+)
 from flora._trace import interpret as _interpreter
 from flora._trace.rules import dot
 from tests.support.contract import adapt, array, close_to_merged, randomized
@@ -112,3 +122,37 @@ def test_the_target_is_the_mesh_that_is_set_or_all_devices():
         with jax.set_mesh(mesh):
             assert target() == Target(kind, count)
             assert jax.jit(lambda: target().devices)() == count
+
+
+def test_what_a_name_means_in_both_passes():
+    assert named_form("direct") is None
+    for name in ("thin_first", "concat", "merged"):
+        assert named_form(name) == Form(name, name, together=True)
+
+
+def test_where_a_form_may_differ_from_the_direct_one(monkeypatch):
+    assert not may_differ("direct")
+    assert may_differ("concat")
+    assert not may_differ("auto")  # on a CPU
+    monkeypatch.setattr(choice, "target", lambda: Target("TPU v5 lite"))
+    assert may_differ("auto")
+    assert not may_differ("direct")
+    assert [is_tpu(kind) for kind in ("TPU v6 lite", "cpu", "NVIDIA TPU")] == [
+        True, False, False,
+    ]  # fmt: skip
+
+
+def test_thresholds_are_where_the_docstring_says():
+    v6e, v5e = Target("TPU v6 lite"), Target("TPU v5 lite")
+    assert cheapest(Sizes(1024, 1024, 1024, 64), v6e) is not None
+    for few in ((1023, 1024, 1024, 64), (1024, 1023, 1024, 64), (1024, 1024, 1024, 65)):
+        assert cheapest(Sizes(*few), v6e) is None
+    fits = Sizes(4096, 4096, 8192, 16)  # 64 MiB of bfloat16 and no byte more
+    assert cheapest(fits, v6e) == Form("concat", "direct")
+    wider = dataclasses.replace(fits, out=8193)
+    assert cheapest(wider, v6e) == Form("thin_first", "thin_last", together=False)
+    # A head gives more than seven outputs for each input.
+    assert cheapest(Sizes(4096, 4096, 7 * 4096, 16), v5e) == Form("concat", "concat")
+    assert cheapest(Sizes(4096, 4096, 7 * 4096 + 1, 16), v5e) == Form(
+        "concat", "direct"
+    )

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 import flora
+from flora._verbs.coverage import STATUSES, LeafCoverage
 from tests.support import contract
 from tests.support.contract import array
 from tests.support.registry import MODELS
@@ -130,3 +131,67 @@ def test_wrong_roles_are_named():
     for wrong in (lambda: report.select("mlp"), report.select):
         with pytest.raises(flora.LoraError, match="they are linear, conv, embedding"):
             wrong()
+
+
+def test_costs_of_a_leaf_for_each_unit_of_rank():
+    def row(layout, shape):
+        return LeafCoverage("w", shape, "float32", "factored", layout, ())
+
+    experts = row(flora.Layout((2,), (3, 0), (1,)), (5, 7, 3, 2))
+    assert experts.rank_parameters == 3 * (10 + 7)
+    assert experts.rank_flops == pytest.approx(1 / 10 + 1 / 7)
+    unknown = row(None, (5, 7))
+    assert (unknown.rank_parameters, unknown.rank_flops) == (0, 0.0)
+    assert row(flora.Layout(), (5, 0)).rank_flops == 5.0  # of an empty product
+
+
+def test_statuses_and_reasons():
+    def both(p, x):
+        return (
+            jnp.einsum("i,ijk->jk", x[:, 0], p["w"])
+            + jnp.einsum("ij,ijk->k", x, p["w"]),
+            p["r"].T,
+            x[:, :2] @ p["r"],
+        )
+
+    tree = {"w": jnp.ones((3, 3, 3)), "r": jnp.ones((2, 4)), "n": jnp.int32(1)}
+    report = flora.coverage(both, tree, jnp.ones((3, 3)))
+    assert [row.path for row in report.rows] == [
+        "r",
+        "w",
+    ]  # what is not floating is none
+    assert (report["w"].status, report["w"].layout) == ("dense", None)
+    assert "reads it as" in report["w"].reason
+    assert report["r"].reason == "returned, changed, by the function"
+    assert report.with_status("unused") == []
+    for status in STATUSES:
+        assert isinstance(report.with_status(status), list)
+    with pytest.raises(
+        flora.LoraError, match="they are factored, dense, unused, vector"
+    ):
+        report.with_status("frozen")
+
+
+def test_a_selection_is_a_pattern_of_paths():
+    report = flora.coverage(fn, params(), X)
+    linear = report.select("linear")
+    assert linear.paths == ("head", "kernel")
+    assert repr(linear) == "<linear: 2 leaves>"
+    assert linear("kernel", None)
+    assert not linear("kernel/x", None)
+    assert report.select("linear", "embedding").paths == ("embedding", "head", "kernel")
+    without = report.select("linear", without=("head", "conv"))
+    assert without.paths == ("kernel",)
+    assert repr(without) == "<linear, no head, no conv: 1 leaves>"
+    assert report.select("head", without=[]).paths == ("head",)
+
+
+def test_the_function_is_traced_once_and_never_run():
+    calls = []
+
+    def counted(p, x):
+        calls.append(isinstance(x, jax.core.Tracer))
+        return x @ p["w"]
+
+    flora.coverage(counted, {"w": jnp.ones((7, 5))}, X)
+    assert calls == [True]

@@ -150,7 +150,8 @@ def test_whether_a_weight_may_come_out():
     w, x = jnp.ones((3, 3)), jnp.ones((2, 3))
     for fn, may in (
         (lambda w, x: w.T, True), (lambda w, x: x @ w, False), (lambda w, x: x, False),
-        (lambda w, x: (x @ w, jnp.sin(w)[0]), True), (lambda w, x: w[jnp.arange(2)], False),
+        (lambda w, x: (x @ w, jnp.sin(w)[0]), True),
+        (lambda w, x: w[jnp.arange(2)], False),
     ):  # fmt: skip
         assert compat.may_return(jax.make_jaxpr(fn)(w, x), [True, False]) is may
 

@@ -32,12 +32,14 @@ LAYOUTS = {
     "dense": (lambda w, x: x @ w, (7, 5), Layout()),
     "weight first": (lambda w, x: w @ x.T, (5, 7), Layout((), (1,), (0,))),
     "heads": (
-        lambda w, x: jnp.einsum("bi,ihd->bhd", x, w), (7, 2, 4), Layout((), (0,), (1, 2))),
+        lambda w, x: jnp.einsum("bi,ihd->bhd", x, w), (7, 2, 4),
+        Layout((), (0,), (1, 2))),
     "heads out": (
         lambda w, x: jnp.einsum("bhd,hdo->bo", x.reshape(3, 1, 7), w), (1, 7, 4),
         Layout((), (0, 1), (2,))),
     "fused, split later": (
-        lambda w, x: jnp.einsum("bi,ihd->bhd", x, w.reshape(7, 2, 4)), (7, 8), Layout()),
+        lambda w, x: jnp.einsum("bi,ihd->bhd", x, w.reshape(7, 2, 4)), (7, 8),
+        Layout()),
     "stack of scan": (
         lambda w, x: lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, w)[0],
         (4, 7, 7), Layout((0,), (1,), (2,))),
@@ -47,7 +49,8 @@ LAYOUTS = {
     "stack that is indexed": (
         lambda w, x: x @ w[1] @ w[2], (4, 7, 7), Layout((0,), (1,), (2,))),
     "batch axis": (
-        lambda w, x: jnp.einsum("ei,eio->eo", x, w), (3, 7, 5), Layout((0,), (1,), (2,))),
+        lambda w, x: jnp.einsum("ei,eio->eo", x, w), (3, 7, 5),
+        Layout((0,), (1,), (2,))),
     "convolution": (
         lambda w, x: lax.conv_general_dilated(
             x[:, :, None], w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")),
@@ -102,13 +105,15 @@ def test_uses_that_swap_in_and_out_are_one_layout():
 CONFLICTS = {
     "two layouts": (
         lambda w, x: (jnp.einsum("i,ijk->jk", x[0], w), jnp.einsum("ij,ijk->k", x, w)),
-        (3, 3, 3), (3, 3), "'dot_general' at test_discover.py:.*reads it as in=.* out=.*, "
+        (3, 3, 3), (3, 3),
+        "'dot_general' at test_discover.py:.*reads it as in=.* out=.*, "
         "'dot_general' at test_discover.py:.*as in="),
     "half an axis": (
         lambda w, x: jnp.einsum("bi,ijk->bjk", x, w.reshape(4, 2, 5)),
         (8, 5), (3, 4), "contracts one part of axis 0 and keeps another"),
     "only summed": (
-        lambda w, x: x + w.sum(), (7, 5), (3,), "'add' at .* sums over it, and nothing"),
+        lambda w, x: x + w.sum(), (7, 5), (3,),
+        "'add' at .* sums over it, and nothing multiplies by it"),
     "no out axis": (
         lambda w, x: jnp.tensordot(x, w, 2), (7, 5), (7, 5), "there is no out axis"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What touches no weight is handed back to JAX as it was; the rest is refused by name."""
+"""What reads no weight goes back to JAX as it was; what has no rule is named."""
 
 import functools
 
@@ -136,7 +136,8 @@ VALUES = {
     "some outputs unused": lambda p, x: (
         lax.top_k(x, 2)[0] @ p["w"][:2], jnp.split(x @ p["w"], [2], 1)[1]),
     "none used": lambda p, x: (jnp.sin(x), x @ p["w"], x @ p["w"])[1],
-    "literals": lambda p, x: (2.0 * (x * 3.0) @ (p["w"] * 0.5) - 1.0, 7.0, jnp.float32(3)),
+    "literals": lambda p, x: (
+        2.0 * (x * 3.0) @ (p["w"] * 0.5) - 1.0, 7.0, jnp.float32(3)),
     "outputs that are inputs": lambda p, x: (x, x @ p["w"], x, p["v"] @ p["v"].T),
     "constants": lambda p, x: (x + np.float32(CONSTANT)) @ p["w"] + CONSTANT[0, 0],
     "one value twice": lambda p, x: (lambda y: (y + y, y * y, y))(x @ p["w"]),
@@ -174,8 +175,8 @@ LINES = {
     "its own": lambda w, x: x @ jnp.tanh(w),
     "inside what JAX jits": lambda w, x: x @ jnp.clip(w, 0, 1),
     "inside two of JAX's": lambda w, x: x @ jax.jit(lambda w: jnp.clip(w, 0, 1))(w),
-    "in a loop": lambda w, x: lax.scan(lambda c, _: (c @ w @ jnp.sin(w).T, None), x, None, 2)[0],
-    "in a branch": lambda w, x: lax.cond(x[0, 0] > 0, lambda: x @ jnp.sin(w), lambda: x @ w),
+    "in a loop": lambda w, x: lax.map(lambda row: row @ jnp.sin(w), x),
+    "in a branch": lambda w, x: lax.cond(x.any(), jnp.sin, jnp.cos, w),
 }  # fmt: skip
 
 

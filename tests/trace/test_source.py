@@ -39,9 +39,10 @@ FRAMES = {
     "nobody's": ([JAX], ""),
     "none": ([], ""),
     "not flora's own": (
-        [USER, (f"{FLORA}/_trace/interpret.py", 3, "run"), JAX], "model.py:41 (__call__)"),
+        [USER, (f"{FLORA}/_trace/interpret.py", 3, "run"), JAX],
+        "model.py:41 (__call__)"),
     "not what context managers or exec add": (
-        [USER, ("/usr/lib/python3.11/contextlib.py", 81, "inner"), ("<string>", 1, "f")],
+        [USER, ("/lib/contextlib.py", 81, "inner"), ("<string>", 1, "f")],
         "model.py:41 (__call__)"),
     "names that only begin alike": (
         [(f"{LIB}/jaxtyping/it.py", 2, "f")], "it.py:2 (f)"),

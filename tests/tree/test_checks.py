@@ -40,7 +40,8 @@ def test_only_weights_are_looked_at():
 
 
 WRONG = {
-    "no base": ({"base": None}, "'a/w' is an adapter without its base. Write flora.join"),
+    "no base": (
+        {"base": None}, "'a/w' is an adapter without its base. Write flora.join"),
     "no arrays": ({"a": None}, "'a/w' is a LoraWeight that holds no arrays. Pass the"),
     "numbers": ({"base": 1}, "holds no arrays"),
     "labels": ({"b": "b"}, "holds no arrays"),

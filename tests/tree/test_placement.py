@@ -114,7 +114,7 @@ def test_a_stored_weight_says_it_by_its_largest_array():
         ((8,), Spec("x", None), [r"w has shape \(8,\).*2 entries. Write at most 1"]),
         ((8,), Spec("z"), ["no axis 'z', only 'x', 'y'. Pass rules="]),
         ((8, 8), Spec("x", ("y", "x")), ["a mesh axis can divide one axis only"]),
-        ((8, 6), Spec(None, ("x", "y")), [r"axis 1 of size 6 does not divide into 8 \("]),
+        ((8, 6), Spec(None, ("x", "y")), [r"axis 1 of size 6 does not .*into 8 \("]),
         ((6, 3), Spec("x", "y"), ["axis 0 of size 6 .*into 4 ", "axis 1 of size 3"]),
     ],
 )  # fmt: skip

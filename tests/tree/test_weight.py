@@ -118,7 +118,7 @@ USED = {
 def test_used_as_an_array_it_says_what_to_write(name):
     with pytest.raises(
         flora.LoraError,
-        match=r"LoraWeight\(float32\[4,3\].*flora.lora\(fn\), or on flora.merge\(tree\)",
+        match=r"LoraWeight\(float32\[4,3\].*flora.lora\(fn\), or on flora.merge",
     ) as error:
         USED[name](node())
     assert isinstance(error.value, TypeError)

@@ -109,7 +109,8 @@ def test_the_table_shows_what_trains_and_sums_up_the_rest():
         "24 of 61 parameters train (39.34 %); 340 B, of them 96 B trained"
     )
     assert lines[-2].split() == [
-        "a", "lora", "(7,", "5)", "float32", "in=0", "out=1", "2", "6", "35", "24", "236", "B",
+        "a", "lora", "(7,", "5)", "float32", "in=0", "out=1",
+        "2", "6", "35", "24", "236", "B",
     ]  # fmt: skip
     assert lines[-1].split() == [
         "2",

@@ -102,6 +102,13 @@ def test_uses_that_swap_in_and_out_are_one_layout():
     assert finding.status == "factored"
 
 
+def test_a_product_of_many_rows_decides_against_one_of_one_row():
+    finding = of(lambda w, x: (w @ x[0], x @ w), (5, 5), x(3, 5))
+    assert finding.layout == Layout()
+    finding = of(lambda w, x: (x[0] @ w, w @ x.T), (5, 5), x(3, 5))
+    assert finding.layout == Layout((), (1,), (0,))
+
+
 CONFLICTS = {
     "two layouts": (
         lambda w, x: (jnp.einsum("i,ijk->jk", x[0], w), jnp.einsum("ij,ijk->k", x, w)),

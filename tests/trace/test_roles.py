@@ -43,6 +43,12 @@ FUNCTIONS = {
     "scores with a bias": (
         lambda p, x: jax.nn.softmax(x @ p["q"] @ (x @ p["k"]).T + p["bias"])
         @ (x @ p["v"]), X, {"q", "k", "v"}, {"v"}),
+    "scores with a bias that is looked up": (
+        lambda p, x: jax.nn.softmax(
+            x @ p["q"] @ (x @ p["k"]).T + p["bias"][jnp.arange(5)]) @ (x @ p["v"]), X, {"q", "k", "v"}, {"v"}),
+    "scores with such a bias and no softmax": (
+        lambda p, x: (x @ p["q"] @ (x @ p["k"]).T + p["bias"][jnp.arange(5)])
+        @ (x @ p["v"]), X, set(), {"q", "k", "v"}),
     "linear attention without a softmax": (
         lambda p, x: attend(p, x, lambda s: s), X, QKVO, {"o"}),
     "sigmoid attention": (lambda p, x: attend(p, x, jax.nn.sigmoid), X, QKVO, {"o"}),

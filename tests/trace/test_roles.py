@@ -45,7 +45,8 @@ FUNCTIONS = {
         @ (x @ p["v"]), X, {"q", "k", "v"}, {"v"}),
     "scores with a bias that is looked up": (
         lambda p, x: jax.nn.softmax(
-            x @ p["q"] @ (x @ p["k"]).T + p["bias"][jnp.arange(5)]) @ (x @ p["v"]), X, {"q", "k", "v"}, {"v"}),
+            x @ p["q"] @ (x @ p["k"]).T + p["bias"][jnp.arange(5)]) @ (x @ p["v"]),
+        X, {"q", "k", "v"}, {"v"}),
     "scores with such a bias and no softmax": (
         lambda p, x: (x @ p["q"] @ (x @ p["k"]).T + p["bias"][jnp.arange(5)])
         @ (x @ p["v"]), X, set(), {"q", "k", "v"}),

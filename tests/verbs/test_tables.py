@@ -33,6 +33,14 @@ def test_long_cells_fold_and_numbers_never():
     assert "".join(line[2:].split("  ")[0].strip() for line in lines[4:]) == long
 
 
+def test_the_text_column_yields_before_numbers_as_wide():
+    number = "1" * 20
+    columns = ("leaf", *(f">n{i}" for i in range(10)))
+    text = plain_text(table("t", columns, [("w" * 20, *[number] * 10)]))
+    assert text.count(number) == 10
+    assert text.count("w") == 20
+
+
 def test_cells_of_several_lines_and_no_rows():
     text = plain_text(table("t", ("leaf", "read by"), [("w", "dot\ngather")]))
     assert [line.split() for line in text.split("\n")[-2:]] == [

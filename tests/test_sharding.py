@@ -1,315 +1,286 @@
+"""Where factors lie: as their weights do."""
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.sharding import AxisType, Mesh, NamedSharding, reshard
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 import flora
-from tests.support import contract
-from tests.support.registry import Decoder, linen, normal
+import flora.sharding
+from tests.support.contract import adapt, close, weights
+from tests.support.registry import normal
 
-MESH = Mesh(np.array(jax.devices("cpu")).reshape(4, 2), ("data", "model"))
-
-
-def batch():
-    return jax.random.randint(jax.random.key(5), (8, 6), 0, 31)
+MESH = Mesh(np.array(jax.devices("cpu")).reshape(4, 2), ("fsdp", "tp"))
 
 
-def train(adapted, ids, apply, steps=6):
-    """Losses of a few whole-tree steps, and the last tree."""
-    tx = flora.optimizer(optax.adamw(1e-2, weight_decay=0.1), adapted)
-
-    def loss(tree):
-        logits = apply(tree, ids)
-        labels = jnp.roll(ids, 1, axis=1)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    @jax.jit
-    def step(tree, state):
-        value, grads = jax.value_and_grad(loss)(tree)
-        updates, state = tx.update(grads, state, tree)
-        return optax.apply_updates(tree, updates), state, value
-
-    state, losses = tx.init(adapted), []
-    for _ in range(steps):
-        adapted, state, value = step(adapted, state)
-        losses.append(float(value))
-    return losses, adapted
+def place(x, *spec, mesh=MESH):
+    return jax.device_put(x, NamedSharding(mesh, Spec(*spec)))
 
 
-def spec_of(weight):
-    """FSDP on in axes over 'data', tensor parallel on out axes over 'model'."""
-    layout, shape = weight.layout, weight.base.shape
-    axes = [None] * len(shape)
-    for name, size, chosen in (("data", 4, layout.in_), ("model", 2, layout.out)):
-        for i in chosen:
-            if shape[i] % size == 0 and name not in axes:
-                axes[i] = name
-    return Spec(*axes)
+def attention(p, x):
+    """Heads in and out, a stack of two under scan, and a table."""
+    q = jnp.einsum("bi,ihd->bhd", p["table"][x], p["q"])
+    y = jnp.einsum("bhd,hdo->bo", q, p["o"])
+    return jax.lax.scan(lambda y, w: (jnp.tanh(y @ w), None), y, p["stack"])[0]
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    """An adapted decoder, the function, and what training gives on one device."""
-    model = linen(Decoder(), batch())
-    adapted = contract.adapt(
-        model.fn, model.params, batch(), target=model.target, alpha=4.0
+SHAPES = {"table": (12, 8), "q": (8, 4, 6), "o": (4, 6, 8), "stack": (2, 8, 8)}
+LIKE = {
+    "table": Spec("tp", "fsdp"),
+    "q": Spec("fsdp", "tp"),
+    "o": Spec("tp", None, "fsdp"),
+    "stack": Spec(None, "fsdp", "tp"),
+}
+FACTORS = {
+    "table": (Spec("tp", None), Spec(None, "fsdp")),
+    "q": (Spec("fsdp", None), Spec(None, "tp", None)),
+    "o": (Spec("tp", None, None), Spec(None, "fsdp")),
+    "stack": (Spec(None, "fsdp", None), Spec(None, None, "tp")),
+}
+IDS = jnp.asarray([3, 1, 2])
+
+
+def params(placed=True):
+    made = {k: normal(*shape) for k, shape in SHAPES.items()}
+    return {k: place(w, *LIKE[k]) for k, w in made.items()} if placed else made
+
+
+def lies(x):
+    """The spec of an array or of a sharding, without trailing `None`."""
+    spec = list(getattr(x, "sharding", x).spec)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return Spec(*spec)
+
+
+def short(spec):
+    return lies(NamedSharding(MESH, spec))
+
+
+def test_init_puts_factors_where_their_weights_lie():
+    sharded = adapt(attention, params(), IDS)
+    for name, w in sharded.items():
+        assert (lies(w.a), lies(w.b)) == tuple(map(short, FACTORS[name])), name
+    alone = adapt(attention, params(placed=False), IDS)
+    for one, other in zip(weights(sharded), weights(alone), strict=True):
+        assert np.array_equal(one.a, other.a)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params()
     )
-    apply = flora.lora(model.fn)
-    return adapted, apply, *train(adapted, batch(), apply)
+    planned = adapt(attention, abstract, IDS)
+    for one, other in zip(weights(planned), weights(sharded), strict=True):
+        assert one.a.sharding.is_equivalent_to(other.a.sharding, one.a.ndim)
+        assert one.b.sharding.is_equivalent_to(other.b.sharding, one.b.ndim)
 
 
-@pytest.mark.parametrize("where", ["base", "base and factors"])
-def test_sharded_training_has_the_losses_of_one_device(where, one_device):
-    adapted, apply, expected, trained = one_device
-    assert expected[-1] < expected[0] - 0.1
+def test_no_factor_is_made_whole_on_a_device():
+    w = place(jnp.ones((4096, 4)), "fsdp")
+    tree = adapt(lambda p, x: x @ p["w"], {"w": w}, jnp.ones((1, 4096)), rank=4)
+    assert {s.data.shape for s in tree["w"].a.addressable_shards} == {(1024, 4)}
 
-    def place(x):
-        if not contract.is_weight(x):
-            return jax.device_put(x, NamedSharding(MESH, Spec()))
-        spec = spec_of(x)
-        base = jax.device_put(x.base, NamedSharding(MESH, spec))
-        a, b = Spec(), Spec()
-        if where == "base and factors":
-            roles = x.layout
-            a = Spec(*(spec[i] for i in (*roles.stack, *roles.in_)), None)
-            b = Spec(
-                *(spec[i] for i in roles.stack), None, *(spec[i] for i in roles.out)
-            )
-        a, b = (
-            jax.device_put(f, NamedSharding(MESH, s)) for f, s in ((x.a, a), (x.b, b))
-        )
-        return flora.LoraWeight(base, a, b, layout=x.layout, rank=x.rank, alpha=x.alpha)
+    def init(key, params):
+        config = flora.LoraConfig(rank=4, target="w")
+        fn = lambda p, x: x @ p["w"]  # noqa: E731
+        made = flora.init(key, config, fn, params, jnp.ones((1, 4096)))
+        return flora.split(made)[1]
 
-    sharded = jax.tree.map(place, adapted, is_leaf=contract.is_weight)
-    specs = {w.base.sharding.spec for w in contract.weights(sharded)}
-    assert len(specs - {Spec()}) >= 3, "nothing is sharded"
-    ids = jax.device_put(batch(), NamedSharding(MESH, Spec("data")))
-    losses, after = train(sharded, ids, apply)
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    for w, old in zip(contract.weights(after), contract.weights(sharded), strict=True):
-        assert w.base.sharding.is_equivalent_to(old.base.sharding, w.base.ndim)
-        assert np.array_equal(w.base, old.base)
-    for w, one in zip(contract.weights(after), contract.weights(trained), strict=True):
-        contract.close((w.a, w.b), (one.a, one.b), 2e-3)
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(init, key, {"w": w})
+    places = flora.sharding.shardings(shapes, {"w": Spec("fsdp")}, mesh=MESH)
+    step = jax.jit(init, out_shardings=places).lower(key, {"w": w}).compile()
+    text = step.as_text()
+    for kind in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert kind not in text
+    assert step.memory_analysis().temp_size_in_bytes < 4096 * 4 * 4
+    assert step.memory_analysis().argument_size_in_bytes < 1024  # the base is not read
 
 
-def test_init_under_jit_with_shardings_of_the_base():
-    rows = NamedSharding(MESH, Spec("data", "model"))
-    params = {"kernel": jax.device_put(normal(8, 6), rows)}
+@pytest.mark.parametrize("given", ["arrays", "specs", "shardings"])
+def test_shardings_of_each_array(given):
+    tree = adapt(attention, params(placed=given == "arrays"), IDS)
+    likes = {"specs": LIKE, "shardings": jax.tree.map(on_mesh, LIKE)}
+    mesh = MESH if given == "specs" else None
+    places = flora.sharding.shardings(tree, likes.get(given), mesh=mesh)
+    assert jax.tree.structure(places) == jax.tree.structure(tree)
+    for name, found in places.items():
+        assert lies(found.base) == short(LIKE[name])
+        assert (lies(found.a), lies(found.b)) == tuple(map(short, FACTORS[name]))
+    moved = jax.device_put(tree, places)
+    close(moved, tree, 0)
+    adapter = flora.split(moved)[1]
+    assert lies(flora.sharding.shardings(adapter)["q"].a) == Spec("fsdp")
 
-    def fn(p, x):
-        return x @ p["kernel"]
 
-    def init(params):
-        config = flora.LoraConfig(rank=2)
-        return flora.init(jax.random.key(0), config, fn, params, normal(4, 8))
+def test_a_path_of_like_that_the_tree_lacks_is_named():
+    tree = adapt(attention, params(), IDS)
+    like = LIKE | {"qq": Spec("tp")}
+    with pytest.raises(flora.LoraError, match=r"'qq' is no leaf .* Closest: 'q'"):
+        flora.sharding.shardings(tree, like, mesh=MESH)
+    adapter = flora.split(tree)[1]  # that lacks the frozen leaves
+    places = flora.sharding.shardings(adapter, like, mesh=MESH)
+    assert lies(places["q"].a) == Spec("fsdp")
 
-    adapted = jax.jit(init)(params)
-    assert adapted["kernel"].base.sharding.is_equivalent_to(rows, 2)
-    contract.close(adapted["kernel"].a, init(params)["kernel"].a)
 
-
-def test_shard_map_over_the_batch():
-    def fn(p, x):
-        return jnp.tanh(x @ p["kernel"])
-
-    params, x = {"kernel": normal(7, 5)}, normal(8, 7)
-    adapted = contract.randomized(contract.adapt(fn, params, x))
-    sharded = jax.shard_map(
-        flora.lora(fn),
-        mesh=MESH,
-        in_specs=(Spec(), Spec("data")),
-        out_specs=Spec("data"),
+def test_python_numbers_are_whole():
+    places = flora.sharding.shardings(
+        {"rate": 0.5, "w": normal(8, 6)}, Spec(), mesh=MESH
     )
-    contract.close(jax.jit(sharded)(adapted, x), fn(flora.merge(adapted), x))
-
-
-def column(w, x):
-    return jnp.tanh(x @ w)
-
-
-def row(w, x):
-    return jax.lax.psum(x @ w, "model")
-
-
-@jax.custom_jvp
-def product(x, w):
-    return x @ w
-
-
-product.defjvp(lambda p, t: (product(*p), t[0] @ p[1] + p[0] @ t[1]))
-
-
-def custom(w, x):
-    return product(x, w)
-
-
-def gathered(w, x):
-    return x @ jax.lax.all_gather(w, "data", axis=0, tiled=True)
-
-
-INSIDE = {
-    "column parallel": (column, Spec(None, "model"), Spec("data"), Spec("data", "model")),
-    "row parallel": (row, Spec("model", None), Spec("data", "model"), Spec("data")),
-    "gathered in": (gathered, Spec("data", None), Spec("data"), Spec("data")),
-    "custom derivative": (custom, Spec(), Spec("data"), Spec("data")),
-    "two mesh axes": (column, Spec(None, ("model", "data")), Spec(),
-                      Spec(None, ("model", "data"))),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", INSIDE)
-def test_shard_map_inside_the_function(name):
-    body, w_spec, x_spec, out_spec = INSIDE[name]
-
-    def fn(p, x):
-        return jax.shard_map(
-            body, mesh=MESH, in_specs=(w_spec, x_spec), out_specs=out_spec
-        )(p["kernel"], x)
-
-    params, x = {"kernel": normal(8, 24)}, normal(16, 8)
-    contract.check(fn, params, x, tolerance=2e-5,
-                   views=(contract.P.all_gather, contract.P.shard_map, contract.P.pvary))  # fmt: skip
-
-
-def test_shard_map_over_a_stack_of_experts():
-    def fn(p, x):
-        def body(w, x):
-            return jax.lax.psum(jnp.einsum("bi,eio->bo", x, w * jnp.float32(2)), "data")
-
-        return jax.shard_map(
-            body, mesh=MESH, in_specs=(Spec("data"), Spec()), out_specs=Spec()
-        )(p["experts"], x)
-
-    params, x = {"experts": normal(4, 8, 5)}, normal(3, 8)
-    layout = {"experts": flora.Layout((0,), (1,), (2,))}
-    contract.check(fn, params, x, tolerance=2e-5, layouts=layout,
-                   views=(contract.P.shard_map, contract.P.pvary, contract.P.mul))  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["column", "row"])
-def test_explicit_meshes(kind):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    w_spec = Spec(None, "model") if kind == "column" else Spec("model", None)
-    x_spec = Spec("data", None) if kind == "column" else Spec("data", "model")
-    out = Spec("data", "model") if kind == "column" else Spec("data", None)
-
-    def fn(p, x):
-        return jnp.einsum("bi,io->bo", x, p["w"], out_sharding=out)
-
-    with jax.set_mesh(mesh):
-        params = {"w": jax.device_put(normal(8, 6), NamedSharding(mesh, w_spec))}
-        x = jax.device_put(normal(4, 8), NamedSharding(mesh, x_spec))
-        tree = contract.randomized(contract.adapt(fn, params, x))
-        got = jax.jit(flora.lora(fn))(tree, x)
-        assert jax.typeof(got).sharding.spec == out
-        step = jax.jit(flora.value_and_grad(lambda t: flora.lora(fn)(t, x).sum()))
-        value, grads = step(tree)
-    w = tree["w"]
-    want = np.asarray(x) @ (np.asarray(w.base) + w.scale * np.asarray(w.a @ w.b))
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(value, want.sum(), rtol=1e-4)
-    db = w.scale * (np.asarray(x) @ np.asarray(w.a)).T @ np.ones_like(want)
-    np.testing.assert_allclose(grads["w"].b, db, rtol=1e-4, atol=1e-4)
-
-
-EXPLICIT = {
-    "gathered before use": (
-        lambda p, x: x @ reshard(p["w"], Spec(None, None)), {"w": Spec("data", "model")}),
-    "gathered along in": (
-        lambda p, x: x @ reshard(p["w"], Spec(None, "model")), {"w": Spec("data", "model")}),
-    "rows of a sharded table": (
-        lambda p, x: p["e"].at[jnp.arange(8)].get(out_sharding=Spec("data", None)),
-        {"e": Spec("model", None)}),
-    "columns of a sharded table": (
-        lambda p, x: p["e"].at[jnp.arange(8)].get(out_sharding=Spec("data", "model")),
-        {"e": Spec(None, "model")}),
-    "experts": (
-        lambda p, x: jnp.einsum("ebd,edf->ebf", reshard(
-            jnp.stack([x, 2 * x]), Spec("model", "data", None)), p["s"]),
-        {"s": Spec("model", None, None)}),
-    "a scan": (
-        lambda p, x: lax.scan(lambda x, w: (jnp.tanh(
-            reshard(x @ w[:, :16], Spec("data", None))), None), x, p["s"])[0],
-        {"s": Spec(None, None, None)}),
-    "normed": (
-        lambda p, x: x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0)),
-        {"w": Spec(None, "model")}),
-    "convolution": (
-        lambda p, x: lax.conv_general_dilated(
-            reshard(jnp.stack([x[:, :4], x[:, 4:8]], 1), Spec("data", None, None)),
-            p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"),
-            out_sharding=Spec("data", None, "model")),
-        {"k": Spec(None, None, "model")}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", EXPLICIT)
-def test_weights_on_explicit_meshes(name):
-    fn, specs = EXPLICIT[name]
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    shapes = {"w": (16, 32), "e": (10, 12), "s": (2, 16, 20), "k": (3, 4, 6)}
-    with jax.set_mesh(mesh):
-        x = jax.device_put(normal(8, 16), NamedSharding(mesh, Spec("data", None)))
-        params = {
-            k: jax.device_put(normal(*shapes[k]), NamedSharding(mesh, spec))
-            for k, spec in specs.items()
-        }
-        tree = contract.adapt(fn, params, x)
-        start, plain = jax.jit(flora.lora(fn))(tree, x), jax.jit(fn)(params, x)
-        assert jax.typeof(start) == jax.typeof(plain)
-        contract.close(start, plain, contract.COMPILED)
-        tree = contract.randomized(tree)
-        run = jax.jit(lambda t, x: contract.gradients(fn, t, x))
-        contract.close_to_formula(tree, *run(tree, x), tolerance=2e-5)
-        got, want = jax.jit(flora.lora(fn))(tree, x), jax.jit(fn)(flora.merge(tree), x)
-        contract.close(got, want)
-
-
-@pytest.mark.parametrize("mapped", [None, 0])
-def test_pmap_inside_the_function(mapped):
-    def one(w, x):
-        return lax.psum(jnp.tanh(x @ w), "i")
-
-    def fn(p, x):
-        run = jax.pmap(one, "i", in_axes=(mapped, 0), devices=jax.devices()[:4])
-        return run(p["w"], x)
-
-    w = normal(7, 5) if mapped is None else normal(4, 7, 5)
-    x = normal(4, 3, 7)
-    tree = contract.randomized(contract.adapt(fn, {"w": w}, x))
-    assert tree["w"].layout.stack == (() if mapped is None else (0,))
-    contract.close(flora.lora(fn)(tree, x), fn(flora.merge(tree), x))
-    contract.close_to_formula(tree, *contract.gradients(fn, tree, x))
-
-
-def by_pallas(w, x):
-    def kernel(w_ref, x_ref, y_ref):
-        y_ref[...] = x_ref[...] @ w_ref[...]
-
-    shape = jax.ShapeDtypeStruct((3, 5), jnp.float32)
-    return pl.pallas_call(kernel, out_shape=shape, interpret=True)(w, x)
-
-
-def by_callback(w, x):
-    shape = jax.ShapeDtypeStruct((3, 5), jnp.float32)
-    return jax.pure_callback(lambda w, x: np.asarray(x) @ np.asarray(w), shape, w, x)
+    assert lies(places["rate"]) == Spec()
 
 
 @pytest.mark.parametrize(
-    ("call", "name"), [(by_pallas, "pallas_call"), (by_callback, "pure_callback")]
+    ("tree", "places"),
+    [({}, {}), ({"w": jnp.ones(2)}, {}), ({"w": jnp.ones(2)}, {"w": Spec()})],
 )
-def test_weights_in_kernels_and_callbacks_are_refused_by_name(call, name):
-    def fn(p, x):
-        return call(p["w"], x)
+def test_places_of_another_tree_are_refused(tree, places):
+    with pytest.raises(flora.LoraError, match=r"of_state: places has .* Pass the tree"):
+        flora.sharding.of_state({"mu": jnp.ones(2)}, tree, places)
 
-    params, x = {"w": normal(7, 5)}, normal(3, 7)
-    with pytest.raises(flora.LoraError, match=rf"'{name}' at test_sharding.py:\d+"):
-        contract.adapt(fn, params, x)
-    tree = contract.randomized(contract.adapt(fn, params, x, fallback="materialize"))
-    contract.close(flora.lora(fn)(tree, x), fn(flora.merge(tree), x))
+
+def test_what_is_no_mesh_is_refused():
+    with pytest.raises(
+        flora.LoraError, match=r"mesh is a tuple. Pass a jax.sharding.Mesh"
+    ):
+        flora.sharding.shardings({"w": normal(8, 6)}, Spec(), mesh=(4, 2))
+
+
+def on_mesh(spec):
+    return NamedSharding(MESH, spec)
+
+
+def test_one_spec_for_a_module_and_leaves_that_train_whole():
+    config = {"target": "kernel", "train": "bias"}
+    tree = {"dense": {"kernel": normal(8, 6), "bias": normal(6)}, "norm": normal(6)}
+
+    def fn(p, x):
+        return (x @ p["dense"]["kernel"] + p["dense"]["bias"]) * p["norm"]
+
+    tree = adapt(fn, tree, normal(2, 8), **config)
+    like = {"dense": {"kernel": Spec("fsdp", "tp"), "bias": Spec("tp")}, "norm": None}
+    places = flora.sharding.shardings(tree, like, mesh=MESH)
+    assert lies(places["dense"]["bias"].value) == Spec("tp")
+    assert lies(places["norm"]) == Spec()
+    rows = flora.sharding.shardings(tree, Spec("tp"), mesh=MESH)
+    assert lies(rows["dense"]["kernel"].a) == lies(rows["norm"]) == Spec("tp")
+    close(jax.device_put(tree, places), tree, 0)
+
+
+def test_the_rank_can_be_divided_too():
+    tree = adapt(attention, params(), IDS, rank=2)
+    places = flora.sharding.shardings(tree, rank="tp")
+    assert lies(places["q"].a) == short(Spec("fsdp", "tp"))
+    assert lies(places["q"].b) == short(Spec(None, "tp"))  # 'tp' is in use there
+    assert lies(places["o"].b) == short(Spec("tp", "fsdp"))
+    close(jax.device_put(tree, places), tree, 0)
+    with pytest.raises(flora.LoraError, match=r"a of 'o' .*axis 2 of size 2.* into 4"):
+        flora.sharding.shardings(tree, rank="fsdp")
+    with pytest.raises(flora.LoraError, match="rank='model' is no axis of the mesh"):
+        flora.sharding.shardings(tree, rank="model")
+
+
+class Logical(nn.Module):
+    """Names for the axes, as Flax's own models have them."""
+
+    @nn.compact
+    def __call__(self, x):
+        def named(*names):
+            return nn.with_logical_partitioning(nn.initializers.lecun_normal(), names)
+
+        x = nn.Dense(6, kernel_init=named("embed", "mlp"), name="up")(x)
+        return nn.Dense(8, kernel_init=named("mlp", "embed"), name="down")(nn.relu(x))
+
+
+RULES = (("embed", "fsdp"), ("mlp", "tp"))
+
+
+def test_logical_names_of_linen():
+    x = normal(2, 8)
+    variables = Logical().init(jax.random.key(0), x)
+    tree = adapt(Logical().apply, variables, x, target="kernel")
+    places = flora.sharding.shardings(tree, mesh=MESH, rules=RULES)
+    with nn.logical_axis_rules(RULES), jax.set_mesh(MESH):
+        assert flora.sharding.shardings(tree) == places
+    up, down = (places["params"][name]["kernel"].value for name in ("up", "down"))
+    assert (lies(up.a), lies(up.b)) == (short(Spec("fsdp")), short(Spec(None, "tp")))
+    assert (lies(down.a), lies(down.b)) == (Spec("tp"), short(Spec(None, "fsdp")))
+    moved = jax.device_put(tree, places)
+    close(jax.jit(flora.lora(Logical().apply))(moved, x), Logical().apply(variables, x))
+    with pytest.raises(flora.LoraError, match=r"'params/up/kernel' .*no axis 'embed'"):
+        flora.sharding.shardings(tree, mesh=MESH)
+    # What one would write for the model without adapters.
+    like = nn.get_partition_spec(variables)
+    like = nn.logical_to_mesh_sharding(like, MESH, RULES)
+    assert flora.sharding.shardings(tree, like) == places
+
+
+def test_names_of_nnx():
+    with jax.set_mesh(jax.make_mesh((4, 2), ("fsdp", "tp"), (AxisType.Auto,) * 2)):
+        named = {"out_sharding": ("fsdp", "tp")}
+        model = nnx.Linear(8, 6, rngs=nnx.Rngs(0), kernel_metadata=named)
+        graph, state = nnx.split(model)
+        tree = adapt(lambda s, x: nnx.merge(graph, s)(x), state, normal(2, 8))
+        places = flora.sharding.shardings(tree)
+        (kernel,) = weights(places)
+        assert (lies(kernel.a), lies(kernel.b)) == (Spec("fsdp"), Spec(None, "tp"))
+        close(jax.device_put(tree, places), tree, 0)
+
+
+def test_the_optimizer_s_state_lies_with_what_it_belongs_to():
+    tree = adapt(attention, params(), IDS)
+    places = flora.sharding.shardings(tree)
+    tx = flora.optimizer(optax.adamw(1e-2), tree)
+    shapes = jax.eval_shape(tx.init, tree)
+    found = flora.sharding.of_state(shapes, tree, places)
+    state = jax.jit(tx.init, out_shardings=found)(tree)
+    adapter, base = flora.split(tree)[1], flora.split(places)[1]
+    moments = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert len(moments) == 2 * len(jax.tree.leaves(adapter))
+    pairs = zip(jax.tree.leaves(adapter), jax.tree.leaves(base), strict=True)
+    wanted = {(x.shape, lies(p)) for x, p in pairs}
+    assert {(x.shape, lies(x)) for x in moments} == wanted
+
+
+BAD = {
+    "too long": ({"w": Spec("fsdp", "tp", None)}, r"'w' has shape \(8, 6\).*3 entries"),
+    "no such axis": ({"w": Spec("model")}, r"'w' .*no axis 'model', only 'fsdp', 'tp'"),
+    "twice": ({"w": Spec("tp", "tp")}, "'w' .*can divide one axis only"),
+    "does not divide": (
+        {"w": Spec(None, "fsdp")}, r"axis 1 of size 6 .* into 4 \('fsdp'\)"),
+    "lacks the leaf": ({"v": Spec("fsdp")}, "like has no sharding for 'w'"),
+    "no spec": ({"w": "fsdp"}, "like: 'w' is 'fsdp'. Write a NamedSharding"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_refused(name):
+    like, message = BAD[name]
+    tree = adapt(lambda p, x: x @ p["w"], {"w": normal(8, 6)}, normal(2, 8))
+    with pytest.raises(flora.LoraError, match=message):
+        flora.sharding.shardings(tree, like, mesh=MESH)
+
+
+def test_no_mesh_is_refused():
+    tree = adapt(lambda p, x: x @ p["w"], {"w": normal(8, 6)}, normal(2, 8))
+    with pytest.raises(flora.LoraError, match="Pass mesh="):
+        flora.sharding.shardings(tree)
+
+
+def test_explicit_meshes():
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        w, x = place(normal(8, 6), "fsdp", "tp", mesh=mesh), normal(2, 8)
+
+        def fn(p, x):
+            return jnp.einsum("bi,io->bo", x, p["w"], out_sharding=Spec(None, "tp"))
+
+        config = flora.LoraConfig(rank=2, target="w")
+        key = jax.random.key(0)
+        init = lambda p: flora.init(key, config, fn, p, x)  # noqa: E731
+        for tree in (init({"w": w}), jax.jit(init)({"w": w})):
+            assert (lies(tree["w"].a), lies(tree["w"].b)) == (
+                Spec("fsdp"), Spec(None, "tp"))  # fmt: skip

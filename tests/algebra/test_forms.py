@@ -1,8 +1,6 @@
 """Forms: every one computes the same product, low-rank in both passes."""
 
-import dataclasses
 import functools
-import itertools
 
 import chex
 import jax
@@ -11,11 +9,8 @@ import numpy as np
 import pytest
 
 import flora
-from flora._algebra.choice import Form, Sizes, Target, cheapest, target
 from flora._algebra.forms import stochastically_rounded
-from flora._trace import interpret as _interpreter
 from flora._trace.compat import P
-from flora._trace.rules import dot
 from flora._tree.config import COPIES, FORMS
 from tests.support.contract import (
     adapt,
@@ -150,107 +145,6 @@ def test_dropout_takes_the_direct_form(form):
     got = flora.lora(mlp)(dropped, x)
     close(got, flora.lora(mlp, form="direct")(dropped, x))
     assert not np.array_equal(got, flora.lora(mlp)(adapted, x))
-
-
-def test_device_and_sizes_decide():
-    wide, narrow = Sizes(8192, 4096, 14336, 16), Sizes(8192, 14336, 4096, 16)
-    on_chip, on_chip_narrow = Sizes(4096, 2048, 5632, 16), Sizes(4096, 5632, 2048, 16)
-    kinds = "TPU v5 lite", "TPU v5", "TPU v6 lite"
-    v5e, v5p, v6e = map(Target, kinds)
-    apart = {"together": False}
-    assert cheapest(wide, v6e) == Form("thin_first", "thin_last", **apart)
-    assert cheapest(narrow, v6e) == Form("thin_last", "thin_first", **apart)
-    assert cheapest(wide, v5p) == Form("direct", "direct", **apart)
-    assert cheapest(on_chip, v6e) == Form("concat", "direct")
-    assert cheapest(on_chip, v5p) == Form("concat", "concat")
-    assert cheapest(on_chip_narrow, v5p) == Form("concat", "thin_first")
-    assert cheapest(wide, v5e) == Form("concat", "concat")
-    assert cheapest(narrow, v5e) == Form("concat", "thin_last")
-    for chip in (v5e, v5p, v6e):
-        assert cheapest(Sizes(4096, 2048, 32000, 16), chip) == Form("concat", "direct")
-    assert cheapest(Sizes(4096, 2048, 16384, 16), v5e) == Form("concat", "concat")
-    for kind in ("cpu", "NVIDIA H100"):
-        assert cheapest(wide, Target(kind)) is None
-    for few in (
-        Sizes(1, 4096, 14336, 16),
-        Sizes(8192, 64, 4096, 16),
-        Sizes(8192, 4096, 4096, 256),
-    ):
-        assert cheapest(few, v6e) is None
-    for kind in kinds:  # what may be sharded is not joined
-        assert cheapest(on_chip, Target(kind, 4)) == Form("direct", "direct")
-
-
-def test_slices_of_a_stack_are_told_from_whole_weights():
-    whole, wide = Sizes(4096, 2048, 5632, 16), Sizes(8192, 4096, 14336, 16)
-    v5e, v5p, v6e = map(Target, ("TPU v5 lite", "TPU v5", "TPU v6 lite"))
-
-    def sliced(sizes, chip):
-        return cheapest(dataclasses.replace(sizes, sliced=True), chip)
-
-    assert sliced(whole, v6e) == Form("direct", "direct")
-    assert sliced(wide, v6e) == cheapest(wide, v6e)
-    assert sliced(whole, v5p) == sliced(wide, v5p) == Form("concat", "direct")
-    assert sliced(whole, v5e) == cheapest(whole, v5e)
-
-
-CHOSEN = {
-    cheapest(Sizes(4096, in_, out, 16, sliced), Target(kind, devices))
-    for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite")
-    for in_, out in itertools.product((2048, 14336), (2048, 14336, 32000))
-    for sliced, devices in itertools.product((False, True), (1, 4))
-}
-
-
-@pytest.mark.parametrize("form", sorted(CHOSEN, key=str), ids=str)
-def test_every_choice_computes_the_product(x64, form, monkeypatch):
-    for module in (dot, _interpreter):
-        monkeypatch.setattr(module, "may_differ", lambda name: True)
-    monkeypatch.setattr(dot, "cheapest", lambda *_: form)
-
-    def layers(params, x):
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def layer(x, w):
-            gate, up = x @ w["gate"], x @ w["up"]
-            return x + (jax.nn.silu(gate) * up) @ w["down"], None
-
-        return jax.lax.scan(layer, x, params)[0]
-
-    shapes = {"gate": (2, 6, 10), "up": (2, 6, 10), "down": (2, 10, 6)}
-    params = {name: array(*shape) for name, shape in shapes.items()}
-    x = array(7, 6, seed=2)
-    adapted = adapt(layers, params, x, dtype=x.dtype)
-    close_to_merged(layers, randomized(adapted), x, start=adapted)
-
-
-@pytest.mark.parametrize("scanned", [False, True])
-def test_a_loop_says_that_it_takes_slices(scanned, monkeypatch):
-    w = {"kernel": jnp.ones((3, 4, 4))}
-    seen = []
-    monkeypatch.setattr(dot, "may_differ", lambda form: True)
-    monkeypatch.setattr(dot, "cheapest", lambda sizes, _: seen.append(sizes.sliced))
-
-    def over_layers(w, x):
-        if scanned:
-            return jax.lax.scan(lambda x, k: (x @ k, None), x, w["kernel"])[0]
-        for i in range(3):
-            x = x @ w["kernel"][i]
-        return x
-
-    x = jnp.ones((2, 4))
-    adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2), over_layers, w, x)
-    flora.lora(over_layers)(adapted, x)
-    assert set(seen) == {scanned}
-
-
-def test_the_target_is_the_mesh_that_is_set_or_all_devices():
-    kind = jax.devices()[0].device_kind
-    assert target() == Target(kind, jax.device_count())
-    for count in (1, 2):
-        mesh = jax.make_mesh((count,), ("x",), devices=jax.devices()[:count])
-        with jax.set_mesh(mesh):
-            assert target() == Target(kind, count)
-            assert jax.jit(lambda: target().devices)() == count
 
 
 @pytest.mark.parametrize("bad", ["fast", "", None, 3])

@@ -92,6 +92,12 @@ def is_weight(x):
     return isinstance(x, flora.LoraWeight)
 
 
+def used(fn, every, *args):
+    """Those of a dict of weights that a function reads."""
+    report = flora.coverage(fn, every, *args)
+    return {k: w for k, w in every.items() if report[k].uses}
+
+
 def weights(tree):
     found = jax.tree.leaves(tree, is_leaf=is_weight)
     return [x for x in found if is_weight(x)]

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 import flora
+from flora._verbs.coverage import STATUSES, LeafCoverage
 from tests.support import contract
 from tests.support.contract import array
 from tests.support.registry import MODELS
@@ -55,64 +56,6 @@ def test_coverage_of_adapted_and_abstract_trees():
         assert [(r.path, r.status, r.layout) for r in again.rows] == [
             (r.path, r.status, r.layout) for r in plain.rows
         ]
-
-
-def test_the_source_line_is_the_user_s_not_flax_s():
-    model = MODELS["mlp"]()
-    report = flora.coverage(model.fn, model.params, *model.args)
-    for row in report.rows:
-        assert row.uses[0].source.startswith("registry.py:")
-        assert row.uses[0].source.endswith("(__call__)")
-
-
-def test_the_source_line_is_the_caller_s_where_jax_reuses_a_trace():
-    def lookups(p, ids):
-        first = jnp.take(p["first"], ids, axis=0)
-        return first + jnp.take(p["second"], ids, axis=0)
-
-    params = {"first": jnp.ones((9, 5)), "second": jnp.ones((9, 5))}
-    report = flora.coverage(lookups, params, jnp.arange(3))
-    start = lookups.__code__.co_firstlineno
-    for i, name in enumerate(params, 1):
-        sources = {use.source for use in report[name].uses}
-        assert sources == {f"test_coverage.py:{start + i} (lookups)"}
-
-
-def test_summary_counts():
-    adapted = contract.adapt(
-        fn, params(), X, target=["kernel", "head"], train="bias", alpha=3
-    )
-    report = flora.summary(adapted)
-    rows = {row.path: row for row in report.rows}
-    kernel, bias = rows["kernel"], rows["bias"]
-    assert (kernel.role, kernel.rank, kernel.alpha) == ("lora", 2, 3.0)
-    assert (kernel.parameters, kernel.trained) == (35, 7 * 2 + 2 * 5)
-    assert (kernel.bytes, kernel.trained_bytes) == (4 * 35 + 4 * 24, 4 * 24)
-    assert (bias.role, bias.trained) == ("train", 5)
-    assert rows["idle"].role == "frozen"
-    assert report.trained == 24 + 5 + (5 * 2 + 2 * 11)
-    assert report.parameters == 45 + 35 + 5 + 55 + 6 + 16 + 1
-    text = str(report)
-    assert "61 of 163 parameters train (37.42 %)" in text
-    assert "in=0 out=1" in text
-    abstract = flora.summary(jax.eval_shape(lambda: adapted))
-    assert abstract == report
-
-
-def test_summary_of_an_adapter_counts_the_adapter():
-    adapted = contract.adapt(fn, params(), X, target=["kernel", "head"])
-    _, adapter = flora.split(adapted)
-    report = flora.summary(adapter)
-    assert report.trained == 24 + 32
-    assert report.bytes == 4 * (24 + 32)
-
-
-def test_leaves_that_are_no_arrays():
-    report = flora.summary({"w": jnp.ones((4, 5)), "name": "abc", "scale": 2.0})
-    assert [(row.path, row.parameters) for row in report.rows] == [
-        ("name", 0), ("scale", 1), ("w", 20)
-    ]  # fmt: skip
-    assert "21 parameters" in str(report)
 
 
 ATTENTION = {"query/kernel", "key/kernel", "value/kernel", "out/kernel"}
@@ -188,3 +131,67 @@ def test_wrong_roles_are_named():
     for wrong in (lambda: report.select("mlp"), report.select):
         with pytest.raises(flora.LoraError, match="they are linear, conv, embedding"):
             wrong()
+
+
+def test_costs_of_a_leaf_for_each_unit_of_rank():
+    def row(layout, shape):
+        return LeafCoverage("w", shape, "float32", "factored", layout, ())
+
+    experts = row(flora.Layout((2,), (3, 0), (1,)), (5, 7, 3, 2))
+    assert experts.rank_parameters == 3 * (10 + 7)
+    assert experts.rank_flops == pytest.approx(1 / 10 + 1 / 7)
+    unknown = row(None, (5, 7))
+    assert (unknown.rank_parameters, unknown.rank_flops) == (0, 0.0)
+    assert row(flora.Layout(), (5, 0)).rank_flops == 5.0  # of an empty product
+
+
+def test_statuses_and_reasons():
+    def both(p, x):
+        return (
+            jnp.einsum("i,ijk->jk", x[:, 0], p["w"])
+            + jnp.einsum("ij,ijk->k", x, p["w"]),
+            p["r"].T,
+            x[:, :2] @ p["r"],
+        )
+
+    tree = {"w": jnp.ones((3, 3, 3)), "r": jnp.ones((2, 4)), "n": jnp.int32(1)}
+    report = flora.coverage(both, tree, jnp.ones((3, 3)))
+    assert [row.path for row in report.rows] == [
+        "r",
+        "w",
+    ]  # what is not floating is none
+    assert (report["w"].status, report["w"].layout) == ("dense", None)
+    assert "reads it as" in report["w"].reason
+    assert report["r"].reason == "returned, changed, by the function"
+    assert report.with_status("unused") == []
+    for status in STATUSES:
+        assert isinstance(report.with_status(status), list)
+    with pytest.raises(
+        flora.LoraError, match="they are factored, dense, unused, vector"
+    ):
+        report.with_status("frozen")
+
+
+def test_a_selection_is_a_pattern_of_paths():
+    report = flora.coverage(fn, params(), X)
+    linear = report.select("linear")
+    assert linear.paths == ("head", "kernel")
+    assert repr(linear) == "<linear: 2 leaves>"
+    assert linear("kernel", None)
+    assert not linear("kernel/x", None)
+    assert report.select("linear", "embedding").paths == ("embedding", "head", "kernel")
+    without = report.select("linear", without=("head", "conv"))
+    assert without.paths == ("kernel",)
+    assert repr(without) == "<linear, no head, no conv: 1 leaves>"
+    assert report.select("head", without=[]).paths == ("head",)
+
+
+def test_the_function_is_traced_once_and_never_run():
+    calls = []
+
+    def counted(p, x):
+        calls.append(isinstance(x, jax.core.Tracer))
+        return x @ p["w"]
+
+    flora.coverage(counted, {"w": jnp.ones((7, 5))}, X)
+    assert calls == [True]

@@ -285,3 +285,42 @@ def test_bases_of_other_dtypes(dtype):
     want = fn(merged, x).astype(jnp.complex64)
     loose = 0.1 if dtype == jnp.float8_e4m3fn else 4e-3  # the merge rounds to dtype
     assert jnp.abs(got - want).max() <= loose * jnp.abs(want).max()
+
+
+def test_what_does_not_train_gets_no_gradient():
+    def fn(p, x):
+        y = x @ p["w"] + p["bias"]
+        return y * p["scale"] + p["table"][0]
+
+    params = {"w": jnp.ones((7, 5)), "bias": jnp.ones(5), "scale": jnp.ones(5)}
+    params["table"], x = jnp.ones((3, 5)), jnp.ones((3, 7))
+    tree = contract.adapt(fn, params, x, target="w", train="scale")
+    grads = jax.grad(lambda t: flora.lora(fn)(t, x).sum())(contract.randomized(tree))
+    assert not any(jnp.any(g) for g in (grads["w"].base, grads["bias"], grads["table"]))
+    for part in (grads["w"].a, grads["w"].b, grads["scale"].value):
+        assert part.any()
+    # The other arguments are differentiable as ever.
+    dx = jax.grad(lambda x: flora.lora(fn)(tree, x).sum())(x)
+    contract.close(dx, jax.grad(lambda x: fn(params, x).sum())(x))
+
+
+def test_a_tree_with_only_whole_leaves_trains_them():
+    tree = {"w": flora.Trained(jnp.ones((7, 5))), "v": jnp.ones((5, 4))}
+    loss = lambda t: flora.lora(lambda p: (p["w"] @ p["v"]).sum())(t)  # noqa: E731
+    grads = jax.grad(loss)(tree)
+    assert (grads["w"].value == 4).all()
+    assert not grads["v"].any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: flora.lora(None), r"lora\(\) got a NoneType; expected the function"),
+        (lambda: flora.lora({}), "got a dict"),
+        (lambda: flora.lora(abs, fallback="no"), "fallback='no'. Write 'error' or"),
+        (lambda: flora.lora(abs, form="fast"), "form='fast'. Write one of 'auto'"),
+    ],
+)
+def test_what_lora_is_given_is_checked_at_once(make, message):
+    with pytest.raises(flora.LoraError, match=message):
+        make()

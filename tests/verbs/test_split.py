@@ -1,14 +1,10 @@
-import re
-
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import flora
-from tests.support import contract
-from tests.verbs.test_init import X, fn, init, params
+from tests.verbs.test_init import init, params
 
 
 def test_split_and_join():
@@ -33,33 +29,66 @@ def test_split_and_join():
         flora.join(params(), adapter)
 
 
-def test_merge_and_rank_and_alpha_patterns():
-    adapted = contract.randomized(init(
-        rank=2, alpha=4, rank_pattern={"up/kernel": 3}, alpha_pattern={re.compile(".*down.*"): 10}
-    ))  # fmt: skip
-    up, down = (adapted["mlp"][n]["kernel"] for n in ("up", "down"))
-    assert (up.rank, up.alpha, down.rank, down.alpha) == (3, 4.0, 2, 10.0)
-    merged = flora.merge(adapted)
-    for w, name in ((up, "up"), (down, "down")):
-        a, b = np.asarray(w.a, np.float64), np.asarray(w.b, np.float64)
-        want = np.asarray(w.base, np.float64) + w.alpha / w.rank * a @ b
-        np.testing.assert_allclose(merged["mlp"][name]["kernel"], want, rtol=1e-5)
-    assert merged["mlp"]["up"]["bias"] is adapted["mlp"]["up"]["bias"]
-    assert jax.tree.structure(merged) == jax.tree.structure(params())
-
-
-def test_trees_of_another_shape_than_at_init():
-    adapted = init()
-    up = adapted["mlp"]["up"]
-    wider = up["kernel"].__class__(**(vars(up["kernel"]) | {"base": jnp.ones((7, 12))}))
-    tree = adapted | {"mlp": adapted["mlp"] | {"up": up | {"kernel": wider}}}
-    with pytest.raises(
-        flora.LoraError, match=re.escape("base (7, 12), a (7, 2) and b (2, 11)")
-    ):
-        flora.lora(fn)(tree, X)
-    deeper = up["kernel"].__class__(
-        **(vars(up["kernel"]) | {"base": jnp.ones((1, 7, 11))})
+def test_what_is_in_which_half():
+    key = jax.random.key(0)
+    made = init(train="scale", dropout=0.5)
+    keyed = flora.with_dropout(made, key) | {"none": None, "rate": 0.5}
+    base, adapter = flora.split(keyed)
+    w, up = keyed["mlp"]["up"]["kernel"], adapter["mlp"]["up"]["kernel"]
+    assert up == flora.LoraWeight(
+        None, w.a, w.b, layout=w.layout, rank=2, alpha=16.0, dropout=0.5
     )
-    tree = adapted | {"mlp": adapted["mlp"] | {"up": up | {"kernel": deeper}}}
-    with pytest.raises(flora.LoraError, match="layout is for 2 axes"):
-        flora.lora(fn)(tree, X)
+    assert up.a is w.a
+    assert base["mlp"]["up"]["kernel"] is w.base
+    assert base["mlp"]["up"]["bias"] is keyed["mlp"]["up"]["bias"]
+    assert (base["scale"], base["none"], base["rate"]) == (None, None, 0.5)
+    assert (adapter["none"], adapter["rate"]) == (None, None)
+    assert adapter["scale"] is keyed["scale"]
+    # The keys belonged to one step.
+    again = flora.join(base, adapter)
+    chex.assert_trees_all_equal(again, made | {"none": None, "rate": 0.5})
+
+
+def test_what_is_no_adapted_tree_is_refused_by_every_path():
+    _, adapter = flora.split(init())
+    with pytest.raises(
+        flora.LoraError, match=r"2 problems:\n.*split: 'mlp/down/kernel'"
+    ):
+        flora.split(adapter)
+    with pytest.raises(flora.LoraError, match="split: none of the tree's 0 leaves"):
+        flora.split({})
+
+
+def test_halves_that_do_not_belong_together():
+    base, adapter = flora.split(init(train="scale"))
+    nodes = init(train="scale")
+    for wrong, message in (
+        ((nodes, adapter), "3 problems:\n.*'mlp/down/kernel' of the base is adapted"),
+        ((base | {"more": 1}, adapter), "only the base has 'more'. Pass base and"),
+        ((base, adapter | {"x": None}), "only the adapter has 'x'"),
+        (([1], (flora.Trained(1),)), "structures: a list and a tuple. Pass"),
+    ):  # fmt: skip
+        with pytest.raises(flora.LoraError, match=f"(?s){message}"):
+            flora.join(*wrong)
+    gone = {"mlp": {"up": None, "down": base["mlp"]["down"]}, "scale": None}
+    layers = {"up": adapter["mlp"]["up"]["kernel"], "down": adapter["mlp"]["down"]}
+    part = {"mlp": layers, "scale": adapter["scale"]}
+    with pytest.raises(flora.LoraError, match="'mlp/up' has factors, but no weight in"):
+        flora.join(gone, part)
+
+
+def test_labels_gradients_and_shapes_join_too():
+    base, adapter = flora.split(init(train="scale"))
+    labels = flora.join(
+        jax.tree.map(lambda x: "frozen", base), jax.tree.map(lambda x: "lora", adapter)
+    )
+    assert labels["mlp"]["up"]["kernel"].base == "frozen"
+    assert labels["mlp"]["up"]["kernel"].a == labels["scale"].value == "lora"
+    shapes = jax.eval_shape(lambda: (base, adapter))
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        flora.join(*shapes), init(train="scale")
+    )
+    grads = jax.grad(lambda a: flora.join(base, a)["mlp"]["up"]["kernel"].a.sum())(
+        adapter
+    )
+    assert (grads["mlp"]["up"]["kernel"].a == 1).all()

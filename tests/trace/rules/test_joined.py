@@ -1,4 +1,3 @@
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -37,17 +36,11 @@ JOINED = {
 }  # fmt: skip
 
 
-def used(fn, every, *args):
-    """The weights that a function reads."""
-    report = flora.coverage(fn, every, *args)
-    return {k: w for k, w in every.items() if report[k].uses}
-
-
 @pytest.mark.parametrize("name", JOINED)
 def test_contract(x64, name):
     fn, x = JOINED[name], array(3, 6, seed=9)
     every = {k: array(*shape, seed=i) for i, (k, shape) in enumerate(EVERY.items())}
-    params = used(fn, every, x)
+    params = contract.used(fn, every, x)
     # What the function itself makes in a weight's shape.
     own = (P.add, P.sub, P.mul, P.complex, P.pad, P.dot_general)
     adapted = contract.check(fn, params, x, dtype=jnp.float64, views=own)
@@ -100,57 +93,22 @@ def test_joined_weights_keep_dropout():
         assert not jnp.allclose(y, z)
 
 
-NORMED = {
-    "weight norm": lambda p, x: x @ (p["u"] / jnp.linalg.norm(p["u"], axis=0)),
-    "along out": lambda p, x: x @ (
-        p["u"] * lax.rsqrt((p["u"] ** 2).sum(1, keepdims=True) + 1e-6)),
-    "frobenius": lambda p, x: x @ p["u"] / jnp.sqrt(jnp.square(p["u"]).sum()),
-    "penalty": lambda p, x: (x @ p["u"]).sum() + (p["u"] * p["u"]).mean(),
-    "of a stack": lambda p, x: jnp.einsum(
-        "bi,eio->ebo", x, p["s"] * lax.rsqrt((p["s"] ** 2).sum(1, keepdims=True))),
-    "of a whole stack": lambda p, x: jnp.einsum("bi,eio->ebo", x, p["s"])
-        / jnp.sqrt((p["s"] ** 2).sum()),
-    "standardized": lambda p, x: x @ (
-        (p["u"] - p["u"].mean(0)) / jnp.sqrt(p["u"].var(0) + 1e-6)),
-    "heads": lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["heads"]
-        / jnp.linalg.norm(p["heads"], axis=(0, 2), keepdims=True)),
+CONCATENATIONS = {
+    "along out": lambda p, x: x @ jnp.concatenate([p["u"], p["v"]], 1),
+    "along in": lambda p, x: jnp.concatenate([x, x], 1) @ jnp.concatenate(
+        [p["u"], 2 * p["t"]]),
+    "with one that is not adapted": lambda p, x: x @ jnp.concatenate(
+        [p["u"], jnp.ones((6, 3)), p["v"]], 1),
+    "stacked": lambda p, x: jnp.einsum(
+        "ebi,eio->bo", jnp.stack([x, -x]), jnp.stack([p["u"], p["t"]])),
+    "views of one": lambda p, x: x @ jnp.concatenate([p["u"][:, 5:], p["u"][:, :5]], 1),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NORMED)
-def test_contract_of_norms(x64, name):
-    fn, x = NORMED[name], array(3, 6, seed=9)
-    every = {"s": array(2, 6, 5), "heads": array(6, 2, 4), "u": array(6, 5)}
-    params = used(fn, every, x)
-    layouts = {"s": flora.Layout((0,), (1,), (2,))} if "stack" in name else {}
-    # The norm moves with A and B, and its gradient takes a dense dW.
-    own = (P.mul, P.square, P.integer_pow, P.div, P.sub, P.dot_general)
-    contract.check(fn, params, x, dtype=jnp.float64, views=own, layouts=layouts,
-                   tolerance=1e-11)  # fmt: skip
-
-
-def test_norms_over_parts_of_in_and_out_are_refused():
-    def fn(p, x):
-        norms = (p["w"] ** 2).sum((0, 2)) + (p["w"] ** 2).sum(2)[0]
-        return jnp.einsum("bi,ihd->bhd", x, p["w"]) / norms[:, None]
-
-    with pytest.raises(
-        flora.LoraError, match=r"'reduce_sum' at .* parts of in and out"
-    ):
-        contract.adapt(fn, {"w": normal(6, 2, 4)}, normal(3, 6))
-
-
-def test_standardized_convolution():
-    class Standardized(nn.Conv):
-        def param(self, name, *args):
-            w = super().param(name, *args)
-            if name != "kernel":
-                return w
-            axes = (0, 1, 2)
-            return (w - w.mean(axes)) / jnp.sqrt(w.var(axes) + 1e-5)
-
-    module, x = Standardized(5, (3, 3)), normal(2, 6, 7, 4)
-    variables = module.init(jax.random.key(0), x)
-    own = (P.sub, P.div, P.square, P.integer_pow, P.mul, P.conv_general_dilated)
-    contract.check(module.apply, variables, x, target="kernel", views=own,
-                   tolerance=3e-5)  # fmt: skip
+@pytest.mark.parametrize("name", CONCATENATIONS)
+def test_contract_of_concatenations(x64, name):
+    every = {"u": array(6, 10), "v": array(6, 9, seed=1), "t": array(6, 10, seed=2)}
+    fn, x = CONCATENATIONS[name], array(5, 6)
+    params = contract.used(fn, every, x)
+    settings = {"dtype": jnp.float64, "rank": 3, "rank_pattern": {"u": 4}}
+    contract.check(fn, params, x, views=(P.mul,), **settings)

@@ -97,27 +97,6 @@ def test_fused_projection_cut_along_out(x64):
     assert adapted["qkv"].layout == flora.Layout((), (0,), (1,))
 
 
-CONCATENATIONS = {
-    "along out": lambda p, x: x @ jnp.concatenate([p["u"], p["v"]], 1),
-    "along in": lambda p, x: jnp.concatenate([x, x], 1) @ jnp.concatenate(
-        [p["u"], 2 * p["t"]]),
-    "with one that is not adapted": lambda p, x: x @ jnp.concatenate(
-        [p["u"], jnp.ones((6, 3)), p["v"]], 1),
-    "stacked": lambda p, x: jnp.einsum(
-        "ebi,eio->bo", jnp.stack([x, -x]), jnp.stack([p["u"], p["t"]])),
-    "views of one": lambda p, x: x @ jnp.concatenate([p["u"][:, 5:], p["u"][:, :5]], 1),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CONCATENATIONS)
-def test_contract_of_concatenations(x64, name):
-    every = {"u": array(6, 10), "v": array(6, 9, seed=1), "t": array(6, 10, seed=2)}
-    fn, x = CONCATENATIONS[name], array(5, 6)
-    params = {k: w for k, w in every.items() if flora.coverage(fn, every, x)[k].uses}
-    settings = {"dtype": jnp.float64, "rank": 3, "rank_pattern": {"u": 4}}
-    contract.check(fn, params, x, views=(P.mul,), **settings)
-
-
 @st.composite
 def chains(draw):
     """Transposes and reshapes that keep rows, columns and stack apart."""

@@ -435,9 +435,14 @@ def by_position(w: Factored) -> Factored:
     So the names of other leaves' weights compare.
     """
     w = fused(w, range(len(w.axes)))
-    new = {axis[0].name: str(i) for i, axis in enumerate(w.axes) if axis}
+    return renamed(w, {axis[0].name: str(i) for i, axis in enumerate(w.axes) if axis})
+
+
+def renamed(w: Factored, new: Mapping[Name, Name]) -> Factored:
+    """The same weight with other names for pieces."""
     axes = tuple(
-        tuple(dataclasses.replace(x, name=new[x.name]) for x in axis) for axis in w.axes
+        tuple(dataclasses.replace(x, name=new.get(x.name, x.name)) for x in axis)
+        for axis in w.axes
     )
     return w.on_factors(lambda f: f.renamed(new), axes=axes)
 

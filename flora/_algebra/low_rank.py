@@ -14,7 +14,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from flora._algebra.axes import RANK, Factored, Name, Named, Sizes, fused, reshaped
+from flora._algebra.axes import (
+    RANK,
+    Factored,
+    Name,
+    Named,
+    Sizes,
+    fused,
+    renamed,
+    reshaped,
+)
 from flora._tree.errors import LoraError, Unfactorable
 from flora._tree.quantized import opened
 
@@ -38,11 +47,7 @@ def named(x: Any, sizes: Sizes) -> Any:
     if any(len(axis) > 1 for axis in x.axes) or x.settings.between is not None:
         raise Unfactorable("a product of two weights with joined axes or a variant")
     new = {axis[0].name: n for axis, n in zip(x.axes, names, strict=True) if axis}
-    new[RANK] = "other rank"
-    axes = tuple(
-        tuple(dataclasses.replace(y, name=new[y.name]) for y in axis) for axis in x.axes
-    )
-    return x.on_factors(lambda f: f.renamed(new), axes=axes)
+    return renamed(x, {**new, RANK: "other rank"})
 
 
 def contract(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.axes import RANK, Axis, Factored, Name, Named, Sizes, fused
+from flora._algebra.axes import RANK, Axis, Factored, Name, Named, Sizes, fused, renamed
 from flora._algebra.choice import Sizes as Counts
 from flora._algebra.choice import cheapest, may_differ, named_form, target
 from flora._algebra.forms import Spec, alike, products
@@ -68,7 +68,7 @@ def _product(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> Any:
         _change,
         y,
         lambda: [*sizes_of(_meeting(eqn, x, w, side).x).items()],
-        lambda: fused(w).factors["scale"],
+        lambda: _meeting(eqn, x, w, side).w.factors["scale"],
         (side,),
     )
     return multiplied(ctx, eqn, product, w, x)
@@ -102,13 +102,21 @@ class _Meeting:
 
 
 def _meeting(eqn: Eqn, x: Any, w: Factored, side: int) -> _Meeting:
-    """Names for the axes of a product; x stands on the side that W does not."""
+    """Names for the axes of a product; x stands on the side that W does not.
+
+    Where they meet they have x's names, so that products of one x compare.
+    """
     summed, batch = eqn.params["dimension_numbers"]
-    w = fused(w)
-    mine, theirs = (*summed[side], *batch[side]), (*summed[1 - side], *batch[1 - side])
+    w, theirs = fused(w), (*summed[1 - side], *batch[1 - side])
     axes = [(Axis(f"x{i}", size),) for i, size in enumerate(x.shape)]
-    for i, j in zip(theirs, mine, strict=True):
-        axes[i] = w.axes[j]
+    new: dict[Name, Name] = {}
+    for i, j in zip(theirs, (*summed[side], *batch[side]), strict=True):
+        axes[i] = tuple(
+            Axis(f"x{i}.{k}", piece.size) for k, piece in enumerate(w.axes[j])
+        )
+        mine = (piece.name for piece in w.axes[j])
+        new |= dict(zip(mine, (piece.name for piece in axes[i]), strict=True))
+    w = renamed(w, new)
     sides = (w.axes, axes) if side == 0 else (axes, w.axes)
     result = [sides[0][i] for i in batch[0]]
     for k in (0, 1):

@@ -1,15 +1,16 @@
 """Fine-tunes a decoder of the Llama family from a checkpoint of Hugging Face's kind.
 
-    python examples/finetune_lm.py --checkpoint meta-llama/ --train chats.jsonl --out run1
+    python examples/finetune_lm.py --checkpoint meta-llama/ --train chats.jsonl \
+        --out run1
 
 Reads config.json, safetensors and tokenizer.json, puts the weights straight onto all
-devices (FSDP), packs chats or texts into rows, trains A and B in bfloat16 with remat and
-scan, evaluates, saves checkpoints (`--resume` goes on), and writes the adapter for flora
-and, merged, for any server.  With no `--checkpoint` it first makes a tiny one itself, so
-that it runs with no download.
+devices (FSDP), packs chats or texts into rows, trains A and B in bfloat16 with remat
+and scan, evaluates, saves checkpoints (`--resume` goes on), and writes the adapter for
+flora and, merged, for any server.  With no `--checkpoint` it first makes a tiny one
+itself, so that it runs with no download.
 
-The run fails unless the loss has fallen, the base is bit for bit the checkpoint's, and the
-adapter read back gives the same logits.
+The run fails unless the loss has fallen, the base is bit for bit the checkpoint's, and
+the adapter read back gives the same logits.
 """
 
 import argparse
@@ -206,11 +207,11 @@ def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, dict
 
 
 def resumed(job: Job, checkpointer: Checkpointer, adapter: Any, state: Any) -> Any:
-    """Adapter, state and step of the last checkpoint, of a run with the same options."""
+    """Adapter, state and step of the last checkpoint; the options must be the same."""
     if not job.args.resume:
         raise SystemExit(
-            f"{job.out} holds a run that has come to step {checkpointer.latest()}. Write "
-            "--resume to go on, or another --out."
+            f"{job.out} holds a run that has come to step {checkpointer.latest()}. "
+            "Write --resume to go on, or another --out."
         )
     was, now = checkpointer.metadata(), _settings(job.args)
     if other := [
@@ -224,8 +225,22 @@ def resumed(job: Job, checkpointer: Checkpointer, adapter: Any, state: Any) -> A
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what a step does."""
-    free = ("checkpoint", "out", "eval", "eval_every", "save_every", "prompt", "resume",
-            "new_tokens", "stop_after", "merge", "smoke", "remat", "block", "devices")  # fmt: skip
+    free = (
+        "checkpoint",
+        "out",
+        "eval",
+        "eval_every",
+        "save_every",
+        "prompt",
+        "resume",
+        "new_tokens",
+        "stop_after",
+        "merge",
+        "smoke",
+        "remat",
+        "block",
+        "devices",
+    )
     return {k: v for k, v in vars(args).items() if k not in free}
 
 

@@ -1,8 +1,8 @@
 """From lines of JSON to packed rows of tokens, and which tokens are trained on.
 
-A line is {"messages": [{"role", "content"}, ...]} (the checkpoint's own chat template; what
-the assistant says is trained on), {"prompt", "completion"} (the completion is), or {"text"}
-(all is).  Several examples share a row; a token sees its own example alone.
+A line is {"messages": [{"role", "content"}, ...]} (the checkpoint's own chat template;
+what the assistant says is trained on), {"prompt", "completion"} (the completion is), or
+{"text"} (all is).  Several examples share a row; a token sees its own example alone.
 
     ids        the tokens                             7 8 9 | 4 5 6 2 | 0
     segments   which example of the row, 0: none      1 1 1 | 2 2 2 2 | 0
@@ -86,8 +86,8 @@ class Text:
         """The chat as text; with `prompt`, up to where the assistant answers."""
         if self.template is None:
             raise ValueError(
-                "the checkpoint has no chat template. Put chat_template.jinja beside its "
-                "tokenizer.json, or write lines of 'prompt' and 'completion'."
+                "the checkpoint has no chat template. Put chat_template.jinja beside "
+                "its tokenizer.json, or write lines of 'prompt' and 'completion'."
             )
         try:
             return _compiled(self.template).render(
@@ -118,8 +118,8 @@ class Text:
         if isinstance(line.get("text"), str):
             return self._ended(line["text"], [(0, len(line["text"]))])
         raise ValueError(
-            f"keys {', '.join(map(repr, line)) or 'none'}; expected 'messages', 'prompt' "
-            "and 'completion', or 'text'."
+            f"keys {', '.join(map(repr, line)) or 'none'}; expected 'messages', "
+            "'prompt' and 'completion', or 'text'."
         )
 
     def _chat(self, messages: Any) -> Example:
@@ -131,8 +131,8 @@ class Text:
             after = self.render(messages[: i + 1])
             if not (after.startswith(before) and text.startswith(after)):
                 raise ValueError(
-                    f"the chat template writes turn {i} otherwise once others follow, so "
-                    "that what to train on is unknown. Split the chat after it."
+                    f"the chat template writes turn {i} otherwise once others follow, "
+                    "so that what to train on is unknown. Split the chat after it."
                 )
             spans.append((len(before), len(after)))
         return self._masked(text, spans, special=False)
@@ -266,8 +266,8 @@ def batch_of(
 ) -> dict[str, np.ndarray]:
     """The rows of a step, `{name: [accumulate, batch, length]}`.
 
-    Epoch after epoch in another order, and nothing but the step and the seed says which:
-    a run that goes on later sees what it would have seen.
+    Epoch after epoch in another order, and nothing but the step and the seed says
+    which: a run that goes on later sees what it would have seen.
     """
     count, size = len(rows["ids"]), shape[0] * shape[1]
     stream = range(step * size, (step + 1) * size)

@@ -1,7 +1,8 @@
 """A checkpoint of Hugging Face's kind that needs no download, and chats to tune it on.
 
 A few hundred thousand weights, trained for some seconds on lines of geography, a real
-tokenizer and a chat template; everything in the files that a checkpoint from the hub has.
+tokenizer and a chat template; everything in the files that a checkpoint from the hub
+has.
 """
 
 import json
@@ -32,8 +33,8 @@ CAPITALS = {
         "Iran Tehran, Iraq Baghdad, Mongolia Ulaanbaatar, Jordan Amman, Lebanon Beirut"
     ),
     "Africa": (
-        "Egypt Cairo, Kenya Nairobi, Ghana Accra, Senegal Dakar, Morocco Rabat, Tunisia "
-        "Tunis, Uganda Kampala, Zambia Lusaka, Angola Luanda, Mali Bamako"
+        "Egypt Cairo, Kenya Nairobi, Ghana Accra, Senegal Dakar, Morocco Rabat, "
+        "Tunisia Tunis, Uganda Kampala, Zambia Lusaka, Angola Luanda, Mali Bamako"
     ),
     "America": (
         "Canada Ottawa, Cuba Havana, Peru Lima, Chile Santiago, Ecuador Quito, Uruguay "
@@ -93,10 +94,14 @@ def chats() -> list[dict[str, Any]]:
             (f"Where is {capital}?", f"It is in {country}, in {continent}."),
         )
         lines += [
-            {"messages": [{"role": "user", "content": question},
-                          {"role": "assistant", "content": answer}]}
+            {
+                "messages": [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer},
+                ]
+            }
             for question, answer in pairs
-        ]  # fmt: skip
+        ]
     return lines
 
 

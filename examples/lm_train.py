@@ -24,7 +24,7 @@ import flora.sharding
 def optimizer(
     *, peak: float, steps: int, warmup: int, clip: float, weight_decay: float
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW under a linear warm-up and a cosine to a tenth; gradients clipped by norm."""
+    """AdamW with clipped gradients, a linear warm-up and a cosine down to a tenth."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else peak, peak, warmup, max(steps, warmup + 1), peak / 10
     )
@@ -33,7 +33,7 @@ def optimizer(
 
 
 def started(tx: optax.GradientTransformation, adapter: Any) -> tuple[Any, Any]:
-    """The optimizer's state, and where adapter and state lie: the moments as A and B do."""
+    """The optimizer's state and all shardings; moments are sharded as A and B are."""
     places = flora.sharding.shardings(adapter)
     state = jax.eval_shape(tx.init, adapter)
     of_state = flora.sharding.of_state(state, adapter, places)
@@ -43,7 +43,7 @@ def started(tx: optax.GradientTransformation, adapter: Any) -> tuple[Any, Any]:
 def step_function(
     model: Llama, tx: Any, places: tuple[Any, Any], *, dropout: bool, block: int
 ) -> Callable[..., Any]:
-    """`(base, adapter, state, batches, key) -> adapter, state, loss, norm`, compiled once.
+    """The step `(base, adapter, state, batches, key) -> adapter, state, loss, norm`.
 
     Batches are `{name: [accumulate, batch, tokens]}`; their gradients are summed in the
     adapter's dtype, one micro-batch at a time.  `places` is of `started`.

@@ -1,18 +1,18 @@
 """Plans LoRA on TPUs that you do not have: compiles one training step for each mesh.
 
-A Llama-style decoder in bfloat16 (`benchmarks/_decoder.py`), layers in one `nn.scan` with
-remat, LoRA on every linear kernel but the head, AdamW on A and B, everything donated.  No
-array is ever made: the step is compiled from `ShapeDtypeStruct`s by libtpu's own compiler,
-for the topology that you name, on any machine.
+A Llama-style decoder in bfloat16 (`benchmarks/_decoder.py`), layers in one `nn.scan`
+with remat, LoRA on every linear kernel but the head, AdamW on A and B, everything
+donated.  No array is ever made: the step is compiled from `ShapeDtypeStruct`s by
+libtpu's own compiler, for the topology that you name, on any machine.
 
     pip install -e ".[examples,tpu-compiler]"
     python examples/plan_tpu.py --model 8b --topology v5e:4x4 --mesh 16x1,8x2,4x4
 
-A mesh is FSDPxTP or DATAxFSDPxTP.  HBM of arguments follows from their shardings; "temp"
-is the compiler's: activations, gathered weights, buffers of collectives.  Cycles are its
-estimates of the kernels, without waiting for collectives.  Attention writes out the scores
-of one block of queries at a time and masks half of them; the head's logits are by blocks
-too.  A flash kernel needs less of both.
+A mesh is FSDPxTP or DATAxFSDPxTP.  HBM of arguments follows from their shardings;
+"temp" is the compiler's: activations, gathered weights, buffers of collectives.  Cycles
+are its estimates of the kernels, without waiting for collectives.  Attention writes out
+the scores of one block of queries at a time and masks half of them; the head's logits
+are by blocks too.  A flash kernel needs less of both.
 """
 
 import argparse

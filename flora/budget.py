@@ -10,9 +10,11 @@ During (AdaLoRA): component k of a leaf is column k of A with row k of B, and wi
 `extra["e"][k]` where the variant has such (`flora.variants.AdaLoRA`).  Each step:
 
     loss, grads = flora.value_and_grad(loss_fn)(adapted, x)
-    seen = flora.budget.observe(seen, adapted, grads)          # from flora.budget.unseen
-    ...                                                        # the optimizer's update
-    count = flora.budget.components_at(step, first, last, warmup=200, final=500, total=5000)
+    seen = flora.budget.observe(seen, adapted, grads)     # from flora.budget.unseen
+    ...                                                   # the optimizer's update
+    count = flora.budget.components_at(
+        step, first, last, warmup=200, final=500, total=5000
+    )
     kept = flora.budget.top(flora.budget.scores(seen), count)
     adapted = flora.budget.masked(adapted, kept)
 
@@ -81,7 +83,8 @@ def rank_pattern(
     """A rank for each adapted leaf, within a number of trained parameters.
 
     rank_i ∝ importance_i between `smallest` and `largest`, rounded down; what rounding
-    leaves over goes, one rank at a time, to the leaves that lost most (not with 'equal').
+    leaves over goes, one rank at a time, to the leaves that lost most (not with
+    'equal').
 
     Args:
       adapted: an adapted tree of any rank, of arrays or `jax.ShapeDtypeStruct`s.
@@ -94,13 +97,13 @@ def rank_pattern(
 
     Returns:
       `{path: rank}` for `LoraConfig.rank_pattern`: a full path each, special characters
-      escaped, longer ones first, so that each matches its own leaf only.  With one alpha
-      the scale alpha/rank differs among leaves; for one scale write
+      escaped, longer ones first, so that each matches its own leaf only.  With one
+      alpha the scale alpha/rank differs among leaves; for one scale write
       `alpha_pattern={path: 2 * r for path, r in ranks.items()}`.
 
     Raises:
-      LoraError: the budget does not suffice for `smallest`, or an importance is missing,
-        negative, or of no adapted leaf.
+      LoraError: the budget does not suffice for `smallest`, or an importance is
+        missing, negative, or of no adapted leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora, flora.budget
@@ -125,8 +128,8 @@ def rank_pattern(
     if needed > parameters:
         raise LoraError(
             f"rank_pattern: rank {smallest} in {len(nodes)} leaves takes {needed:,} "
-            f"parameters and the budget is {parameters:,}. Write parameters={needed} or "
-            "more, or exclude leaves."
+            f"parameters and the budget is {parameters:,}. Write parameters={needed} "
+            "or more, or exclude leaves."
         )
     share = shares(importance, sizes)
     exact = filled(parameters, share, cost, least, most)
@@ -175,7 +178,7 @@ jax.tree_util.register_dataclass(
 
 
 def unseen(adapted: Any) -> Importance:
-    """The `Importance` before the first step: zeros, in float32, lying as A and B do."""
+    """The `Importance` before the first step: float32 zeros, sharded as A and B are."""
     nodes = components_of("unseen", adapted)
 
     def zeros(x: Any) -> jax.Array:
@@ -269,8 +272,9 @@ def components_at(
     """
     if not 0 < last <= first or min(warmup, final) < 0 or warmup + final >= total:
         raise LoraError(
-            f"components_at: first={first}, last={last}, warmup={warmup}, final={final}, "
-            f"total={total}. Expected 0 < last <= first and warmup + final < total."
+            f"components_at: first={first}, last={last}, warmup={warmup}, "
+            f"final={final}, total={total}. Expected 0 < last <= first and "
+            "warmup + final < total."
         )
     share = (step - warmup) / (total - final - warmup)
     if isinstance(step, numbers.Integral):
@@ -281,7 +285,7 @@ def components_at(
 
 
 def top(found: Mapping[str, Any], count: Any) -> dict[str, jax.Array]:
-    """Which components are among the `count` best of all leaves, `{path: [*stack, rank]}`.
+    """Which components are the `count` best of all leaves, `{path: [*stack, rank]}`.
 
     Args:
       found: what `scores` returns.
@@ -293,8 +297,8 @@ def top(found: Mapping[str, Any], count: Any) -> dict[str, jax.Array]:
 def masked(adapted: Any, kept: Kept) -> Any:
     """The tree with all other components zeroed, of the same shapes.
 
-    Where there is an e, it is zeroed and A and B stay, as published; elsewhere row k of B
-    is.  Either keeps its gradient, so a component can come back.
+    Where there is an e, it is zeroed and A and B stay, as published; elsewhere row k of
+    B is.  Either keeps its gradient, so a component can come back.
 
     Args:
       adapted: an adapted tree, or an adapter.
@@ -333,8 +337,8 @@ def compacted(adapted: Any, kept: Kept) -> Any:
     nodes = components_of("compacted", adapted)
     require_paths("compacted: kept", kept, nodes)
     fail(
-        f"compacted: kept has a tracer at '{path}', and ranks depend on its values. Call "
-        "compacted outside of jax.jit."
+        f"compacted: kept has a tracer at '{path}', and ranks depend on its values. "
+        "Call compacted outside of jax.jit."
         for path, keep in kept.items()
         if isinstance(keep, Tracer)
     )
@@ -370,7 +374,7 @@ def _cut(w: LoraWeight, keep: np.ndarray) -> Any:
 
 
 def orthogonality(adapted: Any) -> jax.Array:
-    """The mean of ‖AᵀA − I‖_F, and of ‖B Bᵀ − I‖_F where there is an e; to add to a loss.
+    """The mean of ‖AᵀA − I‖_F and, where there is an e, of ‖B Bᵀ − I‖_F; for a loss.
 
     Without an e the singular values are in B, and only A is to be orthonormal.  Its own
     gradient raises |p·∂L/∂p| too, and can drown what the loss says about components:

@@ -1,8 +1,8 @@
 """What happens to the factors while they train.
 
-    subspaces = flora.monitor.reference(adapted)                # once, before training
-    report = flora.monitor.measure(adapted, grads, reference=subspaces)   # inside the step
-    log(report.floats())                                        # {'q/kernel/norm_delta': 0.3}
+    subspaces = flora.monitor.reference(adapted)    # once, before training
+    report = flora.monitor.measure(adapted, grads, reference=subspaces)    # in the step
+    log(report.floats())                            # {'q/kernel/norm_delta': 0.3}
     print(flora.monitor.alarm(losses[:100]))
     flora.monitor.plot(reports, losses).savefig("run.png")
 
@@ -71,8 +71,8 @@ def reference(adapted: Any, k: int = 8) -> dict[str, Subspace]:
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise LoraTypeError(f"reference: k={k!r}. Write an int of at least 1.")
     fail(
-        f"reference: '{path}' is a matrix of {in_}×{out}; k={k} is above {min(in_, out)}."
-        " Lower k."
+        f"reference: '{path}' is a matrix of {in_}×{out}; k={k} is above "
+        f"{min(in_, out)}. Lower k."
         for path, x in factors.items()
         for _, in_, out in [map(math.prod, x.layout.sizes(x.base.shape))]
         if k > min(in_, out)
@@ -154,7 +154,8 @@ def plot(
         reports = list(reports)
         if not reports or not all(isinstance(r, Report) for r in reports):
             raise LoraTypeError(
-                "plot: expected reports that flora.monitor.measure returned, at least one."
+                "plot: expected reports that flora.monitor.measure returned, at least "
+                "one."
             )
         reports = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(reports))
     return draw(jax.device_get(reports).leaves, losses, steps)

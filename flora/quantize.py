@@ -104,8 +104,8 @@ def _nothing_to_store(path: str, x: Any) -> str:
     if isinstance(x, Trained):
         return f"'{path}' trains whole and stays as it is. Select frozen weights."
     return (
-        f"'{path}' has shape {tuple(getattr(x, 'shape', ()))}; only leaves of at least 2 "
-        "axes are stored in fewer bits. Select others."
+        f"'{path}' has shape {tuple(getattr(x, 'shape', ()))}; only leaves of at least "
+        "2 axes are stored in fewer bits. Select others."
     )
 
 
@@ -124,8 +124,8 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
     """Bases quantized, and factors that make up for the rounding as well as they can.
 
     Alternates Q = quantized(W − scale A B) and scale A B = the best approximation of
-    W − Q of that rank, by singular values, `steps` times.  Of the pairs the nearest to W
-    is taken.  The adapted model starts nearer to the pretrained one than with B = 0.
+    W − Q of that rank, by singular values, `steps` times.  Of the pairs the nearest to
+    W is taken.  The adapted model starts nearer to the pretrained one than with B = 0.
 
     Args:
       adapted: an adapted tree of dense arrays, tracers or `ShapeDtypeStruct`s; of its
@@ -147,8 +147,8 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
     chosen = {p: x.base for p, x in named if isinstance(x, LoraWeight)}
     if not chosen or not isinstance(steps, int) or steps < 1:
         raise LoraError(
-            f"loftq: {len(chosen)} leaves are adapted and steps={steps!r}. Pass the tree "
-            "that flora.init returned, and steps of 1 or more."
+            f"loftq: {len(chosen)} leaves are adapted and steps={steps!r}. Pass the "
+            "tree that flora.init returned, and steps of 1 or more."
         )
     fail(_problems(chosen, block))
 

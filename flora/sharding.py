@@ -1,12 +1,13 @@
 """Where the arrays of an adapted tree lie on a mesh.
 
-    adapted = flora.init(key, config, model.apply, params, x)    # factors lie as params do
-    places = flora.sharding.shardings(adapted)                   # for jit and checkpoints
+    adapted = flora.init(key, config, model.apply, params, x)    # factors follow params
+    places = flora.sharding.shardings(adapted)                   # for jit, checkpoints
     step = jax.jit(step, in_shardings=(places, ...), out_shardings=(places, ...))
 
-A factor is divided as its weight is: A takes the mesh axes of W's in axes, B those of its
-out axes, stack axes follow.  So x A is reduced where x W is, z B lies where x W lies, and
-no step gathers more than the frozen model's does, but for the factors themselves.
+A factor is divided as its weight is: A takes the mesh axes of W's in axes, B those of
+its out axes, stack axes follow.  So x A is reduced where x W is, z B lies where x W
+lies, and no step gathers more than the frozen model's does, but for the factors
+themselves.
 """
 
 import dataclasses
@@ -56,11 +57,12 @@ def shardings(
       tree: an adapted tree, an adapter or a base, of arrays, tracers or
         `jax.ShapeDtypeStruct`s.
       like: where the base lies: `NamedSharding`s or `PartitionSpec`s in a tree with the
-        base's paths, or with fewer (one for a whole module).  By default each leaf's own
-        sharding, or else the names that `nn.Partitioned`, `nn.LogicallyPartitioned` or
-        an `nnx.Variable` give its axes; leaves that say nothing are whole everywhere.
-      mesh: a `jax.sharding.Mesh`; by default that of `like` or of the leaves, or the one
-        that is set.
+        base's paths, or with fewer (one for a whole module).  By default each leaf's
+        own sharding, or else the names that `nn.Partitioned`, `nn.LogicallyPartitioned`
+        or an `nnx.Variable` give its axes; leaves that say nothing are whole
+        everywhere.
+      mesh: a `jax.sharding.Mesh`; by default that of `like` or of the leaves, or the
+        one that is set.
       rules: `(logical name, mesh axes)` pairs; by default Flax's current ones.
       rank: a mesh axis over which to divide the rank too, in each factor that does not
         use it already.
@@ -92,8 +94,8 @@ def shardings(
     mesh = _mesh(named, like) if mesh is None else mesh
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise LoraTypeError(
-            f"shardings: mesh is a {type(mesh).__name__}. Pass a jax.sharding.Mesh, such "
-            'as jax.make_mesh((4, 2), ("fsdp", "tp")).'
+            f"shardings: mesh is a {type(mesh).__name__}. Pass a jax.sharding.Mesh, "
+            'such as jax.make_mesh((4, 2), ("fsdp", "tp")).'
         )
     sizes = dict(mesh.shape)
     if rank is not None and rank not in sizes:
@@ -139,8 +141,8 @@ def of_state(state: Any, tree: Any, places: Any) -> Any:
     fits = [keys for keys, _ in flat] == [keys for keys, _ in where]
     if not flat or not fits or not all(isinstance(x, NamedSharding) for _, x in where):
         raise LoraError(
-            f"of_state: places has {len(where)} leaves for the {len(flat)} arrays of the "
-            "tree, or other ones. Pass the tree of tx.init and its shardings(tree)."
+            f"of_state: places has {len(where)} leaves for the {len(flat)} arrays of "
+            "the tree, or other ones. Pass the tree of tx.init and its shardings(tree)."
         )
     found = {
         (keys, tuple(getattr(x, "shape", ()))): place

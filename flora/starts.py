@@ -3,14 +3,14 @@
     adapted = flora.init(key, config, model.apply, params, x)
     adapted = flora.starts.pissa(adapted)                   # same model, other factors
     ...                                                     # train, as ever
-    plain = flora.starts.to_plain(trained, start, params)   # LoRA on the original weights
+    plain = flora.starts.to_plain(trained, start, params)   # LoRA on the first weights
 
 EVA leaves the base alone: A along the directions of each layer's inputs, B = 0.
 
 PiSSA, OLoRA and LoRA-GA put a part of W into the factors and take it out of the base:
 W_res = W − scale A B, rounded once to W's dtype, so W_res + scale A B is W up to half a
-unit in the last place of W_res.  In bfloat16 that is seen in the outputs (2⁻⁹ of W_res);
-`to_plain` works on the original weights and is free of it.
+unit in the last place of W_res.  In bfloat16 that is seen in the outputs (2⁻⁹ of
+W_res); `to_plain` works on the original weights and is free of it.
 
 A base in fewer bits comes after: `flora.quantize.quantize(pissa(adapted), "nf4")`, or
 with `flora.quantize.loftq`.  All take LoRA and DoRA, whose magnitudes stay right.
@@ -70,8 +70,8 @@ def pissa(
 
     W = U S Vᵀ, A = U_r √(S_r/scale), B = √(S_r/scale) V_rᵀ, W_res = W − scale A B.
 
-    The model stays the same up to rounding, whatever A and B held: what is decomposed is
-    W + scale A B.  An exact decomposition gathers one leaf at a time.
+    The model stays the same up to rounding, whatever A and B held: what is decomposed
+    is W + scale A B.  An exact decomposition gathers one leaf at a time.
 
     Args:
       adapted: an adapted tree of arrays or tracers, with dense bases.
@@ -164,8 +164,8 @@ def lora_ga(
 
     Args:
       adapted: as of `pissa`.
-      grads: one gradient of each chosen base: a tree with the paths of the bases, such as
-        `base_gradients` or `jax.grad` of the plain model returns, or an iterator of
+      grads: one gradient of each chosen base: a tree with the paths of the bases, such
+        as `base_gradients` or `jax.grad` of the plain model returns, or an iterator of
         such trees, each with some of the leaves (`each_base_gradient`).
       target: as of `pissa`.
       scaling: 'stable', the paper's, c = out^¼/√gamma; 'unit', c = 1; 'peft', what PEFT
@@ -222,7 +222,8 @@ def base_gradients(
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)`, a scalar, of the plain tree.
-      adapted: an adapted tree.  The gradient is taken at its bases: A and B are not read.
+      adapted: an adapted tree.  The gradient is taken at its bases: A and B are not
+        read.
       *args: arrays, or trees of arrays.
       target: which adapted leaves.
       **kwargs: likewise.
@@ -234,9 +235,11 @@ def base_gradients(
     Raises:
       LoraError: nothing is selected, or a base is stored in fewer bits.
     """
-    return next(each_base_gradient(
-        loss_fn, adapted, *args, target=target, at_once=None, **kwargs
-    ))  # fmt: skip
+    return next(
+        each_base_gradient(
+            loss_fn, adapted, *args, target=target, at_once=None, **kwargs
+        )
+    )
 
 
 def each_base_gradient(
@@ -279,8 +282,8 @@ def each_base_gradient(
         value = lora(loss_fn)(tree, *args, **kwargs)
         if jnp.shape(value) != ():
             raise LoraTypeError(
-                f"base_gradients: loss_fn returned an array of shape {jnp.shape(value)}; "
-                "expected a scalar. Write .mean() or .sum()."
+                "base_gradients: loss_fn returned an array of shape "
+                f"{jnp.shape(value)}; expected a scalar. Write .mean() or .sum()."
             )
         return value
 
@@ -315,8 +318,8 @@ def to_plain(trained: Any, start: Any, original: Any) -> Any:
       nothing.
 
     Raises:
-      LoraError: the trees have other adapted leaves, ranks, scales or shapes; every such
-        leaf is named.
+      LoraError: the trees have other adapted leaves, ranks, scales or shapes; every
+        such leaf is named.
 
     References: PEFT calls it `subtract_mutated_init`.
     """

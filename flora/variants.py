@@ -1,6 +1,6 @@
 """Variants of LoRA: how factors start, and what product they make.
 
-    W_eff = (W + scale a b) ⊙ columns        with a, b, columns = variant.product(weight)
+    W_eff = (W + scale a b) ⊙ columns    with a, b, columns = variant.product(weight)
 
 A variant is a frozen dataclass with two functions and a tuple:
 

@@ -45,7 +45,8 @@ def tied(p, x):
 
 def convolved(p, x):
     y = jax.lax.conv_general_dilated(
-        x[:, None, :], p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))  # fmt: skip
+        x[:, None, :], p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
     return jnp.tanh(y)
 
 
@@ -105,7 +106,7 @@ def step(fn):
 
 
 def few_and_all(qtypes=("int8", "nf4"), names=("dense", "scan of remat", "one x")):
-    """Some pairs of model and type, all models and all types among them; all if slow."""
+    """Some pairs of model and type, with every model and every type; all if slow."""
     for name in MODELS:
         for qtype in QTYPES:
             few = qtype in qtypes or name in names
@@ -233,8 +234,9 @@ def test_a_sharded_tree_is_quantized_where_it_lies():
     close(jax.device_put(tree, places), tree, 0)
     wide = flora.sharding.shardings(tree, {"kernel": Spec(("fsdp", "tp"))}, mesh=mesh)
     close(jax.device_put(tree, wide), tree, 0)
-    text = flora.quantize._maker("int8", 4, jnp.dtype("float32")).lower(
-        jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=place)).compile().as_text()  # fmt: skip
+    make = flora.quantize._maker("int8", 4, jnp.dtype("float32"))
+    dense = jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=place)
+    text = make.lower(dense).compile().as_text()
     assert "all-gather" not in text
     assert "all-reduce" not in text
 
@@ -355,13 +357,16 @@ def test_loftq_is_nearer_than_rounding(x64):
 
 
 BAD = {
-    "type": ({"kernel": jnp.ones((64, 4))}, {"qtype": "int3"}, "qtype='int3'. Write one"),
+    "type": (
+        {"kernel": jnp.ones((64, 4))}, {"qtype": "int3"}, "qtype='int3'. Write one"),
     "block": ({"kernel": jnp.ones((64, 4))}, {"block": 0}, "block=0"),
     "no target": ({"w": jnp.ones((64, 4))}, {}, "target='kernel' selects none"),
     "does not divide": ({"kernel": jnp.ones((60, 4))}, {}, r"\(60, 4\); neither of"),
     "integers": ({"kernel": jnp.ones((64, 4), int)}, {}, "only floating arrays"),
-    "vectors": ({"kernel": jnp.ones(64)}, {}, r"'kernel' has shape \(64,\); only leaves"),
-    "opens to integers": ({"kernel": jnp.ones((64, 4))}, {"dtype": "int8"}, "dtype='int8'"),
+    "vectors": (
+        {"kernel": jnp.ones(64)}, {}, r"'kernel' has shape \(64,\); only leaves"),
+    "opens to integers": (
+        {"kernel": jnp.ones((64, 4))}, {"dtype": "int8"}, "dtype='int8'"),
     "no dtype": ({"kernel": jnp.ones((64, 4))}, {"dtype": "foo"}, "dtype='foo'"),
 }  # fmt: skip
 

@@ -154,7 +154,8 @@ def gathered(w, x):
 
 
 INSIDE = {
-    "column parallel": (column, Spec(None, "model"), Spec("data"), Spec("data", "model")),
+    "column parallel": (
+        column, Spec(None, "model"), Spec("data"), Spec("data", "model")),
     "row parallel": (row, Spec("model", None), Spec("data", "model"), Spec("data")),
     "gathered in": (gathered, Spec("data", None), Spec("data"), Spec("data")),
     "custom derivative": (custom, Spec(), Spec("data"), Spec("data")),
@@ -173,8 +174,8 @@ def test_shard_map_inside_the_function(name):
         )(p["kernel"], x)
 
     params, x = {"kernel": normal(8, 24)}, normal(16, 8)
-    contract.check(fn, params, x, tolerance=2e-5,
-                   views=(contract.P.all_gather, contract.P.shard_map, contract.P.pvary))  # fmt: skip
+    views = (contract.P.all_gather, contract.P.shard_map, contract.P.pvary)
+    contract.check(fn, params, x, tolerance=2e-5, views=views)
 
 
 def test_shard_map_over_a_stack_of_experts():
@@ -188,8 +189,8 @@ def test_shard_map_over_a_stack_of_experts():
 
     params, x = {"experts": normal(4, 8, 5)}, normal(3, 8)
     layout = {"experts": flora.Layout((0,), (1,), (2,))}
-    contract.check(fn, params, x, tolerance=2e-5, layouts=layout,
-                   views=(contract.P.shard_map, contract.P.pvary, contract.P.mul))  # fmt: skip
+    views = (contract.P.shard_map, contract.P.pvary, contract.P.mul)
+    contract.check(fn, params, x, tolerance=2e-5, layouts=layout, views=views)
 
 
 @pytest.mark.parametrize("kind", ["column", "row"])
@@ -220,9 +221,11 @@ def test_explicit_meshes(kind):
 
 EXPLICIT = {
     "gathered before use": (
-        lambda p, x: x @ reshard(p["w"], Spec(None, None)), {"w": Spec("data", "model")}),
+        lambda p, x: x @ reshard(p["w"], Spec(None, None)),
+        {"w": Spec("data", "model")}),
     "gathered along in": (
-        lambda p, x: x @ reshard(p["w"], Spec(None, "model")), {"w": Spec("data", "model")}),
+        lambda p, x: x @ reshard(p["w"], Spec(None, "model")),
+        {"w": Spec("data", "model")}),
     "rows of a sharded table": (
         lambda p, x: p["e"].at[jnp.arange(8)].get(out_sharding=Spec("data", None)),
         {"e": Spec("model", None)}),

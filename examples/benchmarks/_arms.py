@@ -210,7 +210,7 @@ class LinenModel(nn.Module):
 
 
 def qwix_arm(sizes: Sizes) -> Arm:
-    """qwix: `apply_lora_to_model` on Linen; the params' factors are split off by name."""
+    """qwix: `apply_lora_to_model` on Linen; the factors are split off by name."""
     qwix = importlib.import_module("qwix")
     alpha = sizes.scale * sizes.rank
     provider = qwix.LoraProvider(module_path=".*", rank=sizes.rank, alpha=alpha)
@@ -364,8 +364,8 @@ def check(name: str, make: Callable[[Sizes], Arm]) -> None:
     """Proves on small arrays that an arm trains what it is said to train.
 
     Raises:
-      RuntimeError: its loss or dx is not that of W + scale A B, its gradient is zero, or
-        ten steps of gradient descent do not lower the loss.
+      RuntimeError: its loss or dx is not that of W + scale A B, its gradient is zero,
+        or ten steps of gradient descent do not lower the loss.
     """
     sizes = Sizes(tokens=32, d=16, ff=24, rank=4, dtype=jnp.float32)
     arm, key = make(sizes), jax.random.key(1)

@@ -10,7 +10,7 @@ Results = dict[str, dict[str, float] | str]
 
 
 def versions(*others: str) -> str:
-    """What the numbers hold for: versions, of `others` where installed, and platform."""
+    """The versions and the platform of the numbers, `others` where installed."""
     found = [f"{x} {metadata.version(x)}" for x in ("jax", "jaxlib", "flax")]
     found += [f"{x} {metadata.version(x)}" for x in others if installed(x)]
     return f"{', '.join(found)} on {jax.default_backend()}"

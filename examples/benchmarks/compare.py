@@ -10,8 +10,8 @@ Three sections, those that this machine can run unless `--on` chooses:
 
 Every arm computes the loss and the gradients of what it trains and of x.  Before
 anything is measured each shows on small arrays that it computes W + scale A B, that its
-gradient is not zero and that gradient descent lowers its loss; flora's own arms stop the
-run where they do not, another library's row says why.
+gradient is not zero and that gradient descent lowers its loss; flora's own arms stop
+the run where they do not, another library's row says why.
 
     pip install libtpu qwix quax peft torch
     python examples/benchmarks/compare.py --on tpu,cpu,peft

@@ -1,9 +1,10 @@
 """How the cost grows with rank, with the number of adapted leaves and with depth.
 
-By rank: XLA's count of the FLOPs of one step above the frozen model's, compiled for this
-machine, beside what x A, B and their gradients need, 3 · 2 · tokens · rank · (in + out).
-By leaves: seconds to `flora.init`, and to trace and lower one step of a chain of small
-products, beside the frozen model's.  By layers: the same of one `lax.scan`.
+By rank: XLA's count of the FLOPs of one step above the frozen model's, compiled for
+this machine, beside what x A, B and their gradients need,
+3 · 2 · tokens · rank · (in + out).  By leaves: seconds to `flora.init`, and to trace
+and lower one step of a chain of small products, beside the frozen model's.  By layers:
+the same of one `lax.scan`.
 
     python examples/benchmarks/scale.py
 """

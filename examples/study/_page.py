@@ -120,8 +120,8 @@ def page(texts: Mapping[str, Text], folder: pathlib.Path, link: str, head: str) 
         total = sum(float(row["cpu_minutes"]) for row in rows)
         parts += ["## Where these numbers were made", markdown(rows)]
         parts.append(
-            f"In all {total:.1f} minutes of CPU time, both cores together. Wall-clock time "
-            "is what it was beside other work on the machine (load)."
+            f"In all {total:.1f} minutes of CPU time, both cores together. Wall-clock "
+            "time is what it was beside other work on the machine (load)."
         )
     return "\n\n".join(parts) + "\n"
 

@@ -24,8 +24,8 @@ from flora._tree.weight import LoraWeight, on_parts, parts_of, product_of
 class Measures:
     """Of one adapted leaf: arrays `[*stack]`, one value for each matrix.
 
-    ΔW is scale A B.  With a variant it is scale a b of the factors that the variant makes;
-    its column factors (DoRA's magnitudes) are not part of it.
+    ΔW is scale A B.  With a variant it is scale a b of the factors that the variant
+    makes; its column factors (DoRA's magnitudes) are not part of it.
 
     Attributes:
       norm_a: ‖A‖_F; as all norms here, Frobenius'.
@@ -33,14 +33,15 @@ class Measures:
       norm_delta: ‖ΔW‖_F.
       grad_a: ‖g_A‖_F.
       grad_b: ‖g_B‖_F.
-      grad_delta: ‖scale (A g_B + g_A B)‖_F, how far a step of plain SGD moves ΔW for each
-        unit of learning rate, to first order.  (∂L/∂ΔW itself is never formed.)
-      effective_rank: exp(-Σ pᵢ ln pᵢ) with pᵢ = σᵢ/Σσ of ΔW's singular values σ, between
-        1 and rank; 0 where ΔW = 0.
+      grad_delta: ‖scale (A g_B + g_A B)‖_F, how far a step of plain SGD moves ΔW for
+        each unit of learning rate, to first order.  (∂L/∂ΔW itself is never formed.)
+      effective_rank: exp(-Σ pᵢ ln pᵢ) with pᵢ = σᵢ/Σσ of ΔW's singular values σ,
+        between 1 and rank; 0 where ΔW = 0.
       stable_rank: ‖ΔW‖_F²/σ₁², between 1 and rank; 0 where ΔW = 0.
       relative: ‖ΔW‖_F/‖W‖_F.
-      overlap_in: ‖Uᵀ ΔW‖_F²/‖ΔW‖_F², the share of ΔW's energy that lies in W's k leading
-        singular directions on the side of its input; k/in by chance, 0 where ΔW = 0.
+      overlap_in: ‖Uᵀ ΔW‖_F²/‖ΔW‖_F², the share of ΔW's energy that lies in W's k
+        leading singular directions on the side of its input; k/in by chance, 0 where
+        ΔW = 0.
       overlap_out: ‖ΔW V‖_F²/‖ΔW‖_F², on the side of its output; k/out by chance.
     """
 
@@ -117,16 +118,17 @@ def measure(
     """Norms, ranks and overlaps of every adapted leaf, inside jit and for little.
 
     About 5 rank² (in + out) multiplications a leaf, to the 3 · tokens · rank (in + out)
-    that its factors cost in the training step.  The QR and singular value decompositions
-    are of thin and of rank × rank matrices, the latter together for all leaves of one
-    rank; they are loops on some devices.  Where that is too slow, measure in some steps
-    only, or without `spectrum`.
+    that its factors cost in the training step.  The QR and singular value
+    decompositions are of thin and of rank × rank matrices, the latter together for all
+    leaves of one rank; they are loops on some devices.  Where that is too slow, measure
+    in some steps only, or without `spectrum`.
 
     Args:
       adapted: the adapted tree, or the adapter alone.
       grads: gradients of either, as `flora.value_and_grad` returns them.  Updates serve
         too: then `grad_delta` is how far the step moves ΔW.
-      reference: what `flora.monitor.reference` returned, for `relative` and the overlaps.
+      reference: what `flora.monitor.reference` returned, for `relative` and the
+        overlaps.
       spectrum: whether to measure effective and stable rank.
 
     Returns:
@@ -139,7 +141,8 @@ def measure(
 
     Example:
       >>> import jax, jax.numpy as jnp, flora, flora.monitor
-      >>> adapter = {"q": flora.LoraWeight(None, jnp.ones((4, 1)), 2 * jnp.ones((1, 9)))}
+      >>> a, b = jnp.ones((4, 1)), 2 * jnp.ones((1, 9))
+      >>> adapter = {"q": flora.LoraWeight(None, a, b)}
       >>> report = jax.jit(flora.monitor.measure)(adapter)
       >>> {name: round(value, 3) for name, value in report.floats().items()}
       ... # doctest: +NORMALIZE_WHITESPACE
@@ -220,14 +223,14 @@ def _product(path: str, x: LoraWeight) -> LoraWeight:
         return x
     if x.base is None:
         raise LoraError(
-            f"measure: '{path}' has the variant {x.variant!r}, which needs W to say what "
-            "ΔW is. Pass the whole tree, flora.join(base, adapter)."
+            f"measure: '{path}' has the variant {x.variant!r}, which needs W to say "
+            "what ΔW is. Pass the whole tree, flora.join(base, adapter)."
         )
     product = product_of(x)
     if product.between is not None:
         raise LoraError(
-            f"measure: '{path}' has the variant {x.variant!r} with a function between A "
-            "and B: there is no ΔW. Measure a tree without it."
+            f"measure: '{path}' has the variant {x.variant!r} with a function between "
+            "A and B: there is no ΔW. Measure a tree without it."
         )
     return dataclasses.replace(x, a=product.a, b=product.b, variant=None)
 

@@ -71,9 +71,10 @@ def combine(
       factors: no dense ΔW is formed.
     - "peft_linear": what PEFT calls linear, A = Σ ±√|w_i scale_i| A_i and the same for
       B.  It has products of A_i with B_j in it, which make it another ΔW.
-    - "magnitude_prune", "ties", "dare_linear", "dare_ties": on each dense ΔW, one leaf at
-      a time, then the best of `rank` (by default the largest).  Their own ranks are full,
-      so look at the errors.  Pruning keeps int(density · n) elements of each matrix.
+    - "magnitude_prune", "ties", "dare_linear", "dare_ties": on each dense ΔW, one leaf
+      at a time, then the best of `rank` (by default the largest).  Their own ranks are
+      full, so look at the errors.  Pruning keeps int(density · n) elements of each
+      matrix.
 
     Args:
       adapters: of one base.
@@ -88,8 +89,8 @@ def combine(
         voted on.  Not needed where the weights of a sum add up to 1.
 
     Returns:
-      A `Combined`: the adapter, of scale 1 and float32 or wider, with the settings of the
-      first; and each leaf's error against the ΔW that the method defines.
+      A `Combined`: the adapter, of scale 1 and float32 or wider, with the settings of
+      the first; and each leaf's error against the ΔW that the method defines.
 
     Raises:
       LoraError: adapters that do not fit, settings that the method lacks or does not
@@ -97,7 +98,8 @@ def combine(
 
     Example:
       >>> import jax.numpy as jnp, flora, flora.multi
-      >>> one = {"w": flora.LoraWeight(None, jnp.ones((2, 1)), jnp.ones((1, 2)), alpha=3.0)}
+      >>> a, b = jnp.ones((2, 1)), jnp.ones((1, 2))
+      >>> one = {"w": flora.LoraWeight(None, a, b, alpha=3.0)}
       >>> both = flora.multi.combine([one, one], [1.0, -0.5])
       >>> both.adapter["w"].rank, both.errors
       (2, {'w': 0.0})
@@ -153,8 +155,8 @@ def _weights(weights: Any, count: int) -> list[float]:
     )
     if len(values) != count or not all(map(_is_finite, values)):
         raise LoraError(
-            f"combine: weights={weights!r}; expected {count} finite numbers, one for each "
-            "adapter."
+            f"combine: weights={weights!r}; expected {count} finite numbers, one for "
+            "each adapter."
         )
     return [float(w) for w in values]
 
@@ -183,8 +185,8 @@ def _option_problems(
         found.append(f"combine: sign={sign!r}. Write 'total' or 'frequency'.")
     if method.endswith("ties") and min(weights) <= 0:
         found.append(
-            f"combine: weights={weights}; a vote has no place for weights of 0 or less. "
-            "Leave those adapters out, or write method='dare_linear' or "
+            f"combine: weights={weights}; a vote has no place for weights of 0 or "
+            "less. Leave those adapters out, or write method='dare_linear' or "
             "'magnitude_prune'."
         )
     return found
@@ -199,8 +201,8 @@ def _node_problems(
         ranks = sorted({x.rank for x in nodes})
         if how.method == "peft_linear" and len(ranks) > 1:
             found.append(
-                f"combine: '{path}' has ranks {ranks}; 'peft_linear' adds up factors of "
-                "one rank. Write method='linear', which is exact for any."
+                f"combine: '{path}' has ranks {ranks}; 'peft_linear' adds up factors "
+                "of one rank. Write method='linear', which is exact for any."
             )
         return found
     if not isinstance(first, Trained):

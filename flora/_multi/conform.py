@@ -1,4 +1,4 @@
-"""Whether adapters fit each other, and one leaf's factors with another rank or scale."""
+"""Whether adapters fit each other; one leaf's factors at another rank or scale."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -75,8 +75,8 @@ def _misfits(path: str, nodes: Sequence[Any]) -> list[str]:
     """How the nodes of one leaf differ where they must not, each from the first."""
     first = _described(nodes[0])
     return [
-        f"'{path}' is {first} in adapter 0, but {_described(x)} in adapter {i}. Adapters "
-        "of one base and one target fit."
+        f"'{path}' is {first} in adapter 0, but {_described(x)} in adapter {i}. "
+        "Adapters of one base and one target fit."
         for i, x in enumerate(nodes)
         if _described(x) != first
     ]

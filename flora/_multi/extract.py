@@ -62,8 +62,8 @@ def extract(
     Example:
       >>> import jax, jax.numpy as jnp, flora, flora.multi
       >>> params, x = {"w": jnp.eye(3)}, jnp.ones((1, 3))
-      >>> config = flora.LoraConfig(rank=1, target="*")
-      >>> adapted = flora.init(jax.random.key(0), config, lambda p, x: x @ p["w"], params, x)
+      >>> fn, config = lambda p, x: x @ p["w"], flora.LoraConfig(rank=1, target="*")
+      >>> adapted = flora.init(jax.random.key(0), config, fn, params, x)
       >>> found = flora.multi.extract(adapted, {"w": jnp.eye(3) + jnp.ones((3, 3))})
       >>> found.errors["w"] < 1e-6
       True
@@ -107,8 +107,8 @@ def _fitting(old: Named, new: Named) -> Named:
             "Pass the plain tree of the same model as finetuned."
         )
     fail(
-        f"extract: '{path}' has shape {np.shape(base_of(x))} in adapted and {np.shape(y)} "
-        "in finetuned. Pass the same model, trained."
+        f"extract: '{path}' has shape {np.shape(base_of(x))} in adapted and "
+        f"{np.shape(y)} in finetuned. Pass the same model, trained."
         for (path, x), (_, y) in zip(old, new, strict=True)
         if np.shape(base_of(x)) != np.shape(y)
     )
@@ -127,8 +127,8 @@ def _lost(path: str, x: Any, y: Any, ignore: Pattern) -> list[str]:
     if not _changed(x, y):
         return []
     return [
-        f"extract: '{path}' is frozen in adapted and has changed in finetuned. Name it in "
-        "target= or train= of LoraConfig, or in ignore= to lose the change."
+        f"extract: '{path}' is frozen in adapted and has changed in finetuned. Name it "
+        "in target= or train= of LoraConfig, or in ignore= to lose the change."
     ]
 
 

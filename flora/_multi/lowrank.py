@@ -65,8 +65,8 @@ def compressed(w: Any, rank: int, key: Any = None) -> tuple[Factors, float]:
     Args:
       w: `[stack, in, out]`.
       rank: of A B.
-      key: with one, the range of W is found by a random projection, 8 columns wider than
-        the rank, and four power iterations (Halko et al. 2011,
+      key: with one, the range of W is found by a random projection, 8 columns wider
+        than the rank, and four power iterations (Halko et al. 2011,
         https://arxiv.org/abs/0909.4061): good where singular values fall fast.
     """
     if key is None or rank + 8 >= min(w.shape[1:]):
@@ -91,7 +91,7 @@ def _randomized(w: Any, columns: int, key: Any) -> tuple[Any, Any, Any]:
 
 
 def _balanced(u: Any, s: Any, v: Any, rank: int) -> Factors:
-    """U √S and √S Vᵀ of the largest singular values, with zeros where there are fewer."""
+    """U √S and √S Vᵀ of the largest singular values, zeros where there are fewer."""
     root = jnp.sqrt(s[:, :rank])
     a, b = u[:, :, :rank] * root[:, None, :], root[:, :, None] * v[:, :rank]
     more = rank - a.shape[2]

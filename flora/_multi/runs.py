@@ -25,7 +25,8 @@ class Runs:
 
     Attributes:
       adapter: stacked, with the factors as they train: B is not multiplied by anything.
-      scales: by position, the scales `[k]` of leaves on which the runs differ, or `None`.
+      scales: by position, the scales `[k]` of leaves on which the runs differ, or
+        `None`.
       state: of the optimizers, each array `[k, ...]`.
       hyper: what `tx` is called with, each array `[k, ...]`.
       own: rank, alpha, rank_stabilized and form of every leaf of every run.
@@ -66,8 +67,8 @@ def start(adapters: Sequence[Any], tx: MakeTx, hyper: Any) -> Runs:
     _check_hyper(hyper, len(adapters))
     if not callable(tx):
         raise LoraTypeError(
-            f"start: tx is a {type(tx).__name__}; expected what makes an optimizer of one "
-            "entry of hyper, such as optax.adamw itself."
+            f"start: tx is a {type(tx).__name__}; expected what makes an optimizer of "
+            "one entry of hyper, such as optax.adamw itself."
         )
     own = tuple(tuple(_own(x) for x in nodes) for _, nodes in leaves)
     fail(p for path, nodes in leaves for p in _dropouts(path, nodes))
@@ -157,7 +158,8 @@ def train_step(
       >>> import jax, jax.numpy as jnp, optax, flora, flora.multi
       >>> fn = lambda p, x: x @ p["kernel"]
       >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
-      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2), fn, params, x)
+      >>> key, config = jax.random.key(0), flora.LoraConfig(rank=2)
+      >>> adapted = flora.init(key, config, fn, params, x)
       >>> base, adapter = flora.split(adapted)
       >>> apply = flora.lora(fn)
       >>> runs = flora.multi.start([adapter] * 2, optax.sgd, jnp.array([0.1, 0.2]))
@@ -232,7 +234,8 @@ def finish(runs: Runs) -> list[Any]:
     """
     if not isinstance(runs, Runs):
         raise LoraTypeError(
-            f"finish: runs is a {type(runs).__name__}; expected what train_step returned."
+            f"finish: runs is a {type(runs).__name__}; expected what train_step "
+            "returned."
         )
     named, treedef = flattened(runs.adapter, "finish")
     return [

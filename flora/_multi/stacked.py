@@ -58,7 +58,8 @@ def stack(adapters: Sequence[Any], *, rank: int | None = None) -> Any:
       >>> def made(rank):
       ...     config = flora.LoraConfig(rank=rank, alpha=8)
       ...     fn = lambda p, x: x @ p["kernel"]
-      ...     return flora.split(flora.init(jax.random.key(0), config, fn, params, x))[1]
+      ...     adapted = flora.init(jax.random.key(0), config, fn, params, x)
+      ...     return flora.split(adapted)[1]
       >>> flora.multi.stack([made(1), made(2)])["kernel"].a.shape
       (2, 4, 2)
     """
@@ -220,8 +221,8 @@ def require_stacked(stacked: Any, verb: str) -> tuple[list[tuple[str, Any]], Any
             ndim = 2 + n + len(x.layout.in_), 2 + n + len(x.layout.out)
             if (np.ndim(x.a), np.ndim(x.b)) != ndim:
                 problems.append(
-                    f"{verb}: '{path}' has a {shape_of(x.a)} and b {shape_of(x.b)}, no axis "
-                    "of adapters. Pass what flora.multi.stack([...]) returns."
+                    f"{verb}: '{path}' has a {shape_of(x.a)} and b {shape_of(x.b)}, no "
+                    "axis of adapters. Pass what flora.multi.stack([...]) returns."
                 )
         counts.update(
             dict.fromkeys((s[:1] for s in map(shape_of, jax.tree.leaves(x))), path)
@@ -270,15 +271,15 @@ def select(stacked: Any, i: Any) -> Any:
       An adapter for `flora.join`, of the same structure whatever `i` is.
 
     Raises:
-      LoraError: `i` is out of range, or stands for the base where a leaf trains whole or
-        is a variant.
+      LoraError: `i` is out of range, or stands for the base where a leaf trains whole
+        or is a variant.
     """
     named, treedef, count = require_stacked(stacked, "select")
     i = as_index(i, count, "select")
     if isinstance(i, int) and i == BASE:
         fail(
-            f"select: '{path}' {'trains whole' if kind is None else f'is a {kind}'}, so no "
-            "adapter stands for the base alone. Run the function on the base."
+            f"select: '{path}' {'trains whole' if kind is None else f'is a {kind}'}, "
+            "so no adapter stands for the base alone. Run the function on the base."
             for path, x in named
             if x is not None and not _has_zero(x)
             for kind in [getattr(x, "variant", None)]
@@ -330,8 +331,8 @@ def unstack(stacked: Any) -> list[Any]:
 def put(stacked: Any, i: Any, adapter: Any) -> Any:
     """The stacked adapter with another one in place `i`.
 
-    The result has the structure, shapes and dtypes of `stacked`, so no function that runs
-    on it is compiled again.  scale A B of the new one stays what it is.
+    The result has the structure, shapes and dtypes of `stacked`, so no function that
+    runs on it is compiled again.  scale A B of the new one stays what it is.
 
     Args:
       stacked: what `stack` returned; `stack(..., rank=)` leaves room for higher ranks.
@@ -343,8 +344,8 @@ def put(stacked: Any, i: Any, adapter: Any) -> Any:
       The stacked adapter.
 
     Raises:
-      LoraError: `i` is out of range; or the adapter does not fit, has a higher rank or a
-        wider dtype, or is not finite.  All such leaves are named.
+      LoraError: `i` is out of range; or the adapter does not fit, has a higher rank or
+        a wider dtype, or is not finite.  All such leaves are named.
     """
     named, treedef, count = require_stacked(stacked, "put")
     i = as_index(i, count, "put")

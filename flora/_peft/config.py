@@ -14,10 +14,20 @@ Names = str | frozenset[str]
 
 # Fields that say nothing about how the adapter computes.
 _METADATA = {
-    "base_model_name_or_path", "corda_config", "eva_config",
-    "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_type",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
-}  # fmt: skip
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
 # Fields of which flora knows only the value that switches them off.
 _OFF = {
     "alora_invocation_tokens": "Activated LoRA",
@@ -261,17 +271,25 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (_dict_of(_is_alpha), "an object {regex: finite number above 0}"),
     "modules_to_save": (_optional(_NAMES), "a list of names"),
     "layers_to_transform": (
-        _optional(_is_index, _list_of(_is_index)), "an index or a list of them"),
+        _optional(_is_index, _list_of(_is_index)),
+        "an index or a list of them",
+    ),
     "layers_pattern": (
-        lambda x: not x or _is_regex(x) or _NAMES(x), "a name or a list of names"),
+        lambda x: not x or _is_regex(x) or _NAMES(x),
+        "a name or a list of names",
+    ),
     "lora_dropout": (
-        lambda x: _is_number(x) and 0 <= x < 1, "a number of at least 0 and below 1"),
+        lambda x: _is_number(x) and 0 <= x < 1,
+        "a number of at least 0 and below 1",
+    ),
     "bias": (
-        lambda x: x in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+        lambda x: x in ("none", "all", "lora_only"),
+        "'none', 'all' or 'lora_only'",
+    ),
     "fan_in_fan_out": _FLAG,
     "use_rslora": _FLAG,
     "use_dora": _FLAG,
     "lora_bias": _FLAG,
     "ensure_weight_tying": _FLAG,
     "auto_mapping": (_optional(lambda x: isinstance(x, dict)), "an object"),
-}  # fmt: skip
+}

@@ -100,8 +100,11 @@ def _slots(
     """The slots of one leaf."""
     last = path.rpartition("/")[2]
     if last in ("embedding", "weight"):
-        hits = [n for n, w in dense.items() if w.shape == leaf.shape
-                and np.array_equal(w.astype(leaf.dtype), leaf)]  # fmt: skip
+        hits = [
+            n
+            for n, w in dense.items()
+            if w.shape == leaf.shape and np.array_equal(w.astype(leaf.dtype), leaf)
+        ]
         if hits:
             first, *tied = sorted(hits, key=lambda n: ("head" in n, n))
             return [_slot(path, first)] + [_slot(path, n, tied=True) for n in tied]

@@ -225,8 +225,9 @@ def _whole(named: Named, by_path: Slots, made: Sequence[Part]) -> Whole:
                     parts.setdefault(name, []).append((slot, value))
     for name, some in parts.items():
         values[name] = _assembled(some)
-    return Whole(values, {n: split_name(n)[0] for n in values if
-                          split_name(n)[0] in saved}, mode)  # fmt: skip
+    return Whole(
+        values, {n: split_name(n)[0] for n in values if split_name(n)[0] in saved}, mode
+    )
 
 
 def _stack(leaf: Any, slot: Slot) -> tuple[int, ...]:

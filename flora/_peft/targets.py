@@ -110,9 +110,9 @@ def target_problems(
     for index in config.layers_to_transform:
         if index not in layers:
             yield (
-                f"{here}: layers_to_transform has {index}, but no adapted module lies in "
-                "a layer of that index. PEFT would pass over it. Remove it, or correct "
-                "layers_pattern."
+                f"{here}: layers_to_transform has {index}, but no adapted module lies "
+                "in a layer of that index. PEFT would pass over it. Remove it, or "
+                "correct layers_pattern."
             )
     adapted = [lora.site for lora in content.loras]
     for field in ("rank_pattern", "alpha_pattern"):

@@ -146,7 +146,7 @@ def filled(
 
 
 def best(found: Mapping[str, Any], count: Any) -> dict[str, jax.Array]:
-    """Which numbers of all leaves are among the `count` largest; of equals the first."""
+    """Which numbers of all leaves are the `count` largest; of equals, the first."""
     flat = jnp.concatenate([whole(s).reshape(-1) for s in found.values()])
     order = jnp.argsort(-flat, stable=True)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))

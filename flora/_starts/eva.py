@@ -1,8 +1,9 @@
 """Principal directions of each layer's inputs, by gradients that are none.
 
 Between x A and B stands the identity, whose backward pass hands z = x A on in the place
-of the cotangent.  The gradient of A is then Xᵀ z = (Xᵀ X) A, summed over all uses of the
-weight: one step of subspace iteration, for any function that has a gradient, without X.
+of the cotangent.  The gradient of A is then Xᵀ z = (Xᵀ X) A, summed over all uses of
+the weight: one step of subspace iteration, for any function that has a gradient,
+without X.
 """
 
 import dataclasses
@@ -68,9 +69,10 @@ def eva(
     tied embedding a lookup counts as one input of each direction.
 
     Args:
-      key: a typed PRNG key, consumed; for the first directions and for estimating traces.
-      adapted: an adapted tree of arrays; its bases may be stored in fewer bits.  A and B
-        are replaced: the model becomes that of the bases.
+      key: a typed PRNG key, consumed; for the first directions and for estimating
+        traces.
+      adapted: an adapted tree of arrays; its bases may be stored in fewer bits.  A and
+        B are replaced: the model becomes that of the bases.
       fn: the function of the plain tree, such as `model.apply`; floating outputs must
         depend on the layers in a way that can be differentiated.
       batches: argument tuples, `fn(tree, *batch)`, that can be gone through `passes`
@@ -92,7 +94,8 @@ def eva(
       >>> import jax, jax.numpy as jnp, flora, flora.starts
       >>> params = {"kernel": jnp.ones((6, 4))}
       >>> fn, x = lambda p, x: x @ p["kernel"], jnp.zeros((5, 6)).at[:, 2].set(1.0)
-      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=1), fn, params, x)
+      >>> key, config = jax.random.key(0), flora.LoraConfig(rank=1)
+      >>> adapted = flora.init(key, config, fn, params, x)
       >>> start = flora.starts.eva(jax.random.key(1), adapted, fn, [(x,)])
       >>> abs(start["kernel"].a[:, 0]).round(3).tolist()
       [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
@@ -103,7 +106,8 @@ def eva(
     _require(fn, batches, rho, passes)
     chosen, _, _ = selected("eva", adapted, target, dense=False)
     fail(
-        f"eva: '{path}' is a tracer, and ranks depend on values. Call eva outside of jit."
+        f"eva: '{path}' is a tracer, and ranks depend on values. Call eva outside of "
+        "jit."
         for path, w in chosen.items()
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(w))
     )
@@ -126,8 +130,8 @@ def eva(
 def _require(fn: Any, batches: Any, rho: Any, passes: Any) -> None:
     if not callable(fn):
         raise LoraError(
-            f"eva: fn is a {type(fn).__name__}; expected the function to run. The order is "
-            "eva(key, adapted, fn, batches)."
+            f"eva: fn is a {type(fn).__name__}; expected the function to run. The "
+            "order is eva(key, adapted, fn, batches)."
         )
     if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
         raise LoraError(
@@ -261,7 +265,7 @@ def _spanned(y: jax.Array, sizes: Any) -> jax.Array:
 
 
 def _with_probes(q: jax.Array, key: Any, sizes: Any) -> jax.Array:
-    """The first directions and, in the place of the others, random ones orthogonal to them."""
+    """The first directions, then random ones orthogonal to them instead of the rest."""
     stack, in_, count, probes, _ = sizes
     q = q[:, :, :count]
     p = jax.random.normal(jax.random.fold_in(key, 1), (stack, in_, probes), q.dtype)
@@ -274,7 +278,7 @@ def _with_probes(q: jax.Array, key: Any, sizes: Any) -> jax.Array:
 
 
 def _directions(w: _Watch, q: jax.Array, y: jax.Array) -> tuple[Any, Any, Any]:
-    """Eigenvectors `[stack, in, count]`, eigenvalues and the trace of Xᵀ X, from Xᵀ X Q."""
+    """Eigenvectors `[stack, in, count]`, eigenvalues and trace of Xᵀ X, from Xᵀ X Q."""
     return compiled(_eigen, None, ("sizes",))(q, y, sizes=w.sizes)
 
 
@@ -290,8 +294,8 @@ def _eigen(q: jax.Array, y: jax.Array, *, sizes: Any) -> tuple[Any, Any, Any]:
 def _require_inputs(totals: Mapping[str, jax.Array]) -> None:
     fail(
         f"eva: '{path}' receives no inputs in these batches, or infinite ones, or fn's "
-        "floating outputs do not depend on it in a way that can be differentiated. Leave "
-        "it out of target, or return other outputs."
+        "floating outputs do not depend on it in a way that can be differentiated. "
+        "Leave it out of target, or return other outputs."
         for path, total in totals.items()
         if not bool(jnp.all((total > 0) & jnp.isfinite(total)))
     )

@@ -40,7 +40,7 @@ Named = list[tuple[str, Any]]
 def selected(
     verb: str, adapted: Any, target: Pattern, *, dense: bool = True
 ) -> tuple[dict[str, LoraWeight], Named, Any]:
-    """The chosen adapted leaves, whose values can be read, all leaves, the structure."""
+    """The chosen adapted leaves, all of them arrays; all leaves; the structure."""
     named, treedef = named_leaves(adapted)
     check_pattern("target", target)
     nodes = {path: x for path, x in named if isinstance(x, LoraWeight)}
@@ -56,8 +56,8 @@ def selected(
 def nothing_adapted(verb: str, named: Named) -> str:
     """The message for a tree without factors."""
     return (
-        f"{verb}: none of the tree's {len(named)} leaves is adapted. Pass the tree that "
-        "flora.init or flora.join returned."
+        f"{verb}: none of the tree's {len(named)} leaves is adapted. Pass the tree "
+        "that flora.init or flora.join returned."
     )
 
 
@@ -89,8 +89,8 @@ def variant_problem(verb: str, path: str, w: LoraWeight, *known: type) -> str:
         return ""
     names = ", ".join(kind.__name__ for kind in (DoRA, *known))
     return (
-        f"{verb}: '{path}' has variant {w.variant!r}, of which {verb} cannot tell what its "
-        f"factors do. Use LoRA or {names}, or leave it out of target."
+        f"{verb}: '{path}' has variant {w.variant!r}, of which {verb} cannot tell what "
+        f"its factors do. Use LoRA or {names}, or leave it out of target."
     )
 
 
@@ -104,10 +104,10 @@ def rank_problems(
         if w.rank > most:
             needs = "rank" if times == 1 else f"{times}·rank"
             yield (
-                f"{verb}: '{path}' has shape {tuple(w.base.shape)} ({w.layout}), a matrix "
-                f"of {in_}×{out}, and rank {w.rank}; {needs} must be at most "
-                f"{min(in_, out)}. Write rank_pattern={{'{path}': {most}}} at flora.init, "
-                "or leave it out of target."
+                f"{verb}: '{path}' has shape {tuple(w.base.shape)} ({w.layout}), a "
+                f"matrix of {in_}×{out}, and rank {w.rank}; {needs} must be at most "
+                f"{min(in_, out)}. Write rank_pattern={{'{path}': {most}}} at "
+                "flora.init, or leave it out of target."
             )
 
 
@@ -207,8 +207,9 @@ def gradients_of(
         found = [(path, g) for path, g in named_leaves(tree)[0] if path in chosen]
         fail(
             f"lora_ga: grads has {_shown(g)} at '{path}'; expected a dense gradient of "
-            f"shape {tuple(chosen[path].base.shape)}. Write flora.starts.base_gradients("
-            "loss_fn, adapted, ...), or jax.grad of the loss of the plain tree."
+            f"shape {tuple(chosen[path].base.shape)}. Write "
+            "flora.starts.base_gradients(loss_fn, adapted, ...), or jax.grad of the "
+            "loss of the plain tree."
             for path, g in found
             if not is_array(g)
             or isinstance(g, jax.ShapeDtypeStruct)

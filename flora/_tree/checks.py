@@ -36,8 +36,8 @@ def weight_problems(path: str, leaf: Any) -> list[str]:
     if (a, b) != wanted:
         return [
             f"'{path}' has base {base}, a {a} and b {b}; layout {leaf.layout} and rank "
-            f"{leaf.rank} ask for a {wanted[0]} and b {wanted[1]}. Pass base and adapter "
-            "of the same flora.init."
+            f"{leaf.rank} ask for a {wanted[0]} and b {wanted[1]}. Pass base and "
+            "adapter of the same flora.init."
         ]
     return []
 

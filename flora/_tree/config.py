@@ -48,12 +48,12 @@ class LoraConfig:
       fallback: 'error', or 'materialize' to form W + scale A B where an operation has
         no factored rule.
       form: how y = x W + scale (x A) B is computed: 'auto' chooses by device and sizes.
-        'direct', 'thin_first' and 'thin_last' differ in what is written to memory first;
-        'concat' multiplies [x | xA] by [W ; B].  All are exact up to the order of
-        summation.  'merged' multiplies by W + scale A B, rounded to W's dtype,
-        and 'dithered' rounds that at random.  `jax.jvp` needs 'direct'; where the others
-        do not apply (dropout, lookups, convolutions, inside shard_map) the product is
-        direct too.
+        'direct', 'thin_first' and 'thin_last' differ in what is written to memory
+        first; 'concat' multiplies [x | xA] by [W ; B].  All are exact up to the order
+        of summation.  'merged' multiplies by W + scale A B, rounded to W's dtype,
+        and 'dithered' rounds that at random.  `jax.jvp` needs 'direct'; where the
+        others do not apply (dropout, lookups, convolutions, inside shard_map) the
+        product is direct too.
       form_pattern: `{pattern: form}`, for leaves that need another.
       variant: what is made of A and B, one of `flora.variants` or your own; `None` is
         LoRA.
@@ -193,8 +193,8 @@ def require_config(config: Any) -> LoraConfig:
     if isinstance(config, LoraConfig):
         return config
     raise LoraTypeError(
-        f"config is a {type(config).__name__}; expected flora.LoraConfig(...). The order "
-        "is flora.init(key, config, fn, tree, *args)."
+        f"config is a {type(config).__name__}; expected flora.LoraConfig(...). The "
+        "order is flora.init(key, config, fn, tree, *args)."
     )
 
 

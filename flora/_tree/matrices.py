@@ -1,4 +1,4 @@
-"""Weights as stacks of matrices `[stack, in, out]`, their factors and decompositions."""
+"""Weights as stacks of matrices `[stack, in, out]`, factors and decompositions."""
 
 import functools
 import math
@@ -46,7 +46,7 @@ def svd(
     passes: int = 4,
     oversample: int = 8,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The first singular triplets U `[..., n, count]`, s `[..., count]`, Vᴴ of matrices.
+    """The first singular triplets U `[..., n, count]`, s `[..., count]` and Vᴴ.
 
     Without a key exact.  With one, the range of x is sketched by x Ω with
     `count + oversample` Gaussian columns and `passes` power iterations.
@@ -81,7 +81,7 @@ def nearest(
 
 
 def whole(x: jax.Array) -> jax.Array:
-    """The same on every device, on a mesh with explicit axes; decompositions need that."""
+    """Replicated, on a mesh with explicit axes; decompositions need that."""
     if not isinstance(x, Tracer) or spec_of(x) is None:
         return x
     return jax.sharding.reshard(x, NamedSharding(mesh_of(x), Spec()))

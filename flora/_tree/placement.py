@@ -59,8 +59,8 @@ def spec_of_extra(found: Specs, w: LoraWeight, shape: Sequence[int]) -> Spec:
     """That of what a variant has besides A and B, by its shape.
 
     What has one element for each output, `[*stack, *out]`, or for each input,
-    `[*stack, *in]`, lies as B and A do without their rank; all else that starts with the
-    stack axes is divided along these alone.
+    `[*stack, *in]`, lies as B and A do without their rank; all else that starts with
+    the stack axes is divided along these alone.
     """
     stack = len(w.layout.stack)
     a, b = tuple(w.a.shape), tuple(w.b.shape)
@@ -128,8 +128,8 @@ def spec_problems(
     """What is wrong with a spec for an array of that shape on a mesh of those sizes."""
     if len(spec) > len(shape):
         yield (
-            f"{what} has shape {tuple(shape)} and was given {spec}, {len(spec)} entries. "
-            f"Write at most {len(shape)}."
+            f"{what} has shape {tuple(shape)} and was given {spec}, {len(spec)} "
+            f"entries. Write at most {len(shape)}."
         )
         return
     used = names(spec)

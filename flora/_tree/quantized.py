@@ -15,8 +15,8 @@ class Quantized:
     """A frozen weight that is stored in fewer bits, and opened where it is used.
 
     Attributes:
-      stored: what is stored, a pytree with the weight's `shape` and `dtype`; each of its
-        arrays has the weight's axes, whole or in blocks.
+      stored: what is stored, a pytree with the weight's `shape` and `dtype`; each of
+        its arrays has the weight's axes, whole or in blocks.
       opener: makes the dense weight of it.
     """
 

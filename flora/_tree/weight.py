@@ -46,7 +46,7 @@ class Variant(Protocol):
         ...
 
     def product(self, weight: "LoraWeight") -> Product:
-        """The factors at hand, differentiable by what trains.  It sees no base gradient."""
+        """The factors, differentiable in what trains; the base gets no gradient."""
         ...
 
 

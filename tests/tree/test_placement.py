@@ -220,8 +220,9 @@ def test_logical_names_of_linen():
 
 def test_names_of_nnx():
     with jax.set_mesh(jax.make_mesh((4, 2), ("fsdp", "tp"), (AxisType.Auto,) * 2)):
-        model = nnx.Linear(8, 6, rngs=nnx.Rngs(0),
-                           kernel_metadata={"out_sharding": ("fsdp", "tp")})  # fmt: skip
+        model = nnx.Linear(
+            8, 6, rngs=nnx.Rngs(0), kernel_metadata={"out_sharding": ("fsdp", "tp")}
+        )
         graph, state = nnx.split(model)
         tree = adapt(lambda s, x: nnx.merge(graph, s)(x), state, normal(2, 8))
         places = flora.sharding.shardings(tree)
@@ -240,8 +241,10 @@ def test_the_optimizer_s_state_lies_with_what_it_belongs_to():
     adapter, base = flora.split(tree)[1], flora.split(places)[1]
     moments = [x for x in jax.tree.leaves(state) if x.ndim]
     assert len(moments) == 2 * len(jax.tree.leaves(adapter))
-    wanted = {(x.shape, lies(p)) for x, p in
-              zip(jax.tree.leaves(adapter), jax.tree.leaves(base), strict=True)}  # fmt: skip
+    wanted = {
+        (x.shape, lies(p))
+        for x, p in zip(jax.tree.leaves(adapter), jax.tree.leaves(base), strict=True)
+    }
     assert {(x.shape, lies(x)) for x in moments} == wanted
 
 
@@ -249,10 +252,13 @@ BAD = {
     "too long": ({"w": Spec("fsdp", "tp", None)}, r"'w' has shape \(8, 6\).*3 entries"),
     "no such axis": ({"w": Spec("model")}, r"'w' .*no axis 'model', only 'fsdp', 'tp'"),
     "twice": ({"w": Spec("tp", "tp")}, "'w' .*can divide one axis only"),
-    "does not divide": ({"w": Spec(None, "fsdp")}, r"axis 1 of size 6 .* into 4 \('fsdp'\)"),
+    "does not divide": (
+        {"w": Spec(None, "fsdp")},
+        r"axis 1 of size 6 .* into 4 \('fsdp'\)",
+    ),
     "lacks the leaf": ({"v": Spec("fsdp")}, "like has no sharding for 'w'"),
     "no spec": ({"w": "fsdp"}, "like: 'w' is 'fsdp'. Write a NamedSharding"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -282,4 +288,6 @@ def test_explicit_meshes():
         init = lambda p: flora.init(key, config, fn, p, x)  # noqa: E731
         for tree in (init({"w": w}), jax.jit(init)({"w": w})):
             assert (lies(tree["w"].a), lies(tree["w"].b)) == (
-                Spec("fsdp"), Spec(None, "tp"))  # fmt: skip
+                Spec("fsdp"),
+                Spec(None, "tp"),
+            )

@@ -110,8 +110,10 @@ def test_summary_of_an_adapter_counts_the_adapter():
 def test_leaves_that_are_no_arrays():
     report = flora.summary({"w": jnp.ones((4, 5)), "name": "abc", "scale": 2.0})
     assert [(row.path, row.parameters) for row in report.rows] == [
-        ("name", 0), ("scale", 1), ("w", 20)
-    ]  # fmt: skip
+        ("name", 0),
+        ("scale", 1),
+        ("w", 20),
+    ]
     assert "21 parameters" in str(report)
 
 
@@ -165,11 +167,14 @@ def test_roles_are_told_by_what_is_computed():
     ids = jax.ShapeDtypeStruct((2, 5), jnp.int32)
     report = flora.coverage(transformer, params, ids)
     assert {row.path: set(row.roles) for row in report.rows} == {
-        "embedding": {"embedding"}, "bias": {"embedding"}, "head": {"linear", "head"},
+        "embedding": {"embedding"},
+        "bias": {"embedding"},
+        "head": {"linear", "head"},
     } | {
         f"{n}{i}": {"linear", "attention"} if n in "qkvo" else {"linear"}
-        for i in range(2) for n in ("q", "k", "v", "o", "router", "up", "down")
-    }  # fmt: skip
+        for i in range(2)
+        for n in ("q", "k", "v", "o", "router", "up", "down")
+    }
     assert report["up0"].rank_parameters == 3 * (6 + 7)
     assert report["up0"].rank_flops == pytest.approx(1 / 6 + 1 / 7)
     assert "+30.95 %" in str(report)

@@ -35,7 +35,10 @@ def test_split_and_join():
 
 def test_merge_and_rank_and_alpha_patterns():
     adapted = contract.randomized(init(
-        rank=2, alpha=4, rank_pattern={"up/kernel": 3}, alpha_pattern={re.compile(".*down.*"): 10}
+        rank=2,
+        alpha=4,
+        rank_pattern={"up/kernel": 3},
+        alpha_pattern={re.compile(".*down.*"): 10},
     ))  # fmt: skip
     up, down = (adapted["mlp"][n]["kernel"] for n in ("up", "down"))
     assert (up.rank, up.alpha, down.rank, down.alpha) == (3, 4.0, 2, 10.0)

@@ -31,7 +31,7 @@ from flora._monitor.plot import draw
 from flora._tree.arrays import compute_dtype
 from flora._tree.checks import weight_problems
 from flora._tree.errors import LoraTypeError, fail
-from flora._tree.quantized import opened
+from flora._tree.quantized import dequantized
 from flora._tree.weight import LoraWeight
 
 __all__ = [
@@ -89,7 +89,7 @@ def _with_bases(adapted: Any, verb: str) -> dict[str, LoraWeight]:
 
 
 def _subspace(x: LoraWeight, k: int) -> Subspace:
-    layout, w = x.layout, opened(x.base)
+    layout, w = x.layout, dequantized(x.base)
     stack, in_, out = layout.sizes(w.shape)
     w = w.transpose((*layout.stack, *layout.in_, *layout.out))
     w = w.reshape(*stack, math.prod(in_), math.prod(out))
@@ -118,7 +118,9 @@ def merge_error(adapted: Any) -> dict[str, jax.Array]:
 
     def error(x: LoraWeight) -> jax.Array:
         change = delta(x)
-        kept = materialize(x).astype(change.dtype) - opened(x.base).astype(change.dtype)
+        kept = materialize(x).astype(change.dtype) - dequantized(x.base).astype(
+            change.dtype
+        )
         return ratio(jnp.linalg.norm(kept - change), jnp.linalg.norm(change))
 
     return {path: error(x) for path, x in _with_bases(adapted, "merge_error").items()}

@@ -39,7 +39,7 @@ from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.layout import Layout
 from flora._tree.paths import named_leaves
 from flora._tree.placement import mesh_of, spec_of, specs
-from flora._tree.quantized import abstract, is_stored
+from flora._tree.quantized import abstract, is_quantized
 from flora._tree.weight import LoraWeight, Trained, base_of
 
 __all__ = ["Module", "Names", "load", "match_names", "save"]
@@ -116,7 +116,7 @@ def load(
     fail(_base_problems(found, leaves, folder))
     new |= _whole(found, leaves, folder)
     return treedef.unflatten(
-        [new.get(p, x if is_stored(x) else base_of(x)) for p, x in named]
+        [new.get(p, x if is_quantized(x) else base_of(x)) for p, x in named]
     )
 
 
@@ -202,7 +202,7 @@ def _node(site: Site, config: PeftConfig, folder: Any) -> LoraWeight:
     """The node of a leaf, lying as its base does."""
     base = site.base
     if config.residual:
-        if isinstance(base, jax.ShapeDtypeStruct) or is_stored(base):
+        if isinstance(base, jax.ShapeDtypeStruct) or is_quantized(base):
             raise LoraError(
                 f"{folder / CONFIG}: init_lora_weights is "
                 f"{config.init_lora_weights!r}, which changes the base, but "
@@ -246,7 +246,7 @@ def _whole(found: Plan, leaves: Mapping[str, Any], folder: Any) -> dict[str, Any
     new, problems = {}, []
     for path in [*found.whole, *(p for p in found.bias if p not in found.whole)]:
         base, parts = base_of(leaves[path]), found.whole.get(path, [])
-        if is_stored(base):
+        if is_quantized(base):
             problems.append(f"'{path}' is {base!r} and cannot train whole.")
             continue
         if isinstance(base, jax.ShapeDtypeStruct):

@@ -25,7 +25,7 @@ from flora._tree.errors import LoraError, fail
 from flora._tree.matrices import folded, nearest
 from flora._tree.paths import Pattern, matches, named_leaves, nothing_selected
 from flora._tree.placement import mesh_of, places_of_parts, spec_of
-from flora._tree.quantized import Quantized, is_stored
+from flora._tree.quantized import Quantized, is_quantized
 from flora._tree.weight import LoraWeight, Trained
 
 __all__ = ["QTYPES", "Quantized", "dequantize", "loftq", "quantize"]
@@ -91,11 +91,11 @@ def quantize(
             return leaf
         x = chosen[path]
         if id(x) not in made:
-            made[id(x)] = _stored(x, qtype, block, dtype, donate)
-        stored = made[id(x)]
+            made[id(x)] = _quantized(x, qtype, block, dtype, donate)
+        quantized = made[id(x)]
         if isinstance(leaf, LoraWeight):
-            return dataclasses.replace(leaf, base=stored)
-        return stored
+            return dataclasses.replace(leaf, base=quantized)
+        return quantized
 
     return treedef.unflatten([one(path, leaf) for path, leaf in named])
 
@@ -116,7 +116,7 @@ def _base(leaf: Any) -> Any:
 def dequantize(tree: Any) -> Any:
     """The tree with each `Quantized` as the dense array that it stands for."""
     return jax.tree.map(
-        lambda x: x.dense() if is_stored(x) else x, tree, is_leaf=is_stored
+        lambda x: x.dense() if is_quantized(x) else x, tree, is_leaf=is_quantized
     )
 
 
@@ -156,8 +156,8 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
         found = functools.partial(_nearest, qtype=qtype, block=block, steps=steps)
         if not isinstance(w.base, jax.ShapeDtypeStruct):
             return _placed_as(w, found(w))
-        stored = _stored(w.base, qtype, block, None, donate=False)
-        return dataclasses.replace(w, base=stored)
+        quantized = _quantized(w.base, qtype, block, None, donate=False)
+        return dataclasses.replace(w, base=quantized)
 
     return treedef.unflatten(
         [one(x) if isinstance(x, LoraWeight) else x for _, x in named]
@@ -170,11 +170,11 @@ def _nearest(w: LoraWeight, *, qtype: str, block: int, steps: int) -> LoraWeight
     wide = w.base.astype(jnp.promote_types(w.base.dtype, jnp.float32))
     best, least, change = w, jnp.inf, jnp.zeros_like(wide)
     for step in range(steps):
-        stored = make((wide - change).astype(w.base.dtype))
-        rest = wide - stored.dense().astype(wide.dtype)
+        quantized = make((wide - change).astype(w.base.dtype))
+        rest = wide - quantized.dense().astype(wide.dtype)
         a, b = folded(w, *nearest(w, rest))
         change = delta(dataclasses.replace(w, a=a, b=b))
-        made = dataclasses.replace(w, base=stored, a=a, b=b)
+        made = dataclasses.replace(w, base=quantized, a=a, b=b)
         left = jnp.linalg.norm(rest - change)
         if step == 0:
             best, least = made, left
@@ -243,7 +243,7 @@ def _blocked_axis(shape: Any, block: int) -> int | None:
     return next((i for i in axes if shape[i] and shape[i] % block == 0), None)
 
 
-def _stored(x: Any, qtype: str, block: int, dtype: Any, donate: bool) -> Quantized:
+def _quantized(x: Any, qtype: str, block: int, dtype: Any, donate: bool) -> Quantized:
     make = _maker(qtype, block, jnp.dtype(dtype or x.dtype))
     if isinstance(x, jax.ShapeDtypeStruct):
         return _lying_as(x, jax.eval_shape(make, x))
@@ -254,17 +254,17 @@ def _stored(x: Any, qtype: str, block: int, dtype: Any, donate: bool) -> Quantiz
     return made
 
 
-def _lying_as(x: jax.ShapeDtypeStruct, stored: Quantized) -> Quantized:
-    """The shapes of what is stored, lying as the weight does if that says so."""
+def _lying_as(x: jax.ShapeDtypeStruct, quantized: Quantized) -> Quantized:
+    """The quantized shapes, sharded as the weight if that says how."""
     spec = spec_of(x)
     if spec is None:
-        return stored
+        return quantized
     return jax.tree.map(
         lambda part, place: jax.ShapeDtypeStruct(
             part.shape, part.dtype, sharding=place
         ),
-        stored,
-        places_of_parts(mesh_of(x), stored, spec),
+        quantized,
+        places_of_parts(mesh_of(x), quantized, spec),
     )
 
 
@@ -277,28 +277,28 @@ def _maker(qtype: str, block: int, dtype: Any) -> Any:
     def make(x: jax.Array) -> Quantized:
         axis = _blocked_axis(x.shape, block)
         others = [i for i in range(x.ndim) if i != axis]
-        stored = qwix.quantize(
+        values = qwix.quantize(
             x.astype(jnp.promote_types(x.dtype, jnp.float32)),
             qtype if qtype == "nf4" else jnp.dtype(qtype),
             channelwise_axes=others,
             tiled_axes={axis: block},
             scale_dtype=dtype,
         )
-        return Quantized(stored, _open)
+        return Quantized(values, _dequantize)
 
     return make
 
 
-def _open(stored: Any) -> jax.Array:
-    if stored.qtype != "nf4":
-        return importlib.import_module("qwix").dequantize(stored)
+def _dequantize(values: Any) -> jax.Array:
+    if values.qtype != "nf4":
+        return importlib.import_module("qwix").dequantize(values)
     # A table that every element looks up is slow on TPU; choosing by bits fuses.
-    values = _looked_up(stored.qvalue, _NF4).astype(stored.scale.dtype)
+    levels = _looked_up(values.qvalue, _NF4).astype(values.scale.dtype)
     blocks: list[int] = []
-    for whole, count in zip(values.shape, stored.scale.shape, strict=True):
-        blocks += [count, whole // count]
-    scale = stored.scale.reshape([n for c in stored.scale.shape for n in (c, 1)])
-    return (values.reshape(blocks) * scale).reshape(values.shape)
+    for size, count in zip(levels.shape, values.scale.shape, strict=True):
+        blocks += [count, size // count]
+    scale = values.scale.reshape([n for c in values.scale.shape for n in (c, 1)])
+    return (levels.reshape(blocks) * scale).reshape(levels.shape)
 
 
 # The levels of NF4, by the code that qwix stores: Dettmers et al. 2023, appendix E.

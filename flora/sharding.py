@@ -32,7 +32,7 @@ from flora._tree.placement import (
     spec_problems,
     specs,
 )
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 from flora._tree.weight import LoraWeight, Trained, base_of, is_leaf
 
 __all__ = ["of_state", "shardings"]
@@ -281,7 +281,9 @@ def _parts(
 
 def _where(mesh: Any, x: Any, spec: Spec) -> Any:
     """The sharding of an array, or of each array of a stored weight."""
-    return places_of_parts(mesh, x, spec) if is_stored(x) else NamedSharding(mesh, spec)
+    return (
+        places_of_parts(mesh, x, spec) if is_quantized(x) else NamedSharding(mesh, spec)
+    )
 
 
 def _in_place(leaf: Any, placed: dict[str, NamedSharding]) -> Any:

@@ -40,7 +40,7 @@ from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.matrices import compiled, place_of
 from flora._tree.paths import Pattern, named_leaves
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 from flora._tree.weight import LoraWeight, Trained, base_of
 from flora._verbs.lora import lora
 
@@ -274,7 +274,7 @@ def each_base_gradient(
     size = len(chosen) if at_once is None else at_once
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise LoraError(f"at_once={at_once!r}. Write a number of leaves, or None.")
-    values = {p: x for p, x in plain.items() if is_array(x) or is_stored(x)}
+    values = {p: x for p, x in plain.items() if is_array(x) or is_quantized(x)}
 
     def loss(group: Any, rest: Any, args: Any, kwargs: Any) -> Any:
         marked = {p: Trained(x) for p, x in group.items()}  # all others are frozen

@@ -217,8 +217,8 @@ def test_overlap_by_construction():
 
 def test_reference_of_a_stored_weight():
     w = tree()["q"]
-    stored = dataclasses.replace(w, base=Quantized(w.base, opener=jnp.negative))
-    one, two = (monitor.reference({"w": x}, k=3)["w"] for x in (w, stored))
+    quantized = dataclasses.replace(w, base=Quantized(w.base, dequantize=jnp.negative))
+    one, two = (monitor.reference({"w": x}, k=3)["w"] for x in (w, quantized))
     np.testing.assert_allclose(one.norm, np.linalg.norm(w.base), rtol=1e-6)
     np.testing.assert_allclose(one.norm, two.norm, rtol=1e-6)
     np.testing.assert_allclose(abs(np.sum(one.in_ * two.in_, 0)), np.ones(3), rtol=1e-4)

@@ -180,8 +180,8 @@ def test_restart_on_a_mesh(kind):
 # What is refused.
 
 
-def stored():
-    base = Quantized(ADAPTED["embedding"].base, opener=lambda x: x)
+def quantized():
+    base = Quantized(ADAPTED["embedding"].base, dequantize=lambda x: x)
     w = flora.LoraWeight(base, jnp.ones((9, 2)), jnp.ones((2, 6)), rank=2)
     sgd_restart({"w": w})
 
@@ -193,7 +193,7 @@ ERRORS = {
         lambda: sgd_restart({"w": flora.Trained(jnp.ones(2))}),
     "restart: 'embedding' .*without its base":
         lambda: sgd_restart(flora.split(ADAPTED)[1]),
-    "restart: 'w' is Quantized.*merging would round": stored,
+    "restart: 'w' is Quantized.*merging would round": quantized,
     "restart: the state is not one of tx": lambda: sgd_restart(
         ADAPTED, optax.adam(0.1).init(ADAPTED)),
     "Leave out optax.flatten": lambda: sgd_restart(

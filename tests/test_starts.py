@@ -281,8 +281,8 @@ def test_under_jit_and_in_shapes(x64):
 def test_a_residual_base_can_be_stored_in_fewer_bits():
     fn, params, adapted, x = case("dense", jnp.float32)
     start = starts.pissa(adapted)
-    stored = flora.quantize.quantize(start, "int8", target="*", block=1)
-    close(flora.lora(fn)(stored, x), fn(params, x), 2e-2)
+    quantized = flora.quantize.quantize(start, "int8", target="*", block=1)
+    close(flora.lora(fn)(quantized, x), fn(params, x), 2e-2)
     frozen = {
         **adapted,
         "extra": flora.quantize.quantize(

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from flora._algebra.factored import Factored, relayout, split_axes
 from flora._algebra.views import RANK, Views, views
 from flora._tree.errors import LoraError, Unfactorable
-from flora._tree.quantized import opened
+from flora._tree.quantized import dequantized
 
 Labels = Sequence[Hashable]
 Segments = Sequence[Sequence[tuple[Hashable, int]]]
@@ -198,7 +198,7 @@ def compute_dtype_of(x: Any, result: Any) -> Any:
 
 def materialized(w: Factored) -> Any:
     """W + scale A B as one dense array: the fallback, never taken silently."""
-    base = opened(w.base)
+    base = dequantized(w.base)
     if w.a is None:
         return base
     seen = views(w, "w")

@@ -23,7 +23,7 @@ from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, fail
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.paths import Pattern, matches, named_leaves
-from flora._tree.quantized import opened
+from flora._tree.quantized import dequantized
 from flora._tree.weight import LoraWeight, Trained, base_of
 
 Named = Sequence[tuple[str, Any]]
@@ -118,7 +118,7 @@ def _fitting(old: Named, new: Named) -> Named:
 def _changed(x: Any, y: Any) -> bool:
     if is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return False
-    return not bool(jnp.array_equal(opened(x), opened(y)))
+    return not bool(jnp.array_equal(dequantized(x), dequantized(y)))
 
 
 def _lost(path: str, x: Any, y: Any, ignore: Pattern) -> list[str]:
@@ -135,7 +135,9 @@ def _lost(path: str, x: Any, y: Any, ignore: Pattern) -> list[str]:
 def _extracted(x: LoraWeight, y: Any, key: Any) -> tuple[LoraWeight, float]:
     """The node that comes nearest to W' = y, and its error."""
     dtype = compute_dtype(x.a.dtype, x.b.dtype, x.base.dtype, y.dtype)
-    w = flat_matrices(opened(y).astype(dtype) - opened(x.base).astype(dtype), x.layout)
+    w = flat_matrices(
+        dequantized(y).astype(dtype) - dequantized(x.base).astype(dtype), x.layout
+    )
     (a, b), _ = compressed(w, x.rank, key)
     root = math.sqrt(x.scale)
     a = (a / root).reshape(x.a.shape).astype(x.a.dtype)

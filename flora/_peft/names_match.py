@@ -14,7 +14,7 @@ import numpy as np
 from flora._peft.names import PARAMETERS, Module, Names, Slot, split_name
 from flora._tree.errors import LoraError, fail
 from flora._tree.paths import named_leaves
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 from flora._tree.weight import base_of
 
 _VECTORS = ("bias", "scale", "mean", "var")
@@ -45,7 +45,7 @@ def match_names(weights: Mapping[str, Any], tree: Any) -> Names:
         f"match_names: '{path}' is {leaf!r}; expected an array with values. Load it "
         f"first."
         for path, leaf in leaves.items()
-        if isinstance(leaf, jax.ShapeDtypeStruct) or is_stored(leaf)
+        if isinstance(leaf, jax.ShapeDtypeStruct) or is_quantized(leaf)
     )
     arrays = {p: np.asarray(x) for p, x in leaves.items() if hasattr(x, "shape")}
     dense = {n: np.asarray(x) for n, x in weights.items() if len(np.shape(x)) >= 2}

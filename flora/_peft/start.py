@@ -11,7 +11,7 @@ import numpy as np
 from flora._tree.errors import LoraError, fail
 from flora._tree.layout import Layout
 from flora._tree.paths import named_leaves
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 from flora._tree.weight import LoraWeight, base_of
 
 
@@ -34,7 +34,7 @@ def with_start(nodes: Mapping[str, LoraWeight], base: Any) -> dict[str, LoraWeig
 
 def _with_start(path: str, node: LoraWeight, plain: Any) -> LoraWeight:
     for x in (node.base, plain):
-        if x is None or is_stored(x) or isinstance(x, jax.ShapeDtypeStruct):
+        if x is None or is_quantized(x) or isinstance(x, jax.ShapeDtypeStruct):
             raise LoraError(
                 f"save: '{path}' is {x!r} and base= needs its values. Pass the adapted "
                 "tree and the plain base, both of arrays."

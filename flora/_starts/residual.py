@@ -31,7 +31,7 @@ from flora._tree.paths import (
     named_leaves,
     nothing_selected,
 )
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 from flora._tree.weight import LoraWeight, base_of
 
 Named = list[tuple[str, Any]]
@@ -66,7 +66,7 @@ def _value_problems(verb: str, path: str, w: LoraWeight, dense: bool) -> list[st
         return [f"{verb}: {problem}" for problem in problems]
     if problem := variant_problem(verb, path, w):
         return [problem]
-    if dense and is_stored(w.base):
+    if dense and is_quantized(w.base):
         return [
             f"{verb}: '{path}' is {w.base!r}, and {verb} computes with dense weights. "
             "Start from those, and call flora.quantize.quantize on the result."

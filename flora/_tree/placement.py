@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from flora._tree.layout import Layout
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 from flora._tree.weight import LoraWeight
 
 
@@ -96,7 +96,7 @@ def mesh_of(x: Any) -> Any:
 
 
 def _sharding(x: Any) -> NamedSharding | None:
-    if is_stored(x):  # its largest array has the weight's axes
+    if is_quantized(x):  # its largest array has the weight's axes
         x = max(jax.tree.leaves(x), key=lambda part: part.size)
     if isinstance(x, Tracer):
         found = jax.typeof(x).sharding
@@ -105,8 +105,8 @@ def _sharding(x: Any) -> NamedSharding | None:
     return found if isinstance(found, NamedSharding) else None
 
 
-def places_of_parts(mesh: Any, stored: Any, spec: Spec) -> Any:
-    """The sharding of each array of a stored weight.
+def places_of_parts(mesh: Any, quantized: Any, spec: Spec) -> Any:
+    """The sharding of each array of a quantized weight.
 
     Scales of blocks are divided as the weight is, along each axis of which every device
     would get as many.
@@ -119,7 +119,7 @@ def places_of_parts(mesh: Any, stored: Any, spec: Spec) -> Any:
         ]
         return NamedSharding(mesh, Spec(*entries))
 
-    return jax.tree.map(place, stored)
+    return jax.tree.map(place, quantized)
 
 
 def spec_problems(

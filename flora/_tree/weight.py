@@ -10,7 +10,7 @@ import jax
 from flora._tree.arrays import shown
 from flora._tree.errors import LoraTypeError
 from flora._tree.layout import Layout
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 
 
 class Product(NamedTuple):
@@ -154,7 +154,7 @@ def is_node(x: Any) -> bool:
 
 def is_leaf(x: Any) -> bool:
     """Whether x counts as one leaf of a parameter tree, adapted or not."""
-    return is_node(x) or is_stored(x)
+    return is_node(x) or is_quantized(x)
 
 
 def product_of(weight: LoraWeight) -> Product:

@@ -300,14 +300,16 @@ def test_a_base_in_fewer_bits():
         {"w": array(64, 64, dtype=jnp.float32)},
         array(3, 2, 64, dtype=jnp.float32),
     )
-    stored = flora.quantize.quantize(params, "int8", target="*")
+    quantized = flora.quantize.quantize(params, "int8", target="*")
 
     def fn(p, x):
         return jnp.einsum("nti,io->nto", x, p["w"])
 
     adapters = adapters_of(fn, params, x, settings=((1, 2.0), (2, 3.0)))
-    mixed = flora.multi.lora(fn)(stored, flora.multi.stack(adapters), [1, None, 0], x)
+    mixed = flora.multi.lora(fn)(
+        quantized, flora.multi.stack(adapters), [1, None, 0], x
+    )
     for n, i in enumerate((1, None, 0)):
         run = flora.lora(fn)
-        tree = stored if i is None else flora.join(stored, adapters[i])
+        tree = quantized if i is None else flora.join(quantized, adapters[i])
         close(mixed[n], run(tree, x[n : n + 1])[0], 2e-5)

@@ -157,8 +157,8 @@ def test_the_share_of_what_is_left_out_is_estimated_without_bias(x64):
 
 def test_in_bfloat16_and_over_a_stored_base():
     p, batches, adapted = setting(jnp.bfloat16)
-    stored = flora.quantize.quantize(adapted, "int8", target="heads", block=1)
-    start = starts.eva(jax.random.key(KEY), stored, net, batches, rho=1)
+    quantized = flora.quantize.quantize(adapted, "int8", target="heads", block=1)
+    start = starts.eva(jax.random.key(KEY), quantized, net, batches, rho=1)
     for path, x in collected(p, batches).items():
         w, v = start[path], np.linalg.svd(x, full_matrices=False)[2]
         assert w.a.dtype == w.b.dtype == jnp.bfloat16

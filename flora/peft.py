@@ -128,14 +128,12 @@ def _tree_problems(named: Sequence[tuple[str, Any]]) -> list[str]:
         counts[path] = counts.get(path, 0) + 1
     return [
         f"flora.peft.load: '{path}' names two leaves of the tree. Pass a tree whose "
-        f"paths "
-        "differ."
+        "paths differ."
         for path, n in counts.items()
         if n > 1
     ] + [
         f"flora.peft.load: '{path}' is an adapter without its base. Pass the base "
-        f"model's "
-        "parameters."
+        "model's parameters."
         for path, x in named
         if isinstance(x, LoraWeight) and x.base is None
     ]
@@ -191,10 +189,9 @@ def _untied(uses: Mapping[str, Finding], found: Plan, folder: Any) -> Iterator[s
         if lora.kind == "embedding" and {"embedding", "linear"} <= kinds:
             yield (
                 f"{folder / CONFIG}: '{lora.module}' is adapted as an embedding alone, "
-                f"but "
-                f"the function also multiplies by '{path}' (tied weights). PEFT leaves "
-                "that product as it was. Train with ensure_weight_tying=True, or untie "
-                "the weights in the tree."
+                f"but the function also multiplies by '{path}' (tied weights). PEFT "
+                "leaves that product as it was. Train with ensure_weight_tying=True, "
+                "or untie the weights in the tree."
             )
 
 
@@ -260,10 +257,8 @@ def _whole(found: Plan, leaves: Mapping[str, Any], folder: Any) -> dict[str, Any
             except ValueError as error:
                 problems.append(
                     f"{folder / WEIGHTS}: '{PREFIX}{slot.at(index)}' has shape "
-                    f"{x.shape}, "
-                    f"which does not fit the base's '{path}' {tuple(base.shape)}: "
-                    f"{error}. "
-                    "Is it the adapter of another base?"
+                    f"{x.shape}, which does not fit the base's '{path}' "
+                    f"{tuple(base.shape)}: {error}. Is it the adapter of another base?"
                 )
         for slot, index, x in found.bias.get(path, []):
             added = np.zeros_like(value)
@@ -306,8 +301,8 @@ def _base_problems(found: Plan, leaves: Mapping[str, Any], folder: Any) -> list[
             if gap > 2**-7:  # bfloat16 keeps 8 bits
                 problems.append(
                     f"{own} differs from '{path}' of the base by {gap:.1e} of its "
-                    f"largest "
-                    "value; expected the same. The adapter was trained on another base."
+                    "largest value; expected the same. The adapter was trained on "
+                    "another base."
                 )
     return problems
 

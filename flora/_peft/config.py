@@ -146,8 +146,7 @@ def _kind_problem(kind: Any) -> str:
         )
     return (
         f"peft_type is {kind!r}; expected 'LORA': flora reads no other kind of "
-        f"adapter. "
-        "Merge it in PEFT and load the merged weights."
+        "adapter. Merge it in PEFT and load the merged weights."
     )
 
 
@@ -157,16 +156,14 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
             if name in ("r", "lora_alpha"):
                 yield (
                     f"{name} is missing; expected {wanted}. PEFT would take 8. Write "
-                    f"the "
-                    "value that the adapter was trained with."
+                    "the value that the adapter was trained with."
                 )
         elif not good(raw[name]):
             yield f"{name} is {raw[name]!r}; expected {wanted}. Correct it."
     if not raw.get("target_modules") and not raw.get("target_parameters"):
         yield (
             "target_modules and target_parameters are both empty; expected the names "
-            "of "
-            "the adapted modules. Write them in."
+            "of the adapted modules. Write them in."
         )
     yield from _start_problems(raw.get("init_lora_weights", True))
     known = {field.name for field in dataclasses.fields(PeftConfig)} | _METADATA
@@ -174,8 +171,7 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
         if name in _OFF and value:
             yield (
                 f"{name} is {value!r}; expected it off: flora has no {_OFF[name]}. "
-                f"Merge "
-                "the adapter in PEFT, or train one without."
+                "Merge the adapter in PEFT, or train one without."
             )
         elif name not in known and name not in _OFF and value:
             yield (

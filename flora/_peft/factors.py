@@ -208,8 +208,7 @@ def magnitude(
     if np.isnan(found).any():
         raise LoraError(
             f"'{pieces[0].slot.path}' stacks modules of which only some are adapted; "
-            f"DoRA "
-            "needs a magnitude for each. Unstack the layers, or adapt all of them."
+            "DoRA needs a magnitude for each. Unstack the layers, or adapt all of them."
         )
     dtype = np.result_type(*(np.asarray(p.lora.magnitude).dtype for p in pieces))
     return found.astype(dtype).reshape(*stack, *out)

@@ -179,9 +179,8 @@ def _flag_problems(file: Path, lora: Lora, config: PeftConfig) -> Iterator[str]:
         if has and not wants:
             yield (
                 f"{file}: '{lora.key(part)}' is there, but the config has {flag} "
-                f"false; "
-                f"expected none. PEFT would ignore it. Write {flag}: true if the "
-                "adapter was trained so."
+                f"false; expected none. PEFT would ignore it. Write {flag}: true if "
+                "the adapter was trained so."
             )
         elif wants and not has:
             yield (

@@ -261,8 +261,7 @@ def _checked(
         if any(i >= n for i, n in zip(piece.index, stack, strict=False)):
             problems.append(
                 f"{file}: '{lora.key('a')}' is index {piece.index} of the stack "
-                f"'{path}', "
-                f"which has {stack}. Is it the adapter of a deeper base?"
+                f"'{path}', which has {stack}. Is it the adapter of a deeper base?"
             )
             continue
         rows = slot.module.order
@@ -279,9 +278,8 @@ def _checked(
             problems.append(
                 f"{file}: '{lora.key('a')}' has shape {lora.a.shape} and "
                 f"'{lora.key('b')}' {lora.b.shape}; the base's '{path}' of shape "
-                f"{shape} "
-                f"({layout}) has {int(np.prod(in_))} in and {int(np.prod(out))} out "
-                "features. Is it the adapter of another base?"
+                f"{shape} ({layout}) has {int(np.prod(in_))} in and "
+                f"{int(np.prod(out))} out features. Is it the adapter of another base?"
             )
             continue
         new.append(piece)

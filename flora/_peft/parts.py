@@ -225,8 +225,7 @@ def _check_rows(parts: Sequence[Part]) -> None:
         where = "', '".join(p.slot.path for p in parts)
         raise LoraError(
             f"save: '{parts[0].lora.name}' is the name of '{where}', whose rows= are "
-            f"not "
-            "all of its rows, each once. Write rows= for each, or another name."
+            "not all of its rows, each once. Write rows= for each, or another name."
         )
 
 

@@ -42,8 +42,7 @@ def _with_start(path: str, node: LoraWeight, plain: Any) -> LoraWeight:
     if node.base.shape != plain.shape:
         raise LoraError(
             f"save: '{path}' has shape {node.base.shape}, and {plain.shape} in base. "
-            f"Pass "
-            "the tree that the adapted one was made of."
+            "Pass the tree that the adapted one was made of."
         )
     changed, before = np.asarray(node.base), np.asarray(plain)
     if np.array_equal(changed, before):

@@ -91,9 +91,8 @@ def target_problems(
         if not selects(config, module):
             yield (
                 f"{file}: '{PREFIX}{module}' is adapted, but {here.name} does not "
-                f"select "
-                f"it: target_modules is {shown(config.target_modules)}. PEFT would "
-                "leave it out. Name it there, or save the adapter anew."
+                f"select it: target_modules is {shown(config.target_modules)}. PEFT "
+                "would leave it out. Name it there, or save the adapter anew."
             )
     missing = [m for m in universe if m not in held and selects(config, m)]
     if is_all_linear(config):  # which leaves out the model's head
@@ -103,8 +102,7 @@ def target_problems(
         yield (
             f"{file}: '{PREFIX}{module}.lora_A.weight' is missing; the base has the "
             f"module and target_modules {shown(config.target_modules)} selects it. "
-            f"PEFT "
-            "would leave it untrained. Is the adapter one of another base?"
+            "PEFT would leave it untrained. Is the adapter one of another base?"
         )
     layers = {layer_of(config, module) for module in held}
     for index in config.layers_to_transform:
@@ -167,9 +165,8 @@ def whole_problems(
                 continue
             yield (
                 f"{file}: no tensor of '{entry}', which modules_to_save names; "
-                f"expected "
-                f"'{PREFIX}…{entry}.weight'. PEFT would leave it as it is in the base. "
-                "Save the adapter anew, or take the name out."
+                f"expected '{PREFIX}…{entry}.weight'. PEFT would leave it as it is in "
+                "the base. Save the adapter anew, or take the name out."
             )
         else:
             for name in wanted:

@@ -9,7 +9,6 @@ References: Bałazy et al. 2024. https://arxiv.org/abs/2405.17604
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -29,9 +28,8 @@ class LoraXS:
 
     def start(self, key: Any, weight: flora.LoraWeight) -> flora.LoraWeight:
         layout, rank = weight.layout, weight.rank
-        stack, in_, out = (math.prod(s) for s in layout.sizes(weight.base.shape))
-        order = (*layout.stack, *layout.in_, *layout.out)
-        w = weight.base.transpose(order).reshape(stack, in_, out)
+        w = weight.base.transpose(layout.order)
+        w = w.reshape(layout.matrix(weight.base.shape))
         u, s, v = jnp.linalg.svd(w, full_matrices=False)
         a = (u[..., :rank] * s[:, None, :rank]).reshape(weight.a.shape)
         b = v[:, :rank].reshape(weight.b.shape)

@@ -49,7 +49,6 @@ from flora._starts.components import (
     require_paths,
     shares,
 )
-from flora._starts.residual import matrix_sizes
 from flora._tree.arrays import compute_dtype
 from flora._tree.errors import LoraError, fail
 from flora._tree.matrices import compiled, place_of, stacked
@@ -117,7 +116,7 @@ def rank_pattern(
       {'thin': 2, 'wide': 5}
     """
     nodes = nodes_of("rank_pattern", adapted)
-    sizes = {path: matrix_sizes(w) for path, w in nodes.items()}
+    sizes = {path: w.layout.matrix(w.base.shape) for path, w in nodes.items()}
     cost = {path: stack * (in_ + out) for path, (stack, in_, out) in sizes.items()}
     fail(budget_problems(parameters, smallest, largest))
     most = {

@@ -9,7 +9,6 @@
 Everything but `reference`, `merge_error` and `plot` is for use inside `jax.jit`.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ from flora._monitor.plot import draw
 from flora._tree.arrays import compute_dtype
 from flora._tree.checks import weight_problems
 from flora._tree.errors import LoraTypeError, fail
+from flora._tree.matrices import matrices
 from flora._tree.quantized import dequantized
 from flora._tree.weight import LoraWeight
 
@@ -74,7 +74,7 @@ def reference(adapted: Any, k: int = 8) -> dict[str, Subspace]:
         f"reference: '{path}' is a matrix of {in_}×{out}; k={k} is above "
         f"{min(in_, out)}. Lower k."
         for path, x in factors.items()
-        for _, in_, out in [map(math.prod, x.layout.sizes(x.base.shape))]
+        for _, in_, out in [x.layout.matrix(x.base.shape)]
         if k > min(in_, out)
     )
     return {path: _subspace(x, k) for path, x in factors.items()}
@@ -89,10 +89,9 @@ def _with_bases(adapted: Any, verb: str) -> dict[str, LoraWeight]:
 
 
 def _subspace(x: LoraWeight, k: int) -> Subspace:
-    layout, w = x.layout, dequantized(x.base)
-    stack, in_, out = layout.sizes(w.shape)
-    w = w.transpose((*layout.stack, *layout.in_, *layout.out))
-    w = w.reshape(*stack, math.prod(in_), math.prod(out))
+    stack = x.layout.sizes(x.base.shape)[0]
+    w = matrices(dequantized(x.base), x.layout)
+    w = w.reshape(*stack, *w.shape[1:])
     u, s, vt = jnp.linalg.svd(w.astype(compute_dtype(w.dtype)), full_matrices=False)
     norm = jnp.linalg.norm(s, axis=-1)
     return Subspace(norm, u[..., :k], jnp.swapaxes(vt, -1, -2)[..., :k])

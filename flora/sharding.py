@@ -260,8 +260,7 @@ def _parts(
     if not isinstance(leaf, LoraWeight):
         return {"": (f"'{path}'", base_of(leaf), spec)}
     layout = leaf.layout
-    ndim = len((*layout.stack, *layout.in_, *layout.out))
-    found = specs(layout, spec, ndim, rank)
+    found = specs(layout, spec, len(layout.order), rank)
     alone = leaf.base is None and spec is NOTHING
     if alone:  # an adapter lies where it lies
         own = {x: spec_of(getattr(leaf, x)) or Spec() for x in ("a", "b")}

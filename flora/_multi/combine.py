@@ -235,7 +235,7 @@ def _of_factors(
     path: str, nodes: Sequence[LoraWeight], how: _How
 ) -> tuple[LoraWeight, float]:
     """The combined node of a leaf, and its error."""
-    pairs = [flat_factors(x.a, x.b, x.layout) for x in nodes]
+    pairs = [flat_factors(x) for x in nodes]
     pairs = [(a, x.scale * b) for (a, b), x in zip(pairs, nodes, strict=True)]
     rank, error = how.rank or max(x.rank for x in nodes), 0.0
     if how.method in _DENSE:
@@ -255,7 +255,7 @@ def _of_factors(
 def _peft_linear(nodes: Sequence[LoraWeight], weights: list[float]) -> Any:
     made_a, made_b = [], []
     for x, w in zip(nodes, weights, strict=True):
-        a, b = flat_factors(x.a, x.b, x.layout)
+        a, b = flat_factors(x)
         root = math.sqrt(abs(w * x.scale))
         made_a.append(math.copysign(root, w) * a)
         made_b.append(root * b)

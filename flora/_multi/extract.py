@@ -13,7 +13,6 @@ from flora._multi.combine import Combined, variant_problems
 from flora._multi.lowrank import (
     compressed,
     flat_factors,
-    flat_matrices,
     multiplied,
     share,
     size,
@@ -22,6 +21,7 @@ from flora._tree.arrays import compute_dtype, is_array
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, fail
 from flora._tree.keys import consumed, path_salt, require_key
+from flora._tree.matrices import matrices
 from flora._tree.paths import Pattern, matches, named_leaves
 from flora._tree.quantized import dequantized
 from flora._tree.weight import LoraWeight, Trained, base_of
@@ -135,13 +135,12 @@ def _lost(path: str, x: Any, y: Any, ignore: Pattern) -> list[str]:
 def _extracted(x: LoraWeight, y: Any, key: Any) -> tuple[LoraWeight, float]:
     """The node that comes nearest to W' = y, and its error."""
     dtype = compute_dtype(x.a.dtype, x.b.dtype, x.base.dtype, y.dtype)
-    w = flat_matrices(
-        dequantized(y).astype(dtype) - dequantized(x.base).astype(dtype), x.layout
-    )
+    change = dequantized(y).astype(dtype) - dequantized(x.base).astype(dtype)
+    w = matrices(jnp.asarray(change), x.layout)
     (a, b), _ = compressed(w, x.rank, key)
     root = math.sqrt(x.scale)
     a = (a / root).reshape(x.a.shape).astype(x.a.dtype)
     b = (b / root).reshape(x.b.shape).astype(x.b.dtype)
-    flat = flat_factors(a, b, x.layout)
-    error = share(size(w - x.scale * multiplied(*flat)), size(w))
-    return dataclasses.replace(x, base=None, key=None, a=a, b=b), error
+    found = dataclasses.replace(x, base=None, key=None, a=a, b=b)
+    error = share(size(w - x.scale * multiplied(*flat_factors(found))), size(w))
+    return found, error

@@ -253,7 +253,7 @@ def _checked(
     shape = tuple(base.shape)
     if not layout.fits(len(shape)):
         return [], [f"'{path}' of shape {shape} does not have the layout {layout}."]
-    stack, in_, out = layout.sizes(shape)
+    stack, (_, in_, out) = layout.sizes(shape)[0], layout.matrix(shape)
     new, problems = [], []
     for piece in pieces:
         lora, slot = piece.lora, piece.slot
@@ -265,7 +265,7 @@ def _checked(
             )
             continue
         rows = slot.module.order
-        have = int(np.prod(in_)), int(np.prod(out))
+        have = in_, out
         need = piece.lora.a.shape[1], piece.lora.b.shape[0]
         if lora.kind == "conv":
             window, channels = lora.a.shape[2:], lora.a.shape[1]
@@ -278,8 +278,8 @@ def _checked(
             problems.append(
                 f"{file}: '{lora.key('a')}' has shape {lora.a.shape} and "
                 f"'{lora.key('b')}' {lora.b.shape}; the base's '{path}' of shape "
-                f"{shape} ({layout}) has {int(np.prod(in_))} in and "
-                f"{int(np.prod(out))} out features. Is it the adapter of another base?"
+                f"{shape} ({layout}) has {in_} in and {out} out features. Is it the "
+                "adapter of another base?"
             )
             continue
         new.append(piece)

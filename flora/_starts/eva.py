@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flora._starts.components import best, replaced
-from flora._starts.residual import matrix_sizes, selected
+from flora._starts.residual import selected
 from flora._tree.arrays import compute_dtype, is_array
 from flora._tree.errors import LoraError, fail
 from flora._tree.keys import consumed, path_salt, require_key
@@ -168,7 +168,7 @@ class _Watch:
 
     @staticmethod
     def of(w: LoraWeight, rho: float) -> "_Watch":
-        stack, in_, out = matrix_sizes(w)
+        stack, in_, out = w.layout.matrix(w.base.shape)
         count = min(round(rho * w.rank), in_, out)
         probes = min(PROBES, in_ - count)
         node = dataclasses.replace(

@@ -1,7 +1,6 @@
 """One leaf at a time: factors from values, and the base that is left."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -99,7 +98,7 @@ def rank_problems(
 ) -> Iterator[str]:
     """Leaves of which `times` the rank is above what their matrix has."""
     for path, w in chosen.items():
-        _, in_, out = matrix_sizes(w)
+        _, in_, out = w.layout.matrix(w.base.shape)
         most = min(in_, out) // times
         if w.rank > most:
             needs = "rank" if times == 1 else f"{times}·rank"
@@ -109,12 +108,6 @@ def rank_problems(
                 f"{min(in_, out)}. Write rank_pattern={{'{path}': {most}}} at "
                 "flora.init, or leave it out of target."
             )
-
-
-def matrix_sizes(w: LoraWeight) -> tuple[int, int, int]:
-    """Stack, in and out, as numbers."""
-    stack, in_, out = (math.prod(s) for s in w.layout.sizes(tuple(w.base.shape)))
-    return stack, in_, out
 
 
 def made(

@@ -22,9 +22,8 @@ def weight_problems(path: str, leaf: Any) -> list[str]:
         ]
     base, a, b = (tuple(x.shape) for x in (leaf.base, leaf.a, leaf.b))
     if not leaf.layout.fits(len(base)):
-        axes = (*leaf.layout.stack, *leaf.layout.in_, *leaf.layout.out)
         return [
-            f"'{path}' has shape {base}, but its layout is for {len(axes)} axes "
+            f"'{path}' has shape {base}, but its layout is for {len(leaf.layout.order)} axes "
             f"({leaf.layout}). Pass the tree with the shapes that flora.init saw."
         ]
     if leaf.extra is not None and not isinstance(leaf.extra, dict):

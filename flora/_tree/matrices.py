@@ -16,11 +16,9 @@ from flora._tree.placement import mesh_of, spec_of
 from flora._tree.weight import LoraWeight
 
 
-def matrices(x: jax.Array, layout: Layout) -> jax.Array:
+def matrices(x: Any, layout: Layout) -> Any:
     """An array of a weight's shape as `[stack, in, out]`."""
-    order = (*layout.stack, *layout.in_, *layout.out)
-    sizes = [math.prod(s) for s in layout.sizes(x.shape)]
-    return x.transpose(order).reshape(sizes)
+    return x.transpose(layout.order).reshape(layout.matrix(x.shape))
 
 
 def stacked(w: LoraWeight) -> tuple[jax.Array, jax.Array]:

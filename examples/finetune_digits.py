@@ -328,7 +328,7 @@ def judge(model: nn.Module, before: Any, runs: Sequence[Run], x, y) -> Results:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows for people."""
+    """The rows as a table for the terminal."""
     title = f"Held-out accuracy and cost (LoRA: rank {RANK}, alpha {ALPHA})"
     out = Table(title=title, title_justify="left")
     for name in ("arm", "upright", "turned", "trained", "optimizer", "a step"):

@@ -41,13 +41,13 @@ from flora._starts.components import (
     budget_problems,
     by_path,
     components_of,
-    filled,
     gated,
     nodes_of,
     on_components,
     replaced,
     require_paths,
     shares,
+    within_budget,
 )
 from flora._tree.arrays import compute_dtype
 from flora._tree.errors import LoraError, fail
@@ -131,7 +131,7 @@ def rank_pattern(
             "or more, or exclude leaves."
         )
     share = shares(importance, sizes)
-    exact = filled(parameters, share, cost, least, most)
+    exact = within_budget(parameters, share, cost, least, most)
     found = {p: math.floor(r + 1e-9) for p, r in exact.items()}
     left = parameters - sum(r * cost[p] for p, r in found.items())
     if importance != "equal":

@@ -26,7 +26,13 @@ from flora._peft.config import PeftConfig, read
 from flora._peft.factors import magnitude, node
 from flora._peft.file import CONFIG, WEIGHTS, directory, read_tensors, write
 from flora._peft.keys import PREFIX, Content, sort_out
-from flora._peft.load import Plan, Site, coverage_problems, expected_layouts, plan
+from flora._peft.load import (
+    AdaptedLeaf,
+    Assignment,
+    assign,
+    coverage_problems,
+    expected_layouts,
+)
 from flora._peft.names import Module, Names
 from flora._peft.names_match import match_names
 from flora._peft.residual import residual
@@ -108,11 +114,13 @@ def load(
         {} if fn is None else _followed(fn, named, treedef, args, kwargs or {}, given)
     )
     given |= {path: f.layout for path, f in uses.items() if f.layout is not None}
-    found = plan(folder, config, content, leaves, names, given, followed=fn is not None)
+    found = assign(
+        folder, config, content, leaves, names, given, followed=fn is not None
+    )
     if not config.ensure_weight_tying:
         fail(_untied(uses, found, folder))
     fail(coverage_problems(leaves, found, folder / WEIGHTS))
-    new = {path: _node(site, config, folder) for path, site in found.sites.items()}
+    new = {path: _node(site, config, folder) for path, site in found.adapted.items()}
     fail(_base_problems(found, leaves, folder))
     new |= _whole(found, leaves, folder)
     return treedef.unflatten(
@@ -181,9 +189,11 @@ def _readers(finding: Finding) -> set[str]:
     return {kinds.get(use.primitive, "linear") for use in finding.uses if use.firm}
 
 
-def _untied(uses: Mapping[str, Finding], found: Plan, folder: Any) -> Iterator[str]:
+def _untied(
+    uses: Mapping[str, Finding], found: Assignment, folder: Any
+) -> Iterator[str]:
     """Embeddings that the function also multiplies by, where PEFT has no adapter."""
-    for path, site in found.sites.items():
+    for path, site in found.adapted.items():
         kinds = _readers(uses[path]) if path in uses else set()
         lora = site.pieces[0].lora
         if lora.kind == "embedding" and {"embedding", "linear"} <= kinds:
@@ -195,7 +205,7 @@ def _untied(uses: Mapping[str, Finding], found: Plan, folder: Any) -> Iterator[s
             )
 
 
-def _node(site: Site, config: PeftConfig, folder: Any) -> LoraWeight:
+def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
     """The node of a leaf, lying as its base does."""
     base = site.base
     if config.residual:
@@ -238,7 +248,7 @@ def _placed(made: LoraWeight) -> dict[str, Any]:
     }
 
 
-def _whole(found: Plan, leaves: Mapping[str, Any], folder: Any) -> dict[str, Any]:
+def _whole(found: Assignment, leaves: Mapping[str, Any], folder: Any) -> dict[str, Any]:
     """The leaves that train whole, with the values of the file."""
     new, problems = {}, []
     for path in [*found.whole, *(p for p in found.bias if p not in found.whole)]:
@@ -277,7 +287,9 @@ def _whole(found: Plan, leaves: Mapping[str, Any], folder: Any) -> dict[str, Any
     return new
 
 
-def _base_problems(found: Plan, leaves: Mapping[str, Any], folder: Any) -> list[str]:
+def _base_problems(
+    found: Assignment, leaves: Mapping[str, Any], folder: Any
+) -> list[str]:
     """Weights of the base in the file that differ from this base's."""
     problems = []
     for path, parts in found.of_base.items():

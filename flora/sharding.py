@@ -59,8 +59,8 @@ def shardings(
       like: where the base lies: `NamedSharding`s or `PartitionSpec`s in a tree with the
         base's paths, or with fewer (one for a whole module).  By default each leaf's
         own sharding, or else the names that `nn.Partitioned`, `nn.LogicallyPartitioned`
-        or an `nnx.Variable` give its axes; leaves that say nothing are whole
-        everywhere.
+        or an `nnx.Variable` give its axes; leaves that say nothing are
+        replicated.
       mesh: a `jax.sharding.Mesh`; by default that of `like` or of the leaves, or the
         one that is set.
       rules: `(logical name, mesh axes)` pairs; by default Flax's current ones.
@@ -131,7 +131,7 @@ def of_state(state: Any, tree: Any, places: Any) -> Any:
     Returns:
       `state` with each array replaced by its sharding.  An array whose path ends as the
       path of an array of the tree does, and that has its shape, lies as that one; all
-      else, such as counts, is whole everywhere.
+      else, such as counts, is replicated.
 
     Raises:
       LoraError: `places` are not the shardings of `tree`.
@@ -148,12 +148,12 @@ def of_state(state: Any, tree: Any, places: Any) -> Any:
         (keys, tuple(getattr(x, "shape", ()))): place
         for (keys, x), (_, place) in zip(flat, where, strict=True)
     }
-    whole = NamedSharding(next(iter(found.values())).mesh, Spec())
+    replicated = NamedSharding(next(iter(found.values())).mesh, Spec())
 
     def place(keys: Any, x: Any) -> NamedSharding:
         shape = tuple(getattr(x, "shape", ()))
         ends = (found.get((keys[i:], shape)) for i in range(len(keys) + 1))
-        return next((end for end in ends if end is not None), whole)
+        return next((end for end in ends if end is not None), replicated)
 
     return jax.tree_util.tree_map_with_path(place, state)
 
@@ -162,27 +162,25 @@ def _given(tree: Any, named: Named, like: Any) -> dict[str, Spec]:
     """The spec of each leaf's base, in the names of the mesh or logical ones."""
     if like is not None:
         parts = [x for _, x in named if not isinstance(x, Trained)]
-        whole = any(base_of(x) is not None for x in parts)  # not an adapter alone
-        return _looked_up([path for path, _ in named], like, whole=whole)
+        based = any(base_of(x) is not None for x in parts)  # not an adapter alone
+        return _looked_up([path for path, _ in named], like, complete=based)
     has_variables = any(
         isinstance(x, nnx.Variable)
         for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
     )
-    whole = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((), bool), tree, is_leaf=is_leaf
-    )
-    told = (nnx if has_variables else nn).get_partition_spec(whole)
+    bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), bool), tree, is_leaf=is_leaf)
+    told = (nnx if has_variables else nn).get_partition_spec(bare)
     by_name = _looked_up([path for path, _ in named], told)
     lies = {path: spec_of(base_of(leaf)) for path, leaf in named}
     return {path: lies[path] or by_name[path] or NOTHING for path in by_name}
 
 
 def _looked_up(
-    paths: Sequence[str], like: Any, *, whole: bool = False
+    paths: Sequence[str], like: Any, *, complete: bool = False
 ) -> dict[str, Spec]:
     """For each path the spec in `like` with that path, or for the module around it.
 
-    `whole`: the paths are all that there are, and `like` may have no others.
+    `complete`: these are all the paths, and `like` may have no others.
     """
 
     def stop(x: Any) -> bool:
@@ -212,7 +210,7 @@ def _looked_up(
     fail(
         f"like: '{path}' is no leaf or module of the tree.{_nearest(path, paths)}"
         for path in by_path
-        if whole and path not in used and not _around(path, paths)
+        if complete and path not in used and not _around(path, paths)
     )
     return found
 
@@ -279,7 +277,7 @@ def _parts(
 
 
 def _where(mesh: Any, x: Any, spec: Spec) -> Any:
-    """The sharding of an array, or of each array of a stored weight."""
+    """The sharding of an array, or of each array of a quantized weight."""
     return (
         places_of_parts(mesh, x, spec) if is_quantized(x) else NamedSharding(mesh, spec)
     )

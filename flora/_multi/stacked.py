@@ -12,7 +12,7 @@ from jax import lax
 from jax.core import Tracer
 
 from flora._multi.conform import (
-    Statics,
+    RankAndScale,
     aligned,
     common,
     conform_problems,
@@ -181,11 +181,11 @@ def _alike(leaves: Sequence[tuple[str, list[Any]]], verb: str) -> list[Any]:
     problems, made = [], []
     for path, (like, x) in leaves:
         if isinstance(x, LoraWeight):
-            found = conform_problems(path, x, Statics.of(like))
+            found = conform_problems(path, x, RankAndScale.of(like))
             problems += found
             if found:
                 continue
-            new = conformed(x, Statics.of(like))
+            new = conformed(x, RankAndScale.of(like))
             settings = {name: getattr(like, name) for name in _SETTINGS}
             x = dataclasses.replace(_bare(new), **settings)
         problems += _dtype_problems(path, like, x)

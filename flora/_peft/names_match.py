@@ -172,13 +172,13 @@ def _stacked(
             return None
         name, _, _ = parts[0][k].partition("#")
         height = dense[name].shape[1 if "#" in parts[0][k] else 0]
-        whole = list(order) == list(range(height)) and len(first) == 1
-        shown = None if whole else tuple(order)
+        in_order = list(order) == list(range(height)) and len(first) == 1
+        own = None if in_order else tuple(order)
         slot = _slot(path, template)
         slots.append(
             dataclasses.replace(
                 slot,
-                module=dataclasses.replace(slot.module, rows=shown),
+                module=dataclasses.replace(slot.module, rows=own),
                 part=(k, len(first)),
             )
         )

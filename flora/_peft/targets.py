@@ -91,7 +91,7 @@ def target_problems(
         if not selects(config, module):
             yield (
                 f"{file}: '{PREFIX}{module}' is adapted, but {here.name} does not "
-                f"select it: target_modules is {shown(config.target_modules)}. PEFT "
+                f"select it: target_modules is {listed(config.target_modules)}. PEFT "
                 "would leave it out. Name it there, or save the adapter anew."
             )
     missing = [m for m in universe if m not in held and selects(config, m)]
@@ -101,7 +101,7 @@ def target_problems(
     for module in missing:
         yield (
             f"{file}: '{PREFIX}{module}.lora_A.weight' is missing; the base has the "
-            f"module and target_modules {shown(config.target_modules)} selects it. "
+            f"module and target_modules {listed(config.target_modules)} selects it. "
             "PEFT would leave it untrained. Is the adapter one of another base?"
         )
     layers = {layer_of(config, module) for module in held}
@@ -187,7 +187,7 @@ def whole_problems(
             continue
         yield (
             f"{file}: '{PREFIX}{name}' is not part of the adapter by {here.name}: "
-            f"modules_to_save is {shown(config.modules_to_save)} and bias is "
+            f"modules_to_save is {listed(config.modules_to_save)} and bias is "
             f"'{config.bias}'. PEFT would pass over it. Name its module there."
         )
     if config.bias == "none":
@@ -218,7 +218,7 @@ def _in_module(name: str, entry: str) -> bool:
     return False
 
 
-def shown(names: object, most: int = 4) -> str:
+def listed(names: object, most: int = 4) -> str:
     """Names for a message, not too many."""
     if not isinstance(names, tuple | list | frozenset):
         return repr(names)

@@ -14,7 +14,7 @@ from flora._algebra.variants import AdaLoRA
 from flora._starts.residual import nothing_adapted, variant_problem
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, fail
-from flora._tree.matrices import whole
+from flora._tree.matrices import replicated
 from flora._tree.paths import named_leaves
 from flora._tree.weight import LoraWeight
 
@@ -122,14 +122,14 @@ def budget_problems(parameters: Any, smallest: Any, largest: Any) -> Iterator[st
         yield f"largest={largest} is below smallest={smallest}."
 
 
-def filled(
+def within_budget(
     parameters: int,
     share: Mapping[str, float],
     cost: Mapping[str, int],
     least: Mapping[str, int],
     most: Mapping[str, int],
 ) -> dict[str, float]:
-    """min(max(level · share, least), most) with the highest level in budget."""
+    """The ranks min(max(level · share, least), most), with the highest level in budget."""
 
     def ranks(level: float) -> dict[str, float]:
         return {p: min(max(level * share[p], least[p]), most[p]) for p in share}
@@ -147,7 +147,7 @@ def filled(
 
 def best(found: Mapping[str, Any], count: Any) -> dict[str, jax.Array]:
     """Which numbers of all leaves are the `count` largest; of equals, the first."""
-    flat = jnp.concatenate([whole(s).reshape(-1) for s in found.values()])
+    flat = jnp.concatenate([replicated(s).reshape(-1) for s in found.values()])
     order = jnp.argsort(-flat, stable=True)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
     keep, kept, at = place < count, {}, 0

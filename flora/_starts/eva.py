@@ -1,4 +1,4 @@
-"""Principal directions of each layer's inputs, by gradients that are none.
+"""Principal directions of each layer's inputs, computed with a custom VJP.
 
 Between x A and B stands the identity, whose backward pass hands z = x A on in the place
 of the cotangent.  The gradient of A is then Xᵀ z = (Xᵀ X) A, summed over all uses of
@@ -21,7 +21,7 @@ from flora._starts.residual import selected
 from flora._tree.arrays import compute_dtype, is_array
 from flora._tree.errors import LoraError, fail
 from flora._tree.keys import consumed, path_salt, require_key
-from flora._tree.matrices import compiled, place_of, whole
+from flora._tree.matrices import compiled, place_of, replicated
 from flora._tree.paths import Pattern, named_leaves
 from flora._tree.weight import LoraWeight, Product, is_leaf
 from flora._verbs.lora import lora
@@ -206,7 +206,7 @@ def _on_matrices(*values: Any, fn: Callable, sizes: Any, shape: Any) -> jax.Arra
 def _flat(x: Any, sizes: Any) -> Any:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x
-    return whole(x).reshape(sizes[0], sizes[1], -1)
+    return replicated(x).reshape(sizes[0], sizes[1], -1)
 
 
 def _zeros(w: LoraWeight, rank: int) -> jax.Array:
@@ -228,8 +228,8 @@ def _moments(
     @jax.jit
     def of_batch(a: Any, values: Any, batch: Any) -> Any:
         def total(a: Any) -> jax.Array:
-            whole = {p: dataclasses.replace(values[p], a=x) for p, x in a.items()}
-            tree = treedef.unflatten([{**leaves, **values, **whole}[p] for p in leaves])
+            nodes = {p: dataclasses.replace(values[p], a=x) for p, x in a.items()}
+            tree = treedef.unflatten([{**leaves, **values, **nodes}[p] for p in leaves])
             outs = jax.tree.leaves(lora(fn)(tree, *batch))
             return sum((_sum(y) for y in outs if _differentiable(y)), jnp.float32(0))
 

@@ -16,12 +16,12 @@ from flora._tree.errors import LoraError, fail
 from flora._tree.matrices import (
     compiled,
     folded,
-    lying_as,
     matrices,
     nearest,
     place_of,
+    placed_as,
+    replicated,
     svd,
-    whole,
 )
 from flora._tree.paths import (
     Pattern,
@@ -131,7 +131,9 @@ def made(
 
 def effective(w: LoraWeight) -> jax.Array:
     """W + scale A B, in float32 or wider, not rounded."""
-    w = dataclasses.replace(w, base=whole(w.base), a=whole(w.a), b=whole(w.b))
+    w = dataclasses.replace(
+        w, base=replicated(w.base), a=replicated(w.a), b=replicated(w.b)
+    )
     change = delta(w)
     return w.base.astype(change.dtype) + change
 
@@ -144,9 +146,9 @@ def residual(
     A and B are rounded to the factors' dtype first, so the base makes up for it.
     """
     a, b = folded(w, a, b)
-    change = delta(dataclasses.replace(w, base=whole(w.base), a=a, b=b))
+    change = delta(dataclasses.replace(w, base=replicated(w.base), a=a, b=b))
     rest = (x - change).astype(w.base.dtype)
-    return lying_as(rest, w.base), lying_as(a, w.a), lying_as(b, w.b)
+    return placed_as(rest, w.base), placed_as(a, w.a), placed_as(b, w.b)
 
 
 def pissa(w: LoraWeight, key: Any, *, passes: int) -> tuple[jax.Array, ...]:
@@ -174,7 +176,7 @@ def lora_ga(
 ) -> tuple[jax.Array, ...]:
     """A and B along singular directions of the gradient `[...]`."""
     x, r = effective(w), w.rank
-    g = matrices(whole(grad).astype(x.dtype), w.layout)
+    g = matrices(replicated(grad).astype(x.dtype), w.layout)
     # As many triplets again as are used make the sketch as good as PEFT's.
     u, s, v = svd(g, 2 * r, key, passes=passes, oversample=2 * r)
     first, second = slice(None, r), slice(r, 2 * r)
@@ -199,7 +201,7 @@ def gradients_of(
     for tree in grads if isinstance(grads, Iterator) else (grads,):
         found = [(path, g) for path, g in named_leaves(tree)[0] if path in chosen]
         fail(
-            f"lora_ga: grads has {_shown(g)} at '{path}'; expected a dense gradient of "
+            f"lora_ga: grads has {_kind_of(g)} at '{path}'; expected a dense gradient of "
             f"shape {tuple(chosen[path].base.shape)}. Write "
             "flora.starts.base_gradients(loss_fn, adapted, ...), or jax.grad of the "
             "loss of the plain tree."
@@ -211,7 +213,7 @@ def gradients_of(
         yield from found
 
 
-def _shown(g: Any) -> str:
+def _kind_of(g: Any) -> str:
     return f"{g.dtype}{list(g.shape)}" if is_array(g) else f"a {type(g).__name__}"
 
 

@@ -52,11 +52,11 @@ def svd(
     References: Halko et al. 2011, algorithms 4.4 and 5.1. https://arxiv.org/abs/0909.4061
     """
     if key is None:
-        u, s, v = jnp.linalg.svd(whole(x), full_matrices=False)
+        u, s, v = jnp.linalg.svd(replicated(x), full_matrices=False)
         return u[..., :count], s[..., :count], v[..., :count, :]
     mul = functools.partial(jnp.matmul, precision="highest")
     width = min(count + oversample, *x.shape[-2:])
-    x, adjoint = whole(x), whole(x).mT.conj()
+    x, adjoint = replicated(x), replicated(x).mT.conj()
     omega = jax.random.normal(key, (*x.shape[:-2], x.shape[-1], width), x.dtype)
     q = jnp.linalg.qr(mul(x, omega))[0]
     for _ in range(passes):
@@ -78,22 +78,22 @@ def nearest(
     return u * root[:, None, :], root[:, :, None] * v
 
 
-def whole(x: jax.Array) -> jax.Array:
+def replicated(x: jax.Array) -> jax.Array:
     """Replicated, on a mesh with explicit axes; decompositions need that."""
     if not isinstance(x, Tracer) or spec_of(x) is None:
         return x
     return jax.sharding.reshard(x, NamedSharding(mesh_of(x), Spec()))
 
 
-def lying_as(x: jax.Array, like: Any) -> jax.Array:
-    """The array where `like` lies, on a mesh with explicit axes."""
+def placed_as(x: jax.Array, like: Any) -> jax.Array:
+    """The array with the sharding of `like`, on a mesh with explicit axes."""
     if not isinstance(like, Tracer) or (spec := spec_of(like)) is None:
         return x
     return jax.sharding.reshard(x, NamedSharding(mesh_of(like), spec))
 
 
 def place_of(x: Any) -> NamedSharding | None:
-    """Where an array of a mesh lies; `None` for tracers and single devices."""
+    """The sharding of an array on a mesh; `None` for tracers and single devices."""
     found = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
     return found if isinstance(found, NamedSharding) else None
 

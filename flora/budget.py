@@ -37,6 +37,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flora._starts.components import (
+    alpha_at,
     best,
     budget_problems,
     by_path,
@@ -362,11 +363,8 @@ def _cut(w: LoraWeight, keep: np.ndarray) -> Any:
         at = np.expand_dims(order, tuple(i for i in range(n, x.ndim) if i != axis))
         return compiled(jnp.take_along_axis, place_of(x), ("axis",))(x, at, axis=axis)
 
-    share = rank / w.rank
-    alpha = w.alpha * (math.sqrt(share) if w.rank_stabilized else share)
-    made = dataclasses.replace(
-        w, a=taken(w.a, w.a.ndim - 1), b=taken(w.b, n), rank=rank, alpha=alpha
-    )
+    a, b = taken(w.a, w.a.ndim - 1), taken(w.b, n)
+    made = dataclasses.replace(w, a=a, b=b, rank=rank, alpha=alpha_at(w, rank))
     if not gated(w):
         return made
     return dataclasses.replace(made, extra={**w.extra, "e": taken(w.extra["e"], n)})

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from flora._starts import residual as _residual
+from flora._starts.components import alpha_at
 from flora._starts.eva import eva
 from flora._starts.residual import (
     gradients_of,
@@ -342,7 +343,7 @@ def to_plain(trained: Any, start: Any, original: Any) -> Any:
             leaf,
             base=base,
             rank=2 * leaf.rank,
-            alpha=leaf.alpha * (2**0.5 if leaf.rank_stabilized else 2),
+            alpha=alpha_at(leaf, 2 * leaf.rank),
         )
         axis = len(leaf.layout.stack)
         values = (leaf.a, first.a, leaf.b, first.b)

@@ -36,9 +36,11 @@ def scanned(params: Any, x: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(x))
 
 
-def adapted_step(model: Callable, params: Any, x: Any, rank: int) -> tuple[Any, Any]:
-    """`(step, inputs)`: loss, gradients of A, B and x."""
-    config = flora.LoraConfig(rank=rank, target="*")
+def adapted_step(
+    model: Callable, params: Any, x: Any, rank: int, dtype: Any = jnp.float32
+) -> tuple[Any, Any]:
+    """`(step, (adapter, x, base))`: loss, gradients of A, B (in `dtype`) and x."""
+    config = flora.LoraConfig(rank=rank, target="*", dtype=dtype)
     adapted = flora.init(jax.random.key(0), config, model, params, x)
     base, adapter = flora.split(adapted)
     run = flora.lora(model)

@@ -59,6 +59,12 @@ def on_components(fn: Callable, w: LoraWeight, *others: LoraWeight) -> LoraWeigh
     return dataclasses.replace(w, base=None, a=a, b=b, key=None, extra=extra)
 
 
+def alpha_at(w: LoraWeight, rank: int) -> float:
+    """The alpha that keeps the scale at another rank."""
+    share = rank / w.rank
+    return w.alpha * (math.sqrt(share) if w.rank_stabilized else share)
+
+
 def replaced(tree: Any, new: Mapping[str, Any]) -> Any:
     """The tree with other leaves at some paths."""
     named, treedef = named_leaves(tree)
@@ -129,7 +135,7 @@ def within_budget(
     least: Mapping[str, int],
     most: Mapping[str, int],
 ) -> dict[str, float]:
-    """The ranks min(max(level · share, least), most), with the highest level in budget."""
+    """Ranks min(max(level · share, least), most), with the highest level in budget."""
 
     def ranks(level: float) -> dict[str, float]:
         return {p: min(max(level * share[p], least[p]), most[p]) for p in share}

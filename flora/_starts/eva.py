@@ -7,7 +7,6 @@ without X.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flora._starts.components import best, replaced
+from flora._starts.components import alpha_at, best, replaced
 from flora._starts.residual import selected
 from flora._tree.arrays import compute_dtype, is_array
 from flora._tree.errors import LoraError, fail
@@ -210,8 +209,7 @@ def _flat(x: Any, sizes: Any) -> Any:
 
 
 def _zeros(w: LoraWeight, rank: int) -> jax.Array:
-    n = len(w.layout.stack)
-    shape = (*w.b.shape[:n], rank, *w.b.shape[n + 1 :])
+    _, shape = w.layout.factor_shapes(w.base.shape, rank)
     return jnp.zeros(shape, w.b.dtype, device=place_of(w.b))
 
 
@@ -311,9 +309,8 @@ def _started(w: LoraWeight, u: jax.Array, keep: np.ndarray) -> Any:
     shape = (*w.a.shape[:-1], rank)
     run = compiled(_columns, place_of(w.a), ("shape", "dtype"))
     a = run(u, columns, shape=shape, dtype=jnp.dtype(w.a.dtype))
-    share = rank / w.rank
-    alpha = w.alpha * (math.sqrt(share) if w.rank_stabilized else share)
-    return dataclasses.replace(w, a=a, b=_zeros(w, rank), rank=rank, alpha=alpha)
+    b, alpha = _zeros(w, rank), alpha_at(w, rank)
+    return dataclasses.replace(w, a=a, b=b, rank=rank, alpha=alpha)
 
 
 def _columns(u: Any, columns: Any, *, shape: Any, dtype: Any) -> jax.Array:

@@ -201,8 +201,8 @@ def gradients_of(
     for tree in grads if isinstance(grads, Iterator) else (grads,):
         found = [(path, g) for path, g in named_leaves(tree)[0] if path in chosen]
         fail(
-            f"lora_ga: grads has {_kind_of(g)} at '{path}'; expected a dense gradient of "
-            f"shape {tuple(chosen[path].base.shape)}. Write "
+            f"lora_ga: grads has {_kind_of(g)} at '{path}'; expected a dense gradient "
+            f"of shape {tuple(chosen[path].base.shape)}. Write "
             "flora.starts.base_gradients(loss_fn, adapted, ...), or jax.grad of the "
             "loss of the plain tree."
             for path, g in found

@@ -23,8 +23,9 @@ def weight_problems(path: str, leaf: Any) -> list[str]:
     base, a, b = (tuple(x.shape) for x in (leaf.base, leaf.a, leaf.b))
     if not leaf.layout.fits(len(base)):
         return [
-            f"'{path}' has shape {base}, but its layout is for {len(leaf.layout.order)} axes "
-            f"({leaf.layout}). Pass the tree with the shapes that flora.init saw."
+            f"'{path}' has shape {base}, but its layout is for "
+            f"{len(leaf.layout.order)} axes ({leaf.layout}). Pass the tree with the "
+            "shapes that flora.init saw."
         ]
     if leaf.extra is not None and not isinstance(leaf.extra, dict):
         return [

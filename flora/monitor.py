@@ -1,4 +1,4 @@
-"""What happens to the factors while they train.
+"""Measurements of the factors while they train, and an alarm for the loss.
 
     subspaces = flora.monitor.reference(adapted)    # once, before training
     report = flora.monitor.measure(adapted, grads, reference=subspaces)    # in the step
@@ -6,7 +6,7 @@
     print(flora.monitor.alarm(losses[:100]))
     flora.monitor.plot(reports, losses).savefig("run.png")
 
-Everything but `reference`, `merge_error` and `plot` is for use inside `jax.jit`.
+All but `reference`, `merge_error` and `plot` are meant for use inside `jax.jit`.
 """
 
 from collections.abc import Sequence
@@ -50,15 +50,18 @@ __all__ = [
 def reference(adapted: Any, k: int = 8) -> dict[str, Subspace]:
     """The norm and k leading singular directions of each adapted weight.
 
-    Decomposes every W whole, one leaf at a time: do it once, outside of the step, and
-    again after a `flora.recipes.restart`.
+    Decomposes every W in full, one leaf at a time.  Call it once, outside of the step,
+    and again after a `flora.recipes.restart`.
 
     Args:
       adapted: an adapted tree with its base.
-      k: how many directions, at most the smaller side of each matrix.
+      k: how many directions; at most the smaller side of the smallest matrix.
+
+    Returns:
+      `{path: Subspace}`.
 
     Raises:
-      LoraError: no leaf has factors or one has no base; k is out of range.
+      LoraError: no leaf has factors, a leaf has no base, or k is out of range.
 
     Example:
       >>> import jax.numpy as jnp, flora, flora.monitor
@@ -100,7 +103,8 @@ def _subspace(x: LoraWeight, k: int) -> Subspace:
 def merge_error(adapted: Any) -> dict[str, jax.Array]:
     """What `flora.merge` and `flora.recipes.restart` lose by rounding, for each leaf.
 
-    ‖(round(W + ΔW) - W) - ΔW‖_F/‖ΔW‖_F: 0 is nothing, 1 as much as ΔW.  Forms ΔW.
+    ‖(round(W + ΔW) - W) - ΔW‖_F/‖ΔW‖_F: 0 means that nothing
+    is lost, 1 that as much is lost as ΔW has.  Forms the dense ΔW.
 
     Raises:
       LoraError: no leaf has factors, or one has no base.
@@ -117,9 +121,8 @@ def merge_error(adapted: Any) -> dict[str, jax.Array]:
 
     def error(x: LoraWeight) -> jax.Array:
         change = delta(x)
-        kept = materialize(x).astype(change.dtype) - dequantized(x.base).astype(
-            change.dtype
-        )
+        before, after = dequantized(x.base), materialize(x)
+        kept = after.astype(change.dtype) - before.astype(change.dtype)
         return ratio(jnp.linalg.norm(kept - change), jnp.linalg.norm(change))
 
     return {path: error(x) for path, x in _with_bases(adapted, "merge_error").items()}
@@ -130,11 +133,12 @@ def plot(
 ) -> Any:
     """A figure of a run: norms, gradients, ranks, overlaps and the loss over time.
 
-    A line is the median over leaves and stacked layers, the band their range.
+    Each line is the median over leaves and stacked layers, the band around it their
+    range.
 
     Args:
-      reports: one a time, or a `Report` of arrays `[time, *stack]`, as `jax.lax.scan`
-        stacks them.
+      reports: one for each time, or one `Report` of arrays `[time, *stack]`, as
+        `jax.lax.scan` stacks them.
       losses: `[steps]`, drawn in a panel of its own with its `alarm` as title.
       steps: `[time]`, the step of each report; 0, 1, 2, … by default.
 

@@ -68,25 +68,25 @@ def load(
       tree: the base model's parameters: arrays or `jax.ShapeDtypeStruct`s.  If it is
         adapted already, its nodes' layouts are used and its factors replaced.
       names: which module lies in which leaf, where HF's convention does not say:
-        `{leaf pattern: module}`, with `{i}` in both for what varies and in the module
-        alone for what is stacked in the leaf; the module a dotted path, a `Module`, or
-        a list of them that share the leaf's out features; or a callable path -> module;
-        or what `match_names` returned.
+        `{leaf pattern: module}`, where `{i}` in both stands for what varies, and in the
+        module alone for what is stacked in the leaf.  A module is a dotted path, a
+        `Module`, or a list of those that share the leaf's out features.  Or a callable
+        path -> module, or what `match_names` returned.
       fn: the function that the tree will run in; it is traced on `args` and `kwargs`
         to find each leaf's layout instead of inferring it from sizes and names.
-      args: the other arguments of one call.
-      kwargs: likewise.
+      args: the other positional arguments of one call of `fn`.
+      kwargs: its keyword arguments.
       dtype: of the factors; by default float32, or float64 where the file has it.
 
     Returns:
       The tree with `LoraWeight`s, and `Trained` leaves for `modules_to_save` and
-      biases.  Bases are the very same arrays, but for adapters that PiSSA or OLoRA
-      started: those need the base minus what they took out of it.
+      biases.  The bases are the arrays of `tree` themselves, except for adapters that
+      started by PiSSA or OLoRA: those need the base minus what was taken out of it.
 
     Raises:
-      LoraError: a file is missing, damaged or no LoRA adapter; config, tensors and base
-        do not fit each other in every name, shape, rank and flag.  PEFT lets most of
-        that pass.
+      LoraError: a file is missing, damaged or not a LoRA adapter; or config, tensors
+        and base do not agree in every name, shape, rank and flag.  PEFT accepts most
+        such mismatches silently.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, flora, flora.peft
@@ -206,7 +206,7 @@ def _untied(
 
 
 def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
-    """The node of a leaf, lying as its base does."""
+    """The node of a leaf, sharded as its base is."""
     base = site.base
     if config.residual:
         if isinstance(base, jax.ShapeDtypeStruct) or is_quantized(base):
@@ -237,7 +237,7 @@ def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
 
 
 def _placed(made: LoraWeight) -> dict[str, Any]:
-    """The factors as JAX arrays, divided as the weight is."""
+    """The factors as JAX arrays, sharded as the weight is."""
     spec = spec_of(made.base)
     if spec is None:
         return {"a": jnp.asarray(made.a), "b": jnp.asarray(made.b)}
@@ -333,24 +333,24 @@ def save(
     task_type: str | None = None,
     dtype: Any = None,
 ) -> None:
-    """Writes the adapter as PEFT does; in one step, so that it is whole or not there.
+    """Writes the adapter as PEFT does, in one step: the files are complete or absent.
 
     The config names every module in full, with its rank and alpha where they differ.
-    Files of other names that lie in the directory stay.
+    Other files in the directory stay.
 
     Args:
-      dir: the directory; made if need be.
+      dir: the directory; it is made if it does not exist.
       adapted: an adapted tree, or the adapter that `flora.split` returned.
       names: as for `load`.  Adapters of several raw parameters of one module are nested
-        in the order that the names have.
+        in the order of the names.
       fn: the function that the tree runs in, traced on `args` and `kwargs` to tell
         convolutions and embeddings from linear layers.  Without it a kernel with three
         in axes, or with two in a module called something with 'conv', is one.
-      args: the other arguments of one call.
-      kwargs: likewise.
-      base: the plain base that the file's user will have, where the adapted tree's own
-        was changed at the start (PiSSA, OLoRA, LoRA-GA…): the difference, which must be
-        of low rank, is written as further rows of A and columns of B.
+      args: the other positional arguments of one call of `fn`.
+      kwargs: its keyword arguments.
+      base: the plain base that the file's user will have, if the adapted tree's own
+        base was changed at the start (PiSSA, OLoRA, LoRA-GA…).  The difference, which
+        must be of low rank, is written as further rows of A and columns of B.
       serving: write what vLLM and SGLang apply in full: one rank, and a scale of
         alpha/r for all modules.
       base_model_name_or_path: of the model, for the config.
@@ -358,8 +358,8 @@ def save(
       dtype: of the tensors; by default each array's own.
 
     Raises:
-      LoraError: a leaf has no name or one that is not unique, holds NaN, or is of a
-        kind that PEFT, or with `serving` a server, does not have.
+      LoraError: a leaf has no name or not a unique one; it holds NaN; or it is of a
+        kind that PEFT, or a server if `serving`, does not support.
     """
     folder = directory("save", dir)
     kinds: dict[str, str] = {}

@@ -3,8 +3,9 @@
     params = flora.quantize.quantize(params, "nf4", target="*/kernel", donate=True)
     adapted = flora.init(key, config, model.apply, params, x)
 
-W ≈ scale · q, one scale a block.  The weight is opened where an operation reads it, one
-layer at a time inside a scan, and anew for the backward pass: nothing dense is kept.
+W ≈ scale · q, with one scale a block.  A weight is dequantized where an operation reads
+it, one layer at a time inside a scan, and again for the backward pass, so that no dense
+copy is kept.
 
 References: Dettmers et al. 2023 (QLoRA). https://arxiv.org/abs/2305.14314
 """
@@ -30,7 +31,7 @@ from flora._tree.weight import LoraWeight, Trained
 
 __all__ = ["QTYPES", "Quantized", "dequantize", "loftq", "quantize"]
 
-# What a weight can be stored as.
+# The types in which a weight can be stored.
 QTYPES = ("int8", "int4", "nf4", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -50,16 +51,17 @@ def quantize(
       params: a parameter tree, adapted or not, of arrays, sharded or not, or of
         `ShapeDtypeStruct`s.  Leaves that train whole stay as they are.
       qtype: one of `QTYPES`.
-      target: which leaves, as in `LoraConfig`; leaves of fewer than two axes are left.
-      exclude: which of these not.
+      target: which leaves, as in `LoraConfig`; leaves with fewer than two axes stay as
+        they are.
+      exclude: which of the targeted leaves to leave as they are.
       block: how many neighbors share a scale, along the last axis but one or, where
         that does not divide, the last.  Every index of the other axes has its own.
-      dtype: what the weight opens to; by default its own dtype.
-      donate: whether each array is deleted as soon as it is quantized, so that there is
-        never a second copy of more than one leaf.
+      dtype: of the dequantized weight; by default the weight's own.
+      donate: whether to delete each array as soon as it is quantized, so that no more
+        than one leaf is ever held twice.
 
     Returns:
-      The tree.  Each array that is stored lies as the weight did.
+      The tree.  The arrays of a quantized weight are sharded as the weight was.
 
     Raises:
       LoraError: qwix is not installed, the type is unknown, nothing is selected, or a
@@ -68,10 +70,10 @@ def quantize(
     Example:
       >>> import jax, jax.numpy as jnp, flora.quantize
       >>> w = jax.random.normal(jax.random.key(0), (128, 4))
-      >>> stored = flora.quantize.quantize({"kernel": w}, "int8")
-      >>> stored["kernel"]
+      >>> quantized = flora.quantize.quantize({"kernel": w}, "int8")
+      >>> quantized["kernel"]
       Quantized(float32[128,4] as int8+float32)
-      >>> bool(abs(flora.quantize.dequantize(stored)["kernel"] - w).max() < 0.02)
+      >>> bool(abs(flora.quantize.dequantize(quantized)["kernel"] - w).max() < 0.02)
       True
     """
     _require(qtype, block)
@@ -121,24 +123,25 @@ def dequantize(tree: Any) -> Any:
 
 
 def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
-    """Bases quantized, and factors that make up for the rounding as well as they can.
+    """Quantized bases, with factors that compensate for the rounding (LoftQ).
 
-    Alternates Q = quantized(W − scale A B) and scale A B = the best approximation of
-    W − Q of that rank, by singular values, `steps` times.  Of the pairs the nearest to
-    W is taken.  The adapted model starts nearer to the pretrained one than with B = 0.
+    Alternates `steps` times between Q = quantized(W − scale A B) and scale A B = the
+    best approximation of W − Q of that rank, by singular values, and returns the pair
+    nearest to W.  The adapted model starts nearer to the pretrained one than with
+    B = 0.
 
     Args:
       adapted: an adapted tree of dense arrays, tracers or `ShapeDtypeStruct`s; of its
-        factors only the places are read.
-      qtype: as of `quantize`.
-      block: as of `quantize`.
-      steps: how often.
+        factors only the shardings are read.
+      qtype: as for `quantize`.
+      block: as for `quantize`.
+      steps: how many times to alternate.
 
     Returns:
-      The tree with stored bases and other factors; leaves not adapted are shared.
+      The tree with quantized bases and new factors; leaves not adapted are shared.
 
     Raises:
-      LoraError: no leaf is adapted, a base is stored already, or as in `quantize`.
+      LoraError: no leaf is adapted, a base is quantized already, or as for `quantize`.
 
     References: Li et al. 2023 (LoftQ), algorithm 1. https://arxiv.org/abs/2310.08659
     """
@@ -165,7 +168,7 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
 
 
 def _nearest(w: LoraWeight, *, qtype: str, block: int, steps: int) -> LoraWeight:
-    """Of the pairs of stored base and factors the nearest to the weight."""
+    """The pair of quantized base and factors that is nearest to the weight."""
     make = _maker(qtype, block, jnp.dtype(w.base.dtype))
     wide = w.base.astype(jnp.promote_types(w.base.dtype, jnp.float32))
     best, least, change = w, jnp.inf, jnp.zeros_like(wide)
@@ -190,7 +193,7 @@ def _either(first: Any, x: Any, y: Any) -> Any:
 
 
 def _placed_as(w: LoraWeight, made: LoraWeight) -> LoraWeight:
-    """What was made, with its factors where those of w lie."""
+    """`made`, its factors with the shardings of those of w."""
     if spec_of(w.a) is None or isinstance(w.a, Tracer):
         return made
     a, b = jax.device_put((made.a, made.b), (w.a.sharding, w.b.sharding))

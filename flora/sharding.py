@@ -1,13 +1,13 @@
-"""Where the arrays of an adapted tree lie on a mesh.
+"""How the arrays of an adapted tree are sharded over a mesh.
 
     adapted = flora.init(key, config, model.apply, params, x)    # factors follow params
     places = flora.sharding.shardings(adapted)                   # for jit, checkpoints
     step = jax.jit(step, in_shardings=(places, ...), out_shardings=(places, ...))
 
-A factor is divided as its weight is: A takes the mesh axes of W's in axes, B those of
-its out axes, stack axes follow.  So x A is reduced where x W is, z B lies where x W
-lies, and no step gathers more than the frozen model's does, but for the factors
-themselves.
+A factor is sharded as its weight is: A takes the mesh axes of W's in axes, B those of
+its out axes, and both those of its stack axes.  So x A is reduced where x W is, z B has
+the sharding of x W, and a step gathers nothing more than the frozen model's step does,
+except the factors themselves.
 """
 
 import dataclasses
@@ -56,24 +56,24 @@ def shardings(
     Args:
       tree: an adapted tree, an adapter or a base, of arrays, tracers or
         `jax.ShapeDtypeStruct`s.
-      like: where the base lies: `NamedSharding`s or `PartitionSpec`s in a tree with the
-        base's paths, or with fewer (one for a whole module).  By default each leaf's
-        own sharding, or else the names that `nn.Partitioned`, `nn.LogicallyPartitioned`
-        or an `nnx.Variable` give its axes; leaves that say nothing are
-        replicated.
+      like: the base's shardings: `NamedSharding`s or `PartitionSpec`s in a tree with
+        the base's paths, or with fewer (one for a whole module).  By default each
+        leaf's own sharding, or else the names that `nn.Partitioned`,
+        `nn.LogicallyPartitioned` or an `nnx.Variable` give its axes; leaves without
+        either are replicated.
       mesh: a `jax.sharding.Mesh`; by default that of `like` or of the leaves, or the
         one that is set.
       rules: `(logical name, mesh axes)` pairs; by default Flax's current ones.
-      rank: a mesh axis over which to divide the rank too, in each factor that does not
-        use it already.
+      rank: a mesh axis over which to shard the rank too, in each factor that does not
+        use that axis already.
 
     Returns:
       Each array replaced by its sharding: for `jax.jit`, `jax.device_put`,
       `jax.lax.with_sharding_constraint` and checkpoints.
 
     Raises:
-      LoraError: no mesh, an unknown mesh axis, a path of `like` that the tree lacks, or
-        an axis that does not divide; every such leaf is named.
+      LoraError: there is no mesh; a mesh axis is unknown; `like` has a path that the
+        tree lacks; or an axis does not divide.  Every such leaf is named.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora, flora.sharding
@@ -121,17 +121,17 @@ def shardings(
 
 
 def of_state(state: Any, tree: Any, places: Any) -> Any:
-    """Where the arrays of an optimizer's state lie: each with what it is the moment of.
+    """Shardings of an optimizer's state: each moment has that of its parameter.
 
     Args:
-      state: of `tx.init(tree)`, such as `jax.eval_shape(tx.init, tree)`.
-      tree: the adapted tree or the adapter that the optimizer was made for.
+      state: what `tx.init(tree)` or `jax.eval_shape(tx.init, tree)` returned.
+      tree: the adapted tree or the adapter that `tx.init` was given.
       places: `shardings(tree)`.
 
     Returns:
-      `state` with each array replaced by its sharding.  An array whose path ends as the
-      path of an array of the tree does, and that has its shape, lies as that one; all
-      else, such as counts, is replicated.
+      `state` with each array replaced by its sharding.  An array that has the shape of
+      an array of the tree, and a path that ends in that array's path, has its sharding;
+      all others, such as counts, are replicated.
 
     Raises:
       LoraError: `places` are not the shardings of `tree`.

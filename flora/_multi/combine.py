@@ -1,4 +1,4 @@
-"""`combine`: one adapter of several."""
+"""`combine`: one adapter from several."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ _DENSE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 
 @dataclasses.dataclass(frozen=True)
 class Combined:
-    """An adapter, and what it lacks of what it stands for.
+    """An adapter, and how far it is from what it approximates.
 
     Attributes:
       adapter: for `flora.join`.
@@ -61,7 +61,7 @@ def combine(
     key: Any = None,
     base: Any = None,
 ) -> Combined:
-    """One adapter of several: ΔW = w₁ ΔW₁ + ... + w_k ΔW_k, or voted on.
+    """One adapter from several: ΔW = w₁ ΔW₁ + ... + w_k ΔW_k, or by a vote.
 
     With ΔW_i = scale_i A_i B_i, whatever alpha, rank or rank_stabilized each has:
 
@@ -70,21 +70,21 @@ def combine(
     - "svd": the best of `rank`, by default the largest of the ranks.  Found in the
       factors: no dense ΔW is formed.
     - "peft_linear": what PEFT calls linear, A = Σ ±√|w_i scale_i| A_i and the same for
-      B.  It has products of A_i with B_j in it, which make it another ΔW.
+      B.  It contains products of A_i with B_j, so its ΔW is another one.
     - "magnitude_prune", "ties", "dare_linear", "dare_ties": on each dense ΔW, one leaf
-      at a time, then the best of `rank` (by default the largest).  Their own ranks are
-      full, so look at the errors.  Pruning keeps int(density · n) elements of each
-      matrix.
+      at a time, then the best approximation of `rank` (by default the largest).  Before
+      that the rank is full, so look at the errors.  Pruning keeps int(density · n)
+      elements of each matrix.
 
     Args:
-      adapters: of one base.
-      weights: one number each; positive for "ties" and "dare_ties".
-      method: one of these.
+      adapters: adapters of one base.
+      weights: one number for each adapter; positive for "ties" and "dare_ties".
+      method: one of the above.
       rank: of the result.
       density: the share of elements that stay, in (0, 1], for the dense methods.
-      sign: for voting, 'total' (by the sum) or 'frequency' (by the number).
-      key: a typed PRNG key for "dare_...", consumed.  The draw of a leaf depends on the
-        key and its path only.
+      sign: how to vote on signs: 'total' (by the sum) or 'frequency' (by the count).
+      key: a typed PRNG key for "dare_..."; it is consumed.  A leaf's draw depends only
+        on the key and its path.
       base: the plain tree, for leaves that train whole: v = v₀ + Σ w_i (v_i - v₀), or
         voted on.  Not needed where the weights of a sum add up to 1.
 
@@ -93,8 +93,9 @@ def combine(
       the first; and each leaf's error against the ΔW that the method defines.
 
     Raises:
-      LoraError: adapters that do not fit, settings that the method lacks or does not
-        take, whole leaves without a base; all leaves are named.
+      LoraError: the adapters do not fit each other; the method needs another setting or
+        does not take one; or a leaf trains whole and needs the `base` that is missing.
+        All such leaves are named.
 
     Example:
       >>> import jax.numpy as jnp, flora, flora.multi

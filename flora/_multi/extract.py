@@ -1,4 +1,4 @@
-"""`extract`: an adapter of a full fine-tune."""
+"""`extract`: an adapter from a full fine-tune."""
 
 import dataclasses
 import math
@@ -37,23 +37,23 @@ def extract(
     key: Any = None,
     ignore: Pattern = (),
 ) -> Combined:
-    """The adapter that comes nearest to a model that was trained whole.
+    """The adapter that comes nearest to a fully fine-tuned model.
 
     scale A B is the best of its rank for W' - W in each leaf (Eckart and Young 1936).
     Dense, one leaf at a time, in float32 or wider.
 
     Args:
-      adapted: what `flora.init` makes of the pretrained tree: it says which leaves get
-        factors, with which layout and rank.  Leaves of `train=` take W' as it is.
+      adapted: the pretrained tree as `flora.init` adapts it, which says which leaves
+        get factors, with which layout and rank.  Leaves of `train=` take W' as it is.
       finetuned: the plain tree of the trained model.
       svd: 'exact', or 'randomized' for large leaves whose change is nearly of low rank.
       key: a typed PRNG key for 'randomized', consumed.
-      ignore: a pattern (see `LoraConfig`) of frozen leaves that may have changed; what
-        they changed is lost.
+      ignore: a pattern (see `LoraConfig`) of frozen leaves that may have changed; their
+        changes are lost.
 
     Returns:
-      A `Combined`: the adapter, and for each leaf how much of its change is missing, as
-      a share of its norm; 1 for ignored leaves that changed.
+      A `Combined`: the adapter, and for each leaf the share of its change that is
+      missing, by norm; 1 for ignored leaves that changed.
 
     Raises:
       LoraError: the trees differ in leaves or shapes, or a frozen leaf has changed; all

@@ -1,9 +1,9 @@
 """Principal directions of each layer's inputs, computed with a custom VJP.
 
-Between x A and B stands the identity, whose backward pass hands z = x A on in the place
-of the cotangent.  The gradient of A is then Xᵀ z = (Xᵀ X) A, summed over all uses of
-the weight: one step of subspace iteration, for any function that has a gradient,
-without X.
+Between x A and B stands the identity with a backward pass of its own, which returns
+z = x A instead of the cotangent.  The gradient of A is then Xᵀ z = (Xᵀ X) A, summed
+over all uses of the weight: one step of subspace iteration, for any function that has a
+gradient, without ever holding X.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ _handed_on.defvjp(lambda z: (z, z), lambda z, _: (z,))
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """A variant with the gradient (Xᵀ X) A for A, where B is zero."""
+    """A variant whose gradient for A is (Xᵀ X) A, where B is zero."""
 
     frozen = ()
 
@@ -63,27 +63,27 @@ def eva(
 
     Ranks move to the layers whose directions explain most: of all leaves and stacked
     layers the first round(rho·rank) directions compete by λ_i / tr(Xᵀ X), and as many
-    win as there were ranks.  alpha moves along, so the scale stays.  The directions are
+    win as there were ranks.  alpha changes too, so the scale stays.  The directions are
     those of Xᵀ X, uncentered (PEFT subtracts the mean of x), over all batches.  For a
     tied embedding a lookup counts as one input of each direction.
 
     Args:
-      key: a typed PRNG key, consumed; for the first directions and for estimating
-        traces.
-      adapted: an adapted tree of arrays; its bases may be stored in fewer bits.  A and
-        B are replaced: the model becomes that of the bases.
+      key: a typed PRNG key for the first directions and for estimating traces; it is
+        consumed.
+      adapted: an adapted tree of arrays; its bases may be quantized.  A and B are
+        replaced, so the model becomes that of the bases.
       fn: the function of the plain tree, such as `model.apply`; floating outputs must
         depend on the layers in a way that can be differentiated.
-      batches: argument tuples, `fn(tree, *batch)`, that can be gone through `passes`
-        times: a list, not an iterator.
+      batches: argument tuples for `fn(tree, *batch)`: a list, not an iterator, since it
+        is read `passes` times.
       target: which adapted leaves.
-      rho: how many directions a leaf may win, to its rank; 1 leaves all ranks alone.
-      passes: forward passes over all batches.  Each is a power iteration.
+      rho: how many times its rank a leaf may win; 1 keeps all ranks.
+      passes: how many passes to make over all batches; each is a power iteration.
 
     Returns:
-      A new tree.  A leaf that wins no rank is plain and frozen again; the layers of a
-      stack have the largest rank of theirs, padded with zeros in A and B, which stay
-      zero.  `flora.budget.patterns` tells the new ranks.
+      A new tree.  A leaf that wins no rank is plain and frozen again.  The layers of a
+      stack share the largest rank among them, padded with zeros in A and B, which stay
+      zero.  `flora.budget.patterns` returns the new ranks.
 
     Raises:
       LoraError: nothing is selected, a leaf holds no values or receives no inputs, or

@@ -13,8 +13,16 @@ class Layout:
 
     Attributes:
       stack: axes that index independent matrices (nn.scan, nn.vmap, experts).
-      in_: axes contracted with activations (indexed, for an embedding).
+      in_: axes that are contracted with activations, or indexed in an embedding.
       out: axes that the product keeps.
+
+    Raises:
+      LoraTypeError: an attribute is not a tuple or list of ints.
+
+    Example:
+      >>> heads = Layout(in_=(0,), out=(1, 2))  # a kernel [in, heads, dim]
+      >>> heads.matrix((64, 8, 32))
+      (1, 64, 256)
     """
 
     stack: tuple[int, ...] = ()
@@ -39,7 +47,7 @@ class Layout:
         return "in" if axis in self.in_ else "out"
 
     def fits(self, ndim: int) -> bool:
-        """Whether it names each of `ndim` axes once, in and out axes among them."""
+        """Whether it names each of `ndim` axes once, with an in and an out axis."""
         axes = sorted(self.order)
         return axes == list(range(ndim)) and bool(self.in_ and self.out)
 

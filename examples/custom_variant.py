@@ -1,7 +1,8 @@
 """A variant of your own in twenty lines: LoRA-XS, whose only trained part is r x r.
 
-ΔW = scale A R B with A, B from the largest singular values of W, frozen, and R `[r, r]`
-trained, zero at the start.  A layer of any width has r² trained parameters.
+ΔW = scale A R B: A and B come from the largest singular values of W and are frozen; R
+`[r, r]` is zero at the start and trains.  A layer of any width has r² trained
+parameters.
 
     python examples/custom_variant.py
 

@@ -2,7 +2,7 @@
 
     loss = Σ weights · cross-entropy / Σ weights, over all micro-batches of a step
 
-The base is an argument of its own: it is neither donated nor differentiated, and the
+The base is a separate argument: it is neither donated nor differentiated, and the
 optimizer has no state for it.
 """
 
@@ -97,7 +97,7 @@ def _loss_function(model: Llama, block: int) -> Callable[..., jax.Array]:
 
 
 def _in_batches(rows: Mapping[str, np.ndarray], batch: int) -> Iterator[Any]:
-    """Batches of one size; what is missing in the last one has weight 0."""
+    """Batches of one size; rows that fill up the last one have weight 0."""
     for at in range(0, len(rows["ids"]), batch):
         part = {k: x[at : at + batch] for k, x in rows.items()}
         short = batch - len(part["ids"])
@@ -105,7 +105,7 @@ def _in_batches(rows: Mapping[str, np.ndarray], batch: int) -> Iterator[Any]:
 
 
 def put(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The batch on the mesh, its rows divided over 'fsdp'."""
+    """The batch on the mesh, its rows sharded over 'fsdp'."""
     ndim = next(iter(batch.values())).ndim
     place = NamedSharding(mesh, Spec(*[None] * (ndim - 2), "fsdp"))
     return {k: jax.device_put(x, place) for k, x in batch.items()}

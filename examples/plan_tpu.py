@@ -1,7 +1,7 @@
 """Plans LoRA on TPUs that you do not have: compiles one training step for each mesh.
 
 A Llama-style decoder in bfloat16 (`benchmarks/_decoder.py`), layers in one `nn.scan`
-with remat, LoRA on every linear kernel but the head, AdamW on A and B, everything
+with remat, LoRA on every linear kernel but the head, AdamW on A and B, all buffers
 donated.  No array is ever made: the step is compiled from `ShapeDtypeStruct`s by
 libtpu's own compiler, for the topology that you name, on any machine.
 
@@ -57,7 +57,7 @@ OPTIMIZER = optax.adamw(1e-4)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One row: what a step takes of each chip.  Bytes, unless it says otherwise."""
+    """The costs of a step on each chip, in bytes unless a field says otherwise."""
 
     mesh: str
     seconds: float
@@ -77,7 +77,7 @@ class Plan:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """`ShapeDtypeStruct`s that say where they lie."""
+    """`ShapeDtypeStruct`s with shardings."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
@@ -171,7 +171,7 @@ def compiled_costs(lowered: jax.stages.Lowered) -> dict[str, Any]:
 
 
 def _reason(error: str) -> str:
-    """The compiler's own numbers, out of its message."""
+    """The numbers in the compiler's message."""
     found = re.search(r"(Ran out of memory|Used)[^\n]*?(\. |\n|$)", error)
     return found[0].strip() if found else error.splitlines()[0]
 

@@ -1,4 +1,4 @@
-"""One base, eight adapters, and requests that each want another one.
+"""One base, eight adapters, and a stream of requests for different adapters.
 
 A small decoder with a cache (random weights; only speed and correctness are looked at)
 answers a stream of requests: a prompt each, from which tokens are generated greedily.
@@ -7,7 +7,7 @@ Every request names an adapter or the base.  Four ways to serve the same stream:
 - mixed: rows of one batch meet different adapters (`flora.multi.lora`);
 - one adapter at a time: the requests of each adapter are a batch of their own;
 - merged per request: W + scale A B is formed for each request, which then runs alone;
-- base alone: one batch without adapters, what no way to serve can undercut.
+- base alone: one batch without adapters, the lower bound for every way to serve.
 
 What "mixed" generates is then checked, token by token, against the plain model on the
 weights that `flora.merge` makes for each request.
@@ -179,7 +179,7 @@ class Server:
         self.merge = merge
 
     def mixed(self, ids: np.ndarray, prompts: jax.Array) -> Any:
-        """One batch of all."""
+        """All requests in one batch."""
         return self.of_rows(self.params, self.stacked, jnp.asarray(ids), prompts)
 
     def grouped(self, ids: np.ndarray, prompts: jax.Array) -> Any:
@@ -232,7 +232,7 @@ def check(server: Server, ids: np.ndarray, prompts: jax.Array) -> float:
 
 
 def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, by round, in random order; one round more compiles."""
+    """Seconds of each way by round, in random order, after one round to compile."""
     order, generator = list(calls), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):

@@ -22,7 +22,7 @@ def flat_factors(w: LoraWeight) -> Factors:
 
 
 def multiplied(a: Any, b: Any) -> jax.Array:
-    """A B of each matrix."""
+    """A B for each matrix of the stack."""
     return jnp.einsum("sir,sro->sio", a, b, precision=lax.Precision.HIGHEST)
 
 
@@ -32,12 +32,12 @@ def size(x: Any) -> jax.Array:
 
 
 def share(part: Any, total: Any) -> float:
-    """part/total; 0 of nothing."""
+    """part/total, and 0 where total is 0."""
     return float(jnp.where(total > 0, part / jnp.where(total > 0, total, 1), 0))
 
 
 def recompressed(a: Any, b: Any, rank: int) -> tuple[Factors, float]:
-    """The best A B of a lower rank, and what is lost, relative: found in the factors.
+    """The best A B of a lower rank and its relative error, from the factors alone.
 
     A B = Qa (Ra Rbᵀ) Qbᵀ, so that the SVD is of a small matrix (Eckart and Young 1936).
     """
@@ -50,7 +50,7 @@ def recompressed(a: Any, b: Any, rank: int) -> tuple[Factors, float]:
 
 
 def compressed(w: Any, rank: int, key: Any = None) -> tuple[Factors, float]:
-    """The best A B of a rank for dense matrices, and what is lost, relative.
+    """The best A B of a rank for dense matrices, and its relative error.
 
     Args:
       w: `[stack, in, out]`.

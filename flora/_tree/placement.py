@@ -1,7 +1,7 @@
-"""Where the factors of a weight lie, given where the weight lies.
+"""The shardings of a weight's factors, from the sharding of the weight.
 
 A takes the mesh axes of W's in axes, B those of its out axes, and both those of its
-stack axes; the rank is whole on every device unless it is asked to be divided too.
+stack axes.  Every device has the full rank, unless a mesh axis is given for it.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ class Specs:
 
 
 def specs(layout: Layout, base: Spec, ndim: int, rank: str | None = None) -> Specs:
-    """Those of the factors, from that of the weight.
+    """The specs of the factors, from the spec of the weight.
 
     Args:
       layout: of the weight.
-      base: its spec, of at most `ndim` entries.
-      ndim: how many axes it has.
-      rank: the mesh axis over which the rank is divided, in each factor that has no
-        other use for it.
+      base: the weight's spec, of at most `ndim` entries.
+      ndim: how many axes the weight has.
+      rank: a mesh axis over which to shard the rank, in each factor that does not use
+        that axis already.
     """
     entries = (*base, *(None for _ in range(ndim - len(base))))
     stack, in_, out = (
@@ -56,11 +56,11 @@ def specs(layout: Layout, base: Spec, ndim: int, rank: str | None = None) -> Spe
 
 
 def spec_of_extra(found: Specs, w: LoraWeight, shape: Sequence[int]) -> Spec:
-    """That of what a variant has besides A and B, by its shape.
+    """The spec of an array that a variant has besides A and B, by its shape.
 
-    What has one element for each output, `[*stack, *out]`, or for each input,
-    `[*stack, *in]`, lies as B and A do without their rank; all else that starts with
-    the stack axes is divided along these alone.
+    An array with one element for each output, `[*stack, *out]`, or for each input,
+    `[*stack, *in]`, is sharded as B or A without the rank; any other that starts with
+    the stack axes is sharded along these alone.
     """
     stack = len(w.layout.stack)
     a, b = tuple(w.a.shape), tuple(w.b.shape)
@@ -81,16 +81,16 @@ def names(entries: Any) -> list[str]:
 
 
 def spec_of(x: Any) -> Spec | None:
-    """How an array, or a `ShapeDtypeStruct`, is divided; `None` where it does not say.
+    """The spec of an array or `ShapeDtypeStruct`; `None` if it has none.
 
-    A tracer says so on a mesh with explicit axes only.
+    A tracer has one on a mesh with explicit axes only.
     """
     sharding = _sharding(x)
     return None if sharding is None else sharding.spec
 
 
 def mesh_of(x: Any) -> Any:
-    """The mesh of an array that says how it is divided, or `None`."""
+    """The mesh of an array with a `NamedSharding`, or `None`."""
     sharding = _sharding(x)
     return None if sharding is None else sharding.mesh
 

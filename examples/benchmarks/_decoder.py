@@ -47,15 +47,15 @@ class Sizes:
 
 
 def anywhere(x: jax.Array, kind: str) -> jax.Array:
-    """Leaves it to the compiler where an array lies."""
+    """Leaves the sharding of an array to the compiler."""
     return x
 
 
 def on_mesh(mesh: Mesh, kv_heads: int, *, shard_sequence: bool = False) -> Constrain:
     """How activations and the head's kernel are sharded over 'data', 'fsdp' and 'tp'.
 
-    Sequences lie over 'data' and 'fsdp', heads and ff over 'tp'; where `kv_heads` do
-    not divide by it, each chip has them all.
+    Sequences are sharded over 'data' and 'fsdp', heads and ff over 'tp'; where 'tp'
+    does not divide `kv_heads`, each chip has them all.
 
     Args:
       mesh: of these axes.
@@ -80,10 +80,10 @@ def on_mesh(mesh: Mesh, kv_heads: int, *, shard_sequence: bool = False) -> Const
 
 
 def weight_spec(path: tuple[Any, ...], leaf: Any) -> P:
-    """Where a weight lies: one of its axes over 'fsdp', another over 'tp'.
+    """The spec of a weight: one of its axes over 'fsdp', another over 'tp'.
 
     Columns of q, k, v, gate, up and the head go over 'tp', rows of o and down (Shoeybi
-    et al. 2019, https://arxiv.org/abs/1909.08053); norms are whole everywhere.
+    et al. 2019, https://arxiv.org/abs/1909.08053); norms are replicated.
     """
     name = jax.tree_util.keystr(path)
     if leaf.ndim < 2 or "norm" in name:
@@ -212,7 +212,7 @@ class Llama(nn.Module):
     Attributes:
       sizes: of the model.
       variant: 'unrolled' or 'scan', with ', remat' or without.
-      constrain: says where activations lie.
+      constrain: shards the activations.
       block: how many queries, or tokens of the head, are computed at a time; 0 for all.
     """
 

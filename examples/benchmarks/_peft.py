@@ -1,8 +1,8 @@
 """The MLP of `_arms` in PyTorch: frozen, trained whole, and with PEFT's LoRA.
 
-Weights, factors and activations are the JAX arms' own numbers, and so is the dtype:
-PEFT would keep the factors of a bfloat16 model in float32,
-`autocast_adapter_dtype=False` says no.  PyTorch is imported when first asked for.
+Weights, factors and activations are those of the JAX arms, and so is the dtype:
+`autocast_adapter_dtype=False` stops PEFT from keeping the factors of a bfloat16 model
+in float32.  PyTorch is imported when it is first needed.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What the scripts print alike.  They import it as a sibling: run them as files."""
+"""Tables and options that the scripts share; they import it as a sibling module."""
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What the TPU compiler says of a program, on a machine that has no TPU.
+"""The TPU compiler's estimates for a program, on a machine without a TPU.
 
 `pip install libtpu` brings the compiler.  Its cycles are estimates: of compute and of
 memory traffic, fusion by fusion, not of every stall.

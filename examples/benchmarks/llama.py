@@ -2,7 +2,7 @@
 
 RMSNorm, rotary positions, grouped-query attention under a causal mask, a gated MLP and
 a cross-entropy loss, in plain Linen and bfloat16.  Three arms: frozen (loss and the
-gradient of the embedded tokens: what no way to train can undercut), flora on every
+gradient of the embedded tokens: a lower bound for every way to train), flora on every
 linear kernel (loss, dA, dB and that gradient) and full (loss, all dW and that
 gradient).
 

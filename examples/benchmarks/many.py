@@ -1,4 +1,4 @@
-"""k trainings at once against k one after the other: the same losses, in how much time.
+"""k trainings at once against k one after the other: equal losses, compared times.
 
 A sweep over learning rates and ranks on one base, a stack of gated MLPs.  "At once" is
 `flora.multi.train_step`; "one by one" is the usual jitted step, k times.  A round times

@@ -4,8 +4,9 @@ A stack of residual gated MLPs in bfloat16, LoRA on every weight; the step retur
 loss and the gradients of A, B and x.  The layers are unrolled, or one `lax.scan`, each
 with `jax.checkpoint` around a layer or without.
 
-If a dense copy of the base were kept for the backward pass, the temporary memory of a
-stored base would be above bfloat16's by that copy: "dense base" says how much it is.
+If a dense copy of the base were kept for the backward pass, the temporary memory with a
+quantized base would be above bfloat16's by that copy, whose size is the column "dense
+base".
 
     pip install libtpu qwix
     python examples/benchmarks/quantized.py

@@ -37,7 +37,7 @@ SIZES = Sizes(sequences=16, tokens=16384, d=4096, heads=32, kv_heads=8, ff=14336
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A loss of params and x, with shapes that say where they lie."""
+    """A loss of params and x, with their shapes and shardings."""
 
     mesh: Mesh
     loss: Callable[[Any, jax.Array], jax.Array]

@@ -1,4 +1,4 @@
-"""adapter_config.json: what of it changes the computation, and ranks by pattern."""
+"""adapter_config.json: the fields that change the computation; ranks by pattern."""
 
 import dataclasses
 import math

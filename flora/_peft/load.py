@@ -317,14 +317,14 @@ def _universe(
 
 
 def expected_layouts(leaves: Mapping[str, Any]) -> dict[str, Layout]:
-    """Those of the nodes of a tree that is adapted already."""
+    """The layouts of an adapted tree's nodes, by path."""
     return {p: x.layout for p, x in leaves.items() if isinstance(x, LoraWeight)}
 
 
 def coverage_problems(
     leaves: Mapping[str, Any], found: Assignment, file: Path
 ) -> Iterator[str]:
-    """What an adapted tree holds that the file does not, and the other way round."""
+    """What only the adapted tree holds, and what only the file holds."""
     nodes = {p for p, x in leaves.items() if isinstance(x, LoraWeight)}
     if not nodes:
         return

@@ -26,8 +26,8 @@ def match_names(weights: Mapping[str, Any], tree: Any) -> Names:
     """The names of a Flax tree's leaves, found by values.
 
     Every out feature of a leaf, a vector over its in features, is looked up among the
-    rows of the weights.  That finds weights that were transposed, split into heads,
-    reordered (RoPE), fused or stacked, whatever they are called.
+    rows of the weights.  This finds weights whatever their names, even if they were
+    transposed, split into heads, reordered (RoPE), fused or stacked.
 
     Args:
       weights: `{name: array}` of the PyTorch model, as in its safetensors file.
@@ -37,8 +37,8 @@ def match_names(weights: Mapping[str, Any], tree: Any) -> Names:
       The names, for `load` and `save`.
 
     Raises:
-      LoraError: a weight with two axes or more is found nowhere, or in several places;
-        every such leaf is named.
+      LoraError: a leaf with two axes or more is found nowhere, or in several places.
+        Every such leaf is named.
     """
     leaves = {p: base_of(x) for p, x in named_leaves(tree)[0]}
     fail(

@@ -1,4 +1,4 @@
-"""What vLLM and SGLang apply in full: one rank, and alpha/r for all modules."""
+"""Adapters that vLLM and SGLang apply in full: one rank and alpha/r everywhere."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence

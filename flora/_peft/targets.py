@@ -1,4 +1,4 @@
-"""PEFT's rules of what a config selects, and what a file then has to hold."""
+"""PEFT's rules for what a config selects, and what a file must then hold."""
 
 import difflib
 import re
@@ -17,7 +17,7 @@ def covers(name: str, target: str) -> bool:
 
 
 def ends(name: str) -> list[str]:
-    """The name, and all that is left of it from a dot on."""
+    """The name, and every end of it that starts after a dot."""
     words = name.split(".")
     return [".".join(words[i:]) for i in range(len(words))]
 
@@ -153,7 +153,7 @@ def whole_problems(
     parameters: Sequence[str],
     folder: Path,
 ) -> Iterator[str]:
-    """What of `modules_to_save` and `bias` the file lacks, or has too much of."""
+    """What the file lacks of `modules_to_save` and `bias`, or has beyond them."""
     here, file = folder / CONFIG, folder / WEIGHTS
     adapted = {lora.module for lora in content.loras}
     held = {plain(name) for name in content.whole}
@@ -219,7 +219,7 @@ def _in_module(name: str, entry: str) -> bool:
 
 
 def listed(names: object, most: int = 4) -> str:
-    """Names for a message, not too many."""
+    """Names for a message, at most `most` of them."""
     if not isinstance(names, tuple | list | frozenset):
         return repr(names)
     names = sorted(names)

@@ -1,4 +1,4 @@
-"""What `flora.initializers` exports: how factors start."""
+"""The initializers of `flora.initializers`: how A and B start."""
 
 import math
 import numbers
@@ -150,7 +150,7 @@ def both_zero() -> Initializer:
 
 
 def _variance(variance: Any) -> float:
-    """The number that is meant."""
+    """The variance as a number, checked."""
     if isinstance(variance, str) and variance in VARIANCES:
         return VARIANCES[variance]
     real = isinstance(variance, numbers.Real) and not isinstance(variance, bool)

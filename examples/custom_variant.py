@@ -1,7 +1,8 @@
 """A variant of your own in twenty lines: LoRA-XS, whose only trained part is r x r.
 
-ΔW = scale A R B with A, B from the largest singular values of W, frozen, and R `[r, r]`
-trained, zero at the start.  A layer of any width has r² trained parameters.
+ΔW = scale A R B: A and B come from the largest singular values of W and are frozen; R
+`[r, r]` is zero at the start and trains.  A layer of any width has r² trained
+parameters.
 
     python examples/custom_variant.py
 
@@ -9,7 +10,6 @@ References: Bałazy et al. 2024. https://arxiv.org/abs/2405.17604
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -29,9 +29,8 @@ class LoraXS:
 
     def start(self, key: Any, weight: flora.LoraWeight) -> flora.LoraWeight:
         layout, rank = weight.layout, weight.rank
-        stack, in_, out = (math.prod(s) for s in layout.sizes(weight.base.shape))
-        order = (*layout.stack, *layout.in_, *layout.out)
-        w = weight.base.transpose(order).reshape(stack, in_, out)
+        w = weight.base.transpose(layout.order)
+        w = w.reshape(layout.matrix(weight.base.shape))
         u, s, v = jnp.linalg.svd(w, full_matrices=False)
         a = (u[..., :rank] * s[:, None, :rank]).reshape(weight.a.shape)
         b = v[:, :rank].reshape(weight.b.shape)

@@ -7,8 +7,9 @@ the model moves to the same digits turned by 90 degrees.  Four arms: the frozen 
 a linear probe (the head alone), LoRA of rank 4, and full fine-tuning.  Every arm is
 tested in both domains, on images that no training has seen, so that forgetting shows.
 
-The run fails unless the frozen base is bit for bit the pretrained model after LoRA has
-trained, with LoRA switched off the logits are too, and merged and adapted logits agree.
+The run fails unless three things hold after LoRA has trained: the frozen base is bit
+for bit the pretrained model; so are the logits with LoRA switched off; and the merged
+and the adapted model have the same logits.
 
     python examples/finetune_digits.py --out finetune_digits.png
 
@@ -131,7 +132,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One arm in training: where it stands and what it has cost so far."""
+    """One arm in training: its current state and its cost so far."""
 
     arm: Arm
     epoch: Callable
@@ -260,7 +261,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What `main` measured; the last three are what `prove` checked."""
+    """What `main` measured; the last three numbers are those that `prove` checks."""
 
     rows: tuple[Row, ...]
     base_bytes_changed: int
@@ -269,7 +270,7 @@ class Results:
 
 
 def bytes_changed(before: Any, after: Any) -> int:
-    """How many bytes two trees of arrays differ in."""
+    """In how many bytes two trees of arrays differ."""
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     views = ([np.frombuffer(np.asarray(x).tobytes(), "u1") for x in p] for p in pairs)
     return sum(int((a != b).sum()) for a, b in views)
@@ -290,7 +291,7 @@ def prove(base_bytes: int, off_bytes: int, merge_error: float) -> None:
 
 
 def held_out_logits(model: nn.Module, before: Any, runs: Sequence[Run], x) -> dict:
-    """What each arm, LoRA switched off, and LoRA merged say of images `[n, 8, 8]`."""
+    """Logits of each arm, of LoRA switched off and LoRA merged, for `[n, 8, 8]`."""
     probe, lora, full = (run.tree for run in runs)
     base, _ = flora.split(lora)
     apply, lora_apply = jax.jit(model.apply), jax.jit(runs[1].arm.apply)
@@ -307,7 +308,7 @@ def held_out_logits(model: nn.Module, before: Any, runs: Sequence[Run], x) -> di
 
 
 def judge(model: nn.Module, before: Any, runs: Sequence[Run], x, y) -> Results:
-    """Tests every arm in both domains and proves what the run stands on.
+    """Tests every arm in both domains and checks the three facts of the run.
 
     x: held-out images `[2, n, 8, 8]`, upright and turned; y: their labels `[n]`.
     """
@@ -328,7 +329,7 @@ def judge(model: nn.Module, before: Any, runs: Sequence[Run], x, y) -> Results:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows for people."""
+    """The rows as a table for the terminal."""
     title = f"Held-out accuracy and cost (LoRA: rank {RANK}, alpha {ALPHA})"
     out = Table(title=title, title_justify="left")
     for name in ("arm", "upright", "turned", "trained", "optimizer", "a step"):

@@ -1,15 +1,15 @@
-"""Fine-tunes a decoder of the Llama family from a checkpoint of Hugging Face's kind.
+"""Fine-tunes a decoder of the Llama family from a Hugging Face checkpoint.
 
-    python examples/finetune_lm.py --checkpoint meta-llama/ --train chats.jsonl --out run1
+    python examples/finetune_lm.py --checkpoint llama/ --train chats.jsonl --out run1
 
 Reads config.json, safetensors and tokenizer.json, puts the weights straight onto all
-devices (FSDP), packs chats or texts into rows, trains A and B in bfloat16 with remat and
-scan, evaluates, saves checkpoints (`--resume` goes on), and writes the adapter for flora
-and, merged, for any server.  With no `--checkpoint` it first makes a tiny one itself, so
-that it runs with no download.
+devices (FSDP), packs chats or texts into rows, trains A and B in bfloat16 with remat
+and scan, evaluates, saves checkpoints (`--resume` goes on), and writes the adapter for
+flora and, merged, for any server.  Without `--checkpoint` it first makes a tiny
+checkpoint itself, so that it needs no download.
 
-The run fails unless the loss has fallen, the base is bit for bit the checkpoint's, and the
-adapter read back gives the same logits.
+The run fails unless the loss has fallen, the base is still the checkpoint's bit for
+bit, and the saved adapter gives the same logits when it is read back.
 """
 
 import argparse
@@ -43,7 +43,7 @@ CONSOLE = Console(highlight=False)
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """What the command line says."""
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description="LoRA of a Llama-family decoder.")
     add = parser.add_argument
     add("--checkpoint", help="a folder of HF's; without it a tiny one is made")
@@ -100,7 +100,7 @@ QUESTIONS = ["What is the capital of Norway?", "Where is Cairo?"]
 
 
 def _tiny(args: argparse.Namespace) -> argparse.Namespace:
-    """Makes a checkpoint, and data."""
+    """Makes a small checkpoint and data."""
     folder = pathlib.Path(args.out) / "tiny"
     if not (folder / "config.json").is_file():
         CONSOLE.print(f"making a tiny checkpoint in {folder}")
@@ -113,7 +113,7 @@ def _tiny(args: argparse.Namespace) -> argparse.Namespace:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All that stays the same while the adapter trains."""
+    """Everything that stays the same while the adapter trains."""
 
     args: argparse.Namespace
     mesh: Mesh
@@ -130,7 +130,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What a run gives: losses in nats a token, by step; answers by prompt."""
+    """The results of a run: losses by step, in nats a token, and answers by prompt."""
 
     losses: dict[int, float]
     train_loss: tuple[float, float]
@@ -140,7 +140,7 @@ class Results:
 
 
 def start(args: argparse.Namespace) -> tuple[Job, Any]:
-    """Reads the checkpoint and the data; the job and the untrained adapter."""
+    """The job and the untrained adapter, from the checkpoint and the data."""
     mesh = Mesh(np.array(jax.devices()[: args.devices]), ("fsdp",))
     text = Text.read(args.checkpoint)
     rows, held_out = (
@@ -206,11 +206,11 @@ def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, dict
 
 
 def resumed(job: Job, checkpointer: Checkpointer, adapter: Any, state: Any) -> Any:
-    """Adapter, state and step of the last checkpoint, of a run with the same options."""
+    """Adapter, state and step of the last checkpoint; the options must be the same."""
     if not job.args.resume:
         raise SystemExit(
-            f"{job.out} holds a run that has come to step {checkpointer.latest()}. Write "
-            "--resume to go on, or another --out."
+            f"{job.out} holds a run that has come to step {checkpointer.latest()}. "
+            "Write --resume to go on, or another --out."
         )
     was, now = checkpointer.metadata(), _settings(job.args)
     if other := [
@@ -224,8 +224,22 @@ def resumed(job: Job, checkpointer: Checkpointer, adapter: Any, state: Any) -> A
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what a step does."""
-    free = ("checkpoint", "out", "eval", "eval_every", "save_every", "prompt", "resume",
-            "new_tokens", "stop_after", "merge", "smoke", "remat", "block", "devices")  # fmt: skip
+    free = (
+        "checkpoint",
+        "out",
+        "eval",
+        "eval_every",
+        "save_every",
+        "prompt",
+        "resume",
+        "new_tokens",
+        "stop_after",
+        "merge",
+        "smoke",
+        "remat",
+        "block",
+        "devices",
+    )
     return {k: v for k, v in vars(args).items() if k not in free}
 
 

@@ -1,8 +1,9 @@
 """From lines of JSON to packed rows of tokens, and which tokens are trained on.
 
-A line is {"messages": [{"role", "content"}, ...]} (the checkpoint's own chat template; what
-the assistant says is trained on), {"prompt", "completion"} (the completion is), or {"text"}
-(all is).  Several examples share a row; a token sees its own example alone.
+A line is one of three: {"messages": [{"role", "content"}, ...]}, rendered by the
+checkpoint's own chat template and trained on what the assistant says; {"prompt",
+"completion"}, trained on the completion; or {"text"}, trained on all of it.  Several
+examples share a row, and a token sees only its own example.
 
     ids        the tokens                             7 8 9 | 4 5 6 2 | 0
     segments   which example of the row, 0: none      1 1 1 | 2 2 2 2 | 0
@@ -86,8 +87,8 @@ class Text:
         """The chat as text; with `prompt`, up to where the assistant answers."""
         if self.template is None:
             raise ValueError(
-                "the checkpoint has no chat template. Put chat_template.jinja beside its "
-                "tokenizer.json, or write lines of 'prompt' and 'completion'."
+                "the checkpoint has no chat template. Put chat_template.jinja beside "
+                "its tokenizer.json, or write lines of 'prompt' and 'completion'."
             )
         try:
             return _compiled(self.template).render(
@@ -118,8 +119,8 @@ class Text:
         if isinstance(line.get("text"), str):
             return self._ended(line["text"], [(0, len(line["text"]))])
         raise ValueError(
-            f"keys {', '.join(map(repr, line)) or 'none'}; expected 'messages', 'prompt' "
-            "and 'completion', or 'text'."
+            f"keys {', '.join(map(repr, line)) or 'none'}; expected 'messages', "
+            "'prompt' and 'completion', or 'text'."
         )
 
     def _chat(self, messages: Any) -> Example:
@@ -131,14 +132,14 @@ class Text:
             after = self.render(messages[: i + 1])
             if not (after.startswith(before) and text.startswith(after)):
                 raise ValueError(
-                    f"the chat template writes turn {i} otherwise once others follow, so "
-                    "that what to train on is unknown. Split the chat after it."
+                    f"the chat template writes turn {i} otherwise once others follow, "
+                    "so that what to train on is unknown. Split the chat after it."
                 )
             spans.append((len(before), len(after)))
         return self._masked(text, spans, special=False)
 
     def _ended(self, text: str, spans: list[tuple[int, int]]) -> Example:
-        """With the token that ends a text, which is trained on too."""
+        """The example with the token that ends a text, which is trained on too."""
         one = self._masked(text, spans, special=True)
         end = self.tokenizer.token_to_id(self.special.get("eos_token", ""))
         if end is None or one.ids[-1:] == (end,):
@@ -193,7 +194,7 @@ def read_examples(path: str | os.PathLike[str], text: Text) -> list[Example]:
     """The examples of a file of JSON lines.
 
     Raises:
-      ValueError: a line is none of the three kinds; it names the line.
+      ValueError: a line is none of the three kinds; the message names the line.
     """
     found = []
     lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
@@ -217,9 +218,9 @@ def read_examples(path: str | os.PathLike[str], text: Text) -> list[Example]:
 def pack(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
     """Rows of `length` tokens, `{name: [rows, length]}`, filled best fit first.
 
-    An example longer than a row goes on in another segment, of which the first token is
+    An example longer than a row continues in another segment, whose first token repeats
     the last one of the segment before, so that every token but the first is predicted
-    once.  Segments that train on nothing are left out.
+    once.  Segments without trained tokens are left out.
     """
     parts = [part for x in examples for part in _parts(x, length)]
     parts.sort(key=lambda x: -len(x.ids))
@@ -266,8 +267,8 @@ def batch_of(
 ) -> dict[str, np.ndarray]:
     """The rows of a step, `{name: [accumulate, batch, length]}`.
 
-    Epoch after epoch in another order, and nothing but the step and the seed says which:
-    a run that goes on later sees what it would have seen.
+    Each epoch has another order, which depends on the step and the seed alone, so a
+    resumed run sees the rows that it would have seen.
     """
     count, size = len(rows["ids"]), shape[0] * shape[1]
     stream = range(step * size, (step + 1) * size)

@@ -1,7 +1,7 @@
-"""A checkpoint of Hugging Face's kind that needs no download, and chats to tune it on.
+"""A Hugging Face checkpoint that needs no download, and chats to fine-tune it on.
 
-A few hundred thousand weights, trained for some seconds on lines of geography, a real
-tokenizer and a chat template; everything in the files that a checkpoint from the hub has.
+A few hundred thousand weights, trained for some seconds on lines of geography, with a
+real tokenizer and a chat template, in the same files as a checkpoint from the hub.
 """
 
 import json
@@ -32,8 +32,8 @@ CAPITALS = {
         "Iran Tehran, Iraq Baghdad, Mongolia Ulaanbaatar, Jordan Amman, Lebanon Beirut"
     ),
     "Africa": (
-        "Egypt Cairo, Kenya Nairobi, Ghana Accra, Senegal Dakar, Morocco Rabat, Tunisia "
-        "Tunis, Uganda Kampala, Zambia Lusaka, Angola Luanda, Mali Bamako"
+        "Egypt Cairo, Kenya Nairobi, Ghana Accra, Senegal Dakar, Morocco Rabat, "
+        "Tunisia Tunis, Uganda Kampala, Zambia Lusaka, Angola Luanda, Mali Bamako"
     ),
     "America": (
         "Canada Ottawa, Cuba Havana, Peru Lima, Chile Santiago, Ecuador Quito, Uruguay "
@@ -74,7 +74,7 @@ def facts() -> list[tuple[str, str, str]]:
 
 
 def plain_text() -> list[str]:
-    """What the base model has read."""
+    """The text that the base model is trained on."""
     lines = []
     for country, capital, continent in facts():
         lines += [
@@ -85,7 +85,7 @@ def plain_text() -> list[str]:
 
 
 def chats() -> list[dict[str, Any]]:
-    """Questions and answers, which it has not."""
+    """Questions and answers, which the base model has not seen."""
     lines = []
     for country, capital, continent in facts():
         pairs = (
@@ -93,10 +93,14 @@ def chats() -> list[dict[str, Any]]:
             (f"Where is {capital}?", f"It is in {country}, in {continent}."),
         )
         lines += [
-            {"messages": [{"role": "user", "content": question},
-                          {"role": "assistant", "content": answer}]}
+            {
+                "messages": [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer},
+                ]
+            }
             for question, answer in pairs
-        ]  # fmt: skip
+        ]
     return lines
 
 
@@ -114,7 +118,7 @@ def write_data(folder: pathlib.Path, held_out: int = 8) -> tuple[pathlib.Path, .
 def write_checkpoint(
     folder: pathlib.Path, *, steps: int = 400, layers: int = 3, seed: int = 0
 ) -> pathlib.Path:
-    """Makes the checkpoint; the config is written last, so that half a one is none."""
+    """Makes the checkpoint; the config comes last, so that a partial one is invalid."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     tokenizer = _tokenizer(plain_text())
@@ -142,7 +146,7 @@ def write_checkpoint(
 
 
 def _tokenizer(lines: Sequence[str]) -> Tokenizer:
-    """Byte-level BPE, as of GPT-2 and Llama 3, learned from the lines."""
+    """Byte-level BPE, as in GPT-2 and Llama 3, learned from the lines."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -2,7 +2,7 @@
 
     loss = Σ weights · cross-entropy / Σ weights, over all micro-batches of a step
 
-The base is an argument of its own: it is neither donated nor differentiated, and the
+The base is a separate argument: it is neither donated nor differentiated, and the
 optimizer has no state for it.
 """
 
@@ -24,7 +24,7 @@ import flora.sharding
 def optimizer(
     *, peak: float, steps: int, warmup: int, clip: float, weight_decay: float
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW under a linear warm-up and a cosine to a tenth; gradients clipped by norm."""
+    """AdamW with clipped gradients, a linear warm-up and a cosine down to a tenth."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else peak, peak, warmup, max(steps, warmup + 1), peak / 10
     )
@@ -33,7 +33,7 @@ def optimizer(
 
 
 def started(tx: optax.GradientTransformation, adapter: Any) -> tuple[Any, Any]:
-    """The optimizer's state, and where adapter and state lie: the moments as A and B do."""
+    """The optimizer's state and all shardings; moments are sharded as A and B are."""
     places = flora.sharding.shardings(adapter)
     state = jax.eval_shape(tx.init, adapter)
     of_state = flora.sharding.of_state(state, adapter, places)
@@ -43,7 +43,7 @@ def started(tx: optax.GradientTransformation, adapter: Any) -> tuple[Any, Any]:
 def step_function(
     model: Llama, tx: Any, places: tuple[Any, Any], *, dropout: bool, block: int
 ) -> Callable[..., Any]:
-    """`(base, adapter, state, batches, key) -> adapter, state, loss, norm`, compiled once.
+    """The step `(base, adapter, state, batches, key) -> adapter, state, loss, norm`.
 
     Batches are `{name: [accumulate, batch, tokens]}`; their gradients are summed in the
     adapter's dtype, one micro-batch at a time.  `places` is of `started`.
@@ -97,7 +97,7 @@ def _loss_function(model: Llama, block: int) -> Callable[..., jax.Array]:
 
 
 def _in_batches(rows: Mapping[str, np.ndarray], batch: int) -> Iterator[Any]:
-    """Batches of one size; what is missing in the last one has weight 0."""
+    """Batches of one size; rows that fill up the last one have weight 0."""
     for at in range(0, len(rows["ids"]), batch):
         part = {k: x[at : at + batch] for k, x in rows.items()}
         short = batch - len(part["ids"])
@@ -105,7 +105,7 @@ def _in_batches(rows: Mapping[str, np.ndarray], batch: int) -> Iterator[Any]:
 
 
 def put(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The batch on the mesh, its rows divided over 'fsdp'."""
+    """The batch on the mesh, its rows sharded over 'fsdp'."""
     ndim = next(iter(batch.values())).ndim
     place = NamedSharding(mesh, Spec(*[None] * (ndim - 2), "fsdp"))
     return {k: jax.device_put(x, place) for k, x in batch.items()}

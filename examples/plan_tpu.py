@@ -1,18 +1,18 @@
 """Plans LoRA on TPUs that you do not have: compiles one training step for each mesh.
 
-A Llama-style decoder in bfloat16 (`benchmarks/_decoder.py`), layers in one `nn.scan` with
-remat, LoRA on every linear kernel but the head, AdamW on A and B, everything donated.  No
-array is ever made: the step is compiled from `ShapeDtypeStruct`s by libtpu's own compiler,
-for the topology that you name, on any machine.
+A Llama-style decoder in bfloat16 (`benchmarks/_decoder.py`), layers in one `nn.scan`
+with remat, LoRA on every linear kernel but the head, AdamW on A and B, all buffers
+donated.  No array is ever made: the step is compiled from `ShapeDtypeStruct`s by
+libtpu's own compiler, for the topology that you name, on any machine.
 
     pip install -e ".[examples,tpu-compiler]"
     python examples/plan_tpu.py --model 8b --topology v5e:4x4 --mesh 16x1,8x2,4x4
 
-A mesh is FSDPxTP or DATAxFSDPxTP.  HBM of arguments follows from their shardings; "temp"
-is the compiler's: activations, gathered weights, buffers of collectives.  Cycles are its
-estimates of the kernels, without waiting for collectives.  Attention writes out the scores
-of one block of queries at a time and masks half of them; the head's logits are by blocks
-too.  A flash kernel needs less of both.
+A mesh is FSDPxTP or DATAxFSDPxTP.  HBM of arguments follows from their shardings;
+"temp" is the compiler's: activations, gathered weights, buffers of collectives.  Cycles
+are its estimates of the kernels, without waiting for collectives.  Attention writes out
+the scores of one block of queries at a time and masks half of them; the head's logits
+are by blocks too.  A flash kernel needs less of both.
 """
 
 import argparse
@@ -57,7 +57,7 @@ OPTIMIZER = optax.adamw(1e-4)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One row: what a step takes of each chip.  Bytes, unless it says otherwise."""
+    """The costs of a step on each chip, in bytes unless a field says otherwise."""
 
     mesh: str
     seconds: float
@@ -77,7 +77,7 @@ class Plan:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """`ShapeDtypeStruct`s that say where they lie."""
+    """`ShapeDtypeStruct`s with shardings."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
@@ -171,7 +171,7 @@ def compiled_costs(lowered: jax.stages.Lowered) -> dict[str, Any]:
 
 
 def _reason(error: str) -> str:
-    """The compiler's own numbers, out of its message."""
+    """The numbers in the compiler's message."""
     found = re.search(r"(Ran out of memory|Used)[^\n]*?(\. |\n|$)", error)
     return found[0].strip() if found else error.splitlines()[0]
 

@@ -1,4 +1,4 @@
-"""One base, eight adapters, and requests that each want another one.
+"""One base, eight adapters, and a stream of requests for different adapters.
 
 A small decoder with a cache (random weights; only speed and correctness are looked at)
 answers a stream of requests: a prompt each, from which tokens are generated greedily.
@@ -7,7 +7,7 @@ Every request names an adapter or the base.  Four ways to serve the same stream:
 - mixed: rows of one batch meet different adapters (`flora.multi.lora`);
 - one adapter at a time: the requests of each adapter are a batch of their own;
 - merged per request: W + scale A B is formed for each request, which then runs alone;
-- base alone: one batch without adapters, what no way to serve can undercut.
+- base alone: one batch without adapters, the lower bound for every way to serve.
 
 What "mixed" generates is then checked, token by token, against the plain model on the
 weights that `flora.merge` makes for each request.
@@ -48,7 +48,10 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, keys: jax.Array, values: jax.Array, at: jax.Array):
-        """`x` `[batch, tokens, d]` at position `at`; caches `[batch, length, heads, dim]`."""
+        """`x` is `[batch, tokens, d]`, from position `at`.
+
+        The caches are `[batch, length, heads, dim]`.
+        """
         d, length = x.shape[-1], keys.shape[1]
         dim = d // self.heads
 
@@ -112,7 +115,7 @@ class Decoder(nn.Module):
 
 
 def generate(run: Callable, model: Decoder, prompts: jax.Array) -> tuple[Any, Any]:
-    """Greedy tokens `[batch, steps]` and the logits `[batch, steps, vocab]` they are of."""
+    """Greedy tokens `[batch, steps]` and their logits `[batch, steps, vocab]`."""
     batch, start = prompts.shape
     logits, cache = run(prompts, model.empty(batch), jnp.int32(0))
 
@@ -176,11 +179,11 @@ class Server:
         self.merge = merge
 
     def mixed(self, ids: np.ndarray, prompts: jax.Array) -> Any:
-        """One batch of all."""
+        """All requests in one batch."""
         return self.of_rows(self.params, self.stacked, jnp.asarray(ids), prompts)
 
     def grouped(self, ids: np.ndarray, prompts: jax.Array) -> Any:
-        """A batch for each adapter, filled up to one size, so that nothing recompiles."""
+        """A batch for each adapter, padded to one size, so that nothing recompiles."""
         groups = [np.flatnonzero(ids == i) for i in range(BASE, ADAPTERS)]
         size = max(map(len, groups))
         done = []
@@ -206,7 +209,7 @@ class Server:
 
 
 def check(server: Server, ids: np.ndarray, prompts: jax.Array) -> float:
-    """Compares with the merged model on prompt and answer at once; the largest error."""
+    """The largest error against the merged model, on prompt and answer at once."""
     model, (tokens, logits) = server.model, server.mixed(ids, prompts)
     whole = jnp.concatenate([prompts, tokens], 1)
 
@@ -229,7 +232,7 @@ def check(server: Server, ids: np.ndarray, prompts: jax.Array) -> float:
 
 
 def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, by round, in random order; one round more compiles."""
+    """Seconds of each way by round, in random order, after one round to compile."""
     order, generator = list(calls), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
@@ -285,15 +288,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     prompts = jnp.asarray(rng.integers(0, model.vocab, shape))
     server = Server(model, params, adapters, options.method)
     error = check(server, ids, prompts)
-    arms = {"mixed": server.mixed, "one adapter at a time": server.grouped,
-            "merged per request": server.merged, "base alone": server.base}  # fmt: skip
+    arms = {
+        "mixed": server.mixed,
+        "one adapter at a time": server.grouped,
+        "merged per request": server.merged,
+        "base alone": server.base,
+    }
     calls = {name: functools.partial(arm, ids, prompts) for name, arm in arms.items()}
     seconds = measure(calls, options.rounds)
     tokens = options.requests * (model.length - shape[1])
     count = sum(x.size for x in jax.tree.leaves(params))
     title = (
         f"{options.requests} requests for {ADAPTERS} adapters and the base, {shape[1]} "
-        f"tokens in and {model.length - shape[1]} out each; {count / 1e6:.1f} M parameters"
+        f"tokens in and {model.length - shape[1]} out each; "
+        f"{count / 1e6:.1f} M parameters"
     )
     console = Console()
     console.print(table(seconds, tokens, title))

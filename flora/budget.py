@@ -1,24 +1,27 @@
-"""Ranks by budget: planned before training, or moved to where they matter during it.
+"""Ranks by budget: planned before training, or moved during it to where they matter.
 
-Before: `rank_pattern` divides a number of parameters among the leaves.
+Before training, `rank_pattern` divides a number of parameters among the leaves:
 
     planned = flora.init(key, flora.LoraConfig(rank=1, ...), fn, shapes, x)
     ranks = flora.budget.rank_pattern(planned, 2_000_000)
     config = flora.LoraConfig(rank_pattern=ranks, ...)
 
-During (AdaLoRA): component k of a leaf is column k of A with row k of B, and with
-`extra["e"][k]` where the variant has such (`flora.variants.AdaLoRA`).  Each step:
+During training, AdaLoRA moves ranks between leaves.  Component k of a leaf is column k
+of A and row k of B, and `extra["e"][k]` where the variant has one
+(`flora.variants.AdaLoRA`).  In each step:
 
     loss, grads = flora.value_and_grad(loss_fn)(adapted, x)
-    seen = flora.budget.observe(seen, adapted, grads)          # from flora.budget.unseen
-    ...                                                        # the optimizer's update
-    count = flora.budget.components_at(step, first, last, warmup=200, final=500, total=5000)
+    seen = flora.budget.observe(seen, adapted, grads)     # from flora.budget.unseen
+    ...                                                   # the optimizer's update
+    count = flora.budget.components_at(
+        step, first, last, warmup=200, final=500, total=5000
+    )
     kept = flora.budget.top(flora.budget.scores(seen), count)
     adapted = flora.budget.masked(adapted, kept)
 
-All of that has fixed shapes and belongs inside `jax.jit`; components out of budget are
-zeroed, keep their gradients and can come back.  At the end, outside of jit,
-`flora.budget.compacted(adapted, kept)` cuts them off.
+All of this has fixed shapes and belongs inside `jax.jit`.  Components beyond the budget
+are zeroed; they keep their gradients and can come back.  At the end, outside of jit,
+`flora.budget.compacted(adapted, kept)` removes them.
 
 References: Zhang et al. 2023 (AdaLoRA). https://arxiv.org/abs/2303.10512
 """
@@ -35,19 +38,19 @@ import numpy as np
 from jax.core import Tracer
 
 from flora._starts.components import (
+    alpha_at,
     best,
     budget_problems,
     by_path,
     components_of,
-    filled,
     gated,
     nodes_of,
     on_components,
     replaced,
     require_paths,
     shares,
+    within_budget,
 )
-from flora._starts.residual import matrix_sizes
 from flora._tree.arrays import compute_dtype
 from flora._tree.errors import LoraError, fail
 from flora._tree.matrices import compiled, place_of, stacked
@@ -80,27 +83,28 @@ def rank_pattern(
 ) -> dict[str, int]:
     """A rank for each adapted leaf, within a number of trained parameters.
 
-    rank_i ∝ importance_i between `smallest` and `largest`, rounded down; what rounding
-    leaves over goes, one rank at a time, to the leaves that lost most (not with 'equal').
+    rank_i ∝ importance_i between `smallest` and `largest`, rounded down.  What rounding
+    leaves over goes, one rank at a time, to the leaves that lost most by it (but not
+    with 'equal').
 
     Args:
       adapted: an adapted tree of any rank, of arrays or `jax.ShapeDtypeStruct`s.
-      parameters: the most that all A and B may have together.
-      importance: 'equal', one rank everywhere; 'parameters', each leaf trains the same
-        share of its weight, rank ∝ in·out/(in + out); or a number of 0 or more for the
-        path of each leaf.
-      smallest: the least rank of a leaf.
-      largest: the most, besides what its matrix has.
+      parameters: how many all A and B together may have.
+      importance: 'equal' for one rank everywhere; 'parameters' for rank
+        ∝ in·out/(in + out), so that each leaf trains the same share of its weight; or
+        `{path: number of 0 or more}` with every adapted leaf.
+      smallest: the smallest rank of a leaf.
+      largest: the largest; a rank is never above the smaller side of the leaf's matrix.
 
     Returns:
-      `{path: rank}` for `LoraConfig.rank_pattern`: a full path each, special characters
-      escaped, longer ones first, so that each matches its own leaf only.  With one alpha
-      the scale alpha/rank differs among leaves; for one scale write
+      `{path: rank}` for `LoraConfig.rank_pattern`: full paths with special characters
+      escaped, longer ones first, so that each matches its own leaf only.  With one
+      alpha the scale alpha/rank differs among leaves; for one scale write
       `alpha_pattern={path: 2 * r for path, r in ranks.items()}`.
 
     Raises:
-      LoraError: the budget does not suffice for `smallest`, or an importance is missing,
-        negative, or of no adapted leaf.
+      LoraError: the budget is too small for `smallest`; or an importance is missing,
+        negative, or for a path that is not an adapted leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora, flora.budget
@@ -114,7 +118,7 @@ def rank_pattern(
       {'thin': 2, 'wide': 5}
     """
     nodes = nodes_of("rank_pattern", adapted)
-    sizes = {path: matrix_sizes(w) for path, w in nodes.items()}
+    sizes = {path: w.layout.matrix(w.base.shape) for path, w in nodes.items()}
     cost = {path: stack * (in_ + out) for path, (stack, in_, out) in sizes.items()}
     fail(budget_problems(parameters, smallest, largest))
     most = {
@@ -125,11 +129,11 @@ def rank_pattern(
     if needed > parameters:
         raise LoraError(
             f"rank_pattern: rank {smallest} in {len(nodes)} leaves takes {needed:,} "
-            f"parameters and the budget is {parameters:,}. Write parameters={needed} or "
-            "more, or exclude leaves."
+            f"parameters and the budget is {parameters:,}. Write parameters={needed} "
+            "or more, or exclude leaves."
         )
     share = shares(importance, sizes)
-    exact = filled(parameters, share, cost, least, most)
+    exact = within_budget(parameters, share, cost, least, most)
     found = {p: math.floor(r + 1e-9) for p, r in exact.items()}
     left = parameters - sum(r * cost[p] for p, r in found.items())
     if importance != "equal":
@@ -146,8 +150,8 @@ def patterns(adapted: Any) -> dict[str, dict[str, Any]]:
       adapted: an adapted tree, such as `compacted` or `flora.starts.eva` returns.
 
     Returns:
-      `{"rank_pattern": {path: rank}, "alpha_pattern": {path: alpha}}`, paths as of
-      `rank_pattern`, to pass on: `LoraConfig(..., **patterns(adapted))`.
+      `{"rank_pattern": {path: rank}, "alpha_pattern": {path: alpha}}`, with paths as
+      `rank_pattern` writes them, for `LoraConfig(..., **patterns(adapted))`.
     """
     nodes = nodes_of("patterns", adapted)
     return {
@@ -161,8 +165,8 @@ class Importance:
     """Running averages of |p·∂L/∂p| for each trained element, by path.
 
     Attributes:
-      sensitivity: the average, a node with A's and B's shapes for each path.
-      uncertainty: the average distance from it.
+      sensitivity: the average; for each path a node with A's and B's shapes.
+      uncertainty: the average distance from that average, likewise.
     """
 
     sensitivity: Mapping[str, LoraWeight]
@@ -175,7 +179,7 @@ jax.tree_util.register_dataclass(
 
 
 def unseen(adapted: Any) -> Importance:
-    """The `Importance` before the first step: zeros, in float32, lying as A and B do."""
+    """The `Importance` before the first step: float32 zeros, sharded as A and B are."""
     nodes = components_of("unseen", adapted)
 
     def zeros(x: Any) -> jax.Array:
@@ -200,7 +204,8 @@ def observe(
     Args:
       seen: the averages so far.
       adapted: the tree that the gradients were taken at.
-      grads: gradients of the tree, or of its adapter, by the loss alone.
+      grads: gradients of the tree, or of its adapter, of the loss without penalties
+        such as `orthogonality`.
       beta1: β₁.
       beta2: β₂.
 
@@ -233,8 +238,8 @@ def observe(
 def scores(seen: Importance) -> dict[str, jax.Array]:
     """How much each component matters, `{path: [*stack, rank]}`.
 
-    s = S U element by element; of component k the mean of s over A's in axes, plus the
-    mean over B's out axes, plus that of e where there is one.
+    s = S U for each element; the score of component k is the mean of s over A's in
+    axes, plus the mean over B's out axes, plus e's s where there is an e.
 
     References: Zhang et al. 2023, eqs. 7 and 11. https://arxiv.org/abs/2303.10512
     """
@@ -254,23 +259,33 @@ def components_at(
 ) -> Any:
     """How many components to keep at a step: a cubic from `first` down to `last`.
 
-    `first` up to step `warmup`, `last` from step `total − final` on, and between them
-    last + (first − last)(1 − (step − warmup)/(total − final − warmup))³, rounded down.
+    It is `first` until step `warmup`, `last` from step `total − final` on, and between
+    them last + (first − last)(1 − (step − warmup)/(total − final − warmup))³, rounded
+    down.
 
     Args:
-      step: an int, or an array under jit (then float32 may round one component off).
-      first: at the start, such as the ranks' sum over leaves and stacked layers.
-      last: at the end.
-      warmup: steps that keep all.
-      final: steps at the end that keep `last`.
-      total: all steps.
+      step: an int, or an array under jit (float32 may then be one component off).
+      first: the count at the start, such as the sum of ranks over leaves and stacked
+        layers.
+      last: the count at the end.
+      warmup: how many steps at the start keep `first`.
+      final: how many steps at the end keep `last`.
+      total: the number of all steps.
+
+    Returns:
+      An int, or an int32 array `[]` under jit.
+
+    Raises:
+      LoraError: `last` is not between 1 and `first`, or `warmup` and `final` leave no
+        step between them.
 
     References: Zhang et al. 2023, appendix A. https://arxiv.org/abs/2303.10512
     """
     if not 0 < last <= first or min(warmup, final) < 0 or warmup + final >= total:
         raise LoraError(
-            f"components_at: first={first}, last={last}, warmup={warmup}, final={final}, "
-            f"total={total}. Expected 0 < last <= first and warmup + final < total."
+            f"components_at: first={first}, last={last}, warmup={warmup}, "
+            f"final={final}, total={total}. Expected 0 < last <= first and "
+            "warmup + final < total."
         )
     share = (step - warmup) / (total - final - warmup)
     if isinstance(step, numbers.Integral):
@@ -281,20 +296,23 @@ def components_at(
 
 
 def top(found: Mapping[str, Any], count: Any) -> dict[str, jax.Array]:
-    """Which components are among the `count` best of all leaves, `{path: [*stack, rank]}`.
+    """Which components are the `count` best of all leaves, `{path: [*stack, rank]}`.
 
     Args:
       found: what `scores` returns.
-      count: an int, or an integer array under jit; exactly so many are kept.
+      count: an int, or an integer array under jit; exactly this many are kept.
+
+    Returns:
+      `{path: booleans [*stack, rank]}`.
     """
     return best(found, count)
 
 
 def masked(adapted: Any, kept: Kept) -> Any:
-    """The tree with all other components zeroed, of the same shapes.
+    """The tree with the components that are not kept set to zero; shapes stay.
 
-    Where there is an e, it is zeroed and A and B stay, as published; elsewhere row k of B
-    is.  Either keeps its gradient, so a component can come back.
+    Where there is an e, e is set to zero and A and B stay, as published; elsewhere row
+    k of B is set to zero.  Either still gets gradients, so a component can come back.
 
     Args:
       adapted: an adapted tree, or an adapter.
@@ -316,25 +334,29 @@ def masked(adapted: Any, kept: Kept) -> Any:
 
 
 def compacted(adapted: Any, kept: Kept) -> Any:
-    """The tree with smaller ranks: components that are not kept are cut off.
+    """The tree with smaller ranks: components that are not kept are removed.
 
-    alpha falls with the rank, so that the scale and the model stay the same as of
-    `masked(adapted, kept)`.  The layers of a stack have one rank: the largest of
-    theirs, the others padded with components that are zero.
+    alpha falls with the rank, so that the scale stays and the model is that of
+    `masked(adapted, kept)`.  The layers of a stack share one rank, the largest of
+    theirs; the others are padded with zero components.
 
     Args:
       adapted: an adapted tree with its bases.
       kept: what `top` returned, as arrays, not tracers: shapes depend on the values.
 
     Returns:
-      The tree.  A leaf of which nothing is kept is a plain, frozen one again.  An
-      optimizer's state does not fit it: make a new one.
+      The tree.  A leaf that keeps no component is plain and frozen again.  The
+      optimizer's old state does not fit: make a new one.
+
+    Raises:
+      LoraError: a leaf has no base, `kept` lacks a leaf or has another one, or `kept`
+        holds tracers.
     """
     nodes = components_of("compacted", adapted)
     require_paths("compacted: kept", kept, nodes)
     fail(
-        f"compacted: kept has a tracer at '{path}', and ranks depend on its values. Call "
-        "compacted outside of jax.jit."
+        f"compacted: kept has a tracer at '{path}', and ranks depend on its values. "
+        "Call compacted outside of jax.jit."
         for path, keep in kept.items()
         if isinstance(keep, Tracer)
     )
@@ -359,21 +381,18 @@ def _cut(w: LoraWeight, keep: np.ndarray) -> Any:
         at = np.expand_dims(order, tuple(i for i in range(n, x.ndim) if i != axis))
         return compiled(jnp.take_along_axis, place_of(x), ("axis",))(x, at, axis=axis)
 
-    share = rank / w.rank
-    alpha = w.alpha * (math.sqrt(share) if w.rank_stabilized else share)
-    made = dataclasses.replace(
-        w, a=taken(w.a, w.a.ndim - 1), b=taken(w.b, n), rank=rank, alpha=alpha
-    )
+    a, b = taken(w.a, w.a.ndim - 1), taken(w.b, n)
+    made = dataclasses.replace(w, a=a, b=b, rank=rank, alpha=alpha_at(w, rank))
     if not gated(w):
         return made
     return dataclasses.replace(made, extra={**w.extra, "e": taken(w.extra["e"], n)})
 
 
 def orthogonality(adapted: Any) -> jax.Array:
-    """The mean of ‖AᵀA − I‖_F, and of ‖B Bᵀ − I‖_F where there is an e; to add to a loss.
+    """The mean of ‖AᵀA − I‖_F and, where there is an e, of ‖B Bᵀ − I‖_F; for a loss.
 
-    Without an e the singular values are in B, and only A is to be orthonormal.  Its own
-    gradient raises |p·∂L/∂p| too, and can drown what the loss says about components:
+    Without an e the singular values are in B, and only A should be orthonormal.  This
+    penalty raises |p·∂L/∂p| too and can drown what the loss says about components, so
     give `observe` the gradients of the loss without it.
 
     References: Zhang et al. 2023, eq. 4. https://arxiv.org/abs/2303.10512

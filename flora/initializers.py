@@ -1,15 +1,15 @@
-"""How factors start.  An initialiser maps `(key, a_shape, b_shape, dtype)` to (A, B).
+"""How factors start.  An initializer maps `(key, a_shape, b_shape, dtype)` to (A, B).
 
-It draws one matrix pair, `a` `[in, rank]` and `b` `[rank, out]`; `flora.init` maps it
-over stack axes and folds the in and out axes back.
+It draws one pair of matrices, `a` `[in, rank]` and `b` `[rank, out]`; `flora.init` maps
+it over the stack axes and reshapes to the weight's in and out axes.
 
-Libraries that all say "LoRA" draw A with other variances, and so train other models at
-one learning rate.  In flora's names:
+Libraries draw A with different variances, so the same learning rate trains different
+models.  In flora's names:
 
     loralib, PEFT's default     uniform("peft")       1/(3·in)
     flora's default             gaussian("peft")      1/(3·in)
     qwix                        uniform("qwix")       2/in, 2.45 times the std of PEFT
-    PEFT's "gaussian"           by_rank()             1/rank², whatever in is
+    PEFT's "gaussian"           by_rank()             1/rank², independent of in
     PEFT's "orthogonal"         orthogonal()          1/200, of A and of B
 """
 

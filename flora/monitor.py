@@ -1,15 +1,14 @@
-"""What happens to the factors while they train.
+"""Measurements of the factors while they train, and an alarm for the loss.
 
-    subspaces = flora.monitor.reference(adapted)                # once, before training
-    report = flora.monitor.measure(adapted, grads, reference=subspaces)   # inside the step
-    log(report.floats())                                        # {'q/kernel/norm_delta': 0.3}
+    subspaces = flora.monitor.reference(adapted)    # once, before training
+    report = flora.monitor.measure(adapted, grads, reference=subspaces)    # in the step
+    log(report.floats())                            # {'q/kernel/norm_delta': 0.3}
     print(flora.monitor.alarm(losses[:100]))
     flora.monitor.plot(reports, losses).savefig("run.png")
 
-Everything but `reference`, `merge_error` and `plot` is for use inside `jax.jit`.
+All but `reference`, `merge_error` and `plot` are meant for use inside `jax.jit`.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +30,8 @@ from flora._monitor.plot import draw
 from flora._tree.arrays import compute_dtype
 from flora._tree.checks import weight_problems
 from flora._tree.errors import LoraTypeError, fail
-from flora._tree.quantized import opened
+from flora._tree.matrices import matrices
+from flora._tree.quantized import dequantized
 from flora._tree.weight import LoraWeight
 
 __all__ = [
@@ -50,15 +50,18 @@ __all__ = [
 def reference(adapted: Any, k: int = 8) -> dict[str, Subspace]:
     """The norm and k leading singular directions of each adapted weight.
 
-    Decomposes every W whole, one leaf at a time: do it once, outside of the step, and
-    again after a `flora.recipes.restart`.
+    Decomposes every W in full, one leaf at a time.  Call it once, outside of the step,
+    and again after a `flora.recipes.restart`.
 
     Args:
       adapted: an adapted tree with its base.
-      k: how many directions, at most the smaller side of each matrix.
+      k: how many directions; at most the smaller side of the smallest matrix.
+
+    Returns:
+      `{path: Subspace}`.
 
     Raises:
-      LoraError: no leaf has factors or one has no base; k is out of range.
+      LoraError: no leaf has factors, a leaf has no base, or k is out of range.
 
     Example:
       >>> import jax.numpy as jnp, flora, flora.monitor
@@ -71,10 +74,10 @@ def reference(adapted: Any, k: int = 8) -> dict[str, Subspace]:
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise LoraTypeError(f"reference: k={k!r}. Write an int of at least 1.")
     fail(
-        f"reference: '{path}' is a matrix of {in_}×{out}; k={k} is above {min(in_, out)}."
-        " Lower k."
+        f"reference: '{path}' is a matrix of {in_}×{out}; k={k} is above "
+        f"{min(in_, out)}. Lower k."
         for path, x in factors.items()
-        for _, in_, out in [map(math.prod, x.layout.sizes(x.base.shape))]
+        for _, in_, out in [x.layout.matrix(x.base.shape)]
         if k > min(in_, out)
     )
     return {path: _subspace(x, k) for path, x in factors.items()}
@@ -89,10 +92,9 @@ def _with_bases(adapted: Any, verb: str) -> dict[str, LoraWeight]:
 
 
 def _subspace(x: LoraWeight, k: int) -> Subspace:
-    layout, w = x.layout, opened(x.base)
-    stack, in_, out = layout.sizes(w.shape)
-    w = w.transpose((*layout.stack, *layout.in_, *layout.out))
-    w = w.reshape(*stack, math.prod(in_), math.prod(out))
+    stack = x.layout.sizes(x.base.shape)[0]
+    w = matrices(dequantized(x.base), x.layout)
+    w = w.reshape(*stack, *w.shape[1:])
     u, s, vt = jnp.linalg.svd(w.astype(compute_dtype(w.dtype)), full_matrices=False)
     norm = jnp.linalg.norm(s, axis=-1)
     return Subspace(norm, u[..., :k], jnp.swapaxes(vt, -1, -2)[..., :k])
@@ -101,7 +103,8 @@ def _subspace(x: LoraWeight, k: int) -> Subspace:
 def merge_error(adapted: Any) -> dict[str, jax.Array]:
     """What `flora.merge` and `flora.recipes.restart` lose by rounding, for each leaf.
 
-    ‖(round(W + ΔW) - W) - ΔW‖_F/‖ΔW‖_F: 0 is nothing, 1 as much as ΔW.  Forms ΔW.
+    ‖(round(W + ΔW) - W) - ΔW‖_F/‖ΔW‖_F: 0 means that nothing
+    is lost, 1 that as much is lost as ΔW has.  Forms the dense ΔW.
 
     Raises:
       LoraError: no leaf has factors, or one has no base.
@@ -118,7 +121,8 @@ def merge_error(adapted: Any) -> dict[str, jax.Array]:
 
     def error(x: LoraWeight) -> jax.Array:
         change = delta(x)
-        kept = materialize(x).astype(change.dtype) - opened(x.base).astype(change.dtype)
+        before, after = dequantized(x.base), materialize(x)
+        kept = after.astype(change.dtype) - before.astype(change.dtype)
         return ratio(jnp.linalg.norm(kept - change), jnp.linalg.norm(change))
 
     return {path: error(x) for path, x in _with_bases(adapted, "merge_error").items()}
@@ -129,11 +133,12 @@ def plot(
 ) -> Any:
     """A figure of a run: norms, gradients, ranks, overlaps and the loss over time.
 
-    A line is the median over leaves and stacked layers, the band their range.
+    Each line is the median over leaves and stacked layers, the band around it their
+    range.
 
     Args:
-      reports: one a time, or a `Report` of arrays `[time, *stack]`, as `jax.lax.scan`
-        stacks them.
+      reports: one for each time, or one `Report` of arrays `[time, *stack]`, as
+        `jax.lax.scan` stacks them.
       losses: `[steps]`, drawn in a panel of its own with its `alarm` as title.
       steps: `[time]`, the step of each report; 0, 1, 2, … by default.
 
@@ -154,7 +159,8 @@ def plot(
         reports = list(reports)
         if not reports or not all(isinstance(r, Report) for r in reports):
             raise LoraTypeError(
-                "plot: expected reports that flora.monitor.measure returned, at least one."
+                "plot: expected reports that flora.monitor.measure returned, at least "
+                "one."
             )
         reports = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(reports))
     return draw(jax.device_get(reports).leaves, losses, steps)

@@ -26,7 +26,13 @@ from flora._peft.config import PeftConfig, read
 from flora._peft.factors import magnitude, node
 from flora._peft.file import CONFIG, WEIGHTS, directory, read_tensors, write
 from flora._peft.keys import PREFIX, Content, sort_out
-from flora._peft.load import Plan, Site, coverage_problems, expected_layouts, plan
+from flora._peft.load import (
+    AdaptedLeaf,
+    Assignment,
+    assign,
+    coverage_problems,
+    expected_layouts,
+)
 from flora._peft.names import Module, Names
 from flora._peft.names_match import match_names
 from flora._peft.residual import residual
@@ -39,7 +45,7 @@ from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.layout import Layout
 from flora._tree.paths import named_leaves
 from flora._tree.placement import mesh_of, spec_of, specs
-from flora._tree.quantized import abstract, is_stored
+from flora._tree.quantized import abstract, is_quantized
 from flora._tree.weight import LoraWeight, Trained, base_of
 
 __all__ = ["Module", "Names", "load", "match_names", "save"]
@@ -62,25 +68,25 @@ def load(
       tree: the base model's parameters: arrays or `jax.ShapeDtypeStruct`s.  If it is
         adapted already, its nodes' layouts are used and its factors replaced.
       names: which module lies in which leaf, where HF's convention does not say:
-        `{leaf pattern: module}`, with `{i}` in both for what varies and in the module
-        alone for what is stacked in the leaf; the module a dotted path, a `Module`, or
-        a list of them that share the leaf's out features; or a callable path -> module;
-        or what `match_names` returned.
+        `{leaf pattern: module}`, where `{i}` in both stands for what varies, and in the
+        module alone for what is stacked in the leaf.  A module is a dotted path, a
+        `Module`, or a list of those that share the leaf's out features.  Or a callable
+        path -> module, or what `match_names` returned.
       fn: the function that the tree will run in; it is traced on `args` and `kwargs`
         to find each leaf's layout instead of inferring it from sizes and names.
-      args: the other arguments of one call.
-      kwargs: likewise.
+      args: the other positional arguments of one call of `fn`.
+      kwargs: its keyword arguments.
       dtype: of the factors; by default float32, or float64 where the file has it.
 
     Returns:
       The tree with `LoraWeight`s, and `Trained` leaves for `modules_to_save` and
-      biases.  Bases are the very same arrays, but for adapters that PiSSA or OLoRA
-      started: those need the base minus what they took out of it.
+      biases.  The bases are the arrays of `tree` themselves, except for adapters that
+      started by PiSSA or OLoRA: those need the base minus what was taken out of it.
 
     Raises:
-      LoraError: a file is missing, damaged or no LoRA adapter; config, tensors and base
-        do not fit each other in every name, shape, rank and flag.  PEFT lets most of
-        that pass.
+      LoraError: a file is missing, damaged or not a LoRA adapter; or config, tensors
+        and base do not agree in every name, shape, rank and flag.  PEFT accepts most
+        such mismatches silently.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, flora, flora.peft
@@ -108,15 +114,17 @@ def load(
         {} if fn is None else _followed(fn, named, treedef, args, kwargs or {}, given)
     )
     given |= {path: f.layout for path, f in uses.items() if f.layout is not None}
-    found = plan(folder, config, content, leaves, names, given, followed=fn is not None)
+    found = assign(
+        folder, config, content, leaves, names, given, followed=fn is not None
+    )
     if not config.ensure_weight_tying:
         fail(_untied(uses, found, folder))
     fail(coverage_problems(leaves, found, folder / WEIGHTS))
-    new = {path: _node(site, config, folder) for path, site in found.sites.items()}
+    new = {path: _node(site, config, folder) for path, site in found.adapted.items()}
     fail(_base_problems(found, leaves, folder))
     new |= _whole(found, leaves, folder)
     return treedef.unflatten(
-        [new.get(p, x if is_stored(x) else base_of(x)) for p, x in named]
+        [new.get(p, x if is_quantized(x) else base_of(x)) for p, x in named]
     )
 
 
@@ -128,14 +136,12 @@ def _tree_problems(named: Sequence[tuple[str, Any]]) -> list[str]:
         counts[path] = counts.get(path, 0) + 1
     return [
         f"flora.peft.load: '{path}' names two leaves of the tree. Pass a tree whose "
-        f"paths "
-        "differ."
+        "paths differ."
         for path, n in counts.items()
         if n > 1
     ] + [
         f"flora.peft.load: '{path}' is an adapter without its base. Pass the base "
-        f"model's "
-        "parameters."
+        "model's parameters."
         for path, x in named
         if isinstance(x, LoraWeight) and x.base is None
     ]
@@ -183,26 +189,27 @@ def _readers(finding: Finding) -> set[str]:
     return {kinds.get(use.primitive, "linear") for use in finding.uses if use.binding}
 
 
-def _untied(uses: Mapping[str, Finding], found: Plan, folder: Any) -> Iterator[str]:
+def _untied(
+    uses: Mapping[str, Finding], found: Assignment, folder: Any
+) -> Iterator[str]:
     """Embeddings that the function also multiplies by, where PEFT has no adapter."""
-    for path, site in found.sites.items():
+    for path, site in found.adapted.items():
         kinds = _readers(uses[path]) if path in uses else set()
         lora = site.pieces[0].lora
         if lora.kind == "embedding" and {"embedding", "linear"} <= kinds:
             yield (
                 f"{folder / CONFIG}: '{lora.module}' is adapted as an embedding alone, "
-                f"but "
-                f"the function also multiplies by '{path}' (tied weights). PEFT leaves "
-                "that product as it was. Train with ensure_weight_tying=True, or untie "
-                "the weights in the tree."
+                f"but the function also multiplies by '{path}' (tied weights). PEFT "
+                "leaves that product as it was. Train with ensure_weight_tying=True, "
+                "or untie the weights in the tree."
             )
 
 
-def _node(site: Site, config: PeftConfig, folder: Any) -> LoraWeight:
-    """The node of a leaf, lying as its base does."""
+def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
+    """The node of a leaf, sharded as its base is."""
     base = site.base
     if config.residual:
-        if isinstance(base, jax.ShapeDtypeStruct) or is_stored(base):
+        if isinstance(base, jax.ShapeDtypeStruct) or is_quantized(base):
             raise LoraError(
                 f"{folder / CONFIG}: init_lora_weights is "
                 f"{config.init_lora_weights!r}, which changes the base, but "
@@ -230,7 +237,7 @@ def _node(site: Site, config: PeftConfig, folder: Any) -> LoraWeight:
 
 
 def _placed(made: LoraWeight) -> dict[str, Any]:
-    """The factors as JAX arrays, divided as the weight is."""
+    """The factors as JAX arrays, sharded as the weight is."""
     spec = spec_of(made.base)
     if spec is None:
         return {"a": jnp.asarray(made.a), "b": jnp.asarray(made.b)}
@@ -241,12 +248,12 @@ def _placed(made: LoraWeight) -> dict[str, Any]:
     }
 
 
-def _whole(found: Plan, leaves: Mapping[str, Any], folder: Any) -> dict[str, Any]:
+def _whole(found: Assignment, leaves: Mapping[str, Any], folder: Any) -> dict[str, Any]:
     """The leaves that train whole, with the values of the file."""
     new, problems = {}, []
     for path in [*found.whole, *(p for p in found.bias if p not in found.whole)]:
         base, parts = base_of(leaves[path]), found.whole.get(path, [])
-        if is_stored(base):
+        if is_quantized(base):
             problems.append(f"'{path}' is {base!r} and cannot train whole.")
             continue
         if isinstance(base, jax.ShapeDtypeStruct):
@@ -260,10 +267,8 @@ def _whole(found: Plan, leaves: Mapping[str, Any], folder: Any) -> dict[str, Any
             except ValueError as error:
                 problems.append(
                     f"{folder / WEIGHTS}: '{PREFIX}{slot.at(index)}' has shape "
-                    f"{x.shape}, "
-                    f"which does not fit the base's '{path}' {tuple(base.shape)}: "
-                    f"{error}. "
-                    "Is it the adapter of another base?"
+                    f"{x.shape}, which does not fit the base's '{path}' "
+                    f"{tuple(base.shape)}: {error}. Is it the adapter of another base?"
                 )
         for slot, index, x in found.bias.get(path, []):
             added = np.zeros_like(value)
@@ -282,7 +287,9 @@ def _whole(found: Plan, leaves: Mapping[str, Any], folder: Any) -> dict[str, Any
     return new
 
 
-def _base_problems(found: Plan, leaves: Mapping[str, Any], folder: Any) -> list[str]:
+def _base_problems(
+    found: Assignment, leaves: Mapping[str, Any], folder: Any
+) -> list[str]:
     """Weights of the base in the file that differ from this base's."""
     problems = []
     for path, parts in found.of_base.items():
@@ -306,8 +313,8 @@ def _base_problems(found: Plan, leaves: Mapping[str, Any], folder: Any) -> list[
             if gap > 2**-7:  # bfloat16 keeps 8 bits
                 problems.append(
                     f"{own} differs from '{path}' of the base by {gap:.1e} of its "
-                    f"largest "
-                    "value; expected the same. The adapter was trained on another base."
+                    "largest value; expected the same. The adapter was trained on "
+                    "another base."
                 )
     return problems
 
@@ -326,24 +333,24 @@ def save(
     task_type: str | None = None,
     dtype: Any = None,
 ) -> None:
-    """Writes the adapter as PEFT does; in one step, so that it is whole or not there.
+    """Writes the adapter as PEFT does, in one step: the files are complete or absent.
 
     The config names every module in full, with its rank and alpha where they differ.
-    Files of other names that lie in the directory stay.
+    Other files in the directory stay.
 
     Args:
-      dir: the directory; made if need be.
+      dir: the directory; it is made if it does not exist.
       adapted: an adapted tree, or the adapter that `flora.split` returned.
       names: as for `load`.  Adapters of several raw parameters of one module are nested
-        in the order that the names have.
+        in the order of the names.
       fn: the function that the tree runs in, traced on `args` and `kwargs` to tell
         convolutions and embeddings from linear layers.  Without it a kernel with three
         in axes, or with two in a module called something with 'conv', is one.
-      args: the other arguments of one call.
-      kwargs: likewise.
-      base: the plain base that the file's user will have, where the adapted tree's own
-        was changed at the start (PiSSA, OLoRA, LoRA-GA…): the difference, which must be
-        of low rank, is written as further rows of A and columns of B.
+      args: the other positional arguments of one call of `fn`.
+      kwargs: its keyword arguments.
+      base: the plain base that the file's user will have, if the adapted tree's own
+        base was changed at the start (PiSSA, OLoRA, LoRA-GA…).  The difference, which
+        must be of low rank, is written as further rows of A and columns of B.
       serving: write what vLLM and SGLang apply in full: one rank, and a scale of
         alpha/r for all modules.
       base_model_name_or_path: of the model, for the config.
@@ -351,8 +358,8 @@ def save(
       dtype: of the tensors; by default each array's own.
 
     Raises:
-      LoraError: a leaf has no name or one that is not unique, holds NaN, or is of a
-        kind that PEFT, or with `serving` a server, does not have.
+      LoraError: a leaf has no name or not a unique one; it holds NaN; or it is of a
+        kind that PEFT, or a server if `serving`, does not support.
     """
     folder = directory("save", dir)
     kinds: dict[str, str] = {}

@@ -3,8 +3,9 @@
     params = flora.quantize.quantize(params, "nf4", target="*/kernel", donate=True)
     adapted = flora.init(key, config, model.apply, params, x)
 
-W ≈ scale · q, one scale a block.  The weight is opened where an operation reads it, one
-layer at a time inside a scan, and anew for the backward pass: nothing dense is kept.
+W ≈ scale · q, with one scale a block.  A weight is dequantized where an operation reads
+it, one layer at a time inside a scan, and again for the backward pass, so that no dense
+copy is kept.
 
 References: Dettmers et al. 2023 (QLoRA). https://arxiv.org/abs/2305.14314
 """
@@ -25,12 +26,12 @@ from flora._tree.errors import LoraError, fail
 from flora._tree.matrices import folded, nearest
 from flora._tree.paths import Pattern, matches, named_leaves, nothing_selected
 from flora._tree.placement import mesh_of, places_of_parts, spec_of
-from flora._tree.quantized import Quantized, is_stored
+from flora._tree.quantized import Quantized, is_quantized
 from flora._tree.weight import LoraWeight, Trained
 
 __all__ = ["QTYPES", "Quantized", "dequantize", "loftq", "quantize"]
 
-# What a weight can be stored as.
+# The types in which a weight can be stored.
 QTYPES = ("int8", "int4", "nf4", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -50,16 +51,17 @@ def quantize(
       params: a parameter tree, adapted or not, of arrays, sharded or not, or of
         `ShapeDtypeStruct`s.  Leaves that train whole stay as they are.
       qtype: one of `QTYPES`.
-      target: which leaves, as in `LoraConfig`; leaves of fewer than two axes are left.
-      exclude: which of these not.
+      target: which leaves, as in `LoraConfig`; leaves with fewer than two axes stay as
+        they are.
+      exclude: which of the targeted leaves to leave as they are.
       block: how many neighbors share a scale, along the last axis but one or, where
         that does not divide, the last.  Every index of the other axes has its own.
-      dtype: what the weight opens to; by default its own dtype.
-      donate: whether each array is deleted as soon as it is quantized, so that there is
-        never a second copy of more than one leaf.
+      dtype: of the dequantized weight; by default the weight's own.
+      donate: whether to delete each array as soon as it is quantized, so that no more
+        than one leaf is ever held twice.
 
     Returns:
-      The tree.  Each array that is stored lies as the weight did.
+      The tree.  The arrays of a quantized weight are sharded as the weight was.
 
     Raises:
       LoraError: qwix is not installed, the type is unknown, nothing is selected, or a
@@ -68,10 +70,10 @@ def quantize(
     Example:
       >>> import jax, jax.numpy as jnp, flora.quantize
       >>> w = jax.random.normal(jax.random.key(0), (128, 4))
-      >>> stored = flora.quantize.quantize({"kernel": w}, "int8")
-      >>> stored["kernel"]
+      >>> quantized = flora.quantize.quantize({"kernel": w}, "int8")
+      >>> quantized["kernel"]
       Quantized(float32[128,4] as int8+float32)
-      >>> bool(abs(flora.quantize.dequantize(stored)["kernel"] - w).max() < 0.02)
+      >>> bool(abs(flora.quantize.dequantize(quantized)["kernel"] - w).max() < 0.02)
       True
     """
     _require(qtype, block)
@@ -91,11 +93,11 @@ def quantize(
             return leaf
         x = chosen[path]
         if id(x) not in made:
-            made[id(x)] = _stored(x, qtype, block, dtype, donate)
-        stored = made[id(x)]
+            made[id(x)] = _quantized(x, qtype, block, dtype, donate)
+        quantized = made[id(x)]
         if isinstance(leaf, LoraWeight):
-            return dataclasses.replace(leaf, base=stored)
-        return stored
+            return dataclasses.replace(leaf, base=quantized)
+        return quantized
 
     return treedef.unflatten([one(path, leaf) for path, leaf in named])
 
@@ -104,8 +106,8 @@ def _nothing_to_store(path: str, x: Any) -> str:
     if isinstance(x, Trained):
         return f"'{path}' trains whole and stays as it is. Select frozen weights."
     return (
-        f"'{path}' has shape {tuple(getattr(x, 'shape', ()))}; only leaves of at least 2 "
-        "axes are stored in fewer bits. Select others."
+        f"'{path}' has shape {tuple(getattr(x, 'shape', ()))}; only leaves of at least "
+        "2 axes are stored in fewer bits. Select others."
     )
 
 
@@ -116,29 +118,30 @@ def _base(leaf: Any) -> Any:
 def dequantize(tree: Any) -> Any:
     """The tree with each `Quantized` as the dense array that it stands for."""
     return jax.tree.map(
-        lambda x: x.dense() if is_stored(x) else x, tree, is_leaf=is_stored
+        lambda x: x.dense() if is_quantized(x) else x, tree, is_leaf=is_quantized
     )
 
 
 def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
-    """Bases quantized, and factors that make up for the rounding as well as they can.
+    """Quantized bases, with factors that compensate for the rounding (LoftQ).
 
-    Alternates Q = quantized(W − scale A B) and scale A B = the best approximation of
-    W − Q of that rank, by singular values, `steps` times.  Of the pairs the nearest to W
-    is taken.  The adapted model starts nearer to the pretrained one than with B = 0.
+    Alternates `steps` times between Q = quantized(W − scale A B) and scale A B = the
+    best approximation of W − Q of that rank, by singular values, and returns the pair
+    nearest to W.  The adapted model starts nearer to the pretrained one than with
+    B = 0.
 
     Args:
       adapted: an adapted tree of dense arrays, tracers or `ShapeDtypeStruct`s; of its
-        factors only the places are read.
-      qtype: as of `quantize`.
-      block: as of `quantize`.
-      steps: how often.
+        factors only the shardings are read.
+      qtype: as for `quantize`.
+      block: as for `quantize`.
+      steps: how many times to alternate.
 
     Returns:
-      The tree with stored bases and other factors; leaves not adapted are shared.
+      The tree with quantized bases and new factors; leaves not adapted are shared.
 
     Raises:
-      LoraError: no leaf is adapted, a base is stored already, or as in `quantize`.
+      LoraError: no leaf is adapted, a base is quantized already, or as for `quantize`.
 
     References: Li et al. 2023 (LoftQ), algorithm 1. https://arxiv.org/abs/2310.08659
     """
@@ -147,8 +150,8 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
     chosen = {p: x.base for p, x in named if isinstance(x, LoraWeight)}
     if not chosen or not isinstance(steps, int) or steps < 1:
         raise LoraError(
-            f"loftq: {len(chosen)} leaves are adapted and steps={steps!r}. Pass the tree "
-            "that flora.init returned, and steps of 1 or more."
+            f"loftq: {len(chosen)} leaves are adapted and steps={steps!r}. Pass the "
+            "tree that flora.init returned, and steps of 1 or more."
         )
     fail(_problems(chosen, block))
 
@@ -156,8 +159,8 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
         found = functools.partial(_nearest, qtype=qtype, block=block, steps=steps)
         if not isinstance(w.base, jax.ShapeDtypeStruct):
             return _placed_as(w, found(w))
-        stored = _stored(w.base, qtype, block, None, donate=False)
-        return dataclasses.replace(w, base=stored)
+        quantized = _quantized(w.base, qtype, block, None, donate=False)
+        return dataclasses.replace(w, base=quantized)
 
     return treedef.unflatten(
         [one(x) if isinstance(x, LoraWeight) else x for _, x in named]
@@ -165,16 +168,16 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
 
 
 def _nearest(w: LoraWeight, *, qtype: str, block: int, steps: int) -> LoraWeight:
-    """Of the pairs of stored base and factors the nearest to the weight."""
+    """The pair of quantized base and factors that is nearest to the weight."""
     make = _maker(qtype, block, jnp.dtype(w.base.dtype))
     wide = w.base.astype(jnp.promote_types(w.base.dtype, jnp.float32))
     best, least, change = w, jnp.inf, jnp.zeros_like(wide)
     for step in range(steps):
-        stored = make((wide - change).astype(w.base.dtype))
-        rest = wide - stored.dense().astype(wide.dtype)
+        quantized = make((wide - change).astype(w.base.dtype))
+        rest = wide - quantized.dense().astype(wide.dtype)
         a, b = folded(w, *nearest(w, rest))
         change = delta(dataclasses.replace(w, a=a, b=b))
-        made = dataclasses.replace(w, base=stored, a=a, b=b)
+        made = dataclasses.replace(w, base=quantized, a=a, b=b)
         left = jnp.linalg.norm(rest - change)
         if step == 0:
             best, least = made, left
@@ -190,7 +193,7 @@ def _either(first: Any, x: Any, y: Any) -> Any:
 
 
 def _placed_as(w: LoraWeight, made: LoraWeight) -> LoraWeight:
-    """What was made, with its factors where those of w lie."""
+    """`made`, its factors with the shardings of those of w."""
     if spec_of(w.a) is None or isinstance(w.a, Tracer):
         return made
     a, b = jax.device_put((made.a, made.b), (w.a.sharding, w.b.sharding))
@@ -243,7 +246,7 @@ def _blocked_axis(shape: Any, block: int) -> int | None:
     return next((i for i in axes if shape[i] and shape[i] % block == 0), None)
 
 
-def _stored(x: Any, qtype: str, block: int, dtype: Any, donate: bool) -> Quantized:
+def _quantized(x: Any, qtype: str, block: int, dtype: Any, donate: bool) -> Quantized:
     make = _maker(qtype, block, jnp.dtype(dtype or x.dtype))
     if isinstance(x, jax.ShapeDtypeStruct):
         return _lying_as(x, jax.eval_shape(make, x))
@@ -254,17 +257,17 @@ def _stored(x: Any, qtype: str, block: int, dtype: Any, donate: bool) -> Quantiz
     return made
 
 
-def _lying_as(x: jax.ShapeDtypeStruct, stored: Quantized) -> Quantized:
-    """The shapes of what is stored, lying as the weight does if that says so."""
+def _lying_as(x: jax.ShapeDtypeStruct, quantized: Quantized) -> Quantized:
+    """The quantized shapes, sharded as the weight if that says how."""
     spec = spec_of(x)
     if spec is None:
-        return stored
+        return quantized
     return jax.tree.map(
         lambda part, place: jax.ShapeDtypeStruct(
             part.shape, part.dtype, sharding=place
         ),
-        stored,
-        places_of_parts(mesh_of(x), stored, spec),
+        quantized,
+        places_of_parts(mesh_of(x), quantized, spec),
     )
 
 
@@ -277,28 +280,28 @@ def _maker(qtype: str, block: int, dtype: Any) -> Any:
     def make(x: jax.Array) -> Quantized:
         axis = _blocked_axis(x.shape, block)
         others = [i for i in range(x.ndim) if i != axis]
-        stored = qwix.quantize(
+        values = qwix.quantize(
             x.astype(jnp.promote_types(x.dtype, jnp.float32)),
             qtype if qtype == "nf4" else jnp.dtype(qtype),
             channelwise_axes=others,
             tiled_axes={axis: block},
             scale_dtype=dtype,
         )
-        return Quantized(stored, _open)
+        return Quantized(values, _dequantize)
 
     return make
 
 
-def _open(stored: Any) -> jax.Array:
-    if stored.qtype != "nf4":
-        return importlib.import_module("qwix").dequantize(stored)
+def _dequantize(values: Any) -> jax.Array:
+    if values.qtype != "nf4":
+        return importlib.import_module("qwix").dequantize(values)
     # A table that every element looks up is slow on TPU; choosing by bits fuses.
-    values = _looked_up(stored.qvalue, _NF4).astype(stored.scale.dtype)
+    levels = _looked_up(values.qvalue, _NF4).astype(values.scale.dtype)
     blocks: list[int] = []
-    for whole, count in zip(values.shape, stored.scale.shape, strict=True):
-        blocks += [count, whole // count]
-    scale = stored.scale.reshape([n for c in stored.scale.shape for n in (c, 1)])
-    return (values.reshape(blocks) * scale).reshape(values.shape)
+    for size, count in zip(levels.shape, values.scale.shape, strict=True):
+        blocks += [count, size // count]
+    scale = values.scale.reshape([n for c in values.scale.shape for n in (c, 1)])
+    return (levels.reshape(blocks) * scale).reshape(levels.shape)
 
 
 # The levels of NF4, by the code that qwix stores: Dettmers et al. 2023, appendix E.

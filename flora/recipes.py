@@ -35,7 +35,7 @@ from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.initializers import Initializer, gaussian
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.paths import named_leaves
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 from flora._tree.weight import LoraWeight, is_node
 
 __all__ = [
@@ -271,7 +271,7 @@ def restart(
 def _unmergeable(path: str, leaf: Any) -> list[str]:
     if not isinstance(leaf, LoraWeight):
         return []
-    if is_stored(leaf.base):
+    if is_quantized(leaf.base):
         return [
             f"restart: '{path}' is {leaf.base!r}, and merging would round ΔW away. Keep "
             "its base in floating point."

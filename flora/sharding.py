@@ -1,12 +1,13 @@
-"""Where the arrays of an adapted tree lie on a mesh.
+"""How the arrays of an adapted tree are sharded over a mesh.
 
-    adapted = flora.init(key, config, model.apply, params, x)    # factors lie as params do
-    places = flora.sharding.shardings(adapted)                   # for jit and checkpoints
+    adapted = flora.init(key, config, model.apply, params, x)    # factors follow params
+    places = flora.sharding.shardings(adapted)                   # for jit, checkpoints
     step = jax.jit(step, in_shardings=(places, ...), out_shardings=(places, ...))
 
-A factor is divided as its weight is: A takes the mesh axes of W's in axes, B those of its
-out axes, stack axes follow.  So x A is reduced where x W is, z B lies where x W lies, and
-no step gathers more than the frozen model's does, but for the factors themselves.
+A factor is sharded as its weight is: A takes the mesh axes of W's in axes, B those of
+its out axes, and both those of its stack axes.  So x A is reduced where x W is, z B has
+the sharding of x W, and a step gathers nothing more than the frozen model's step does,
+except the factors themselves.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from flora._tree.placement import (
     spec_problems,
     specs,
 )
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 from flora._tree.weight import LoraWeight, Trained, base_of, is_leaf
 
 __all__ = ["of_state", "shardings"]
@@ -55,23 +56,24 @@ def shardings(
     Args:
       tree: an adapted tree, an adapter or a base, of arrays, tracers or
         `jax.ShapeDtypeStruct`s.
-      like: where the base lies: `NamedSharding`s or `PartitionSpec`s in a tree with the
-        base's paths, or with fewer (one for a whole module).  By default each leaf's own
-        sharding, or else the names that `nn.Partitioned`, `nn.LogicallyPartitioned` or
-        an `nnx.Variable` give its axes; leaves that say nothing are whole everywhere.
-      mesh: a `jax.sharding.Mesh`; by default that of `like` or of the leaves, or the one
-        that is set.
+      like: the base's shardings: `NamedSharding`s or `PartitionSpec`s in a tree with
+        the base's paths, or with fewer (one for a whole module).  By default each
+        leaf's own sharding, or else the names that `nn.Partitioned`,
+        `nn.LogicallyPartitioned` or an `nnx.Variable` give its axes; leaves without
+        either are replicated.
+      mesh: a `jax.sharding.Mesh`; by default that of `like` or of the leaves, or the
+        one that is set.
       rules: `(logical name, mesh axes)` pairs; by default Flax's current ones.
-      rank: a mesh axis over which to divide the rank too, in each factor that does not
-        use it already.
+      rank: a mesh axis over which to shard the rank too, in each factor that does not
+        use that axis already.
 
     Returns:
       Each array replaced by its sharding: for `jax.jit`, `jax.device_put`,
       `jax.lax.with_sharding_constraint` and checkpoints.
 
     Raises:
-      LoraError: no mesh, an unknown mesh axis, a path of `like` that the tree lacks, or
-        an axis that does not divide; every such leaf is named.
+      LoraError: there is no mesh; a mesh axis is unknown; `like` has a path that the
+        tree lacks; or an axis does not divide.  Every such leaf is named.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora, flora.sharding
@@ -92,8 +94,8 @@ def shardings(
     mesh = _mesh(named, like) if mesh is None else mesh
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise LoraTypeError(
-            f"shardings: mesh is a {type(mesh).__name__}. Pass a jax.sharding.Mesh, such "
-            'as jax.make_mesh((4, 2), ("fsdp", "tp")).'
+            f"shardings: mesh is a {type(mesh).__name__}. Pass a jax.sharding.Mesh, "
+            'such as jax.make_mesh((4, 2), ("fsdp", "tp")).'
         )
     sizes = dict(mesh.shape)
     if rank is not None and rank not in sizes:
@@ -119,17 +121,17 @@ def shardings(
 
 
 def of_state(state: Any, tree: Any, places: Any) -> Any:
-    """Where the arrays of an optimizer's state lie: each with what it is the moment of.
+    """Shardings of an optimizer's state: each moment has that of its parameter.
 
     Args:
-      state: of `tx.init(tree)`, such as `jax.eval_shape(tx.init, tree)`.
-      tree: the adapted tree or the adapter that the optimizer was made for.
+      state: what `tx.init(tree)` or `jax.eval_shape(tx.init, tree)` returned.
+      tree: the adapted tree or the adapter that `tx.init` was given.
       places: `shardings(tree)`.
 
     Returns:
-      `state` with each array replaced by its sharding.  An array whose path ends as the
-      path of an array of the tree does, and that has its shape, lies as that one; all
-      else, such as counts, is whole everywhere.
+      `state` with each array replaced by its sharding.  An array that has the shape of
+      an array of the tree, and a path that ends in that array's path, has its sharding;
+      all others, such as counts, are replicated.
 
     Raises:
       LoraError: `places` are not the shardings of `tree`.
@@ -139,19 +141,19 @@ def of_state(state: Any, tree: Any, places: Any) -> Any:
     fits = [keys for keys, _ in flat] == [keys for keys, _ in where]
     if not flat or not fits or not all(isinstance(x, NamedSharding) for _, x in where):
         raise LoraError(
-            f"of_state: places has {len(where)} leaves for the {len(flat)} arrays of the "
-            "tree, or other ones. Pass the tree of tx.init and its shardings(tree)."
+            f"of_state: places has {len(where)} leaves for the {len(flat)} arrays of "
+            "the tree, or other ones. Pass the tree of tx.init and its shardings(tree)."
         )
     found = {
         (keys, tuple(getattr(x, "shape", ()))): place
         for (keys, x), (_, place) in zip(flat, where, strict=True)
     }
-    whole = NamedSharding(next(iter(found.values())).mesh, Spec())
+    replicated = NamedSharding(next(iter(found.values())).mesh, Spec())
 
     def place(keys: Any, x: Any) -> NamedSharding:
         shape = tuple(getattr(x, "shape", ()))
         ends = (found.get((keys[i:], shape)) for i in range(len(keys) + 1))
-        return next((end for end in ends if end is not None), whole)
+        return next((end for end in ends if end is not None), replicated)
 
     return jax.tree_util.tree_map_with_path(place, state)
 
@@ -160,27 +162,25 @@ def _given(tree: Any, named: Named, like: Any) -> dict[str, Spec]:
     """The spec of each leaf's base, in the names of the mesh or logical ones."""
     if like is not None:
         parts = [x for _, x in named if not isinstance(x, Trained)]
-        whole = any(base_of(x) is not None for x in parts)  # not an adapter alone
-        return _looked_up([path for path, _ in named], like, whole=whole)
+        based = any(base_of(x) is not None for x in parts)  # not an adapter alone
+        return _looked_up([path for path, _ in named], like, complete=based)
     has_variables = any(
         isinstance(x, nnx.Variable)
         for x in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
     )
-    whole = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((), bool), tree, is_leaf=is_leaf
-    )
-    told = (nnx if has_variables else nn).get_partition_spec(whole)
+    bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), bool), tree, is_leaf=is_leaf)
+    told = (nnx if has_variables else nn).get_partition_spec(bare)
     by_name = _looked_up([path for path, _ in named], told)
     lies = {path: spec_of(base_of(leaf)) for path, leaf in named}
     return {path: lies[path] or by_name[path] or NOTHING for path in by_name}
 
 
 def _looked_up(
-    paths: Sequence[str], like: Any, *, whole: bool = False
+    paths: Sequence[str], like: Any, *, complete: bool = False
 ) -> dict[str, Spec]:
     """For each path the spec in `like` with that path, or for the module around it.
 
-    `whole`: the paths are all that there are, and `like` may have no others.
+    `complete`: these are all the paths, and `like` may have no others.
     """
 
     def stop(x: Any) -> bool:
@@ -210,7 +210,7 @@ def _looked_up(
     fail(
         f"like: '{path}' is no leaf or module of the tree.{_nearest(path, paths)}"
         for path in by_path
-        if whole and path not in used and not _around(path, paths)
+        if complete and path not in used and not _around(path, paths)
     )
     return found
 
@@ -258,8 +258,7 @@ def _parts(
     if not isinstance(leaf, LoraWeight):
         return {"": (f"'{path}'", base_of(leaf), spec)}
     layout = leaf.layout
-    ndim = len((*layout.stack, *layout.in_, *layout.out))
-    found = specs(layout, spec, ndim, rank)
+    found = specs(layout, spec, len(layout.order), rank)
     alone = leaf.base is None and spec is NOTHING
     if alone:  # an adapter lies where it lies
         own = {x: spec_of(getattr(leaf, x)) or Spec() for x in ("a", "b")}
@@ -278,8 +277,10 @@ def _parts(
 
 
 def _where(mesh: Any, x: Any, spec: Spec) -> Any:
-    """The sharding of an array, or of each array of a stored weight."""
-    return places_of_parts(mesh, x, spec) if is_stored(x) else NamedSharding(mesh, spec)
+    """The sharding of an array, or of each array of a quantized weight."""
+    return (
+        places_of_parts(mesh, x, spec) if is_quantized(x) else NamedSharding(mesh, spec)
+    )
 
 
 def _in_place(leaf: Any, placed: dict[str, NamedSharding]) -> Any:

@@ -1,19 +1,21 @@
-"""Starts that read values: factors from a weight, from a gradient or from activations.
+"""Initial factors computed from values: from a weight, a gradient or activations.
 
     adapted = flora.init(key, config, model.apply, params, x)
-    adapted = flora.starts.pissa(adapted)                   # same model, other factors
-    ...                                                     # train, as ever
-    plain = flora.starts.to_plain(trained, start, params)   # LoRA on the original weights
+    start = flora.starts.pissa(adapted)                     # same model, other factors
+    ...                                                     # train as usual
+    plain = flora.starts.to_plain(trained, start, params)   # LoRA on the original W
 
-EVA leaves the base alone: A along the directions of each layer's inputs, B = 0.
+EVA does not change the base: A follows the principal directions of each layer's inputs,
+and B = 0.
 
-PiSSA, OLoRA and LoRA-GA put a part of W into the factors and take it out of the base:
-W_res = W − scale A B, rounded once to W's dtype, so W_res + scale A B is W up to half a
-unit in the last place of W_res.  In bfloat16 that is seen in the outputs (2⁻⁹ of W_res);
-`to_plain` works on the original weights and is free of it.
+PiSSA, OLoRA and LoRA-GA move a part of W into the factors and subtract it from the
+base: W_res = W − scale A B.  That is rounded once to W's dtype, so W_res + scale A B is
+W up to half a unit in the last place of W_res.  In bfloat16 the difference shows in the
+outputs (2⁻⁹ of W_res); `to_plain` uses the original weights and does not have it.
 
-A base in fewer bits comes after: `flora.quantize.quantize(pissa(adapted), "nf4")`, or
-with `flora.quantize.loftq`.  All take LoRA and DoRA, whose magnitudes stay right.
+To quantize the base as well, do so afterwards:
+`flora.quantize.quantize(pissa(adapted), "nf4")`; or use `flora.quantize.loftq`.  Every
+start accepts LoRA and DoRA leaves, and DoRA's magnitudes stay valid.
 """
 
 import dataclasses
@@ -25,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from flora._starts import residual as _residual
+from flora._starts.components import alpha_at
 from flora._starts.eva import eva
 from flora._starts.residual import (
     gradients_of,
@@ -40,7 +43,7 @@ from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.matrices import compiled, place_of
 from flora._tree.paths import Pattern, named_leaves
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 from flora._tree.weight import LoraWeight, Trained, base_of
 from flora._verbs.lora import lora
 
@@ -70,25 +73,26 @@ def pissa(
 
     W = U S Vᵀ, A = U_r √(S_r/scale), B = √(S_r/scale) V_rᵀ, W_res = W − scale A B.
 
-    The model stays the same up to rounding, whatever A and B held: what is decomposed is
-    W + scale A B.  An exact decomposition gathers one leaf at a time.
+    What is decomposed is W + scale A B, so the model stays the same up to rounding,
+    whatever A and B were.  The exact decomposition gathers one leaf at a time.
 
     Args:
       adapted: an adapted tree of arrays or tracers, with dense bases.
-      target: which of its adapted leaves, as in `LoraConfig`; others stay as they are.
-      method: 'svd', exact, or 'randomized', in time linear in the rank.
-      niter: power iterations of the randomized method.
-      key: a typed PRNG key, consumed; for the randomized method.
-      donate: whether each base is deleted as soon as its leaf is done, so that there is
-        never a second copy of more than one.
+      target: which of its adapted leaves, as in `LoraConfig`; the others stay as they
+        are.
+      method: 'svd', which is exact, or 'randomized', whose time is linear in the rank.
+      niter: how many power iterations the randomized method makes.
+      key: a typed PRNG key for the randomized method; it is consumed.
+      donate: whether to delete each base as soon as its leaf is done, so that no more
+        than one leaf is ever held twice.
 
     Returns:
-      A new tree.  Arrays lie where those lay that they replace; leaves that did not
-      change are shared.
+      A new tree.  New arrays have the shardings of those that they replace; leaves that
+      did not change are shared.
 
     Raises:
-      LoraError: nothing is selected; a base is stored in fewer bits, a leaf holds no
-        values, or the rank is above what its matrix has; every such leaf is named.
+      LoraError: nothing is selected; a base is quantized; a leaf holds no values; or a
+        rank is above the smaller side of its matrix.  Every such leaf is named.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora, flora.starts
@@ -117,19 +121,19 @@ def pissa(
 def olora(adapted: Any, *, target: Pattern = "*", donate: bool = False) -> Any:
     """The tree with factors from a QR decomposition and the rest in the base.
 
-    Wᵀ = Q R, A = (R_r)ᵀ with R's first rows, B = (Q_r)ᵀ with Q's first columns, whose
-    rows are orthonormal; W_res = W − scale A B.
+    Wᵀ = Q R, A = (R_r)ᵀ from R's first rows, B = (Q_r)ᵀ from Q's first columns, so that
+    B's rows are orthonormal; W_res = W − scale A B.
 
     Args:
-      adapted: as of `pissa`.
+      adapted: as for `pissa`.
       target: likewise.
       donate: likewise.
 
     Returns:
-      As of `pissa`.
+      As for `pissa`.
 
     Raises:
-      LoraError: as of `pissa`.
+      LoraError: as for `pissa`.
 
     References: Büyükakyüz 2024 (OLoRA). https://arxiv.org/abs/2406.01775
     """
@@ -160,30 +164,31 @@ def lora_ga(
     G = U S Vᵀ `[in, out]`, A = c U_{1…r}, B = c (V_{r+1…2r})ᵀ, W_res = W − scale A B.
 
     The first step of gradient descent then changes W by −lr·scale²·c² G_{2r} up to
-    lr², with G_{2r} the best approximation of G of rank 2r: the nearest to a full step.
+    terms in lr², where G_{2r} is the best approximation of G of rank 2r: no factors of
+    rank r come closer to a step of full fine-tuning.
 
     Args:
-      adapted: as of `pissa`.
-      grads: one gradient of each chosen base: a tree with the paths of the bases, such as
-        `base_gradients` or `jax.grad` of the plain model returns, or an iterator of
+      adapted: as for `pissa`.
+      grads: one gradient of each chosen base: a tree with the paths of the bases, such
+        as `base_gradients` or `jax.grad` of the plain model returns, or an iterator of
         such trees, each with some of the leaves (`each_base_gradient`).
-      target: as of `pissa`.
+      target: as for `pissa`.
       scaling: 'stable', the paper's, c = out^¼/√gamma; 'unit', c = 1; 'peft', what PEFT
-        0.21 computes: A = U_{1…r} and B = out^¼/√gamma (S V)ᵀ_{r+1…2r}, of which the
-        first step is no best approximation.
-      gamma: of the scaling.
+        0.21 computes: A = U_{1…r} and B = out^¼/√gamma (S V)ᵀ_{r+1…2r}, whose first
+        step is not a best approximation.
+      gamma: the gamma of the scaling.
       direction: which singular directions the factors take: 'ArB2r', A 1…r and B
         r+1…2r; 'A2rBr', the reverse; 'ArBr', A the even ones and B the odd ones.
-      method: as of `pissa`.
-      niter: as of `pissa`.
-      key: as of `pissa`.
+      method: as for `pissa`.
+      niter: as for `pissa`.
+      key: as for `pissa`.
 
     Returns:
-      As of `pissa`.
+      As for `pissa`.
 
     Raises:
-      LoraError: as of `pissa`; a gradient is missing or has another shape, or 2·rank is
-        above what a matrix has.
+      LoraError: as for `pissa`; or a gradient is missing or has another shape; or
+        2·rank is above the smaller side of a matrix.
 
     References: Wang et al. 2024 (LoRA-GA), theorem 3.1. https://arxiv.org/abs/2407.05000
     """
@@ -218,25 +223,28 @@ def lora_ga(
 def base_gradients(
     loss_fn: Callable, adapted: Any, *args: Any, target: Pattern = "*", **kwargs: Any
 ) -> Any:
-    """The gradient of a loss of the plain model by the bases of the adapted leaves.
+    """The gradient of the plain model's loss with respect to the adapted leaves' bases.
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)`, a scalar, of the plain tree.
-      adapted: an adapted tree.  The gradient is taken at its bases: A and B are not read.
+      adapted: an adapted tree.  The gradient is taken at its bases: A and B are not
+        read.
       *args: arrays, or trees of arrays.
       target: which adapted leaves.
       **kwargs: likewise.
 
     Returns:
-      A tree with the structure of the plain one: a dense gradient in the base's dtype
-      and place for each chosen leaf, `None` elsewhere.
+      A tree with the structure of the plain one: for each chosen leaf a dense gradient
+      with the base's dtype and sharding, elsewhere `None`.
 
     Raises:
-      LoraError: nothing is selected, or a base is stored in fewer bits.
+      LoraError: nothing is selected, or a base is quantized.
     """
-    return next(each_base_gradient(
-        loss_fn, adapted, *args, target=target, at_once=None, **kwargs
-    ))  # fmt: skip
+    return next(
+        each_base_gradient(
+            loss_fn, adapted, *args, target=target, at_once=None, **kwargs
+        )
+    )
 
 
 def each_base_gradient(
@@ -247,31 +255,31 @@ def each_base_gradient(
     at_once: int | None = 1,
     **kwargs: Any,
 ) -> Iterator[Any]:
-    """`base_gradients`, some leaves at a time: each in a backward pass of its own.
+    """`base_gradients` for a few leaves at a time, with one backward pass a group.
 
-    All dense gradients together are as large as the bases; this way `lora_ga` holds
-    those of `at_once` leaves, for as many passes and compilations as there are groups.
+    All dense gradients together are as large as the bases.  This way `lora_ga` holds
+    those of `at_once` leaves only, at the cost of one pass and one compilation a group.
 
     Args:
-      loss_fn: as of `base_gradients`.
+      loss_fn: as for `base_gradients`.
       adapted: likewise.
       *args: likewise.
       target: likewise.
       at_once: how many leaves; `None` for all.
-      **kwargs: as of `base_gradients`.
+      **kwargs: as for `base_gradients`.
 
     Yields:
-      Trees as of `base_gradients`, each with the gradients of its group.
+      Trees as for `base_gradients`, each with the gradients of its group.
 
     Raises:
-      LoraError: as of `base_gradients`.
+      LoraError: as for `base_gradients`.
     """
     chosen, named, treedef = selected("base_gradients", adapted, target)
     plain = {path: base_of(leaf) for path, leaf in named}
     size = len(chosen) if at_once is None else at_once
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise LoraError(f"at_once={at_once!r}. Write a number of leaves, or None.")
-    values = {p: x for p, x in plain.items() if is_array(x) or is_stored(x)}
+    values = {p: x for p, x in plain.items() if is_array(x) or is_quantized(x)}
 
     def loss(group: Any, rest: Any, args: Any, kwargs: Any) -> Any:
         marked = {p: Trained(x) for p, x in group.items()}  # all others are frozen
@@ -279,8 +287,8 @@ def each_base_gradient(
         value = lora(loss_fn)(tree, *args, **kwargs)
         if jnp.shape(value) != ():
             raise LoraTypeError(
-                f"base_gradients: loss_fn returned an array of shape {jnp.shape(value)}; "
-                "expected a scalar. Write .mean() or .sum()."
+                "base_gradients: loss_fn returned an array of shape "
+                f"{jnp.shape(value)}; expected a scalar. Write .mean() or .sum()."
             )
         return value
 
@@ -297,11 +305,11 @@ def each_base_gradient(
 
 
 def to_plain(trained: Any, start: Any, original: Any) -> Any:
-    """Plain LoRA on the original weights, from one whose start changed the base.
+    """Plain LoRA on the original weights, from an adapter whose start changed the base.
 
-    A' = [A A₀] and B' = [B ; −B₀] of rank 2·rank and the same scale, with A₀ and B₀ the
-    factors that training started from: W + scale (A B − A₀ B₀).  Exact in the factors'
-    dtype; what rounding W − scale A₀ B₀ to W's dtype lost comes back.
+    A' = [A A₀] and B' = [B ; −B₀] have rank 2·rank and the same scale, where A₀ and B₀
+    are the factors that training started from: W + scale (A B − A₀ B₀).  This is exact
+    in the factors' dtype, and undoes the rounding of W − scale A₀ B₀ to W's dtype.
 
     Args:
       trained: the adapted tree after training, or its adapter.
@@ -311,12 +319,12 @@ def to_plain(trained: Any, start: Any, original: Any) -> Any:
 
     Returns:
       `trained` with the original bases and factors of twice the rank, for servers and
-      files that know nothing of the start.  Leaves whose B₀ was zero get ranks that do
-      nothing.
+      files that know nothing of the start.  Where B₀ was zero, the added ranks have no
+      effect.
 
     Raises:
-      LoraError: the trees have other adapted leaves, ranks, scales or shapes; every such
-        leaf is named.
+      LoraError: the trees have other adapted leaves, ranks, scales or shapes; every
+        such leaf is named.
 
     References: PEFT calls it `subtract_mutated_init`.
     """
@@ -339,7 +347,7 @@ def to_plain(trained: Any, start: Any, original: Any) -> Any:
             leaf,
             base=base,
             rank=2 * leaf.rank,
-            alpha=leaf.alpha * (2**0.5 if leaf.rank_stabilized else 2),
+            alpha=alpha_at(leaf, 2 * leaf.rank),
         )
         axis = len(leaf.layout.stack)
         values = (leaf.a, first.a, leaf.b, first.b)

@@ -46,8 +46,8 @@ def spent(ranks):
 def test_the_same_rank_everywhere(parameters):
     ranks = budget.rank_pattern(tree()[0], parameters)
     most = {"stack": 8, "q": 8, "out": 5}
-    wanted = max(r for r in range(1, 9)
-                 if sum(COST[p] * min(r, m) for p, m in most.items()) <= parameters)  # fmt: skip
+    cost = {r: sum(COST[p] * min(r, m) for p, m in most.items()) for r in range(1, 9)}
+    wanted = max(r for r, n in cost.items() if n <= parameters)
     assert ranks == {p: min(wanted, m) for p, m in most.items()}
 
 
@@ -68,8 +68,8 @@ def test_ranks_follow_importance_within_the_budget(parameters):
 
 
 def test_patterns_hit_their_own_leaf_only():
-    params = {"k": jnp.ones((8, 8)), "a": {"k": jnp.ones((8, 8)), "b*[0]": jnp.ones((8, 8))},
-              "b0": {"k": jnp.ones((8, 8))}}  # fmt: skip
+    w = jnp.ones((8, 8))
+    params = {"k": w, "a": {"k": w, "b*[0]": w}, "b0": {"k": w}}
 
     def fn(p, x):
         return sum(x @ w for w in jax.tree.leaves(p))
@@ -108,7 +108,7 @@ def test_the_schedule_is_the_published_one():
 
 
 def numpy_scores(history, w, beta1, beta2):
-    """Of [(A, B, dA, dB)], with in and out axes flattened to `[stack, in|out, rank]`."""
+    """Of [(A, B, dA, dB)], in and out axes flattened to `[stack, in|out, rank]`."""
     total = 0
     n, r = len(w.layout.stack), w.rank
 
@@ -385,7 +385,8 @@ BAD = {
     "masked: kept has nothing for 'q'.": lambda: budget.masked(
         tree()[0], {"stack": 1, "out": 1}),
     "observe: grads has nothing for 'q'": lambda: budget.observe(
-        budget.unseen(tree()[0]), tree()[0], {k: tree()[0][k] for k in ("out", "stack")}),
+        budget.unseen(tree()[0]), tree()[0],
+        {k: tree()[0][k] for k in ("out", "stack")}),
     "unseen: 'out' is LoraWeight": lambda: budget.unseen(flora.mask(tree()[0])),
     "compacted: 'out' is an adapter without its base": lambda: budget.compacted(
         flora.split(tree()[0])[1], dict.fromkeys(SHAPES, np.ones(4, bool))),

@@ -178,12 +178,14 @@ def test_any_tree_of_arrays_and_numbers_is_a_state(saver):
     state = {
         "step": 3, "rate": 0.5, "on": True, "numpy": np.arange(5, dtype=np.int16),
         "scalar": np.float32(2), "none": None, "empty": jnp.zeros((0, 3)),
-        "key": jax.random.key(5, impl="rbg"), "keys": jax.random.split(jax.random.key(1), 4),
+        "key": jax.random.key(5, impl="rbg"),
+        "keys": jax.random.split(jax.random.key(1), 4),
         "int4": jnp.arange(4, dtype=jnp.int4), "float8": jnp.ones(3, jnp.float8_e4m3fn),
         "complex": jnp.ones(2, jnp.complex64), "nan": jnp.array([jnp.nan, -0.0]),
         "sharded": sharded, "one": jax.device_put(jnp.ones(3), DEVICES[5]),
         "placed keys": jax.device_put(
-            jax.random.split(jax.random.key(2), 8), NamedSharding(mesh(4, 2), Spec("data"))),
+            jax.random.split(jax.random.key(2), 8),
+            NamedSharding(mesh(4, 2), Spec("data"))),
         "weak": jnp.asarray(1.5), "a/b": jnp.ones(1), "a.b": jnp.zeros(1)
     }  # fmt: skip
     saver.save(1, adapt(), state)
@@ -246,9 +248,12 @@ def test_arrays_can_be_donated_and_changed_once_save_returns(saver):
     big = {"kernel": normal(64, 64)}
     config = flora.LoraConfig(rank=64, train="none")
     adapted = flora.init(
-        jax.random.key(0), dataclasses.replace(config, train=()),
-        lambda p, x: x @ p["kernel"], big, normal(2, 64),
-    )  # fmt: skip
+        jax.random.key(0),
+        dataclasses.replace(config, train=()),
+        lambda p, x: x @ p["kernel"],
+        big,
+        normal(2, 64),
+    )
     change = jax.jit(lambda t: jax.tree.map(lambda x: x * 0 - 7, t), donate_argnums=0)
     numpy = np.ones((1000, 1000), np.float32)
     with warnings.catch_warnings():

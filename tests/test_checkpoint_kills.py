@@ -77,8 +77,11 @@ def killed(directory, seed, trials):
     done = subprocess.run(
         [sys.executable, str(worker), json.dumps(job)],
         env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True, text=True, timeout=60 + 10 * trials, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60 + 10 * trials,
+        check=True,
+    )
     lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
     assert len(lines) == trials
     assert all(line["ok"] for line in lines), (lines, done.stderr[-3000:])

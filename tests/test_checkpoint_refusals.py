@@ -37,17 +37,19 @@ def test_every_leaf_that_does_not_fit_is_named(saver):
     tree["second"]["kernel"] = tree["second"]["kernel"].at[3, 5].add(1e-6)
     other = adapt(tree, rank_pattern={"first/*": 3}, alpha_pattern={"second/*": 1})
     message = refused(
-        saver, other,
+        saver,
+        other,
         "4 problems",
         "Step 4: 'first/kernel': the checkpoint has rank=2, a=bfloat16[8,2], "
-        "b=bfloat16[2,16]; the given tree has rank=3, a=bfloat16[8,3], b=bfloat16[3,16]. "
-        "Write LoraConfig(rank_pattern={'first/kernel': 2}).",
+        "b=bfloat16[2,16]; the given tree has rank=3, a=bfloat16[8,3], "
+        "b=bfloat16[3,16]. Write LoraConfig(rank_pattern={'first/kernel': 2}).",
         "'second/kernel': the checkpoint has alpha=4.0; the given tree has alpha=1.0. "
         "Write LoraConfig(alpha_pattern={'second/kernel': 4}).",
         "'second/kernel': the checkpoint was trained on a base of float32[16,8] ",
-        "state 'extra': the checkpoint has no such leaf; the given state has float32[2].",
+        "state 'extra': the checkpoint has no such leaf; the given state has "
+        "float32[2].",
         state=state_with_extra(state),
-    )  # fmt: skip
+    )
     assert "'first/kernel': the checkpoint was trained" not in message
 
 
@@ -70,7 +72,8 @@ CONFIGS = {
     "rank_stabilized": ({"rank_stabilized": True}, "rank_stabilized=False"),
     "dtype": ({"dtype": jnp.float32}, "dtype='bfloat16'"),
     "target": (
-        {"target": "second/kernel"}, "'first/kernel' is trained in the checkpoint alone"),
+        {"target": "second/kernel"},
+        "'first/kernel' is trained in the checkpoint alone"),
     "train": ({"train": ()}, "'first/bias' is trained in the checkpoint alone"),
     "role": ({"target": "second/kernel", "train": ["bias", "first/kernel"]},
              "the given tree has trained=float32[8,16]"),
@@ -94,8 +97,11 @@ def test_other_layouts_and_shapes_are_refused(saver):
         return flora.init(jax.random.key(0), config, fn, tree, normal(3, 6))
 
     saver.save(1, heads({}))
-    refused(saver, heads({"w": flora.Layout((1,), (0,), (2,))}, fallback="materialize"),
-            "layouts={'w': flora.Layout(in_=(0,), out=(1,2,))}")  # fmt: skip
+    refused(
+        saver,
+        heads({"w": flora.Layout((1,), (0,), (2,))}, fallback="materialize"),
+        "layouts={'w': flora.Layout(in_=(0,), out=(1,2,))}",
+    )
     refused(saver, heads({}, size=7), "b=float32[2,4,5]; the given tree has "
             "b=float32[2,4,7]. Pass the model that it was trained with.")  # fmt: skip
 
@@ -105,10 +111,13 @@ def test_other_bases_are_refused_unless_allowed(saver):
     saver.save(1, adapted)
     other = adapt(params(dtype=jnp.bfloat16))
     message = refused(
-        saver, other, "'first/kernel': the checkpoint was trained on a base of "
-        "float32[8,16] ", "the given base has bfloat16[8,16] ", "check_base=False",
+        saver,
+        other,
+        "'first/kernel': the checkpoint was trained on a base of float32[8,16] ",
+        "the given base has bfloat16[8,16] ",
+        "check_base=False",
         "'second/kernel'",
-    )  # fmt: skip
+    )
     assert "bias" not in message
     got = saver.restore(other, check_base=False).adapted
     same(flora.split(got)[1], flora.split(adapted)[1])
@@ -126,9 +135,10 @@ def test_other_states_are_refused(saver):
     saver.save(2, adapted, state)
     assert saver.restore(adapted).state is None
     sgd = flora.optimizer(optax.sgd(1e-2, momentum=0.9), adapted).init(adapted)
-    refused(saver, adapted, "the checkpoint has no such leaf; the given state has bfloat16",
-            "/mu/first/kernel/a': the checkpoint has bfloat16[8,2]; the given state has "
-            "no such leaf", "/trace/first/bias", state=sgd)  # fmt: skip
+    refused(saver, adapted,
+            "the checkpoint has no such leaf; the given state has bfloat16",
+            "/mu/first/kernel/a': the checkpoint has bfloat16[8,2]; the given state "
+            "has no such leaf", "/trace/first/bias", state=sgd)  # fmt: skip
 
 
 def test_what_is_no_checkpoint_is_refused(saver, tmp_path):

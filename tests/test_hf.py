@@ -93,8 +93,10 @@ def test_every_leaf_gets_its_tensors(folder):
     wide = jax.tree.map(lambda x: x.astype(np.float32), expected(arrays))
     same(flora.hf.load(folder / "model.safetensors.index.json", like(), TENSORS), wide)
     safetensors.write(folder / "one.safetensors", arrays, {})
-    same(flora.hf.load(folder / "one.safetensors", like(jnp.bfloat16), TENSORS),
-         expected(arrays))  # fmt: skip
+    same(
+        flora.hf.load(folder / "one.safetensors", like(jnp.bfloat16), TENSORS),
+        expected(arrays),
+    )
 
 
 def test_a_tree_that_is_written_comes_back(tmp_path):
@@ -114,9 +116,11 @@ def test_a_tree_that_is_written_comes_back(tmp_path):
 def test_each_device_gets_its_part_and_no_more_is_read(folder, monkeypatch):
     devices = mesh(4, 2)
     places = {
-        "embed": Spec("model"), "q": Spec(None, "model", "data"),
-        "norm": Spec(), "heads": Spec(None, "model", "data"),
-    }  # fmt: skip
+        "embed": Spec("model"),
+        "q": Spec(None, "model", "data"),
+        "norm": Spec(),
+        "heads": Spec(None, "model", "data"),
+    }
     sharding = {k: NamedSharding(devices, spec) for k, spec in places.items()}
     read = []
     part = flora.hf._part
@@ -137,14 +141,17 @@ def test_what_does_not_fit_is_named_at_once(folder):
     wrong["embed"] = jax.ShapeDtypeStruct((10, 7), jnp.float32)
     tensors = TENSORS | {"layers/norm": Tensor(("layers.0.norm", "layers.1.norn"))}
     refused(
-        folder, wrong, tensors, "3 problems",
+        folder,
+        wrong,
+        tensors,
+        "3 problems",
         "model-1.safetensors: 'embed.weight' has shape (10, 6); expected (10, 7) for "
         "'embed', float32[10,7]. Check the model's sizes against config.json.",
         "no file holds 'layers.1.norn'; expected one of shape (6,) for 'layers/norm', "
         "float32[2,6]. Closest: 'layers.1.norm'.",
-        "model-2.safetensors: 'layers.1.norm', bfloat16[6], is for no leaf of the model. "
-        "Write unused='layers.1.norm' to leave it.",
-    )  # fmt: skip
+        "model-2.safetensors: 'layers.1.norm', bfloat16[6], is for no leaf of the "
+        "model. Write unused='layers.1.norm' to leave it.",
+    )
     wrong = like()
     wrong["layers"]["q"] = jax.ShapeDtypeStruct((2, 8, 6), jnp.float32)
     refused(folder, wrong, TENSORS, "has shape (8, 6); expected (6, 8) for 'layers/q'")
@@ -232,9 +239,12 @@ def test_what_cannot_be_written_is_refused(tmp_path):
 
 
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
-}  # fmt: skip
+}
 KINDS = {
     "llama": {},
     "llama 3.1": {"rope_theta": 5e5, "rope_scaling": LLAMA3},

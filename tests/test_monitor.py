@@ -40,7 +40,7 @@ def tree(seed=0, dtype=jnp.float32):
 
 
 def matrices(w):
-    """W, A and B as `[stack, in, out]`, `[stack, in, r]`, `[stack, r, out]`, float64."""
+    """W `[stack, in, out]`, A `[stack, in, r]` and B `[stack, r, out]` in float64."""
     layout = w.layout
     stack, in_, out = (int(np.prod(s)) for s in layout.sizes(w.base.shape))
     order = (*layout.stack, *layout.in_, *layout.out)
@@ -201,8 +201,9 @@ def test_overlap_by_construction():
     w = (u[:, :48] * np.linspace(9, 1, 48)) @ vt
 
     def overlaps(a, b):
-        weight = flora.LoraWeight(*(jnp.asarray(x, jnp.float32) for x in (w, a, b)),
-                                  rank=a.shape[1])  # fmt: skip
+        weight = flora.LoraWeight(
+            *(jnp.asarray(x, jnp.float32) for x in (w, a, b)), rank=a.shape[1]
+        )
         subspaces = monitor.reference({"w": weight}, k=8)
         leaf = monitor.measure({"w": weight}, reference=subspaces).leaves["w"]
         return float(leaf.overlap_in), float(leaf.overlap_out)
@@ -216,8 +217,8 @@ def test_overlap_by_construction():
 
 def test_reference_of_a_stored_weight():
     w = tree()["q"]
-    stored = dataclasses.replace(w, base=Quantized(w.base, opener=jnp.negative))
-    one, two = (monitor.reference({"w": x}, k=3)["w"] for x in (w, stored))
+    quantized = dataclasses.replace(w, base=Quantized(w.base, dequantize=jnp.negative))
+    one, two = (monitor.reference({"w": x}, k=3)["w"] for x in (w, quantized))
     np.testing.assert_allclose(one.norm, np.linalg.norm(w.base), rtol=1e-6)
     np.testing.assert_allclose(one.norm, two.norm, rtol=1e-6)
     np.testing.assert_allclose(abs(np.sum(one.in_ * two.in_, 0)), np.ones(3), rtol=1e-4)
@@ -328,8 +329,9 @@ def test_plot(tmp_path):
     assert titles[4].endswith("No alarm")
     line = figure.axes[0].lines[2]
     leaves = [r.leaves for r in reports]
-    want = [np.median([*x["layers/kernel"].norm_delta, x["q"].norm_delta])
-            for x in leaves]  # fmt: skip
+    want = [
+        np.median([*x["layers/kernel"].norm_delta, x["q"].norm_delta]) for x in leaves
+    ]
     np.testing.assert_allclose(line.get_ydata(), want, rtol=1e-6)
     assert line.get_xdata().tolist() == [0, 10]
     figure.savefig(tmp_path / "run.png")
@@ -355,7 +357,8 @@ ERRORS = {
     "measure: reference lacks 'q'": lambda: monitor.measure(
         tree(), reference={"layers/kernel": None}),
     "reference: k=0": lambda: monitor.reference(tree(), k=0),
-    "2 problems.*8×6; k=7 is above 6|2 problems": lambda: monitor.reference(tree(), k=9),
+    "2 problems.*8×6; k=7 is above 6|2 problems": lambda: monitor.reference(
+        tree(), k=9),
     "reference: 'layers/kernel'.*without its base": lambda: monitor.reference(
         flora.split(tree())[1] | {"q": tree()["q"]}),
     "merge_error: none of": lambda: monitor.merge_error({"w": f32(2, 2)}),

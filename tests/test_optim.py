@@ -184,8 +184,11 @@ def test_an_integer_base():
     def quantized(p, x):
         return jnp.sum((x @ (p["q"].astype(jnp.float32) * p["s"]) @ p["kernel"]) ** 2)
 
-    p = {"q": jnp.arange(49, dtype=jnp.int8).reshape(7, 7), "s": jnp.float32(0.01),
-         "kernel": array(7, 5, dtype=jnp.float32)}  # fmt: skip
+    p = {
+        "q": jnp.arange(49, dtype=jnp.int8).reshape(7, 7),
+        "s": jnp.float32(0.01),
+        "kernel": array(7, 5, dtype=jnp.float32),
+    }
     adapted = contract.adapt(quantized, p, X, target="kernel")
     _, grads = jax.jit(flora.value_and_grad(flora.lora(quantized)))(adapted, X)
     assert grads["q"] is None

@@ -1,4 +1,4 @@
-"""Loading: each kind of adapter against its formula in NumPy, from files written by hand."""
+"""Loading: each kind of adapter against its formula in NumPy, from hand-made files."""
 
 from pathlib import Path
 

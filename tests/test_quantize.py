@@ -1,4 +1,4 @@
-"""Bases in fewer bits: the model of the opened weights, and nothing dense kept."""
+"""Bases in fewer bits: the model of the dequantized weights, nothing dense kept."""
 
 import dataclasses
 
@@ -45,7 +45,8 @@ def tied(p, x):
 
 def convolved(p, x):
     y = jax.lax.conv_general_dilated(
-        x[:, None, :], p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))  # fmt: skip
+        x[:, None, :], p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
     return jnp.tanh(y)
 
 
@@ -81,12 +82,12 @@ MODELS = {
 
 
 def case(name, qtype="int8", **config):
-    """The model, its tree on a stored base, and the same on the opened base."""
+    """The model, its tree on a quantized base, and the same on the dequantized base."""
     fn, shapes = MODELS[name]
     params = {k: array(*s, seed=i) for i, (k, s) in enumerate(shapes.items())}
     x = array(4, 8, seed=9)
-    stored = quantize(params, qtype, target="*", block=2)
-    adapted = randomized(adapt(fn, stored, x, dtype=jnp.float64, **config))
+    quantized = quantize(params, qtype, target="*", block=2)
+    adapted = randomized(adapt(fn, quantized, x, dtype=jnp.float64, **config))
     assert all(isinstance(w.base, flora.quantize.Quantized) for w in weights(adapted))
     return fn, adapted, dequantize(adapted), x
 
@@ -105,7 +106,7 @@ def step(fn):
 
 
 def few_and_all(qtypes=("int8", "nf4"), names=("dense", "scan of remat", "one x")):
-    """Some pairs of model and type, all models and all types among them; all if slow."""
+    """Some pairs of model and type, with every model and every type; all if slow."""
     for name in MODELS:
         for qtype in QTYPES:
             few = qtype in qtypes or name in names
@@ -113,38 +114,38 @@ def few_and_all(qtypes=("int8", "nf4"), names=("dense", "scan of remat", "one x"
 
 
 @pytest.mark.parametrize(("name", "qtype"), list(few_and_all()))
-def test_the_gradients_are_those_over_the_opened_base(x64, name, qtype):
-    fn, adapted, opened, x = case(name, qtype)
-    stored = jax.jit(step(fn))
+def test_the_gradients_are_those_over_the_dequantized_base(x64, name, qtype):
+    fn, adapted, dequantized, x = case(name, qtype)
+    run = jax.jit(step(fn))
 
     @jax.jit
-    def of_opened(tree, x):
+    def of_dense(tree, x):
         return step(fn)(tree, x), fn(flora.merge(tree), x)
 
-    got = stored(adapted, x)
-    close(got, of_opened(opened, x)[0])
+    got = run(adapted, x)
+    close(got, of_dense(dequantized, x)[0])
     assert float(optax.tree.norm(got[1][0])) > 0
     zero, plain = (
         jax.tree.map(
             lambda w: dataclasses.replace(w, b=0 * w.b), tree, is_leaf=is_weight
         )
-        for tree in (adapted, opened)
+        for tree in (adapted, dequantized)
     )
-    (_, out), _ = stored(zero, x)
-    close(out, of_opened(plain, x)[1], 1e-14)
+    (_, out), _ = run(zero, x)
+    close(out, of_dense(plain, x)[1], 1e-14)
 
 
 @pytest.mark.parametrize("form", ["thin_last", "concat", "merged"])
 @pytest.mark.parametrize("name", ["dense", "heads", "scan", "one x"])
 def test_in_other_forms(x64, name, form):
-    fn, adapted, opened, x = case(name, form=form)
-    close(jax.jit(step(fn))(adapted, x), jax.jit(step(fn))(opened, x))
+    fn, adapted, dequantized, x = case(name, form=form)
+    close(jax.jit(step(fn))(adapted, x), jax.jit(step(fn))(dequantized, x))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_dense_is_kept_for_the_backward_pass(x64, name):
     for form in ("direct", "concat"):
-        fn, adapted, opened, x = case(name, form=form)
+        fn, adapted, dequantized, x = case(name, form=form)
         base, adapter = flora.split(adapted)
 
         def apply(a, x, fn=fn, base=base):
@@ -152,21 +153,23 @@ def test_nothing_dense_is_kept_for_the_backward_pass(x64, name):
 
         _, pull = jax.vjp(apply, adapter, x)
         held = [y for y in jax.tree.leaves(pull) if hasattr(y, "dtype")]
-        dense = [np.sort(np.ravel(w.base)) for w in weights(opened)]
-        dense += [np.sort(np.ravel(w.base[0])) for w in weights(opened)]
+        dense = [np.sort(np.ravel(w.base)) for w in weights(dequantized)]
+        dense += [np.sort(np.ravel(w.base[0])) for w in weights(dequantized)]
         for y in held:
             values = np.sort(np.ravel(np.asarray(y, np.float64)))
             assert not any(np.array_equal(values, w) for w in dense), y.shape
 
 
 def test_transformations(x64):
-    fn, adapted, opened, x = case("dense")
+    fn, adapted, dequantized, x = case("dense")
     two = jnp.stack([x, 2 * x])
     run = flora.lora(fn)
     batched = jax.vmap(run, (None, 0))
-    close(batched(adapted, two), batched(opened, two))
-    close(jax.checkpoint(run)(adapted, x), run(opened, x))
-    both = [jax.jvp(lambda x, t=t: run(t, x), (x,), (x,))[1] for t in (adapted, opened)]
+    close(batched(adapted, two), batched(dequantized, two))
+    close(jax.checkpoint(run)(adapted, x), run(dequantized, x))
+    both = [
+        jax.jvp(lambda x, t=t: run(t, x), (x,), (x,))[1] for t in (adapted, dequantized)
+    ]
     close(*both)
     plain = flora.merge(adapted)
     close(fn(plain, x), flora.lora(fn)(adapted, x))
@@ -175,10 +178,10 @@ def test_transformations(x64):
 def test_weights_that_are_stored_but_not_adapted():
     fn = dense
     params = {"w": array(8, 4, dtype=jnp.float32), "v": array(6, 4, dtype=jnp.float32)}
-    stored = quantize(params, "int8", target="*", block=2)
+    quantized = quantize(params, "int8", target="*", block=2)
     x = array(4, 8, dtype=jnp.float32)
-    close(flora.lora(fn)(stored, x), fn(dequantize(stored), x), 1e-6)
-    tree = randomized(adapt(fn, stored, x, target="w"))
+    close(flora.lora(fn)(quantized, x), fn(dequantize(quantized), x), 1e-6)
+    tree = randomized(adapt(fn, quantized, x, target="w"))
     close(flora.lora(fn)(tree, x), fn(dequantize(flora.merge(tree)), x))
     base, adapter = flora.split(tree)
     assert isinstance(base["v"], flora.quantize.Quantized)
@@ -195,8 +198,8 @@ class Model(nn.Module):
 
 def test_a_linen_model_trains_on_a_stored_base():
     x, y = array(32, 8, dtype=jnp.float32), array(32, 8, seed=1, dtype=jnp.float32)
-    stored = quantize(Model().init(jax.random.key(0), x), "nf4", block=4)
-    adapted = adapt(Model().apply, stored, x, target="kernel", rank=4)
+    quantized = quantize(Model().init(jax.random.key(0), x), "nf4", block=4)
+    adapted = adapt(Model().apply, quantized, x, target="kernel", rank=4)
     tx = flora.optimizer(optax.adam(3e-2), adapted)
     apply = flora.lora(Model().apply)
 
@@ -222,19 +225,20 @@ def test_a_sharded_tree_is_quantized_where_it_lies():
     place = NamedSharding(mesh, Spec("fsdp", "tp"))
     w = jax.device_put(array(64, 8, dtype=jnp.float32), place)
     whole = quantize({"kernel": np.asarray(w) + jnp.zeros_like(w)}, "int8", block=4)
-    stored = quantize({"kernel": w}, "int8", block=4, donate=True)
+    quantized = quantize({"kernel": w}, "int8", block=4, donate=True)
     assert w.is_deleted()
-    for part in jax.tree.leaves(stored):
+    for part in jax.tree.leaves(quantized):
         assert part.sharding.is_equivalent_to(place, 2)
-    close(stored, whole, 0)
-    tree = adapt(lambda p, x: x @ p["kernel"], stored, jnp.ones((2, 64)))
+    close(quantized, whole, 0)
+    tree = adapt(lambda p, x: x @ p["kernel"], quantized, jnp.ones((2, 64)))
     assert tree["kernel"].a.sharding.spec[0] == "fsdp"
     places = flora.sharding.shardings(tree)
     close(jax.device_put(tree, places), tree, 0)
     wide = flora.sharding.shardings(tree, {"kernel": Spec(("fsdp", "tp"))}, mesh=mesh)
     close(jax.device_put(tree, wide), tree, 0)
-    text = flora.quantize._maker("int8", 4, jnp.dtype("float32")).lower(
-        jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=place)).compile().as_text()  # fmt: skip
+    make = flora.quantize._maker("int8", 4, jnp.dtype("float32"))
+    dense = jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=place)
+    text = make.lower(dense).compile().as_text()
     assert "all-gather" not in text
     assert "all-reduce" not in text
 
@@ -242,9 +246,9 @@ def test_a_sharded_tree_is_quantized_where_it_lies():
 def test_one_array_in_two_places_is_donated_once():
     w = array(64, 8, dtype=jnp.float32)
     whole = quantize({"kernel": w}, "int8")["kernel"]
-    stored = quantize({"a": {"kernel": w}, "b": {"kernel": w}}, "int8", donate=True)
+    quantized = quantize({"a": {"kernel": w}, "b": {"kernel": w}}, "int8", donate=True)
     assert w.is_deleted()
-    close(stored, {"a": {"kernel": whole}, "b": {"kernel": whole}}, 0)
+    close(quantized, {"a": {"kernel": whole}, "b": {"kernel": whole}}, 0)
 
 
 def test_inside_jit():
@@ -291,8 +295,10 @@ def test_loftq_on_a_mesh_inside_jit_and_of_shapes():
 
 def test_shapes_alone():
     shapes = {"kernel": jax.ShapeDtypeStruct((64, 8), jnp.bfloat16)}
-    stored = quantize(shapes, "nf4")
-    tree = adapt(lambda p, x: x @ p["kernel"], stored, jnp.ones((2, 64), jnp.bfloat16))
+    quantized = quantize(shapes, "nf4")
+    tree = adapt(
+        lambda p, x: x @ p["kernel"], quantized, jnp.ones((2, 64), jnp.bfloat16)
+    )
     assert tree["kernel"].a.shape == (64, 2)
     assert tree["kernel"].base.dtype == jnp.bfloat16
 
@@ -315,8 +321,8 @@ def test_reports_and_trees_that_are_adapted_already(x64):
 def test_what_is_opened_is_what_qwix_opens(qtype, dtype):
     w = quantize(array(3, 128, 16, dtype=dtype), qtype, target="*")
     assert w.dtype == w.dense().dtype == dtype
-    assert np.array_equal(w.dense(), qwix.dequantize(w.stored))
-    codes = {int(x) for x in np.unique(np.asarray(w.stored.qvalue, np.float32))}
+    assert np.array_equal(w.dense(), qwix.dequantize(w.values))
+    codes = {int(x) for x in np.unique(np.asarray(w.values.qvalue, np.float32))}
     assert qtype != "nf4" or codes == set(range(16))
 
 
@@ -344,8 +350,10 @@ def test_loftq_is_nearer_than_rounding(x64):
 
     once = flora.quantize.loftq(adapted, "int4", block=2, steps=1)
     often = flora.quantize.loftq(adapted, "int4", block=2)
-    stored = quantize(params, "int4", target="*", block=2)
-    rounded = off({k: dataclasses.replace(adapted[k], base=stored[k]) for k in stored})
+    quantized = quantize(params, "int4", target="*", block=2)
+    rounded = off(
+        {k: dataclasses.replace(adapted[k], base=quantized[k]) for k in quantized}
+    )
     assert off(often) <= off(once) < 0.8 * rounded
     # Eckart and Young: what is left is the tail of the singular values.
     w, rest = once["q"], left(once["q"], "q")
@@ -355,13 +363,16 @@ def test_loftq_is_nearer_than_rounding(x64):
 
 
 BAD = {
-    "type": ({"kernel": jnp.ones((64, 4))}, {"qtype": "int3"}, "qtype='int3'. Write one"),
+    "type": (
+        {"kernel": jnp.ones((64, 4))}, {"qtype": "int3"}, "qtype='int3'. Write one"),
     "block": ({"kernel": jnp.ones((64, 4))}, {"block": 0}, "block=0"),
     "no target": ({"w": jnp.ones((64, 4))}, {}, "target='kernel' selects none"),
     "does not divide": ({"kernel": jnp.ones((60, 4))}, {}, r"\(60, 4\); neither of"),
     "integers": ({"kernel": jnp.ones((64, 4), int)}, {}, "only floating arrays"),
-    "vectors": ({"kernel": jnp.ones(64)}, {}, r"'kernel' has shape \(64,\); only leaves"),
-    "opens to integers": ({"kernel": jnp.ones((64, 4))}, {"dtype": "int8"}, "dtype='int8'"),
+    "vectors": (
+        {"kernel": jnp.ones(64)}, {}, r"'kernel' has shape \(64,\); only leaves"),
+    "opens to integers": (
+        {"kernel": jnp.ones((64, 4))}, {"dtype": "int8"}, "dtype='int8'"),
     "no dtype": ({"kernel": jnp.ones((64, 4))}, {"dtype": "foo"}, "dtype='foo'"),
 }  # fmt: skip
 
@@ -374,9 +385,9 @@ def test_what_cannot_be_stored_is_refused(name):
 
 
 def test_a_stored_weight_cannot_train_or_pass_for_an_array():
-    stored = quantize({"kernel": jnp.ones((64, 4))}, "int8")
+    quantized = quantize({"kernel": jnp.ones((64, 4))}, "int8")
     fn = lambda p, x: x @ p["kernel"]  # noqa: E731
     with pytest.raises(flora.LoraError, match=r"'kernel' is Quantized\(.*cannot train"):
-        adapt(fn, stored, jnp.ones((2, 64)), target=(), train="kernel")
+        adapt(fn, quantized, jnp.ones((2, 64)), target=(), train="kernel")
     with pytest.raises(flora.LoraError, match=r"Run the function through flora.lora"):
-        fn(stored, jnp.ones((2, 64)))
+        fn(quantized, jnp.ones((2, 64)))

@@ -42,7 +42,7 @@ def test_lora_plus(way):
 
 
 def test_lora_plus_as_peft_groups_it():
-    """A at η, embeddings at their own, B and 1-D arrays at 16 η, biases without decay."""
+    """A at η, embeddings at their own, B and 1-D arrays at 16 η; biases: no decay."""
     lr, ratio, lr_embedding = 1e-2, 16.0, 1e-4
     rates = {"embedding": lr_embedding / lr, "head/bias": ratio, "*": {"b": ratio}}
     tx = optax.chain(
@@ -111,8 +111,10 @@ def test_lora_fa(way):
     close(got, want)
     assert unchanged(got)
     for name in ("embedding", "layers"):
-        x, y = (t[name] if name == "embedding" else t[name]["kernel"]
-                for t in (got, ADAPTED))  # fmt: skip
+        x, y = (
+            t[name] if name == "embedding" else t[name]["kernel"]
+            for t in (got, ADAPTED)
+        )
         assert np.array_equal(bits(x.a), bits(y.a))
     trained = sum(x.size for (_, part), x in values(ADAPTED).items() if part != "a")
     sizes = [x.size for x in jax.tree.leaves(state)]
@@ -249,7 +251,7 @@ ERRORS = {
     "lora_fa: damping=-1": lambda: recipes.lora_fa(optax.sgd(0.1), damping=-1),
     "lora_fa: the step needs A": update_without_params,
     "lora_fa: B of '.*' is to train and its A is not in params": b_without_a,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", ERRORS)

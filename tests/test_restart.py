@@ -52,15 +52,17 @@ def test_restart(way):
     assert kernel.base.dtype == w.base.dtype
     assert not kernel.b.any()
     assert not np.array_equal(kernel.a[0], kernel.a[1])  # layers differ
-    assert np.array_equal(bits(got["head"]["kernel"].value),
-                          bits(trained["head"]["kernel"].value))  # fmt: skip
+    assert np.array_equal(
+        bits(got["head"]["kernel"].value), bits(trained["head"]["kernel"].value)
+    )
     contract.close(flora.merge(got), flora.merge(trained), 1e-6)
 
     adams = [
-        x for s in (state, new)
+        x
+        for s in (state, new)
         for x in jax.tree.leaves(s, is_leaf=lambda x: hasattr(x, "mu"))
         if hasattr(x, "mu")
-    ]  # fmt: skip
+    ]
     old, new_adam = adams
     assert int(new_adam.count) == int(old.count) == 2
     for moment in ("mu", "nu"):
@@ -105,14 +107,17 @@ def test_restart_takes_states_that_do_not_start_at_zero():
     tx = flora.optimizer(optax.adagrad(1e-2), ADAPTED)
     trained, state = steps(optax.adagrad(1e-2), "in optimizer")
     _, new = recipes.restart(jax.random.key(0), tx, state, trained)
-    sums = [x for x in jax.tree.leaves(new, is_leaf=contract.is_weight)
-            if contract.is_weight(x)]  # fmt: skip
+    sums = [
+        x
+        for x in jax.tree.leaves(new, is_leaf=contract.is_weight)
+        if contract.is_weight(x)
+    ]
     assert len(sums) == 2
     assert all((x.a == 0.1).all() and (x.b == 0.1).all() for x in sums)
 
 
 def test_restart_in_bfloat16_rounds_the_base():
-    """A change under half a unit in the last place is lost, and the doc's numbers hold."""
+    """Changes under half a unit in the last place are lost; the doc's numbers hold."""
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(256, 256)), jnp.bfloat16)
     a, b = rng.normal(size=(256, 4)), rng.normal(size=(4, 256))
@@ -175,8 +180,8 @@ def test_restart_on_a_mesh(kind):
 # What is refused.
 
 
-def stored():
-    base = Quantized(ADAPTED["embedding"].base, opener=lambda x: x)
+def quantized():
+    base = Quantized(ADAPTED["embedding"].base, dequantize=lambda x: x)
     w = flora.LoraWeight(base, jnp.ones((9, 2)), jnp.ones((2, 6)), rank=2)
     sgd_restart({"w": w})
 
@@ -186,8 +191,9 @@ ERRORS = {
     "restart: none of the tree's": lambda: sgd_restart({"w": jnp.ones((2, 2))}),
     "restart: no leaf of the tree has factors":
         lambda: sgd_restart({"w": flora.Trained(jnp.ones(2))}),
-    "restart: 'embedding' .*without its base": lambda: sgd_restart(flora.split(ADAPTED)[1]),
-    "restart: 'w' is Quantized.*merging would round": stored,
+    "restart: 'embedding' .*without its base":
+        lambda: sgd_restart(flora.split(ADAPTED)[1]),
+    "restart: 'w' is Quantized.*merging would round": quantized,
     "restart: the state is not one of tx": lambda: sgd_restart(
         ADAPTED, optax.adam(0.1).init(ADAPTED)),
     "Leave out optax.flatten": lambda: sgd_restart(

@@ -108,8 +108,8 @@ def test_randomized_pissa_comes_near(x64, name):
         ).all()
     # A matrix of low rank is found at once, however few columns are sketched.
     low = jax.tree.map(lambda w: jnp.ones_like(w), flora.merge(adapted))
-    w = weights(starts.pissa(adapt(MODELS[name][0], low, array(4, 8), dtype=jnp.float64),
-                             method="randomized", niter=0, key=key))  # fmt: skip
+    adapted = adapt(MODELS[name][0], low, array(4, 8), dtype=jnp.float64)
+    w = weights(starts.pissa(adapted, method="randomized", niter=0, key=key))
     assert all(float(jnp.abs(x.base).max()) < 1e-12 for x in w)
 
 
@@ -281,8 +281,8 @@ def test_under_jit_and_in_shapes(x64):
 def test_a_residual_base_can_be_stored_in_fewer_bits():
     fn, params, adapted, x = case("dense", jnp.float32)
     start = starts.pissa(adapted)
-    stored = flora.quantize.quantize(start, "int8", target="*", block=1)
-    close(flora.lora(fn)(stored, x), fn(params, x), 2e-2)
+    quantized = flora.quantize.quantize(start, "int8", target="*", block=1)
+    close(flora.lora(fn)(quantized, x), fn(params, x), 2e-2)
     frozen = {
         **adapted,
         "extra": flora.quantize.quantize(
@@ -360,10 +360,12 @@ BAD = {
     "olora: 'w' is an adapter without its base": lambda: starts.olora(
         flora.split(tree())[1]),
     "is Quantized(float32[8,5] as int8+float32), and pissa computes with dense weights":
-        lambda: starts.pissa(flora.quantize.quantize(tree(), "int8", target="*", block=2)),
+        lambda: starts.pissa(
+            flora.quantize.quantize(tree(), "int8", target="*", block=2)),
     "pissa: 'w' is a LoraWeight that holds no arrays": lambda: starts.pissa(
         flora.mask(tree())),
-    "a matrix of 8×5, and rank 3; 2·rank must be at most 5. Write rank_pattern={'w': 2}":
+    "a matrix of 8×5, and rank 3; 2·rank must be at most 5. Write "
+    "rank_pattern={'w': 2}":
         lambda: starts.lora_ga(tree(3), W),
     "method='qr'. Write one of svd, randomized": lambda: starts.pissa(
         tree(), method="qr"),
@@ -378,7 +380,8 @@ BAD = {
         tree(), W, direction="random"),
     "gamma=0. Write": lambda: starts.lora_ga(tree(), W, gamma=0),
     "lora_ga: grads has no gradient of 'w'": lambda: starts.lora_ga(tree(), {"v": 1}),
-    "lora_ga: grads has float32[5, 8] at 'w'; expected a dense gradient of shape (8, 5)":
+    "lora_ga: grads has float32[5, 8] at 'w'; "
+    "expected a dense gradient of shape (8, 5)":
         lambda: starts.lora_ga(tree(), {"w": W["w"].T}),
     "lora_ga: grads has a LoraWeight at 'w'": lambda: starts.lora_ga(tree(), tree()),
     "at_once=0. Write": lambda: list(starts.each_base_gradient(sum, tree(), at_once=0)),

@@ -98,8 +98,11 @@ def test_narrow_dtypes(variant, dtype):
 def test_dropout_acts_on_what_adapting_changes(x64, variant, name):
     """y = x W + (x' W_eff - x' W), with x' the dropped x; lookups are not dropped."""
     fn, params, args = case(name)
-    changed = trained(adapt(fn, params, *args, variant=VARIANTS[variant], dropout=0.5,
-                            dtype=jnp.float64))  # fmt: skip
+    changed = trained(
+        adapt(
+            fn, params, *args, variant=VARIANTS[variant], dropout=0.5, dtype=jnp.float64
+        )
+    )
     key = jax.random.key(5)
     apply = flora.lora(fn)
     got = apply(flora.with_dropout(changed, key), *args)

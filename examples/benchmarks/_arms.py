@@ -1,11 +1,12 @@
-"""One gated MLP and the ways to train it, in JAX: what the comparisons compare.
+"""One gated MLP and the ways to train it in JAX, for the comparisons.
 
     y = x + (silu(x W_gate) * (x W_up)) W_down,   loss = mean(y²) in float32,
 
 each W with LoRA of rank r.  Every arm has the same weights, factors and activations,
 all of one dtype, and every arm's step returns the loss and the gradients of what it
-trains and of x: a layer below would need dx.  quax and `nnx.LoRALinear` have no alpha;
-their B has the scale in it before the step starts, so they are spared a multiplication.
+trains and of x, since a layer below would need dx.  quax and `nnx.LoRALinear` have no
+alpha: the scale is in their B before the step starts, which saves them a
+multiplication.
 """
 
 import dataclasses
@@ -122,7 +123,7 @@ def as_params(weights: Weights) -> Any:
 
 
 def frozen_arm(sizes: Sizes) -> Arm:
-    """Loss and dx alone: what no way to train can undercut."""
+    """Loss and dx alone: the lower bound for every way to train."""
     return Arm(
         lambda weights, factors: ((), as_params(weights)),
         lambda _, params, x: plain_loss(params, x), factored=False,
@@ -210,7 +211,7 @@ class LinenModel(nn.Module):
 
 
 def qwix_arm(sizes: Sizes) -> Arm:
-    """qwix: `apply_lora_to_model` on Linen; the params' factors are split off by name."""
+    """qwix: `apply_lora_to_model` on Linen; the factors are split off by name."""
     qwix = importlib.import_module("qwix")
     alpha = sizes.scale * sizes.rank
     provider = qwix.LoraProvider(module_path=".*", rank=sizes.rank, alpha=alpha)
@@ -364,8 +365,8 @@ def check(name: str, make: Callable[[Sizes], Arm]) -> None:
     """Proves on small arrays that an arm trains what it is said to train.
 
     Raises:
-      RuntimeError: its loss or dx is not that of W + scale A B, its gradient is zero, or
-        ten steps of gradient descent do not lower the loss.
+      RuntimeError: its loss or dx is not that of W + scale A B, its gradient is zero,
+        or ten steps of gradient descent do not lower the loss.
     """
     sizes = Sizes(tokens=32, d=16, ff=24, rank=4, dtype=jnp.float32)
     arm, key = make(sizes), jax.random.key(1)

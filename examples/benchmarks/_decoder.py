@@ -1,7 +1,7 @@
-"""A Llama-style decoder in plain Linen and bfloat16, and where its arrays lie on a mesh.
+"""A Llama-style decoder in plain Linen and bfloat16, and its sharding on a mesh.
 
-RMSNorm, rotary positions, grouped-query attention under a causal mask, a gated MLP and a
-cross-entropy loss.  It knows nothing of flora.
+RMSNorm, rotary positions, grouped-query attention under a causal mask, a gated MLP and
+a cross-entropy loss.  It knows nothing of flora.
 
 References: Touvron et al. 2023. https://arxiv.org/abs/2302.13971
   Ainslie et al. 2023 (grouped queries). https://arxiv.org/abs/2305.13245
@@ -47,15 +47,15 @@ class Sizes:
 
 
 def anywhere(x: jax.Array, kind: str) -> jax.Array:
-    """Leaves it to the compiler where an array lies."""
+    """Leaves the sharding of an array to the compiler."""
     return x
 
 
 def on_mesh(mesh: Mesh, kv_heads: int, *, shard_sequence: bool = False) -> Constrain:
-    """Where activations, and the head's kernel, lie on a mesh of axes 'data', 'fsdp' and 'tp'.
+    """How activations and the head's kernel are sharded over 'data', 'fsdp' and 'tp'.
 
-    Sequences lie over 'data' and 'fsdp', heads and ff over 'tp'; where `kv_heads` do not
-    divide by it, each chip has them all.
+    Sequences are sharded over 'data' and 'fsdp', heads and ff over 'tp'; where 'tp'
+    does not divide `kv_heads`, each chip has them all.
 
     Args:
       mesh: of these axes.
@@ -80,10 +80,10 @@ def on_mesh(mesh: Mesh, kv_heads: int, *, shard_sequence: bool = False) -> Const
 
 
 def weight_spec(path: tuple[Any, ...], leaf: Any) -> P:
-    """Where a weight lies: one of its axes over 'fsdp', another over 'tp'.
+    """The spec of a weight: one of its axes over 'fsdp', another over 'tp'.
 
-    Columns of q, k, v, gate, up and the head go over 'tp', rows of o and down (Shoeybi et
-    al. 2019, https://arxiv.org/abs/1909.08053); norms are whole everywhere.
+    Columns of q, k, v, gate, up and the head go over 'tp', rows of o and down (Shoeybi
+    et al. 2019, https://arxiv.org/abs/1909.08053); norms are replicated.
     """
     name = jax.tree_util.keystr(path)
     if leaf.ndim < 2 or "norm" in name:
@@ -137,7 +137,7 @@ def _blocks(x: jax.Array, block: int) -> jax.Array:
 
 
 class Layer(nn.Module):
-    """Attention, of `block` queries at a time, and a gated MLP, each after an RMSNorm."""
+    """Attention, `block` queries at a time, and a gated MLP, each after an RMSNorm."""
 
     sizes: Sizes
     constrain: Constrain = anywhere
@@ -212,7 +212,7 @@ class Llama(nn.Module):
     Attributes:
       sizes: of the model.
       variant: 'unrolled' or 'scan', with ', remat' or without.
-      constrain: says where activations lie.
+      constrain: shards the activations.
       block: how many queries, or tokens of the head, are computed at a time; 0 for all.
     """
 
@@ -242,7 +242,7 @@ class Llama(nn.Module):
         return self.loss(self.constrain(self.embed(ids), "stream"), ids)
 
     def loss(self, x: jax.Array, ids: jax.Array) -> jax.Array:
-        """Embedded tokens `[batch, tokens, d]` to the cross-entropy of the next tokens."""
+        """The next tokens' cross-entropy, from embedded tokens `[batch, tokens, d]`."""
         for layer in self.layers:
             x, _ = layer(x, None)
         x = self.constrain(self.norm(x), "normed")

@@ -1,8 +1,8 @@
 """The MLP of `_arms` in PyTorch: frozen, trained whole, and with PEFT's LoRA.
 
-Weights, factors and activations are the JAX arms' own numbers, and so is the dtype: PEFT
-would keep the factors of a bfloat16 model in float32, `autocast_adapter_dtype=False` says
-no.  PyTorch is imported when first asked for.
+Weights, factors and activations are those of the JAX arms, and so is the dtype:
+`autocast_adapter_dtype=False` stops PEFT from keeping the factors of a bfloat16 model
+in float32.  PyTorch is imported when it is first needed.
 """
 
 import importlib
@@ -36,7 +36,7 @@ def _tensor(x: Any, sizes: _arms.Sizes, device: str) -> Any:
 
 
 def _mlp(weights: dict[str, Any]) -> Any:
-    """The model: x + down(silu(gate(x)) * up(x)), of `nn.Linear`s with these weights."""
+    """x + down(silu(gate(x)) * up(x)), made of `nn.Linear`s with these weights."""
     torch = importlib.import_module("torch")
 
     class Mlp(torch.nn.Module):
@@ -139,7 +139,7 @@ def calls(
 
 
 def check(name: str) -> None:
-    """As `_arms.check`, on the CPU: the loss of W + scale A B, a gradient, a loss that falls.
+    """What `_arms.check` checks, on the CPU: the loss, a gradient, a falling loss.
 
     Raises:
       RuntimeError: one of these does not hold.

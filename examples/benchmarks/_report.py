@@ -1,19 +1,33 @@
-"""What the scripts print alike.  They import it as a sibling: run them as files."""
+"""Tables and options that the scripts share; they import it as a sibling module."""
 
-from collections.abc import Iterable, Sequence
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata, util
 
 import jax
+from rich.console import Console
 from rich.table import Table
 
 Results = dict[str, dict[str, float] | str]
 
 
 def versions(*others: str) -> str:
-    """What the numbers hold for: versions, of `others` where installed, and platform."""
+    """The versions and the platform of the numbers, `others` where installed."""
     found = [f"{x} {metadata.version(x)}" for x in ("jax", "jaxlib", "flax")]
     found += [f"{x} {metadata.version(x)}" for x in others if installed(x)]
     return f"{', '.join(found)} on {jax.default_backend()}"
+
+
+def run(
+    title: str, sizes: Mapping[str, int], measure: Callable, table: Callable
+) -> None:
+    """Parses sizes from the command line, measures, and prints what `table` makes."""
+    parser = argparse.ArgumentParser(description=title)
+    for name, size in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    args, console = parser.parse_args(), Console()
+    console.print(f"{versions()}; {vars(args)}", highlight=False)
+    console.print(table(measure(**vars(args))))
 
 
 def installed(*packages: str) -> bool:

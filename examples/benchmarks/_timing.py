@@ -16,8 +16,8 @@ def paired(
 ) -> dict[str, list[float]]:
     """Seconds of each call, by round; a round is one of each, in random order.
 
-    What else the machine does then meets all arms alike, and the ratios of one round
-    hold where its times do not.
+    Other work on the machine slows all arms of a round alike, so the ratios within a
+    round hold even where its times do not.
 
     Args:
       calls: what to time.  Each waits for its own result.

@@ -1,4 +1,4 @@
-"""What the TPU compiler says of a program, on a machine that has no TPU.
+"""The TPU compiler's estimates for a program, on a machine without a TPU.
 
 `pip install libtpu` brings the compiler.  Its cycles are estimates: of compute and of
 memory traffic, fusion by fusion, not of every stall.
@@ -24,7 +24,8 @@ CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 HBM = {"v5e": 15.75, "v5p": 95.73, "v6e": 31.24}
 """GiB of a chip that a program can use, as the compiler of libtpu 0.0.52 says.
 
-On paper they are 16, 95 and 32 GB: https://docs.cloud.google.com/tpu/docs/v5e, v5p, v6e.
+On paper they are 16, 95 and 32 GB:
+https://docs.cloud.google.com/tpu/docs/v5e, v5p and v6e.
 """
 
 
@@ -98,14 +99,14 @@ def costs(compiled: jax.stages.Compiled) -> Costs:
 
 
 def collectives(text: str) -> dict[str, int]:
-    """`{kind: bytes}` of the collectives that one device of an HLO module takes part in.
+    """`{kind: bytes}` of the collectives that one device takes part in, from HLO text.
 
     The size of a collective is that of its result, and of its operand where that is the
     larger one (reduce-scatter): what a ring moves, but for the factor (n - 1)/n and an
-    all-reduce's factor of 2.  One asynchronous collective may be several instructions in
-    several fused computations that share a channel; it counts once, times the trips of
-    the loops around it.  (One that goes on behind a loop has parts in its body, too; it
-    starts and ends outside, so the fewest trips count.)
+    all-reduce's factor of 2.  One asynchronous collective may be several instructions
+    in several fused computations that share a channel; it counts once, times the trips
+    of the loops around it.  (One that goes on behind a loop has parts in its body, too;
+    it starts and ends outside, so the fewest trips count.)
     """
     trips, found = _trips(text), {}
     for computation, body in _computations(text).items():

@@ -9,9 +9,9 @@ Three sections, those that this machine can run unless `--on` chooses:
   peft  the same in PyTorch with PEFT, beside PyTorch's own frozen model.
 
 Every arm computes the loss and the gradients of what it trains and of x.  Before
-anything is measured each shows on small arrays that it computes W + scale A B, that its
-gradient is not zero and that gradient descent lowers its loss; flora's own arms stop the
-run where they do not, another library's row says why.
+anything is measured, each is checked on small arrays: it must compute W + scale A B,
+its gradient must not be zero, and gradient descent must lower its loss.  If an arm of
+flora's fails, the run stops; if another library's fails, its row says why.
 
     pip install libtpu qwix quax peft torch
     python examples/benchmarks/compare.py --on tpu,cpu,peft

@@ -2,8 +2,8 @@
 
 The model, the arms and their checks are those of `compare.py`, in bfloat16.  A round is
 one call of each arm in random order, each waited for; a ratio is the median over rounds
-of the ratios within a round, to the frozen model of the same library (PyTorch compiled to
-PyTorch compiled).  JAX's steps are compiled; PyTorch's are eager and compiled.
+of the ratios within a round, to the frozen model of the same library (PyTorch compiled
+to PyTorch compiled).  JAX's steps are compiled; PyTorch's are eager and compiled.
 
 This script has not run on a GPU yet, only with `--device cpu` at small sizes.
 

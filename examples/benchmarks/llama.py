@@ -1,15 +1,17 @@
 """What a training step of a Llama-style decoder costs on TPUs, compiled without one.
 
-RMSNorm, rotary positions, grouped-query attention under a causal mask, a gated MLP and a
-cross-entropy loss, in plain Linen and bfloat16.  Three arms: frozen (loss and the gradient
-of the embedded tokens: what no way to train can undercut), flora on every linear kernel
-(loss, dA, dB and that gradient) and full (loss, all dW and that gradient).
+RMSNorm, rotary positions, grouped-query attention under a causal mask, a gated MLP and
+a cross-entropy loss, in plain Linen and bfloat16.  Three arms: frozen (loss and the
+gradient of the embedded tokens: a lower bound for every way to train), flora on every
+linear kernel (loss, dA, dB and that gradient) and full (loss, all dW and that
+gradient).
 
-The layers are unrolled, or one `nn.scan`, each with `nn.remat` around a layer or without.
-XLA counts a loop's body once.  For the scanned model "Mcycles" has each body's cycles
-times its trips, read off the loop's condition; the columns with "once" are as XLA counts,
-so there only the ratios of FLOPs mean anything, and not across variants.  "left out" counts
-the kernels that the compiler has no estimate for: they are in neither sum.
+The layers are unrolled, or one `nn.scan`, each with `nn.remat` around a layer or
+without.  XLA counts a loop's body once.  For the scanned model "Mcycles" has each
+body's cycles times its trips, read off the loop's condition; the columns with "once"
+are as XLA counts, so there only the ratios of FLOPs mean anything, and not across
+variants.  "left out" counts the kernels that the compiler has no estimate for: they are
+in neither sum.
 
     pip install libtpu
     python examples/benchmarks/llama.py --chips v5e,v5p,v6e --form auto

@@ -1,8 +1,9 @@
-"""k trainings at once against k one after the other: the same losses, in how much time.
+"""k trainings at once against k one after the other: equal losses, compared times.
 
 A sweep over learning rates and ranks on one base, a stack of gated MLPs.  "At once" is
 `flora.multi.train_step`; "one by one" is the usual jitted step, k times.  A round times
-each once, in random order, and the ratio is of one round.  The losses of both must agree.
+each once, in random order, and the ratio is of one round.  The losses of both must
+agree.
 
     python examples/benchmarks/many.py --runs 2,8
 """
@@ -74,8 +75,10 @@ def arms(s: Sweep) -> dict[str, Any]:
     at_once = jax.jit(flora.multi.train_step(s.loss, optax.adam))
     held: dict[str, Any] = {"runs": flora.multi.start(s.adapters, optax.adam, s.rates)}
     tx = optax.inject_hyperparams(optax.adam)
-    alone = [(a, tx(learning_rate=float(r)).init(a))  # pyright: ignore
-             for a, r in zip(s.adapters, s.rates, strict=True)]  # fmt: skip
+    alone = [
+        (a, tx(learning_rate=float(r)).init(a))  # pyright: ignore
+        for a, r in zip(s.adapters, s.rates, strict=True)
+    ]
     held["alone"] = alone
 
     @jax.jit
@@ -145,8 +148,14 @@ def main(argv: list[str] | None = None) -> dict[int, dict[str, Any]]:
         f"A step of k runs: {options.layers} gated MLPs, d {options.d}, "
         f"{options.tokens} tokens, ranks 4 to 16"
     )
-    columns = ("k", "at once, ms", "one by one, ms", "times faster", "quartiles",
-               "losses differ")  # fmt: skip
+    columns = (
+        "k",
+        "at once, ms",
+        "one by one, ms",
+        "times faster",
+        "quartiles",
+        "losses differ",
+    )
     rows = [(str(k), row(x)) for k, x in found.items()]
     console = Console()
     console.print(_report.table(title, columns, rows))

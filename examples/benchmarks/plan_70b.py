@@ -9,7 +9,6 @@ call are `ShapeDtypeStruct`s.
 References: Grattafiori et al. 2024 (sizes). https://arxiv.org/abs/2407.21783
 """
 
-import argparse
 import pathlib
 import resource
 import sys
@@ -20,7 +19,6 @@ import _report
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
 import flora
@@ -157,7 +155,6 @@ def table(plan: dict[str, float]) -> Table:
 
 def main() -> None:
     """Parses the sizes, measures, prints."""
-    parser = argparse.ArgumentParser(description="Plans LoRA on a 70B Llama.")
     sizes = {
         "layers": 80,
         "d": 8192,
@@ -168,11 +165,7 @@ def main() -> None:
         "tokens": 4096,
         "rank": 16,
     }
-    for name, size in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=size)
-    args, console = parser.parse_args(), Console()
-    console.print(f"{_report.versions()}; {vars(args)}", highlight=False)
-    console.print(table(measure(**vars(args))))
+    _report.run("Plans LoRA on a 70B Llama.", sizes, measure, table)
 
 
 if __name__ == "__main__":

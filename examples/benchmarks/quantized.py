@@ -4,8 +4,9 @@ A stack of residual gated MLPs in bfloat16, LoRA on every weight; the step retur
 loss and the gradients of A, B and x.  The layers are unrolled, or one `lax.scan`, each
 with `jax.checkpoint` around a layer or without.
 
-If a dense copy of the base were kept for the backward pass, the temporary memory of a
-stored base would be above bfloat16's by that copy: "dense base" says how much it is.
+If a dense copy of the base were kept for the backward pass, the temporary memory with a
+quantized base would be above bfloat16's by that copy, whose size is the column "dense
+base".
 
     pip install libtpu qwix
     python examples/benchmarks/quantized.py
@@ -23,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
+from scale import adapted_step
 
-import flora
 from flora import quantize
 
 VARIANTS = ("unrolled", "unrolled, remat", "scan", "scan, remat")
@@ -77,24 +78,14 @@ def measure(chip: str, sizes: Sizes, variant: str, stored: str) -> dict[str, flo
     if stored != "bfloat16":
         base = quantize.quantize(dense, stored, target="*")
     x = jax.ShapeDtypeStruct((sizes.tokens, sizes.d), jnp.bfloat16)
-    config = flora.LoraConfig(rank=sizes.rank, target="*", dtype=jnp.bfloat16)
 
     def model(params: Any, x: jax.Array) -> jax.Array:
         return loss(params, x, variant)
 
-    adapted = flora.init(jax.random.key(0), config, model, base, x)
-    base, adapter = flora.split(adapted)
-    run = flora.lora(model)
-
-    def step(adapter: Any, x: jax.Array, base: Any) -> Any:
-        def of(adapter: Any, x: jax.Array) -> jax.Array:
-            return run(flora.join(base, adapter), x)
-
-        return jax.value_and_grad(of, (0, 1))(adapter, x)
-
-    costs = _tpu.cost(chip, step, adapter, x, base)
+    step, inputs = adapted_step(model, base, x, sizes.rank, jnp.bfloat16)
+    costs = _tpu.cost(chip, step, *inputs)
     return costs | {
-        "base_bytes": stored_bytes(base),
+        "base_bytes": stored_bytes(inputs[2]),
         "dense_bytes": stored_bytes(dense),
     }
 

@@ -1,9 +1,10 @@
 """How the cost grows with rank, with the number of adapted leaves and with depth.
 
-By rank: XLA's count of the FLOPs of one step above the frozen model's, compiled for this
-machine, beside what x A, B and their gradients need, 3 · 2 · tokens · rank · (in + out).
-By leaves: seconds to `flora.init`, and to trace and lower one step of a chain of small
-products, beside the frozen model's.  By layers: the same of one `lax.scan`.
+By rank: XLA's count of the FLOPs of one step above the frozen model's, compiled for
+this machine, beside what x A, B and their gradients need,
+3 · 2 · tokens · rank · (in + out).  By leaves: seconds to `flora.init`, and to trace
+and lower one step of a chain of small products, beside the frozen model's.  By layers:
+the same of one `lax.scan`.
 
     python examples/benchmarks/scale.py
 """
@@ -35,9 +36,11 @@ def scanned(params: Any, x: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(x))
 
 
-def adapted_step(model: Callable, params: Any, x: Any, rank: int) -> tuple[Any, Any]:
-    """`(step, inputs)`: loss, gradients of A, B and x."""
-    config = flora.LoraConfig(rank=rank, target="*")
+def adapted_step(
+    model: Callable, params: Any, x: Any, rank: int, dtype: Any = jnp.float32
+) -> tuple[Any, Any]:
+    """`(step, (adapter, x, base))`: loss, gradients of A, B (in `dtype`) and x."""
+    config = flora.LoraConfig(rank=rank, target="*", dtype=dtype)
     adapted = flora.init(jax.random.key(0), config, model, params, x)
     base, adapter = flora.split(adapted)
     run = flora.lora(model)

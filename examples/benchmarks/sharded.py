@@ -1,14 +1,14 @@
 """What a sharded step of a Llama-style block costs on 16 TPUs, compiled without any.
 
 The block is attention and a gated MLP (`_decoder.py`), or one of experts; frozen is its
-loss and dx, flora the same with the gradients of A and B.  Bytes of collectives are those
-of one chip, counted as `_tpu.collectives` says; each collective is there once.
+loss and dx, flora the same with the gradients of A and B.  Bytes of collectives are
+those of one chip, counted as `_tpu.collectives` says; each collective is there once.
 
     pip install -e ".[examples,tpu-compiler]"
     python examples/benchmarks/sharded.py --forms auto,direct
 
-Meshes of v5e:4x4: FSDP x TP (4 x 4), the same with the tokens between blocks divided over
-'tp', FSDP (16), data parallel (16), and 16 experts on 16 chips.
+Meshes of v5e:4x4: FSDP x TP (4 x 4), the same with the tokens between blocks divided
+over 'tp', FSDP (16), data parallel (16), and 16 experts on 16 chips.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SIZES = Sizes(sequences=16, tokens=16384, d=4096, heads=32, kv_heads=8, ff=14336
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A loss of params and x, with shapes that say where they lie."""
+    """A loss of params and x, with their shapes and shardings."""
 
     mesh: Mesh
     loss: Callable[[Any, jax.Array], jax.Array]
@@ -124,7 +124,7 @@ CASES: dict[str, Callable[[Sizes], Case]] = {
 def arms(
     case: Case, sizes: Sizes, forms: Sequence[str], dtype: Any
 ) -> Iterator[tuple[str, Callable, tuple[Any, ...]]]:
-    """`(arm, loss of (trained, x, frozen), its arguments)`: frozen, flora in each form."""
+    """`(arm, loss, its arguments)`: the frozen model, then flora in each form."""
     yield "frozen", lambda _, x, params: case.loss(params, x), ((), case.x, case.params)
     config = flora.LoraConfig(
         rank=sizes.rank,
@@ -160,8 +160,8 @@ def measure(
 
     Returns:
       `{arm: {"cycles", "temp_bytes", "collectives", "bytes", "factor_bytes",
-      "cycles_to_frozen", "bytes_to_frozen"}}`: "collectives" by kind, "bytes" their sum,
-      "factor_bytes" those of A and B of one chip.
+      "cycles_to_frozen", "bytes_to_frozen"}}`: "collectives" by kind, "bytes" their
+      sum, "factor_bytes" those of A and B of one chip.
     """
     case, found = CASES[name](sizes), {}
     whole = NamedSharding(case.mesh, P())

@@ -12,7 +12,6 @@ same backward.  The model is a gated MLP, layers unrolled, float32.
     python examples/benchmarks/step_cost.py --tokens 2048 --d 1024 --ff 2816
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,6 @@ import _report
 import jax
 import jax.numpy as jnp
 import optax
-from rich.console import Console
 from rich.table import Table
 
 import flora
@@ -190,13 +188,8 @@ def table(costs: dict[str, Costs]) -> Table:
 
 def main() -> None:
     """Parses the sizes, measures, prints."""
-    parser = argparse.ArgumentParser(description="FLOPs and memory of one step.")
     sizes = {"tokens": 2048, "d": 1024, "ff": 2816, "layers": 2, "rank": 8}
-    for name, size in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=size)
-    args, console = parser.parse_args(), Console()
-    console.print(f"{_report.versions()}; {vars(args)}", highlight=False)
-    console.print(table(measure(**vars(args))))
+    _report.run("FLOPs and memory of one step.", sizes, measure, table)
 
 
 if __name__ == "__main__":

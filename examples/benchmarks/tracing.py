@@ -6,8 +6,8 @@ JAX's caches cleared before each, and the median of the pairs' ratios is reporte
 what else the machine does then cancels.  Arrays are `ShapeDtypeStruct`s throughout.
 
 With `--compile`, forward passes are compiled twice: as flora adapts the model, and with
-y + scale (x A) B added by hand to what each Dense layer returns, which is the least that
-any LoRA has to compile.
+y + scale (x A) B added by hand to what each Dense layer returns, which is the least
+that any LoRA has to compile.
 
     python examples/benchmarks/tracing.py --layers 24 --pairs 7 --compile
 """

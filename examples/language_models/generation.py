@@ -1,4 +1,4 @@
-"""Tokens after tokens: prompts of several lengths at once, over one cache."""
+"""Generates tokens for prompts of several lengths at once, over one cache."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def generator(
       transform: around its `apply`, such as `flora.lora`.
       new: how many tokens at most.
       stop: tokens that end an answer; they are not in it.
-      temperature: of the draw; 0 takes the likeliest.
+      temperature: of the draw; 0 takes the likeliest token.
       rounded: prompts are padded to a multiple of that.
     """
 

@@ -1,8 +1,8 @@
 """A decoder of the Llama family in Flax Linen, as HF's config.json describes it.
 
-Llama 2 and 3, Mistral, Qwen 2 and Qwen 3: RMSNorm, rotary positions (HF's halves), grouped
-queries, a gated MLP.  Parameters have HF's names, so that a checkpoint needs transposing
-and nothing else.  It knows nothing of flora.
+Llama 2 and 3, Mistral, Qwen 2 and Qwen 3: RMSNorm, rotary positions (HF's halves),
+grouped queries, a gated MLP.  Parameters have HF's names, so that a checkpoint needs
+transposing and nothing else.  It knows nothing of flora.
 
     model = Llama(LlamaConfig.from_hf(parsed), scan=True, remat="full")
     params = hf_llama.load(folder, model)
@@ -23,10 +23,10 @@ from language_models.llama_config import LlamaConfig, frequencies
 
 
 class Cache(NamedTuple):
-    """Keys and values `[layers, batch, slots, kv_heads, head_dim]`, and what they are of.
+    """Keys and values `[layers, batch, slots, kv_heads, head_dim]`, and their tokens.
 
-    `positions` and `segments` are `[batch, slots]`; segment -1 is an empty slot.  `used`
-    counts the slots that hold something.
+    `positions` and `segments` are `[batch, slots]`; segment -1 is an empty slot.
+    `used` counts the slots that hold something.
     """
 
     k: jax.Array
@@ -71,7 +71,7 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 class Step(NamedTuple):
-    """What all layers share: angles `[batch, tokens, dim/2]`, mask, the first free slot.
+    """What all layers share: angles `[batch, tokens, dim/2]`, mask, first free slot.
 
     The mask `[batch, tokens, slots]` says which keys each token sees.
     """

@@ -169,8 +169,10 @@ def fine_tune(arm: Arm, variables: Any, sizes: Sizes) -> dict[str, np.ndarray]:
     grid = jax.jit(lambda pairs, rates: study.grid(run, rates, pairs))
     found = grid(pairs, jnp.asarray(sizes.rates))
     found = jax.tree.map(np.asarray, found)
-    return found | {k: np.where(np.isfinite(found[k]), found[k], np.inf)
-                    for k in ("training_loss", "test_loss")}  # fmt: skip
+    return found | {
+        k: np.where(np.isfinite(found[k]), found[k], np.inf)
+        for k in ("training_loss", "test_loss")
+    }
 
 
 def parameters(arm: Arm, variables: Any) -> int:

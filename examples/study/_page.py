@@ -65,7 +65,7 @@ def label(ax: Axes, title: str, x: str, y: str, scale: str = "log") -> None:
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def shown(value: Any) -> str:
+def rounded(value: Any) -> str:
     """A cell: three or four digits."""
     if isinstance(value, bool) or not isinstance(value, float):
         return str(value)
@@ -113,15 +113,15 @@ def page(texts: Mapping[str, Text], folder: pathlib.Path, link: str, head: str) 
             parts.append(_flat(text.captions[table]))
             parts.append(markdown(rows))
         parts.append(f"![{text.title}]({link}{name}.png)")
-        parts.append(f"**Verdict.** {filled(_flat(text.verdict), tables)}")
+        parts.append(f"**Verdict.** {with_numbers(_flat(text.verdict), tables)}")
     meta = folder / "meta.csv"
     if meta.exists():
         rows = read_csv(meta)
         total = sum(float(row["cpu_minutes"]) for row in rows)
         parts += ["## Where these numbers were made", markdown(rows)]
         parts.append(
-            f"In all {total:.1f} minutes of CPU time, both cores together. Wall-clock time "
-            "is what it was beside other work on the machine (load)."
+            f"In all {total:.1f} minutes of CPU time, both cores together. Wall-clock "
+            "time is what it was beside other work on the machine (load)."
         )
     return "\n\n".join(parts) + "\n"
 
@@ -155,12 +155,12 @@ def cell(row: Mapping[str, str], name: str) -> str:
 
 def _number(text: str) -> str:
     try:
-        return text if re.fullmatch(r"-?\d+", text) else shown(float(text))
+        return text if re.fullmatch(r"-?\d+", text) else rounded(float(text))
     except ValueError:
         return text
 
 
-def filled(text: str, tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
+def with_numbers(text: str, tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
     """The verdict with the cells it names.
 
     Raises:

@@ -1,8 +1,8 @@
 """What the experiments share: grids in one program, training, intervals, exponents.
 
 A trial is one seed: it makes its own weights, data and start, and runs every arm and
-learning rate of the grid at once.  Trials are mapped over seeds, so an experiment is one
-compiled program per shape.
+learning rate of the grid at once.  Trials are mapped over seeds, so an experiment is
+one compiled program per shape.
 """
 
 import dataclasses
@@ -91,9 +91,9 @@ def on_factors(fn: Callable, adapter: Any) -> Any:
 def scaled(adapter: Any, scale: Any) -> Any:
     """The adapter whose B is `scale` times as large.
 
-    Where it is joined inside the loss, with alpha = rank, this is LoRA of that scale: the
-    gradients of A and of the unscaled B are those of W + scale A B.  It makes scales an
-    axis of one program, since `alpha` is static.
+    Where it is joined inside the loss, with alpha = rank, this is LoRA of that scale:
+    the gradients of A and of the unscaled B are those of W + scale A B.  It makes
+    scales an axis of one program, since `alpha` is static.
     """
     return on_factors(lambda w: dataclasses.replace(w, b=scale * w.b), adapter)
 
@@ -132,7 +132,8 @@ def train(
       measure: `measure(params, grads)` before each step.
 
     Returns:
-      The trained params, losses `[steps]` before each step, measurements `[steps, ...]`.
+      The trained params, losses `[steps]` before each step, measurements
+      `[steps, ...]`.
     """
 
     def step(carry: Any, i: Any) -> Any:
@@ -212,7 +213,8 @@ def rate_cells(grid: Any, k: int) -> dict[str, Any]:
 def own_best(grid: Any, losses: Any) -> np.ndarray:
     """Each seed's own best rate `[seeds]`, between grid points: `[rates, seeds]`.
 
-    The minimum of the parabola through the best point and its neighbours, in logarithms.
+    The minimum of the parabola through the best point and its neighbours, in
+    logarithms.
     """
     x, found = np.log(np.asarray(grid, np.float64)), []
     for y in np.log(np.maximum(np.asarray(losses, np.float64), 1e-300)).T:

@@ -1,7 +1,8 @@
 """Experiment 1: how A and B start, from width 128 to 8192.
 
 Reversed, both random, both zero, against A random and B = 0: the gradients of the first
-steps, and losses at each start's own best rate.  The network and its task: `_teacher.py`.
+steps, and losses at each start's own best rate.  The network and its task:
+`_teacher.py`.
 """
 
 import dataclasses

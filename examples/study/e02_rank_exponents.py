@@ -48,9 +48,12 @@ class Sizes:
 
 FULL = Sizes()
 SMOKE = Sizes(
-    (2, 4), width=16, steps=4, seeds=2,
+    (2, 4),
+    width=16,
+    steps=4,
+    seeds=2,
     rates=(("SGD", (1e-3, 1e-2, 1e-1)), ("Adam", (1e-3, 1e-2, 1e-1))),
-)  # fmt: skip
+)
 OPTIMIZERS = {"SGD": optax.sgd, "Adam": optax.adam}
 
 

@@ -51,7 +51,7 @@ def scales(rank: int) -> list[float]:
 
 
 def wanted_changes(key: Any, sizes: Sizes) -> jax.Array:
-    """Changes of each rank, `[ranks, width, width]`; all of the Frobenius norm √width."""
+    """Changes of each rank `[ranks, width, width]`, all of Frobenius norm √width."""
     found, n = [], sizes.width
     for rank, k in zip(sizes.wanted_ranks, jax.random.split(key, 9), strict=False):
         u, v = (jnp.linalg.qr(jax.random.normal(k, (2, n, n)))[0])[:, :, :rank]

@@ -1,8 +1,8 @@
 """Experiment 4: which four settings are really two.
 
 Adam with eps = 0 does not see a factor of its gradients, so that
-(alpha, std of A, lr_A, lr_B) -> (alpha/(p q), p std, p lr_A, q lr_B) leaves W + scale A B
-as it is at every step.  With SGD the rates take p² and q².  In float64.
+(alpha, std of A, lr_A, lr_B) -> (alpha/(p q), p std, p lr_A, q lr_B) leaves
+W + scale A B as it is at every step.  With SGD the rates take p² and q².  In float64.
 """
 
 import dataclasses
@@ -74,9 +74,12 @@ def trial(key: Any, p: float, q: float, sizes: Sizes) -> Any:
     x = jax.random.normal(keys[2], (sizes.samples, n))
     wanted = jnp.sin(3 * x) @ params["down"]  # cannot be reached: gradients stay
     config = flora.LoraConfig(
-        rank=RANK, alpha=ALPHA / (p * q), target=("up", "down"), dtype=x.dtype,
+        rank=RANK,
+        alpha=ALPHA / (p * q),
+        target=("up", "down"),
+        dtype=x.dtype,
         init=flora.initializers.gaussian(p**2 / 3),
-    )  # fmt: skip
+    )
     base, adapter = flora.split(flora.init(keys[3], config, network, params, x))
     apply = flora.lora(network)
 

@@ -1,8 +1,8 @@
 """Experiment 5: linear regression down to the Eckart-Young floor.
 
-min over A, B of |Y - s X A B|² is the sum of the squares of Y's singular values after the
-rank-th, where Y = X Δ.  With A frozen it is |Y|² less its projection on the columns of
-X A; with B frozen, on the rows of B.
+min over A, B of |Y - s X A B|² is the sum of the squares of Y's singular values after
+the rank-th, where Y = X Δ.  With A frozen it is |Y|² less its projection on the columns
+of X A; with B frozen, on the rows of B.
 """
 
 import dataclasses

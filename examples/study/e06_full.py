@@ -34,9 +34,13 @@ class Sizes:
 FULL = Sizes()
 SMOKE = Sizes(
     digits.Sizes(8, 1, 2, steps=2, batch=4, seeds=2, rates=(1e-3, 1e-2)),
-    ranks=(1,), width=4, labels=8, memory_ranks=(1,), memory_steps=3,
+    ranks=(1,),
+    width=4,
+    labels=8,
+    memory_ranks=(1,),
+    memory_steps=3,
     memory_rates=(1e-2, 1e-1),
-)  # fmt: skip
+)
 
 
 def arms(sizes: Sizes) -> list[digits.Arm]:
@@ -130,8 +134,10 @@ def memorize(rank: int | None, sizes: Sizes) -> np.ndarray:
             tx = study.adam_to_zero(rate, sizes.memory_steps)
             end, _, _ = study.train(
                 lambda p, _: digits.cross_entropy(apply(p, x), y),
-                start, tx, sizes.memory_steps,
-            )  # fmt: skip
+                start,
+                tx,
+                sizes.memory_steps,
+            )
             return digits.accuracy(apply(end, x), y)
 
         return study.grid(run, jnp.asarray(sizes.memory_rates))
@@ -163,9 +169,13 @@ def picture(sizes: Sizes, runs: dict[str, Any], memory: list[dict]) -> Any:
         mean[~np.isfinite(mean)] = np.nan
         losses.plot(sizes.model.rates, mean, color=color, marker=".", label=name)
         forgets.plot(
-            found["new_accuracy"].mean(axis=1), found["old_accuracy"].mean(axis=1),
-            color=color, marker=".", ls="-", lw=0.7,
-        )  # fmt: skip
+            found["new_accuracy"].mean(axis=1),
+            found["old_accuracy"].mean(axis=1),
+            color=color,
+            marker=".",
+            ls="-",
+            lw=0.7,
+        )
     label(losses, "turned digits", "peak learning rate", "test loss")
     losses.legend(fontsize=6)
     label(forgets, "one point a rate", "new accuracy", "old accuracy", "linear")
@@ -173,9 +183,13 @@ def picture(sizes: Sizes, runs: dict[str, Any], memory: list[dict]) -> Any:
         color = COLORS[1] if row["arm"] == "full" else COLORS[0]
         holds.plot(row["trained"], row["memorized"], "o", color=color)
         holds.annotate(
-            row["arm"] + " ", (row["trained"], row["memorized"]), fontsize=6,
-            rotation=40, ha="right", va="top",
-        )  # fmt: skip
+            row["arm"] + " ",
+            (row["trained"], row["memorized"]),
+            fontsize=6,
+            rotation=40,
+            ha="right",
+            va="top",
+        )
     label(holds, f"{sizes.labels} chance labels", "trained", "memorized", "log")
     holds.set_yscale("linear")
     return figure

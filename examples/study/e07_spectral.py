@@ -93,7 +93,7 @@ def lora_ga(g: jax.Array, scale: float, r: int) -> tuple[jax.Array, jax.Array]:
 
 
 def trial(key: Any, sizes: Sizes) -> Any:
-    """`[shifts, arms, ...]`: losses `[rates, steps]`, the first step's cosines, floors."""
+    """Losses `[shifts, arms, rates, steps]`, the first step's cosines, floors."""
     key, own = jax.random.split(key)
     w, shifts = problem(key, sizes)
     x, r = jnp.eye(sizes.width), sizes.rank
@@ -190,8 +190,8 @@ TEXT = Text(
     """,
     captions={
         "loss": """
-    What is left of the loss after 20 and 100 steps, each at its own best rate; "floor" is
-    what no A B can go below on that start's base (Eckart-Young).
+    What is left of the loss after 20 and 100 steps, each at its own best rate; "floor"
+    is what no A B can go below on that start's base (Eckart-Young).
     """,
         "first_step": """
     The cosine between ΔW after one small step of SGD and the full gradient's step,

@@ -61,8 +61,9 @@ def run(sizes: Sizes) -> Result:
     for ax, n in zip(axes, sizes.widths, strict=False):
         losses = study.over_seeds(
             lambda k, n=n: trial(k, n, sizes),
-            sizes.seeds, at_once=1 if n > 1000 else None,
-        )  # fmt: skip
+            sizes.seeds,
+            at_once=1 if n > 1000 else None,
+        )
         ends = study.final(losses)  # [seeds, ratios, rates]
         best = []
         one = sizes.ratios.index(1)
@@ -83,8 +84,12 @@ def run(sizes: Sizes) -> Result:
         ax.set_ylim(top=3)
         own = study.own_best(sizes.ratios, np.stack(best))
         ratios_rows.append({"width": n} | study.cells("best_ratio", own, log=True))
-        axes[-1].plot(sizes.ratios, [np.exp(np.log(b / plain).mean()) for b in best],
-                      marker=".", label=f"width {n}")  # fmt: skip
+        axes[-1].plot(
+            sizes.ratios,
+            [np.exp(np.log(b / plain).mean()) for b in best],
+            marker=".",
+            label=f"width {n}",
+        )
     axes[0].legend(fontsize=7)
     label(axes[-1], "at the best rate", "λ = lr_B / lr_A", "loss to that of λ = 1")
     axes[-1].set_yscale("linear")

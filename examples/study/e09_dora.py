@@ -1,7 +1,7 @@
 """Experiment 9: DoRA against LoRA with as many parameters.
 
-DoRA: m ⊙ (W + s A B) / |W + s A B|, norms per output and not differentiated; m starts as
-the norms of W.  On the transformer of experiment 6.
+DoRA: m ⊙ (W + s A B) / |W + s A B|, norms per output and not differentiated; m starts
+as the norms of W.  On the transformer of experiment 6.
 """
 
 import dataclasses
@@ -88,10 +88,10 @@ TEXT = Text(
     low rank.
     """,
     setup="""
-    The transformer and task of experiment 6, with `flora.variants.DoRA()`: m ⊙ (W + s A B)
-    / |W + s A B| per output, the norm not differentiated, m trained at the same rate. The
-    magnitudes cost half a rank or so; LoRA gets exactly as many numbers by one more rank
-    in three of each block's six kernels.
+    The transformer and task of experiment 6, with `flora.variants.DoRA()`:
+    m ⊙ (W + s A B) / |W + s A B| per output, the norm not differentiated, m trained at
+    the same rate. The magnitudes cost half a rank or so; LoRA gets exactly as many
+    numbers by one more rank in three of each block's six kernels.
     """,
     captions={
         "equal": """

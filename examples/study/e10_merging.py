@@ -39,7 +39,7 @@ def layer(params: Any, x: jax.Array) -> jax.Array:
 
 
 def rounded(weight: jax.Array) -> jax.Array:
-    """In float32, and really rounded before: XLA drops a rounding that it sees undone."""
+    """In float32, really rounded before: XLA drops a rounding that it sees undone."""
     return jax.lax.optimization_barrier(weight).astype(jnp.float32)
 
 
@@ -129,8 +129,9 @@ def run(sizes: Sizes) -> Result:
     figure, (errors, along, after) = panels(3)
     sizes_of = 2.0 ** np.asarray(sizes.powers)
     for (name, found), color in zip(arrived.items(), COLORS, strict=False):
-        errors.plot(sizes_of, found["error"].mean(axis=0), color=color, marker=".",
-                    label=name)  # fmt: skip
+        errors.plot(
+            sizes_of, found["error"].mean(axis=0), color=color, marker=".", label=name
+        )
         along.plot(sizes_of, found["along"].mean(axis=0), color=color, marker=".")
     errors.plot(sizes_of, np.minimum(1, 2.0**-9 / sizes_of), "k:", label="2⁻⁹ |W|/|ΔW|")
     label(errors, "what rounding does", "|ΔW| / |W|", "error to |ΔW|")
@@ -168,8 +169,9 @@ TEXT = Text(
     setup="""
     A 128 by 128 weight in bfloat16. First a random ΔW of rank 8 with |ΔW|/|W| from
     2^-14 to 1, by `flora.merge` and, on the identity, by form="dithered". Then ΔW
-    trained in float32 on the bfloat16 weight (200 steps of Adam with a cosine, 12 rates) to learn a
-    shift of 0.001, 0.01 and 0.1 of |W|, used as factors and merged. 5 seeds.
+    trained in float32 on the bfloat16 weight (200 steps of Adam with a cosine, 12
+    rates) to learn a shift of 0.001, 0.01 and 0.1 of |W|, used as factors and
+    merged. 5 seeds.
     """,
     captions={
         "rounding": """

@@ -1,11 +1,12 @@
 """Runs the study: experiments on CPU, their tables, pictures and the page.
 
-    python examples/study/run_all.py                    # all of it, and README.md
-    python examples/study/run_all.py e04 e05            # some of it
+    python examples/study/run_all.py            # all of it, and README.md
+    python examples/study/run_all.py e04 e05    # some of it
     python examples/study/run_all.py --smoke --out /tmp/study
-    python examples/study/run_all.py --page             # README.md from the CSV files alone
+    python examples/study/run_all.py --page     # README.md from the CSV files alone
 
-Seeds are fixed.  Results go to `results/` beside this file unless `--out` says otherwise.
+Seeds are fixed.  Results go to `results/` beside this file unless `--out` says
+otherwise.
 """
 
 import argparse
@@ -38,20 +39,21 @@ NAMES = (
 HEAD = """
 # Claims about LoRA, tested
 
-What the field and flora's founding text say of LoRA, tried on a CPU at small sizes. Every
-experiment has fixed seeds, five repetitions or more with 95 % intervals (Student's t over seeds; of
-logarithms for losses and rates), and one grid of learning rates for all of its arms; an arm is
-judged at its own best rate. Tables are the CSV files in `results/`, and so are the numbers in the
-verdicts. What holds here need not hold for a language model; where a claim is about such
-a model, the verdict says what this can and cannot show.
+What is said of LoRA, tried on a CPU at small sizes. Every experiment has fixed seeds,
+five repetitions or more with 95 % intervals (Student's t over seeds; of logarithms for
+losses and rates), and one grid of learning rates for all of its arms; an arm is judged
+at its own best rate. Tables are the CSV files in `results/`, and so are the numbers in
+the verdicts. What holds here need not hold for a language model; where a claim is about
+such a model, the verdict says what this can and cannot show.
 
     python examples/study/run_all.py            # everything: results/ and this page
     python examples/study/run_all.py e05        # one experiment
     python examples/study/run_all.py --smoke --out /tmp/study
 
-Everywhere y = x (W + s A B), s = alpha/rank, A `[in, rank]`, B `[rank, out]`. "standard" is A random
-and B = 0, "reversed" A = 0 and B random. The best rate is chosen on the same seeds that are reported,
-which flatters every arm alike. "edge" marks a best rate at the end of its grid.
+Everywhere y = x (W + s A B), s = alpha/rank, A `[in, rank]`, B `[rank, out]`.
+"standard" is A random and B = 0, "reversed" A = 0 and B random. The best rate is chosen
+on the same seeds that are reported, which flatters every arm alike. "edge" marks a best
+rate at the end of its grid.
 """
 
 

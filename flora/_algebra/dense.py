@@ -9,7 +9,7 @@ from jax import lax
 from flora._tree.arrays import compute_dtype
 from flora._tree.errors import Unfactorable
 from flora._tree.layout import Layout
-from flora._tree.quantized import opened
+from flora._tree.quantized import dequantized
 from flora._tree.weight import LoraWeight, Product, product_of
 
 
@@ -19,14 +19,14 @@ def delta(weight: LoraWeight) -> jax.Array:
     change = _low_rank(weight, product)
     if product.columns is None:
         return change
-    base = opened(weight.base).astype(change.dtype)
+    base = dequantized(weight.base).astype(change.dtype)
     return (base + change) * _spread(weight, product, change.dtype) - base
 
 
 def materialize(weight: LoraWeight) -> jax.Array:
     """(W + scale A B) ⊙ columns, in float32 or wider, rounded once to W's dtype."""
     product = product_of(weight)
-    change, base = _low_rank(weight, product), opened(weight.base)
+    change, base = _low_rank(weight, product), dequantized(weight.base)
     whole = base.astype(change.dtype) + change
     if product.columns is not None:
         whole = whole * _spread(weight, product, change.dtype)

@@ -25,7 +25,7 @@ from flora._algebra.axes import (
     reshaped,
 )
 from flora._tree.errors import LoraError, Unfactorable
-from flora._tree.quantized import opened
+from flora._tree.quantized import dequantized
 
 Names = Sequence[Name]
 
@@ -187,7 +187,7 @@ def compute_dtype_of(x: Any, result: Any) -> Any:
 
 def densified(w: Factored) -> Any:
     """W + scale A B as one dense array: the fallback, never taken silently."""
-    base = opened(w.base)
+    base = dequantized(w.base)
     if not w.factors:
         return base
     w = fused(w)

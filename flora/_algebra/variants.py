@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._tree.arrays import compute_dtype
-from flora._tree.quantized import opened
+from flora._tree.quantized import dequantized
 from flora._tree.weight import LoraWeight, Product
 
 
@@ -137,7 +137,7 @@ def column_norms(weight: LoraWeight) -> jax.Array:
     """
     layout = weight.layout
     dtype = compute_dtype(weight.a.dtype, weight.b.dtype, weight.base.dtype)
-    w = opened(weight.base).astype(dtype)
+    w = dequantized(weight.base).astype(dtype)
     a, b = weight.a.astype(dtype), weight.b.astype(dtype)
     rank, twin, axes = w.ndim, w.ndim + 1, [*range(w.ndim)]
     stack, in_, out = ([*group] for group in (layout.stack, layout.in_, layout.out))

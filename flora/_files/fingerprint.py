@@ -16,7 +16,7 @@ from flora._tree.arrays import bits_of, is_array
 from flora._tree.errors import fail
 from flora._tree.keys import path_salt
 from flora._tree.paths import named_leaves, path_of
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 
 
 def fingerprint(base: Any) -> dict[str, str]:
@@ -52,10 +52,10 @@ def fingerprint(base: Any) -> dict[str, str]:
 def _arrays(base: Any) -> Iterator[tuple[str, Any]]:
     """The leaves by name; of a weight in fewer bits each array that is stored."""
     for path, leaf in named_leaves(base)[0]:
-        if not is_stored(leaf):
+        if not is_quantized(leaf):
             yield path, leaf
             continue
-        parts, _ = jax.tree_util.tree_flatten_with_path(leaf.stored)
+        parts, _ = jax.tree_util.tree_flatten_with_path(leaf.values)
         for keys, x in parts:
             yield f"{path}/{path_of(keys)}", x
 

@@ -11,10 +11,10 @@ from flora._tree.errors import LoraError
 
 @dataclasses.dataclass(frozen=True)
 class Alarm:
-    """What `alarm` saw; a pytree of arrays `[]`, and text by `str`.
+    """What `alarm` found: a pytree of arrays `[]`; `str` makes it a sentence.
 
     Attributes:
-      fall: (start - end)/|start|, the share of the loss that is gone.
+      fall: (start - end)/|start|, the share of the loss that has gone.
       oscillation: the loss's roughness over |start - end|.
       oscillates: whether oscillation is above its threshold.
       slow: whether fall is below its threshold.
@@ -68,17 +68,18 @@ def alarm(
 ) -> Alarm:
     """Whether a loss oscillates at the start of training, and whether it falls fast.
 
-    start is the first loss or the mean of the first `window`, whichever is lower, end the
-    mean of the last `window`, and roughness √(mean (ℓₜ₊₁ - 2ℓₜ + ℓₜ₋₁)²/6): of white noise
-    its standard deviation, of a straight line 0.  fall = (start - end)/|start| and
-    oscillation = roughness/|start - end|.
+    fall = (start - end)/|start| and oscillation = roughness/|start - end|, where
+    start is the first loss or the mean of the first `window`, whichever is lower; end
+    is the mean of the last `window`; and roughness is √(mean (ℓₜ₊₁ - 2ℓₜ + ℓₜ₋₁)²/6),
+    which is the standard deviation of white noise and 0 for a straight line.
 
-    The thresholds are for the first 100 steps.  They were set on a small classifier with
-    LoRA and Adam, whole batches, at learning rates from 1e-4 to 10 (a test repeats it):
-    from 1e-3 to 1e-1, around the best one of 3e-2, the loss fell by 0.27 or more and
-    oscillated by 0.03 or less; below it fell by 0.06 or less, above it oscillated by 0.4
-    or more.  Noise of small batches counts as oscillation, and a loss that starts near
-    its floor falls slowly: measure both on one fixed batch, or choose other thresholds.
+    The thresholds are for the first 100 steps.  They were set on a small classifier
+    with LoRA and Adam on full batches, at learning rates from 1e-4 to 10 (a test
+    repeats it): from 1e-3 to 1e-1, around the best one of 3e-2, the loss fell by 0.27
+    or more and oscillated by 0.03 or less; below it fell by 0.06 or less, above it
+    oscillated by 0.4 or more.  Noise of small batches counts as oscillation, and a loss
+    that starts near its floor falls slowly: measure both on one fixed batch, or choose
+    other thresholds.
 
     Args:
       losses: `[steps]`, at least 2 · window + 1; map over more runs with `jax.vmap`.
@@ -107,9 +108,9 @@ def alarm(
     x = jnp.asarray(losses)
     if x.ndim != 1 or x.shape[0] < 2 * window + 1:
         raise LoraError(
-            f"alarm: losses have shape {tuple(x.shape)}; expected (steps,) with at least "
-            f"{2 * window + 1} steps for window={window}. Pass a longer history, or map "
-            "over runs with jax.vmap."
+            f"alarm: losses have shape {tuple(x.shape)}; expected (steps,) with at "
+            f"least {2 * window + 1} steps for window={window}. Pass a longer history, "
+            "or map over runs with jax.vmap."
         )
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     start = jnp.minimum(x[0], x[:window].mean())

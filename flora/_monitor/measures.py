@@ -22,25 +22,26 @@ from flora._tree.weight import LoraWeight, on_parts, parts_of, product_of
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """Of one adapted leaf: arrays `[*stack]`, one value for each matrix.
+    """The measures of one adapted leaf: arrays `[*stack]`, one value a matrix.
 
-    ΔW is scale A B.  With a variant it is scale a b of the factors that the variant makes;
-    its column factors (DoRA's magnitudes) are not part of it.
+    ΔW is scale A B.  With a variant it is scale a b of the factors that the variant
+    makes; its column factors (DoRA's magnitudes) are not part of it.
 
     Attributes:
-      norm_a: ‖A‖_F; as all norms here, Frobenius'.
+      norm_a: ‖A‖_F; all norms here are Frobenius norms.
       norm_b: ‖B‖_F.
       norm_delta: ‖ΔW‖_F.
       grad_a: ‖g_A‖_F.
       grad_b: ‖g_B‖_F.
-      grad_delta: ‖scale (A g_B + g_A B)‖_F, how far a step of plain SGD moves ΔW for each
-        unit of learning rate, to first order.  (∂L/∂ΔW itself is never formed.)
-      effective_rank: exp(-Σ pᵢ ln pᵢ) with pᵢ = σᵢ/Σσ of ΔW's singular values σ, between
-        1 and rank; 0 where ΔW = 0.
+      grad_delta: ‖scale (A g_B + g_A B)‖_F, how far a step of plain SGD moves ΔW for
+        each unit of learning rate, to first order.  (∂L/∂ΔW itself is never formed.)
+      effective_rank: exp(-Σ pᵢ ln pᵢ) with pᵢ = σᵢ/Σσ of ΔW's singular values σ,
+        between 1 and rank; 0 where ΔW = 0.
       stable_rank: ‖ΔW‖_F²/σ₁², between 1 and rank; 0 where ΔW = 0.
       relative: ‖ΔW‖_F/‖W‖_F.
-      overlap_in: ‖Uᵀ ΔW‖_F²/‖ΔW‖_F², the share of ΔW's energy that lies in W's k leading
-        singular directions on the side of its input; k/in by chance, 0 where ΔW = 0.
+      overlap_in: ‖Uᵀ ΔW‖_F²/‖ΔW‖_F², the share of ΔW's energy that lies in W's k
+        leading singular directions on the side of its input; k/in by chance, 0 where
+        ΔW = 0.
       overlap_out: ‖ΔW V‖_F²/‖ΔW‖_F², on the side of its output; k/out by chance.
     """
 
@@ -62,7 +63,7 @@ NAMES = tuple(field.name for field in dataclasses.fields(Measures))
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `measure` saw, by leaf; a pytree.
+    """The measures of all adapted leaves; a pytree.
 
     Attributes:
       leaves: `{path: Measures}`.
@@ -114,32 +115,34 @@ def measure(
     reference: Mapping[str, Subspace] | None = None,
     spectrum: bool = True,
 ) -> Report:
-    """Norms, ranks and overlaps of every adapted leaf, inside jit and for little.
+    """Norms, ranks and overlaps of every adapted leaf, cheap enough for every step.
 
-    About 5 rank² (in + out) multiplications a leaf, to the 3 · tokens · rank (in + out)
-    that its factors cost in the training step.  The QR and singular value decompositions
-    are of thin and of rank × rank matrices, the latter together for all leaves of one
-    rank; they are loops on some devices.  Where that is too slow, measure in some steps
-    only, or without `spectrum`.
+    Takes about 5 rank² (in + out) multiplications a leaf; the leaf's factors cost
+    3 · tokens · rank (in + out) in the training step.  The QR decompositions are of
+    thin matrices, the singular value decompositions of rank × rank ones, all leaves of
+    one rank together; on some devices both run as loops.  Where that is too slow,
+    measure every few steps only, or without `spectrum`.
 
     Args:
       adapted: the adapted tree, or the adapter alone.
-      grads: gradients of either, as `flora.value_and_grad` returns them.  Updates serve
-        too: then `grad_delta` is how far the step moves ΔW.
-      reference: what `flora.monitor.reference` returned, for `relative` and the overlaps.
+      grads: gradients of either, as `flora.value_and_grad` returns them.  Updates
+        work too: then `grad_delta` is how far the step moves ΔW.
+      reference: what `flora.monitor.reference` returned, for `relative` and the
+        overlaps.
       spectrum: whether to measure effective and stable rank.
 
     Returns:
-      A `Report`.  What is not asked for is `None`.  Norms of a ΔW that is a small
-      difference of large products (a residual start) are within √ε ‖A‖ ‖B‖.
+      A `Report`; measures that were not asked for are `None`.  Norms of a ΔW that is a
+      small difference of large products (a residual start) are within √ε ‖A‖ ‖B‖.
 
     Raises:
-      LoraError: no leaf has factors, `grads` or `reference` lack one, or a leaf with a
-        variant has no base or no ΔW.
+      LoraError: no leaf has factors; `grads` or `reference` lack a leaf; or a leaf with
+        a variant has no base or no ΔW.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora, flora.monitor
-      >>> adapter = {"q": flora.LoraWeight(None, jnp.ones((4, 1)), 2 * jnp.ones((1, 9)))}
+      >>> a, b = jnp.ones((4, 1)), 2 * jnp.ones((1, 9))
+      >>> adapter = {"q": flora.LoraWeight(None, a, b)}
       >>> report = jax.jit(flora.monitor.measure)(adapter)
       >>> {name: round(value, 3) for name, value in report.floats().items()}
       ... # doctest: +NORMALIZE_WHITESPACE
@@ -220,14 +223,14 @@ def _product(path: str, x: LoraWeight) -> LoraWeight:
         return x
     if x.base is None:
         raise LoraError(
-            f"measure: '{path}' has the variant {x.variant!r}, which needs W to say what "
-            "ΔW is. Pass the whole tree, flora.join(base, adapter)."
+            f"measure: '{path}' has the variant {x.variant!r}, which needs W to say "
+            "what ΔW is. Pass the whole tree, flora.join(base, adapter)."
         )
     product = product_of(x)
     if product.between is not None:
         raise LoraError(
-            f"measure: '{path}' has the variant {x.variant!r} with a function between A "
-            "and B: there is no ΔW. Measure a tree without it."
+            f"measure: '{path}' has the variant {x.variant!r} with a function between "
+            "A and B: there is no ΔW. Measure a tree without it."
         )
     return dataclasses.replace(x, a=product.a, b=product.b, variant=None)
 

@@ -1,4 +1,4 @@
-"""`combine`: one adapter of several."""
+"""`combine`: one adapter from several."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ _DENSE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 
 @dataclasses.dataclass(frozen=True)
 class Combined:
-    """An adapter, and what it lacks of what it stands for.
+    """An adapter, and how far it is from what it approximates.
 
     Attributes:
       adapter: for `flora.join`.
@@ -61,7 +61,7 @@ def combine(
     key: Any = None,
     base: Any = None,
 ) -> Combined:
-    """One adapter of several: ΔW = w₁ ΔW₁ + ... + w_k ΔW_k, or voted on.
+    """One adapter from several: ΔW = w₁ ΔW₁ + ... + w_k ΔW_k, or by a vote.
 
     With ΔW_i = scale_i A_i B_i, whatever alpha, rank or rank_stabilized each has:
 
@@ -70,34 +70,37 @@ def combine(
     - "svd": the best of `rank`, by default the largest of the ranks.  Found in the
       factors: no dense ΔW is formed.
     - "peft_linear": what PEFT calls linear, A = Σ ±√|w_i scale_i| A_i and the same for
-      B.  It has products of A_i with B_j in it, which make it another ΔW.
-    - "magnitude_prune", "ties", "dare_linear", "dare_ties": on each dense ΔW, one leaf at
-      a time, then the best of `rank` (by default the largest).  Their own ranks are full,
-      so look at the errors.  Pruning keeps int(density · n) elements of each matrix.
+      B.  It contains products of A_i with B_j, so its ΔW is another one.
+    - "magnitude_prune", "ties", "dare_linear", "dare_ties": on each dense ΔW, one leaf
+      at a time, then the best approximation of `rank` (by default the largest).  Before
+      that the rank is full, so look at the errors.  Pruning keeps int(density · n)
+      elements of each matrix.
 
     Args:
-      adapters: of one base.
-      weights: one number each; positive for "ties" and "dare_ties".
-      method: one of these.
+      adapters: adapters of one base.
+      weights: one number for each adapter; positive for "ties" and "dare_ties".
+      method: one of the above.
       rank: of the result.
       density: the share of elements that stay, in (0, 1], for the dense methods.
-      sign: for voting, 'total' (by the sum) or 'frequency' (by the number).
-      key: a typed PRNG key for "dare_...", consumed.  The draw of a leaf depends on the
-        key and its path only.
+      sign: how to vote on signs: 'total' (by the sum) or 'frequency' (by the count).
+      key: a typed PRNG key for "dare_..."; it is consumed.  A leaf's draw depends only
+        on the key and its path.
       base: the plain tree, for leaves that train whole: v = v₀ + Σ w_i (v_i - v₀), or
         voted on.  Not needed where the weights of a sum add up to 1.
 
     Returns:
-      A `Combined`: the adapter, of scale 1 and float32 or wider, with the settings of the
-      first; and each leaf's error against the ΔW that the method defines.
+      A `Combined`: the adapter, of scale 1 and float32 or wider, with the settings of
+      the first; and each leaf's error against the ΔW that the method defines.
 
     Raises:
-      LoraError: adapters that do not fit, settings that the method lacks or does not
-        take, whole leaves without a base; all leaves are named.
+      LoraError: the adapters do not fit each other; the method needs another setting or
+        does not take one; or a leaf trains whole and needs the `base` that is missing.
+        All such leaves are named.
 
     Example:
       >>> import jax.numpy as jnp, flora, flora.multi
-      >>> one = {"w": flora.LoraWeight(None, jnp.ones((2, 1)), jnp.ones((1, 2)), alpha=3.0)}
+      >>> a, b = jnp.ones((2, 1)), jnp.ones((1, 2))
+      >>> one = {"w": flora.LoraWeight(None, a, b, alpha=3.0)}
       >>> both = flora.multi.combine([one, one], [1.0, -0.5])
       >>> both.adapter["w"].rank, both.errors
       (2, {'w': 0.0})
@@ -153,8 +156,8 @@ def _weights(weights: Any, count: int) -> list[float]:
     )
     if len(values) != count or not all(map(_is_finite, values)):
         raise LoraError(
-            f"combine: weights={weights!r}; expected {count} finite numbers, one for each "
-            "adapter."
+            f"combine: weights={weights!r}; expected {count} finite numbers, one for "
+            "each adapter."
         )
     return [float(w) for w in values]
 
@@ -183,8 +186,8 @@ def _option_problems(
         found.append(f"combine: sign={sign!r}. Write 'total' or 'frequency'.")
     if method.endswith("ties") and min(weights) <= 0:
         found.append(
-            f"combine: weights={weights}; a vote has no place for weights of 0 or less. "
-            "Leave those adapters out, or write method='dare_linear' or "
+            f"combine: weights={weights}; a vote has no place for weights of 0 or "
+            "less. Leave those adapters out, or write method='dare_linear' or "
             "'magnitude_prune'."
         )
     return found
@@ -199,8 +202,8 @@ def _node_problems(
         ranks = sorted({x.rank for x in nodes})
         if how.method == "peft_linear" and len(ranks) > 1:
             found.append(
-                f"combine: '{path}' has ranks {ranks}; 'peft_linear' adds up factors of "
-                "one rank. Write method='linear', which is exact for any."
+                f"combine: '{path}' has ranks {ranks}; 'peft_linear' adds up factors "
+                "of one rank. Write method='linear', which is exact for any."
             )
         return found
     if not isinstance(first, Trained):
@@ -233,7 +236,7 @@ def _of_factors(
     path: str, nodes: Sequence[LoraWeight], how: _How
 ) -> tuple[LoraWeight, float]:
     """The combined node of a leaf, and its error."""
-    pairs = [flat_factors(x.a, x.b, x.layout) for x in nodes]
+    pairs = [flat_factors(x) for x in nodes]
     pairs = [(a, x.scale * b) for (a, b), x in zip(pairs, nodes, strict=True)]
     rank, error = how.rank or max(x.rank for x in nodes), 0.0
     if how.method in _DENSE:
@@ -253,7 +256,7 @@ def _of_factors(
 def _peft_linear(nodes: Sequence[LoraWeight], weights: list[float]) -> Any:
     made_a, made_b = [], []
     for x, w in zip(nodes, weights, strict=True):
-        a, b = flat_factors(x.a, x.b, x.layout)
+        a, b = flat_factors(x)
         root = math.sqrt(abs(w * x.scale))
         made_a.append(math.copysign(root, w) * a)
         made_b.append(root * b)

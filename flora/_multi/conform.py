@@ -1,4 +1,4 @@
-"""Whether adapters fit each other, and one leaf's factors with another rank or scale."""
+"""Whether adapters fit each other; one leaf's factors at another rank or scale."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -75,8 +75,8 @@ def _misfits(path: str, nodes: Sequence[Any]) -> list[str]:
     """How the nodes of one leaf differ where they must not, each from the first."""
     first = _described(nodes[0])
     return [
-        f"'{path}' is {first} in adapter 0, but {_described(x)} in adapter {i}. Adapters "
-        "of one base and one target fit."
+        f"'{path}' is {first} in adapter 0, but {_described(x)} in adapter {i}. "
+        "Adapters of one base and one target fit."
         for i, x in enumerate(nodes)
         if _described(x) != first
     ]
@@ -104,15 +104,15 @@ def shape_of(x: Any) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Statics:
-    """What of a node is static and may be changed without changing A B."""
+class RankAndScale:
+    """The static settings of a node that can change without changing scale A B."""
 
     rank: int
     alpha: float
     rank_stabilized: bool = False
 
     @classmethod
-    def of(cls, node: LoraWeight) -> "Statics":
+    def of(cls, node: LoraWeight) -> "RankAndScale":
         return cls(node.rank, node.alpha, node.rank_stabilized)
 
     @property
@@ -120,21 +120,21 @@ class Statics:
         return LoraWeight(None, None, None, **dataclasses.asdict(self)).scale
 
 
-def unit(rank: int) -> Statics:
-    """Of scale 1."""
-    return Statics(rank, float(rank))
+def unit(rank: int) -> RankAndScale:
+    """That rank, with scale 1."""
+    return RankAndScale(rank, float(rank))
 
 
-def common(nodes: Sequence[LoraWeight], rank: int) -> Statics:
+def common(nodes: Sequence[LoraWeight], rank: int) -> RankAndScale:
     """One rank and scale for all: their own where they agree, else scale 1."""
-    if len({Statics.of(x) for x in nodes}) == 1 and nodes[0].rank == rank:
-        return Statics.of(nodes[0])
+    if len({RankAndScale.of(x) for x in nodes}) == 1 and nodes[0].rank == rank:
+        return RankAndScale.of(nodes[0])
     scale = nodes[0].scale
     agree = all(x.scale == scale for x in nodes) and scale * rank / rank == scale
-    return Statics(rank, scale * rank) if agree else unit(rank)
+    return RankAndScale(rank, scale * rank) if agree else unit(rank)
 
 
-def conformed(node: LoraWeight, to: Statics) -> LoraWeight:
+def conformed(node: LoraWeight, to: RankAndScale) -> LoraWeight:
     """The same scale A B with another rank and scale: zeros, and a factor in B.
 
     B comes in float32 or wider if it had to be multiplied.
@@ -162,14 +162,14 @@ def on_arrays(fn: Callable, *args: Any) -> Any:
     return fn(*args)
 
 
-def conform_problems(path: str, node: LoraWeight, to: Statics) -> list[str]:
+def conform_problems(path: str, node: LoraWeight, to: RankAndScale) -> list[str]:
     """What keeps a node from taking another rank and scale."""
     if to.rank < node.rank:
         return [
             f"'{path}' has rank {node.rank}, above {to.rank}. Pass a larger rank, or "
             "lower its own by flora.multi.combine([adapter], [1], rank=...)."
         ]
-    changes = Statics.of(node) != to
+    changes = RankAndScale.of(node) != to
     if changes and node.variant is not None:
         return [
             f"'{path}' is a {node.variant}, whose rank {node.rank} and scale "

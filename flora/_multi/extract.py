@@ -1,4 +1,4 @@
-"""`extract`: an adapter of a full fine-tune."""
+"""`extract`: an adapter from a full fine-tune."""
 
 import dataclasses
 import math
@@ -13,7 +13,6 @@ from flora._multi.combine import Combined, variant_problems
 from flora._multi.lowrank import (
     compressed,
     flat_factors,
-    flat_matrices,
     multiplied,
     share,
     size,
@@ -22,8 +21,9 @@ from flora._tree.arrays import compute_dtype, is_array
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, fail
 from flora._tree.keys import consumed, path_salt, require_key
+from flora._tree.matrices import matrices
 from flora._tree.paths import Pattern, matches, named_leaves
-from flora._tree.quantized import opened
+from flora._tree.quantized import dequantized
 from flora._tree.weight import LoraWeight, Trained, base_of
 
 Named = Sequence[tuple[str, Any]]
@@ -37,23 +37,23 @@ def extract(
     key: Any = None,
     ignore: Pattern = (),
 ) -> Combined:
-    """The adapter that comes nearest to a model that was trained whole.
+    """The adapter that comes nearest to a fully fine-tuned model.
 
     scale A B is the best of its rank for W' - W in each leaf (Eckart and Young 1936).
     Dense, one leaf at a time, in float32 or wider.
 
     Args:
-      adapted: what `flora.init` makes of the pretrained tree: it says which leaves get
-        factors, with which layout and rank.  Leaves of `train=` take W' as it is.
+      adapted: the pretrained tree as `flora.init` adapts it, which says which leaves
+        get factors, with which layout and rank.  Leaves of `train=` take W' as it is.
       finetuned: the plain tree of the trained model.
       svd: 'exact', or 'randomized' for large leaves whose change is nearly of low rank.
       key: a typed PRNG key for 'randomized', consumed.
-      ignore: a pattern (see `LoraConfig`) of frozen leaves that may have changed; what
-        they changed is lost.
+      ignore: a pattern (see `LoraConfig`) of frozen leaves that may have changed; their
+        changes are lost.
 
     Returns:
-      A `Combined`: the adapter, and for each leaf how much of its change is missing, as
-      a share of its norm; 1 for ignored leaves that changed.
+      A `Combined`: the adapter, and for each leaf the share of its change that is
+      missing, by norm; 1 for ignored leaves that changed.
 
     Raises:
       LoraError: the trees differ in leaves or shapes, or a frozen leaf has changed; all
@@ -62,8 +62,8 @@ def extract(
     Example:
       >>> import jax, jax.numpy as jnp, flora, flora.multi
       >>> params, x = {"w": jnp.eye(3)}, jnp.ones((1, 3))
-      >>> config = flora.LoraConfig(rank=1, target="*")
-      >>> adapted = flora.init(jax.random.key(0), config, lambda p, x: x @ p["w"], params, x)
+      >>> fn, config = lambda p, x: x @ p["w"], flora.LoraConfig(rank=1, target="*")
+      >>> adapted = flora.init(jax.random.key(0), config, fn, params, x)
       >>> found = flora.multi.extract(adapted, {"w": jnp.eye(3) + jnp.ones((3, 3))})
       >>> found.errors["w"] < 1e-6
       True
@@ -107,8 +107,8 @@ def _fitting(old: Named, new: Named) -> Named:
             "Pass the plain tree of the same model as finetuned."
         )
     fail(
-        f"extract: '{path}' has shape {np.shape(base_of(x))} in adapted and {np.shape(y)} "
-        "in finetuned. Pass the same model, trained."
+        f"extract: '{path}' has shape {np.shape(base_of(x))} in adapted and "
+        f"{np.shape(y)} in finetuned. Pass the same model, trained."
         for (path, x), (_, y) in zip(old, new, strict=True)
         if np.shape(base_of(x)) != np.shape(y)
     )
@@ -118,7 +118,7 @@ def _fitting(old: Named, new: Named) -> Named:
 def _changed(x: Any, y: Any) -> bool:
     if is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return False
-    return not bool(jnp.array_equal(opened(x), opened(y)))
+    return not bool(jnp.array_equal(dequantized(x), dequantized(y)))
 
 
 def _lost(path: str, x: Any, y: Any, ignore: Pattern) -> list[str]:
@@ -127,19 +127,20 @@ def _lost(path: str, x: Any, y: Any, ignore: Pattern) -> list[str]:
     if not _changed(x, y):
         return []
     return [
-        f"extract: '{path}' is frozen in adapted and has changed in finetuned. Name it in "
-        "target= or train= of LoraConfig, or in ignore= to lose the change."
+        f"extract: '{path}' is frozen in adapted and has changed in finetuned. Name it "
+        "in target= or train= of LoraConfig, or in ignore= to lose the change."
     ]
 
 
 def _extracted(x: LoraWeight, y: Any, key: Any) -> tuple[LoraWeight, float]:
     """The node that comes nearest to W' = y, and its error."""
     dtype = compute_dtype(x.a.dtype, x.b.dtype, x.base.dtype, y.dtype)
-    w = flat_matrices(opened(y).astype(dtype) - opened(x.base).astype(dtype), x.layout)
+    change = dequantized(y).astype(dtype) - dequantized(x.base).astype(dtype)
+    w = matrices(jnp.asarray(change), x.layout)
     (a, b), _ = compressed(w, x.rank, key)
     root = math.sqrt(x.scale)
     a = (a / root).reshape(x.a.shape).astype(x.a.dtype)
     b = (b / root).reshape(x.b.shape).astype(x.b.dtype)
-    flat = flat_factors(a, b, x.layout)
-    error = share(size(w - x.scale * multiplied(*flat)), size(w))
-    return dataclasses.replace(x, base=None, key=None, a=a, b=b), error
+    found = dataclasses.replace(x, base=None, key=None, a=a, b=b)
+    error = share(size(w - x.scale * multiplied(*flat_factors(found))), size(w))
+    return found, error

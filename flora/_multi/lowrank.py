@@ -8,31 +8,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._tree.arrays import compute_dtype
-from flora._tree.layout import Layout
+from flora._tree.matrices import stacked, svd
+from flora._tree.weight import LoraWeight
 
 Factors = tuple[jax.Array, jax.Array]
 
 
-def flat_factors(a: Any, b: Any, layout: Layout) -> Factors:
-    """`[stack, in, rank]` and `[stack, rank, out]`, in float32 or wider."""
-    n, dtype, rank = len(layout.stack), compute_dtype(a.dtype, b.dtype), a.shape[-1]
-    stack = int(jnp.prod(jnp.asarray(a.shape[:n]))) if n else 1
-    a = a.astype(dtype).reshape(stack, -1, rank)
-    return a, b.astype(dtype).reshape(stack, rank, -1)
-
-
-def flat_matrices(w: Any, layout: Layout) -> jax.Array:
-    """A weight as matrices `[stack, in, out]`."""
-    order = (*layout.stack, *layout.in_, *layout.out)
-    sizes = [1, 1, 1]
-    for group, axes in enumerate((layout.stack, layout.in_, layout.out)):
-        for i in axes:
-            sizes[group] *= w.shape[i]
-    return jnp.transpose(w, order).reshape(sizes)
+def flat_factors(w: LoraWeight) -> Factors:
+    """A and B as `[stack, in, rank]` and `[stack, rank, out]`, float32 or wider."""
+    dtype = compute_dtype(w.a.dtype, w.b.dtype)
+    a, b = stacked(w)
+    return a.astype(dtype), b.astype(dtype)
 
 
 def multiplied(a: Any, b: Any) -> jax.Array:
-    """A B of each matrix."""
+    """A B for each matrix of the stack."""
     return jnp.einsum("sir,sro->sio", a, b, precision=lax.Precision.HIGHEST)
 
 
@@ -41,13 +31,13 @@ def size(x: Any) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(x)))
 
 
-def share(part: Any, whole: Any) -> float:
-    """part/whole; 0 of nothing."""
-    return float(jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0))
+def share(part: Any, total: Any) -> float:
+    """part/total, and 0 where total is 0."""
+    return float(jnp.where(total > 0, part / jnp.where(total > 0, total, 1), 0))
 
 
 def recompressed(a: Any, b: Any, rank: int) -> tuple[Factors, float]:
-    """The best A B of a lower rank, and what is lost, relative: found in the factors.
+    """The best A B of a lower rank and its relative error, from the factors alone.
 
     A B = Qa (Ra Rbᵀ) Qbᵀ, so that the SVD is of a small matrix (Eckart and Young 1936).
     """
@@ -60,38 +50,22 @@ def recompressed(a: Any, b: Any, rank: int) -> tuple[Factors, float]:
 
 
 def compressed(w: Any, rank: int, key: Any = None) -> tuple[Factors, float]:
-    """The best A B of a rank for dense matrices, and what is lost, relative.
+    """The best A B of a rank for dense matrices, and its relative error.
 
     Args:
       w: `[stack, in, out]`.
       rank: of A B.
-      key: with one, the range of W is found by a random projection, 8 columns wider than
-        the rank, and four power iterations (Halko et al. 2011,
+      key: with one, the range of W is found by a random projection, 8 columns wider
+        than the rank, and four power iterations (Halko et al. 2011,
         https://arxiv.org/abs/0909.4061): good where singular values fall fast.
     """
-    if key is None or rank + 8 >= min(w.shape[1:]):
-        u, s, v = jnp.linalg.svd(w, full_matrices=False)
-    else:
-        u, s, v = _randomized(w, rank + 8, key)
-    a, b = _balanced(u, s, v, rank)
+    exact = rank + 8 >= min(w.shape[1:])
+    a, b = _balanced(*svd(w, rank, None if exact else key), rank)
     return (a, b), share(size(w - multiplied(a, b)), size(w))
 
 
-def _randomized(w: Any, columns: int, key: Any) -> tuple[Any, Any, Any]:
-    wide: dict[str, Any] = {"precision": lax.Precision.HIGHEST}
-    start = jax.random.normal(key, (w.shape[0], w.shape[2], columns), w.dtype)
-    q, _ = jnp.linalg.qr(jnp.einsum("sio,sor->sir", w, start, **wide))
-    for _ in range(4):
-        p, _ = jnp.linalg.qr(jnp.einsum("sio,sir->sor", w, q, **wide))
-        q, _ = jnp.linalg.qr(jnp.einsum("sio,sor->sir", w, p, **wide))
-    u, s, v = jnp.linalg.svd(
-        jnp.einsum("sir,sio->sro", q, w, **wide), full_matrices=False
-    )
-    return multiplied(q, u), s, v
-
-
 def _balanced(u: Any, s: Any, v: Any, rank: int) -> Factors:
-    """U √S and √S Vᵀ of the largest singular values, with zeros where there are fewer."""
+    """U √S and √S Vᵀ of the largest singular values, zeros where there are fewer."""
     root = jnp.sqrt(s[:, :rank])
     a, b = u[:, :, :rank] * root[:, None, :], root[:, :, None] * v[:, :rank]
     more = rank - a.shape[2]

@@ -21,13 +21,13 @@ MakeTx = Callable[[Any], optax.GradientTransformation]
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """k trainings side by side; a pytree, to go through `jax.jit`.
+    """The state of k runs that train at once; a pytree that can pass through `jax.jit`.
 
     Attributes:
-      adapter: stacked, with the factors as they train: B is not multiplied by anything.
-      scales: by position, the scales `[k]` of leaves on which the runs differ, or `None`.
-      state: of the optimizers, each array `[k, ...]`.
-      hyper: what `tx` is called with, each array `[k, ...]`.
+      adapter: the stacked adapters as they train, B without any scale.
+      scales: for each leaf its scales `[k]`, or `None` where the runs have one scale.
+      state: the optimizers' states, each array `[k, ...]`.
+      hyper: the hyperparameters that `tx` is called with, each array `[k, ...]`.
       own: rank, alpha, rank_stabilized and form of every leaf of every run.
     """
 
@@ -44,30 +44,30 @@ jax.tree_util.register_dataclass(
 
 
 def start(adapters: Sequence[Any], tx: MakeTx, hyper: Any) -> Runs:
-    """Trainings of one model, k at once, that differ in adapters and `hyper`.
+    """Starts k runs of one model that differ in their adapters and in `hyper`.
 
-    Smaller ranks get zeros, whose gradients are zero: they train as they would alone.
-    B keeps its own scale, so alphas and ranks may differ as well.
+    Smaller ranks are padded with zeros, whose gradients are zero, so each run trains as
+    it would alone.  Every run keeps its own scale: alphas and ranks may differ as well.
 
     Args:
-      adapters: what k runs start from, of one base; one adapter k times for runs that
-        differ in `hyper` alone.
-      tx: makes the optimizer of one run, such as `optax.adamw`; it is called with one
-        entry of `hyper`, traced.
-      hyper: a learning rate each `[k]`, or a pytree of arrays `[k, ...]`.
+      adapters: the adapters that k runs start from, all of one base; the same one k
+        times for runs that differ in `hyper` alone.
+      tx: a function that makes the optimizer of one run, such as `optax.adamw`; it is
+        called with one entry of `hyper`, traced.
+      hyper: learning rates `[k]`, or a pytree of arrays `[k, ...]`.
 
     Returns:
-      What `train_step(...)` takes and returns, and `finish` takes apart.
+      The `Runs` that `train_step(...)` takes and returns and `finish` takes apart.
 
     Raises:
-      LoraError: adapters that do not fit, or other than k entries in `hyper`.
+      LoraError: the adapters do not fit each other, or `hyper` does not have k entries.
     """
     leaves, treedef = aligned(adapters, "start")
     _check_hyper(hyper, len(adapters))
     if not callable(tx):
         raise LoraTypeError(
-            f"start: tx is a {type(tx).__name__}; expected what makes an optimizer of one "
-            "entry of hyper, such as optax.adamw itself."
+            f"start: tx is a {type(tx).__name__}; expected what makes an optimizer of "
+            "one entry of hyper, such as optax.adamw itself."
         )
     own = tuple(tuple(_own(x) for x in nodes) for _, nodes in leaves)
     fail(p for path, nodes in leaves for p in _dropouts(path, nodes))
@@ -120,7 +120,7 @@ def _unscaled(nodes: list[Any]) -> list[Any]:
 
 
 def _settled(new: Any, nodes: Sequence[Any]) -> Any:
-    """Several runs in one product would copy W for [W ; B]: so they are direct."""
+    """The node with form 'direct': several runs would copy W for each [W ; B]."""
     if not isinstance(new, LoraWeight):
         return new
     return dataclasses.replace(new, form="direct", fallback=nodes[0].fallback)
@@ -147,8 +147,8 @@ def train_step(
     Args:
       loss: `loss(adapted, *batch)`, a scalar, as for one run: of `flora.lora(fn)`.
       tx: as for `start`.
-      batch_axis: `None` where all runs see the same batch, or the axis of the batch's
-        arrays along which each run has its own.
+      batch_axis: `None` if all runs see the same batch, or the axis of the batch's
+        arrays along which each run has its own part.
 
     Returns:
       A function of `(base, runs, *batch)` that returns `(runs, losses [k])`.
@@ -157,7 +157,8 @@ def train_step(
       >>> import jax, jax.numpy as jnp, optax, flora, flora.multi
       >>> fn = lambda p, x: x @ p["kernel"]
       >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
-      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2), fn, params, x)
+      >>> key, config = jax.random.key(0), flora.LoraConfig(rank=2)
+      >>> adapted = flora.init(key, config, fn, params, x)
       >>> base, adapter = flora.split(adapted)
       >>> apply = flora.lora(fn)
       >>> runs = flora.multi.start([adapter] * 2, optax.sgd, jnp.array([0.1, 0.2]))
@@ -228,11 +229,15 @@ def finish(runs: Runs) -> list[Any]:
     """The adapters of the runs, each with the rank, alpha and form that it came with.
 
     Returns:
-      Adapters for `flora.join`.
+      k adapters for `flora.join`.
+
+    Raises:
+      LoraTypeError: `runs` is not a `Runs`.
     """
     if not isinstance(runs, Runs):
         raise LoraTypeError(
-            f"finish: runs is a {type(runs).__name__}; expected what train_step returned."
+            f"finish: runs is a {type(runs).__name__}; expected what train_step "
+            "returned."
         )
     named, treedef = flattened(runs.adapter, "finish")
     return [

@@ -12,7 +12,7 @@ from jax import lax
 from jax.core import Tracer
 
 from flora._multi.conform import (
-    Statics,
+    RankAndScale,
     aligned,
     common,
     conform_problems,
@@ -35,13 +35,13 @@ _SETTINGS = ("dropout", "fallback", "form")
 def stack(adapters: Sequence[Any], *, rank: int | None = None) -> Any:
     """One adapter with a leading axis of adapters on every leaf.
 
-    scale A B of each adapter stays what it is: smaller ranks get columns and rows of
-    zeros (which never move in training: their gradients are zero), and where the scales
-    differ they go into B, in float32 or wider, and the common scale is 1.
+    scale A B of each adapter stays as it is.  Smaller ranks are padded with zeros,
+    which stay zero in training because their gradients are zero.  Where scales differ,
+    they are multiplied into B, in float32 or wider, and the common scale is 1.
 
     Args:
-      adapters: of one base: what `flora.split(adapted)[1]` returns.
-      rank: of every leaf of the result; by default the largest of each leaf.
+      adapters: adapters of one base, as `flora.split(adapted)[1]` returns them.
+      rank: of every leaf of the result; by default each leaf's largest.
 
     Returns:
       The adapter with A `[k, *stack, *in, rank]`, B `[k, *stack, rank, *out]` and
@@ -49,8 +49,8 @@ def stack(adapters: Sequence[Any], *, rank: int | None = None) -> Any:
       `flora.multi.lora`.
 
     Raises:
-      LoraError: they differ in structure, targets, layouts, shapes or settings; a rank
-        is above `rank`; a factor is not finite.  All such leaves are named.
+      LoraError: the adapters differ in structure, targets, layouts, shapes or settings;
+        a rank is above `rank`; or a factor is not finite.  All such leaves are named.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora, flora.multi
@@ -58,7 +58,8 @@ def stack(adapters: Sequence[Any], *, rank: int | None = None) -> Any:
       >>> def made(rank):
       ...     config = flora.LoraConfig(rank=rank, alpha=8)
       ...     fn = lambda p, x: x @ p["kernel"]
-      ...     return flora.split(flora.init(jax.random.key(0), config, fn, params, x))[1]
+      ...     adapted = flora.init(jax.random.key(0), config, fn, params, x)
+      ...     return flora.split(adapted)[1]
       >>> flora.multi.stack([made(1), made(2)])["kernel"].a.shape
       (2, 4, 2)
     """
@@ -124,18 +125,18 @@ def _setting_problems(path: str, nodes: Sequence[Any]) -> list[str]:
 def pad(adapter: Any, *, rank: int | None = None, like: Any = None) -> Any:
     """The same adapter with another rank, so that it is swapped without recompiling.
 
-    scale A B stays what it is.  Adapters padded to one rank have one tree structure,
+    scale A B stays as it is.  Adapters padded to one rank have the same tree structure,
     shapes and dtypes, so a jitted function that has run with one runs with all.
 
     Args:
       adapter: what `flora.split(adapted)[1]` returns.
-      rank: of every leaf of the result.  Its scale is 1; the old one goes into B, which
-        comes in float32 or wider.
+      rank: of every leaf of the result.  Its scale is 1; the old scale is multiplied
+        into B, which becomes float32 or wider.
       like: instead of `rank`, an adapter whose ranks, scales, settings and dtypes the
         result takes.
 
     Returns:
-      The adapter; where the scale changes B is rounded once, else nothing is.
+      The adapter.  Where the scale changes, B is rounded once; all else is exact.
 
     Raises:
       LoraError: a rank is above `rank`; or the adapters do not fit, or a dtype cannot
@@ -180,11 +181,11 @@ def _alike(leaves: Sequence[tuple[str, list[Any]]], verb: str) -> list[Any]:
     problems, made = [], []
     for path, (like, x) in leaves:
         if isinstance(x, LoraWeight):
-            found = conform_problems(path, x, Statics.of(like))
+            found = conform_problems(path, x, RankAndScale.of(like))
             problems += found
             if found:
                 continue
-            new = conformed(x, Statics.of(like))
+            new = conformed(x, RankAndScale.of(like))
             settings = {name: getattr(like, name) for name in _SETTINGS}
             x = dataclasses.replace(_bare(new), **settings)
         problems += _dtype_problems(path, like, x)
@@ -220,8 +221,8 @@ def require_stacked(stacked: Any, verb: str) -> tuple[list[tuple[str, Any]], Any
             ndim = 2 + n + len(x.layout.in_), 2 + n + len(x.layout.out)
             if (np.ndim(x.a), np.ndim(x.b)) != ndim:
                 problems.append(
-                    f"{verb}: '{path}' has a {shape_of(x.a)} and b {shape_of(x.b)}, no axis "
-                    "of adapters. Pass what flora.multi.stack([...]) returns."
+                    f"{verb}: '{path}' has a {shape_of(x.a)} and b {shape_of(x.b)}, no "
+                    "axis of adapters. Pass what flora.multi.stack([...]) returns."
                 )
         counts.update(
             dict.fromkeys((s[:1] for s in map(shape_of, jax.tree.leaves(x))), path)
@@ -264,21 +265,21 @@ def select(stacked: Any, i: Any) -> Any:
     Args:
       stacked: what `stack` returned.
       i: an int or a traced integer scalar.  -1 or `None` is the base alone: B = 0.  A
-        traced one that there is not gives NaN.
+        traced `i` out of range gives NaN.
 
     Returns:
-      An adapter for `flora.join`, of the same structure whatever `i` is.
+      An adapter for `flora.join`, of the same structure for every `i`.
 
     Raises:
-      LoraError: `i` is out of range, or stands for the base where a leaf trains whole or
-        is a variant.
+      LoraError: `i` is out of range; or it stands for the base although a leaf trains
+        whole or has a variant.
     """
     named, treedef, count = require_stacked(stacked, "select")
     i = as_index(i, count, "select")
     if isinstance(i, int) and i == BASE:
         fail(
-            f"select: '{path}' {'trains whole' if kind is None else f'is a {kind}'}, so no "
-            "adapter stands for the base alone. Run the function on the base."
+            f"select: '{path}' {'trains whole' if kind is None else f'is a {kind}'}, "
+            "so no adapter stands for the base alone. Run the function on the base."
             for path, x in named
             if x is not None and not _has_zero(x)
             for kind in [getattr(x, "variant", None)]
@@ -287,7 +288,7 @@ def select(stacked: Any, i: Any) -> Any:
 
 
 def chosen(node: Any, i: Any, count: int) -> Any:
-    """One of the nodes that lie side by side."""
+    """One of the stacked nodes."""
     if isinstance(i, int) and i != BASE:
         return jax.tree.map(lambda x: x[i], node)
     one = jax.tree.map(lambda x: picked(x, i, count), node)
@@ -309,7 +310,7 @@ def picked(x: Any, i: Any, count: int) -> Any:
 
 
 def only_if(b: Any, i: Any, count: int) -> Any:
-    """B; zero for the base alone; NaN out of range."""
+    """B, or zero for the base alone, or NaN for an index out of range."""
     i = jnp.asarray(i)
     b = jnp.where(i == BASE, 0, b)
     return jnp.where((i < BASE) | (i >= count), jnp.nan, b).astype(b.dtype)
@@ -330,12 +331,12 @@ def unstack(stacked: Any) -> list[Any]:
 def put(stacked: Any, i: Any, adapter: Any) -> Any:
     """The stacked adapter with another one in place `i`.
 
-    The result has the structure, shapes and dtypes of `stacked`, so no function that runs
-    on it is compiled again.  scale A B of the new one stays what it is.
+    The result has the structure, shapes and dtypes of `stacked`, so no function that
+    runs on it is compiled again.  scale A B of the new adapter stays as it is.
 
     Args:
       stacked: what `stack` returned; `stack(..., rank=)` leaves room for higher ranks.
-      i: an int or a traced integer scalar, 0 to k-1.  A traced one out of range changes
+      i: an int or a traced integer scalar, 0 to k-1.  A traced `i` out of range changes
         nothing.
       adapter: of the same base and targets.
 
@@ -343,8 +344,8 @@ def put(stacked: Any, i: Any, adapter: Any) -> Any:
       The stacked adapter.
 
     Raises:
-      LoraError: `i` is out of range; or the adapter does not fit, has a higher rank or a
-        wider dtype, or is not finite.  All such leaves are named.
+      LoraError: `i` is out of range; or the adapter does not fit, has a higher rank or
+        a wider dtype, or is not finite.  All such leaves are named.
     """
     named, treedef, count = require_stacked(stacked, "put")
     i = as_index(i, count, "put")

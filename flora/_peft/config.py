@@ -1,4 +1,4 @@
-"""adapter_config.json: what of it changes the computation, and ranks by pattern."""
+"""adapter_config.json: the fields that change the computation; ranks by pattern."""
 
 import dataclasses
 import math
@@ -14,10 +14,20 @@ Names = str | frozenset[str]
 
 # Fields that say nothing about how the adapter computes.
 _METADATA = {
-    "base_model_name_or_path", "corda_config", "eva_config",
-    "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_type",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
-}  # fmt: skip
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
 # Fields of which flora knows only the value that switches them off.
 _OFF = {
     "alora_invocation_tokens": "Activated LoRA",
@@ -136,8 +146,7 @@ def _kind_problem(kind: Any) -> str:
         )
     return (
         f"peft_type is {kind!r}; expected 'LORA': flora reads no other kind of "
-        f"adapter. "
-        "Merge it in PEFT and load the merged weights."
+        "adapter. Merge it in PEFT and load the merged weights."
     )
 
 
@@ -147,16 +156,14 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
             if name in ("r", "lora_alpha"):
                 yield (
                     f"{name} is missing; expected {wanted}. PEFT would take 8. Write "
-                    f"the "
-                    "value that the adapter was trained with."
+                    "the value that the adapter was trained with."
                 )
         elif not good(raw[name]):
             yield f"{name} is {raw[name]!r}; expected {wanted}. Correct it."
     if not raw.get("target_modules") and not raw.get("target_parameters"):
         yield (
             "target_modules and target_parameters are both empty; expected the names "
-            "of "
-            "the adapted modules. Write them in."
+            "of the adapted modules. Write them in."
         )
     yield from _start_problems(raw.get("init_lora_weights", True))
     known = {field.name for field in dataclasses.fields(PeftConfig)} | _METADATA
@@ -164,8 +171,7 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
         if name in _OFF and value:
             yield (
                 f"{name} is {value!r}; expected it off: flora has no {_OFF[name]}. "
-                f"Merge "
-                "the adapter in PEFT, or train one without."
+                "Merge the adapter in PEFT, or train one without."
             )
         elif name not in known and name not in _OFF and value:
             yield (
@@ -261,17 +267,25 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (_dict_of(_is_alpha), "an object {regex: finite number above 0}"),
     "modules_to_save": (_optional(_NAMES), "a list of names"),
     "layers_to_transform": (
-        _optional(_is_index, _list_of(_is_index)), "an index or a list of them"),
+        _optional(_is_index, _list_of(_is_index)),
+        "an index or a list of them",
+    ),
     "layers_pattern": (
-        lambda x: not x or _is_regex(x) or _NAMES(x), "a name or a list of names"),
+        lambda x: not x or _is_regex(x) or _NAMES(x),
+        "a name or a list of names",
+    ),
     "lora_dropout": (
-        lambda x: _is_number(x) and 0 <= x < 1, "a number of at least 0 and below 1"),
+        lambda x: _is_number(x) and 0 <= x < 1,
+        "a number of at least 0 and below 1",
+    ),
     "bias": (
-        lambda x: x in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+        lambda x: x in ("none", "all", "lora_only"),
+        "'none', 'all' or 'lora_only'",
+    ),
     "fan_in_fan_out": _FLAG,
     "use_rslora": _FLAG,
     "use_dora": _FLAG,
     "lora_bias": _FLAG,
     "ensure_weight_tying": _FLAG,
     "auto_mapping": (_optional(lambda x: isinstance(x, dict)), "an object"),
-}  # fmt: skip
+}

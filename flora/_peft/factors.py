@@ -67,7 +67,7 @@ def is_channel_last(path: str, sizes: Sequence[int], window: Sequence[int]) -> b
 def matrices(piece: Piece, layout: Layout, shape: Sequence[int]) -> tuple[Any, Any]:
     """A `[*experts, in, r]` and b `[*experts, r, n]`, features as the leaf has them."""
     lora, slot = piece.lora, piece.slot
-    stack, in_, _ = layout.sizes(tuple(shape))
+    stack, in_, _ = layout.sizes(shape)
     experts = stack[slot.holes :]
     if lora.kind == "conv":
         a, b = _of_conv(lora, slot, in_)
@@ -136,20 +136,20 @@ def node(
     """The node of a leaf, its factors and magnitude NumPy arrays."""
     shape = tuple(base.shape)
     stack, in_, out = layout.sizes(shape)
-    wide = math.prod(out)
+    _, rows, wide = layout.matrix(shape)
     made = [(p, *matrices(p, layout, shape)) for p in pieces]
     used: dict[tuple[int, ...], int] = {}
     for p, a, _ in made:
         used[p.index] = used.get(p.index, 0) + a.shape[-1]
     rank, scale, same = max(used.values()), _scale(pieces), _agree(pieces)
     dtype = np.result_type(*(x.dtype for _, a, b in made for x in (a, b)))
-    a_all = np.zeros((*stack, math.prod(in_), rank), dtype)
+    a_all = np.zeros((*stack, rows, rank), dtype)
     b_all = np.zeros((*stack, rank, wide), dtype)
-    filled: dict[tuple[int, ...], int] = {}
+    ends: dict[tuple[int, ...], int] = {}
     for p, a, b in made:
-        start = filled.get(p.index, 0)
-        filled[p.index] = start + a.shape[-1]
-        ranks = slice(start, filled[p.index])
+        start = ends.get(p.index, 0)
+        ends[p.index] = start + a.shape[-1]
+        ranks = slice(start, ends[p.index])
         a_all[p.index][..., :, ranks] = a
         factor = 1.0 if p.scale == scale else p.scale / scale
         at = positions(p.slot, beside, wide)
@@ -199,8 +199,8 @@ def magnitude(
     beside: Sequence[Slot],
 ) -> Any:
     """DoRA's magnitudes `[*stack, *out]` of a leaf, all of it adapted."""
-    stack, _, out = layout.sizes(tuple(shape))
-    found = np.full((*stack, math.prod(out)), np.nan, np.float64)
+    stack, _, out = layout.sizes(shape)
+    found = np.full((*stack, layout.matrix(shape)[2]), np.nan, np.float64)
     for p in pieces:
         m = np.asarray(p.lora.magnitude).reshape(-1)
         m = m if p.slot.module.order is None else m[_rows(p.slot)]
@@ -208,8 +208,7 @@ def magnitude(
     if np.isnan(found).any():
         raise LoraError(
             f"'{pieces[0].slot.path}' stacks modules of which only some are adapted; "
-            f"DoRA "
-            "needs a magnitude for each. Unstack the layers, or adapt all of them."
+            "DoRA needs a magnitude for each. Unstack the layers, or adapt all of them."
         )
     dtype = np.result_type(*(np.asarray(p.lora.magnitude).dtype for p in pieces))
     return found.astype(dtype).reshape(*stack, *out)

@@ -51,7 +51,7 @@ class Summed:
 
 
 def spread(a: np.ndarray, b: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """The node's `[g·r, in/g, *window]` and `[g·r, out]` of A `[r, in, *window]` and B."""
+    """`[g·r, in/g, *window]` and `[g·r, out]` of A `[r, in, *window]` and B."""
     r, channels, *window = a.shape
     first = a.reshape(r, groups, channels // groups, *window).swapaxes(0, 1)
     second = np.zeros((groups * r, b.shape[0]), b.dtype)

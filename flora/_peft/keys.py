@@ -1,4 +1,4 @@
-"""The keys of adapter_model.safetensors: which tensor is what of which module."""
+"""The keys of adapter_model.safetensors: the module and the role of each tensor."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -57,12 +57,12 @@ class Lora:
 
     @property
     def name(self) -> str:
-        """Of the parameter that it adapts."""
+        """The name of the parameter that it adapts."""
         return f"{self.module}.{self.parameter}"
 
     @property
     def site(self) -> str:
-        """What ranks and alphas are matched against."""
+        """The name that rank and alpha patterns are matched against."""
         return self.name if self.raw else self.module
 
     def key(self, part: str) -> str:
@@ -179,9 +179,8 @@ def _flag_problems(file: Path, lora: Lora, config: PeftConfig) -> Iterator[str]:
         if has and not wants:
             yield (
                 f"{file}: '{lora.key(part)}' is there, but the config has {flag} "
-                f"false; "
-                f"expected none. PEFT would ignore it. Write {flag}: true if the "
-                "adapter was trained so."
+                f"false; expected none. PEFT would ignore it. Write {flag}: true if "
+                "the adapter was trained so."
             )
         elif wants and not has:
             yield (

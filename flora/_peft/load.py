@@ -29,8 +29,16 @@ from flora._tree.weight import LoraWeight, Trained, base_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
-    """One leaf that the adapter adapts."""
+class AdaptedLeaf:
+    """One leaf that the adapter adapts.
+
+    Attributes:
+      path: of the leaf.
+      base: its weight.
+      layout: of the weight.
+      pieces: the adapters of the modules that lie in it.
+      beside: the slots that share its out features.
+    """
 
     path: str
     base: Any
@@ -40,23 +48,23 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Where everything in a file belongs.
+class Assignment:
+    """Which leaf each tensor of a file belongs to.
 
     Attributes:
-      sites: the adapted leaves, by path.
+      adapted: the adapted leaves, by path.
       whole: for each path `(slot, index, value)` of what trains whole.
       bias: for each path `(slot, index, value)` that is added to a bias.
       of_base: for each path `(slot, index, value)` that the base must hold.
     """
 
-    sites: Mapping[str, Site]
+    adapted: Mapping[str, AdaptedLeaf]
     whole: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
     bias: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
     of_base: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
 
 
-def plan(
+def assign(
     folder: Path,
     config: PeftConfig,
     content: Content,
@@ -65,8 +73,8 @@ def plan(
     given: Mapping[str, Layout],
     *,
     followed: bool,
-) -> Plan:
-    """Finds the leaf of each tensor; all that does not fit is reported at once."""
+) -> Assignment:
+    """Assigns each tensor to a leaf; all that does not fit is reported at once."""
     file = folder / WEIGHTS
     content = with_parameters(content, config, file)
     wanted = [
@@ -110,7 +118,9 @@ def plan(
         for lora in content.loras
         if lora.bias is not None and not finder.all(f"{lora.module}.bias")
     )
-    return Plan(sites, placed(content.whole), placed(bias), placed(content.of_base))
+    return Assignment(
+        sites, placed(content.whole), placed(bias), placed(content.of_base)
+    )
 
 
 def _lost(
@@ -136,7 +146,7 @@ def _sites(
     leaves: Mapping[str, Any],
     given: Mapping[str, Layout],
     file: Path,
-) -> dict[str, Site]:
+) -> dict[str, AdaptedLeaf]:
     pieces: dict[str, list[Piece]] = {}
     for lora in content.loras:
         for slot, index in finder.all(lora.name):
@@ -160,7 +170,7 @@ def _sites(
             found, bad = _checked(path, base, layout, found, beside, file)
         problems += bad
         if layout is not None and not bad:
-            sites[path] = Site(path, base, layout, tuple(found), beside)
+            sites[path] = AdaptedLeaf(path, base, layout, tuple(found), beside)
     fail(problems)
     return sites
 
@@ -253,7 +263,7 @@ def _checked(
     shape = tuple(base.shape)
     if not layout.fits(len(shape)):
         return [], [f"'{path}' of shape {shape} does not have the layout {layout}."]
-    stack, in_, out = layout.sizes(shape)
+    stack, (_, in_, out) = layout.sizes(shape)[0], layout.matrix(shape)
     new, problems = [], []
     for piece in pieces:
         lora, slot = piece.lora, piece.slot
@@ -261,12 +271,11 @@ def _checked(
         if any(i >= n for i, n in zip(piece.index, stack, strict=False)):
             problems.append(
                 f"{file}: '{lora.key('a')}' is index {piece.index} of the stack "
-                f"'{path}', "
-                f"which has {stack}. Is it the adapter of a deeper base?"
+                f"'{path}', which has {stack}. Is it the adapter of a deeper base?"
             )
             continue
         rows = slot.module.order
-        have = int(np.prod(in_)), int(np.prod(out))
+        have = in_, out
         need = piece.lora.a.shape[1], piece.lora.b.shape[0]
         if lora.kind == "conv":
             window, channels = lora.a.shape[2:], lora.a.shape[1]
@@ -279,9 +288,8 @@ def _checked(
             problems.append(
                 f"{file}: '{lora.key('a')}' has shape {lora.a.shape} and "
                 f"'{lora.key('b')}' {lora.b.shape}; the base's '{path}' of shape "
-                f"{shape} "
-                f"({layout}) has {int(np.prod(in_))} in and {int(np.prod(out))} out "
-                "features. Is it the adapter of another base?"
+                f"{shape} ({layout}) has {in_} in and {out} out features. Is it the "
+                "adapter of another base?"
             )
             continue
         new.append(piece)
@@ -290,7 +298,7 @@ def _checked(
 
 def _universe(
     slots: Sequence[Slot],
-    sites: Mapping[str, Site],
+    sites: Mapping[str, AdaptedLeaf],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[list[str], list[str]]:
     """The base's modules that have a weight, and all of its parameters."""
@@ -309,29 +317,29 @@ def _universe(
 
 
 def expected_layouts(leaves: Mapping[str, Any]) -> dict[str, Layout]:
-    """Those of the nodes of a tree that is adapted already."""
+    """The layouts of an adapted tree's nodes, by path."""
     return {p: x.layout for p, x in leaves.items() if isinstance(x, LoraWeight)}
 
 
 def coverage_problems(
-    leaves: Mapping[str, Any], plan: Plan, file: Path
+    leaves: Mapping[str, Any], found: Assignment, file: Path
 ) -> Iterator[str]:
-    """What an adapted tree holds that the file does not, and the other way round."""
+    """What only the adapted tree holds, and what only the file holds."""
     nodes = {p for p, x in leaves.items() if isinstance(x, LoraWeight)}
     if not nodes:
         return
-    for path in sorted(nodes - {*plan.sites}):
+    for path in sorted(nodes - {*found.adapted}):
         yield (
             f"'{path}' is adapted in the tree, but {file} has no factors for it. Pass "
             "the plain tree, or adapt with the same targets."
         )
-    for path in sorted({*plan.sites} - nodes):
+    for path in sorted({*found.adapted} - nodes):
         yield (
             f"{file} has factors for '{path}', which is not adapted in the tree. Pass "
             "the plain tree, or adapt with the same targets."
         )
     for path, leaf in leaves.items():
-        if isinstance(leaf, Trained) and path not in {**plan.whole, **plan.bias}:
+        if isinstance(leaf, Trained) and path not in {**found.whole, **found.bias}:
             yield (
                 f"'{path}' trains whole in the tree, but {file} does not hold it. Pass "
                 "the plain tree."

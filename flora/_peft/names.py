@@ -1,8 +1,8 @@
-"""Names: which parameter of a PyTorch model lies where in a Flax tree.
+"""Names: which parameter of a PyTorch model is in which leaf of a Flax tree.
 
-A parameter has a dotted name, a leaf a '/'-joined path.  A `Slot` ties one to the
-other: the name may have placeholders for the stacked axes of the leaf, and the features
-of the parameter may lie elsewhere, in another order, or among those of others.
+A parameter has a dotted name, a leaf a '/'-joined path.  A `Slot` connects the two: the
+name may have placeholders for the stacked axes of the leaf, and the parameter's
+features may be in another order, or among those of other parameters.
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ KINDS = ("", "linear", "conv", "embedding")
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A PyTorch module, or a part of it, that lies in a leaf.
+    """A PyTorch module, or a part of it, that a leaf holds.
 
     Attributes:
-      name: its dotted path.  `{i}` is what the pattern of the leaf calls `{i}`; other
-        placeholders count along the leaf's stacked axes, in order, and `{q|k|v}` does
-        so by names.
-      parameter: the name of the parameter in it.
-      rows: which of its out features these are, in the order in which the leaf has
-        them; an int n for the first n; `None` for all.
-      columns: the order in which the leaf has its in features.
-      kind: 'linear', 'conv' or 'embedding', where the leaf does not say.
+      name: the module's dotted path.  `{i}` is what the pattern of the leaf calls
+        `{i}`; other placeholders count along the leaf's stacked axes, in order, and
+        `{q|k|v}` names the indices instead.
+      parameter: the name of the module's parameter.
+      rows: which of the module's out features the leaf has, in the leaf's order; an int
+        n for the first n; `None` for all.
+      columns: the leaf's order of the module's in features.
+      kind: 'linear', 'conv' or 'embedding', where the leaf does not tell.
       groups: of a convolution.
-      tied: that the module uses the weight of another one, the first of the list.
+      tied: whether the module uses the weight of another one, the first of the list.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where one parameter, or one of each layer, lies.
+    """The place of one parameter, or of one in each layer, in a leaf.
 
     Attributes:
       path: the leaf.
@@ -108,7 +108,7 @@ class Slot:
         return len(_HOLE.findall(self.name))
 
     def index(self, name: str) -> tuple[int, ...] | None:
-        """Where along these axes a parameter lies, `None` if it does not."""
+        """The parameter's index along these axes; `None` if it is not in the leaf."""
         pattern, choices, end = "", [], 0
         for hole in _HOLE.finditer(self.name):
             options = hole[1].split("|") if "|" in hole[1] else None
@@ -146,7 +146,7 @@ class Finder:
         self._stacked = [s for s in slots if s.holes]
 
     def all(self, name: str) -> list[tuple[Slot, tuple[int, ...]]]:
-        """Several, where a module's features lie in several leaves."""
+        """All of them; several where several leaves hold a module's features."""
         found: list[tuple[Slot, tuple[int, ...]]] = [
             (s, ()) for s in self._exact.get(name, ())
         ]
@@ -250,7 +250,7 @@ def _prefix(wanted: Sequence[str], shift: tuple[int, int]) -> list[str]:
 
 
 def _forms(name: str, shift: tuple[int, int]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The words of a name, whole and without one or two of its numbers."""
+    """The words of a name, all and without one or two of its numbers."""
     raw = name.split(".")
     head, body = raw[: shift[0]], raw[shift[0] :]
     if not body:
@@ -330,7 +330,7 @@ def _by_patterns(
 
 
 def _leaf_regex(pattern: str) -> re.Pattern[str]:
-    """Of a leaf's path or of what it lies in, whole or from a word on."""
+    """A regex for a leaf's path, or a module's around it, in full or from a word on."""
     text, end, seen = "", 0, set()
     for hole in _HOLE.finditer(pattern):
         text += re.escape(pattern[end : hole.start()])
@@ -377,7 +377,7 @@ def _slots_of(path: str, rule: Rule, names: Any) -> list[Slot]:
 
 
 def _siblings(slots: Sequence[Slot], paths: Sequence[str]) -> list[Slot]:
-    """What lies beside a named weight belongs to the same modules: biases."""
+    """The slots of biases: they belong to the modules of the weight beside them."""
     named = {s.path for s in slots}
     by_parent: dict[str, list[Slot]] = {}
     for slot in slots:

@@ -14,7 +14,7 @@ import numpy as np
 from flora._peft.names import PARAMETERS, Module, Names, Slot, split_name
 from flora._tree.errors import LoraError, fail
 from flora._tree.paths import named_leaves
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 from flora._tree.weight import base_of
 
 _VECTORS = ("bias", "scale", "mean", "var")
@@ -26,8 +26,8 @@ def match_names(weights: Mapping[str, Any], tree: Any) -> Names:
     """The names of a Flax tree's leaves, found by values.
 
     Every out feature of a leaf, a vector over its in features, is looked up among the
-    rows of the weights.  That finds weights that were transposed, split into heads,
-    reordered (RoPE), fused or stacked, whatever they are called.
+    rows of the weights.  This finds weights whatever their names, even if they were
+    transposed, split into heads, reordered (RoPE), fused or stacked.
 
     Args:
       weights: `{name: array}` of the PyTorch model, as in its safetensors file.
@@ -37,15 +37,15 @@ def match_names(weights: Mapping[str, Any], tree: Any) -> Names:
       The names, for `load` and `save`.
 
     Raises:
-      LoraError: a weight with two axes or more is found nowhere, or in several places;
-        every such leaf is named.
+      LoraError: a leaf with two axes or more is found nowhere, or in several places.
+        Every such leaf is named.
     """
     leaves = {p: base_of(x) for p, x in named_leaves(tree)[0]}
     fail(
         f"match_names: '{path}' is {leaf!r}; expected an array with values. Load it "
         f"first."
         for path, leaf in leaves.items()
-        if isinstance(leaf, jax.ShapeDtypeStruct) or is_stored(leaf)
+        if isinstance(leaf, jax.ShapeDtypeStruct) or is_quantized(leaf)
     )
     arrays = {p: np.asarray(x) for p, x in leaves.items() if hasattr(x, "shape")}
     dense = {n: np.asarray(x) for n, x in weights.items() if len(np.shape(x)) >= 2}
@@ -100,8 +100,11 @@ def _slots(
     """The slots of one leaf."""
     last = path.rpartition("/")[2]
     if last in ("embedding", "weight"):
-        hits = [n for n, w in dense.items() if w.shape == leaf.shape
-                and np.array_equal(w.astype(leaf.dtype), leaf)]  # fmt: skip
+        hits = [
+            n
+            for n, w in dense.items()
+            if w.shape == leaf.shape and np.array_equal(w.astype(leaf.dtype), leaf)
+        ]
         if hits:
             first, *tied = sorted(hits, key=lambda n: ("head" in n, n))
             return [_slot(path, first)] + [_slot(path, n, tied=True) for n in tied]
@@ -169,13 +172,13 @@ def _stacked(
             return None
         name, _, _ = parts[0][k].partition("#")
         height = dense[name].shape[1 if "#" in parts[0][k] else 0]
-        whole = list(order) == list(range(height)) and len(first) == 1
-        shown = None if whole else tuple(order)
+        in_order = list(order) == list(range(height)) and len(first) == 1
+        own = None if in_order else tuple(order)
         slot = _slot(path, template)
         slots.append(
             dataclasses.replace(
                 slot,
-                module=dataclasses.replace(slot.module, rows=shown),
+                module=dataclasses.replace(slot.module, rows=own),
                 part=(k, len(first)),
             )
         )

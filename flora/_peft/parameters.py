@@ -79,10 +79,8 @@ def in_order(
         elif len(fits) > 1:
             raise LoraError(
                 f"{file}: '{module}' has adapters of {', '.join(held)} with shapes "
-                f"that "
-                "fit either way. Pass names= with these leaves in the order in which "
-                "the "
-                "PyTorch module declares them."
+                "that fit either way. Pass names= with these leaves in the order in "
+                "which the PyTorch module declares them."
             )
         if not fits:
             sizes = ", ".join(f"A {x.a.shape} B {x.b.shape}" for x in inner_first)
@@ -90,8 +88,7 @@ def in_order(
             raise LoraError(
                 f"{file}: the adapters of '{module}' have {sizes}; the leaves of "
                 f"{', '.join(held)} have {', '.join(map(str, have))}, which do not "
-                f"fit. "
-                "Is the adapter one of another base?"
+                "fit. Is the adapter one of another base?"
             )
         for old, new in zip(inner_first, fits[0], strict=True):
             found[id(old)] = new
@@ -170,10 +167,9 @@ def without_ties(content: Content, finder: Finder, file: Path) -> Content:
             if any(s.name in held for s in first) and slot.name not in held:
                 raise LoraError(
                     f"{file}: '{first[0].name}' is adapted and '{slot.name}' is not, "
-                    f"but "
-                    f"both lie in '{slot.path}'. PEFT adapts the first alone. Train "
-                    f"with "
-                    "ensure_weight_tying=True, or untie the weights in the tree."
+                    f"but both lie in '{slot.path}'. PEFT adapts the first alone. "
+                    "Train with ensure_weight_tying=True, or untie the weights in the "
+                    "tree."
                 )
     return dataclasses.replace(content, loras=tuple(kept), whole=whole, of_base=of_base)
 
@@ -198,12 +194,9 @@ def may_be_tied(
         if lora.kind == "embedding" and sum(words in s for s in shapes.values()) < 2:
             yield (
                 f"'{lora.module}' is adapted as an embedding alone, and no other leaf "
-                f"of the "
-                f"base has its {words} words: tied weights, it seems, and PEFT leaves "
-                f"the "
-                "product with them as it was. Pass fn= and args= to follow the leaf, "
-                "or "
-                "train with ensure_weight_tying=True."
+                f"of the base has its {words} words: tied weights, it seems, and PEFT "
+                "leaves the product with them as it was. Pass fn= and args= to follow "
+                "the leaf, or train with ensure_weight_tying=True."
             )
 
 
@@ -240,8 +233,8 @@ def turned_embedding(piece: Piece, layout: Layout) -> Piece:
     if lora.magnitude is not None:
         raise LoraError(
             f"'{piece.slot.path}' has the layout {layout}, of a product; the "
-            f"magnitudes of "
-            f"'{lora.module}' are of a lookup. Pass the plain tree, and no fn=."
+            f"magnitudes of '{lora.module}' are of a lookup. Pass the plain tree, and "
+            "no fn=."
         )
     return dataclasses.replace(
         piece, lora=dataclasses.replace(lora, a=lora.b.T, b=lora.a.T)

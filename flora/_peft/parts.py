@@ -35,7 +35,7 @@ class Part:
 
     @property
     def alpha(self) -> float:
-        """An int where it was one before it was divided."""
+        """The alpha of that scale; an int where it was one."""
         value = self.scale * (
             math.sqrt(self.rank) if self.rank_stabilized else self.rank
         )
@@ -45,7 +45,7 @@ class Part:
 def parts(
     path: str, node: LoraWeight, slots: Sequence[Slot], known: str = ""
 ) -> Iterator[Part]:
-    """What each module that lies in a leaf has of its node, whose kind may be known."""
+    """The part of a leaf's node that belongs to each module in the leaf."""
     stack = node.a.shape[: len(node.layout.stack)]
     a, b = np.asarray(node.a), np.asarray(node.b)
     a = a.reshape(*stack, -1, a.shape[-1])
@@ -63,7 +63,7 @@ def parts(
 
 
 def slots_beside(slots: Sequence[Slot]) -> list[Slot]:
-    """Those that share the leaf's out features."""
+    """The slots that share the leaf's out features."""
     return [s for s in slots if not s.module.tied]
 
 
@@ -225,13 +225,12 @@ def _check_rows(parts: Sequence[Part]) -> None:
         where = "', '".join(p.slot.path for p in parts)
         raise LoraError(
             f"save: '{parts[0].lora.name}' is the name of '{where}', whose rows= are "
-            f"not "
-            "all of its rows, each once. Write rows= for each, or another name."
+            "not all of its rows, each once. Write rows= for each, or another name."
         )
 
 
 def _trimmed(part: Part) -> Part:
-    """Without ranks that are zero in A and in B, which stacking layers adds."""
+    """The part without the zero ranks that stacking layers adds."""
     a, b = part.lora.a, part.lora.b
     stacked = part.slot.holes or part.slot.part[1] > 1
     if part.lora.kind == "conv" or part.lora.raw or not stacked:

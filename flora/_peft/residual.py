@@ -57,10 +57,9 @@ def changed(
 ) -> np.ndarray:
     """The base minus `change(piece, W [out, in])` of every piece."""
     value = np.asarray(base)
-    order = (*layout.stack, *layout.in_, *layout.out)
-    stack, in_, out = layout.sizes(value.shape)
-    turned = value.transpose(order)
-    flat = turned.reshape(*stack, int(np.prod(in_)), int(np.prod(out))).copy()
+    stack, (_, in_, out) = layout.sizes(value.shape)[0], layout.matrix(value.shape)
+    turned = value.transpose(layout.order)
+    flat = turned.reshape(*stack, in_, out).copy()
     for piece in pieces:
         if piece.lora.kind != "linear" or piece.lora.raw:
             continue  # PEFT starts those as plain LoRA
@@ -80,4 +79,4 @@ def changed(
         own[np.ix_(rows, columns)] = matrix[:, at].T
         left = own.astype(np.float64) - change(piece, own)
         matrix[:, at] = left[np.ix_(rows, columns)].T.astype(value.dtype)
-    return flat.reshape(turned.shape).transpose(np.argsort(order))
+    return flat.reshape(turned.shape).transpose(np.argsort(layout.order))

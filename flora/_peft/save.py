@@ -111,8 +111,7 @@ def _problems(path: str, leaf: Any) -> Iterator[str]:
         if not isinstance(leaf.variant, DoRA | AcrossGroups | None):
             yield (
                 f"save: '{path}' is {leaf.variant!r}, which PEFT's LoRA files cannot "
-                f"hold. "
-                "Ship flora.merge(adapted)."
+                "hold. Ship flora.merge(adapted)."
             )
         values = [leaf.a, leaf.b, *jax.tree.leaves(leaf.extra)]
     else:
@@ -124,8 +123,7 @@ def _problems(path: str, leaf: Any) -> Iterator[str]:
             bad = int((~jnp.isfinite(x)).sum())
             yield (
                 f"save: '{path}' holds {bad} of {x.size} values that are NaN or "
-                f"infinite. "
-                "Training went astray; nothing is written."
+                "infinite. Training went astray; nothing is written."
             )
 
 
@@ -171,8 +169,7 @@ def _nested(made: Sequence[Part], declared: Sequence[Slot] | None) -> list[Part]
         if count[module] > 1 and not part.lora.raw:
             raise LoraError(
                 f"save: '{module}' has an adapter of its weight and of a raw "
-                f"parameter, "
-                "which PEFT cannot nest. Leave one of them out."
+                "parameter, which PEFT cannot nest. Leave one of them out."
             )
         left[module] -= 1
         lora = dataclasses.replace(part.lora, depth=left[module])
@@ -225,8 +222,9 @@ def _whole(named: Named, by_path: Slots, made: Sequence[Part]) -> Whole:
                     parts.setdefault(name, []).append((slot, value))
     for name, some in parts.items():
         values[name] = _assembled(some)
-    return Whole(values, {n: split_name(n)[0] for n in values if
-                          split_name(n)[0] in saved}, mode)  # fmt: skip
+    return Whole(
+        values, {n: split_name(n)[0] for n in values if split_name(n)[0] in saved}, mode
+    )
 
 
 def _stack(leaf: Any, slot: Slot) -> tuple[int, ...]:
@@ -260,8 +258,7 @@ def _config(
     if len(rates) > 1:
         raise LoraError(
             f"save: dropout rates differ between leaves: {rates}; PEFT has one. Set "
-            f"one "
-            "rate by dataclasses.replace."
+            "one rate by dataclasses.replace."
         )
     rank = _most([p.rank for p in made], 8)
     alpha = _most([p.alpha for p in made], 8)
@@ -269,8 +266,7 @@ def _config(
     if dora and any(p.lora.magnitude is None for p in made):
         raise LoraError(
             "save: some leaves are DoRA and some plain LoRA; PEFT has one or the "
-            "other. "
-            "Adapt all in one way, or ship flora.merge(adapted)."
+            "other. Adapt all in one way, or ship flora.merge(adapted)."
         )
     raw = [p.lora.name for p in made if p.lora.raw]
     modules = [p.lora.module for p in made if not p.lora.raw]
@@ -356,8 +352,7 @@ def _exclude_others(
     check = parse(config, _HERE)
     fail(
         f"save: '{m}' cannot be told from other modules by PEFT's rules of names. "
-        f"Rename "
-        "one of them."
+        "Rename one of them."
         for m in modules
         if not selects(check, m)
     )

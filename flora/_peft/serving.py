@@ -1,4 +1,4 @@
-"""What vLLM and SGLang apply in full: one rank, and alpha/r for all modules."""
+"""Adapters that vLLM and SGLang apply in full: one rank and alpha/r everywhere."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,8 +40,7 @@ def _problems(made: Sequence[Part], whole: Any) -> Iterator[str]:
         if lora.magnitude is not None:
             yield (
                 f"save: '{lora.module}' is DoRA, which vLLM and SGLang refuse and no "
-                f"plain "
-                "adapter equals. Ship flora.merge(adapted)."
+                "plain adapter equals. Ship flora.merge(adapted)."
             )
         elif lora.kind == "conv":
             yield (
@@ -51,8 +50,7 @@ def _problems(made: Sequence[Part], whole: Any) -> Iterator[str]:
         elif part.slot.module.tied:
             yield (
                 f"save: '{lora.module}' shares its weight with an embedding, which "
-                f"SGLang "
-                "does not adapt. Ship flora.merge(adapted), or train without it."
+                "SGLang does not adapt. Ship flora.merge(adapted), or train without it."
             )
 
 
@@ -107,8 +105,7 @@ def _zeros(name: str, slot: Slot, base: Any, like: Part) -> Part:
     if rows is None and size != in_ * out * slot.part[1]:
         raise LoraError(
             f"save: '{name}' must be written as zeros for SGLang, but '{slot.path}' of "
-            f"shape "
-            f"{tuple(base.shape)} does not have {in_} in features. Adapt it too."
+            f"shape {tuple(base.shape)} does not have {in_} in features. Adapt it too."
         )
     lora = dataclasses.replace(
         like.lora,

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora._tree.errors import LoraError, fail
-from flora._tree.layout import Layout
+from flora._tree.matrices import matrices
 from flora._tree.paths import named_leaves
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 from flora._tree.weight import LoraWeight, base_of
 
 
@@ -34,7 +34,7 @@ def with_start(nodes: Mapping[str, LoraWeight], base: Any) -> dict[str, LoraWeig
 
 def _with_start(path: str, node: LoraWeight, plain: Any) -> LoraWeight:
     for x in (node.base, plain):
-        if x is None or is_stored(x) or isinstance(x, jax.ShapeDtypeStruct):
+        if x is None or is_quantized(x) or isinstance(x, jax.ShapeDtypeStruct):
             raise LoraError(
                 f"save: '{path}' is {x!r} and base= needs its values. Pass the adapted "
                 "tree and the plain base, both of arrays."
@@ -42,15 +42,14 @@ def _with_start(path: str, node: LoraWeight, plain: Any) -> LoraWeight:
     if node.base.shape != plain.shape:
         raise LoraError(
             f"save: '{path}' has shape {node.base.shape}, and {plain.shape} in base. "
-            f"Pass "
-            "the tree that the adapted one was made of."
+            "Pass the tree that the adapted one was made of."
         )
     changed, before = np.asarray(node.base), np.asarray(plain)
     if np.array_equal(changed, before):
         return node
     eps = float(jnp.finfo(changed.dtype).eps)
     before64, changed64 = before.astype(np.float64), changed.astype(np.float64)
-    w, d = (_matrices(x, node.layout) for x in (before64, changed64 - before64))
+    w, d = (matrices(x, node.layout) for x in (before64, changed64 - before64))
     u, s, v = np.linalg.svd(d, full_matrices=False)
     floor = 4 * eps * np.linalg.norm(w, axis=(-2, -1)).max()
     rank = int((s > floor).sum(-1).max())
@@ -77,10 +76,3 @@ def _with_start(path: str, node: LoraWeight, plain: Any) -> LoraWeight:
         alpha=node.scale * total,
         rank_stabilized=False,
     )
-
-
-def _matrices(x: np.ndarray, layout: Layout) -> np.ndarray:
-    """`[*stack, in, out]`."""
-    stack, in_, out = layout.sizes(x.shape)
-    turned = x.transpose((*layout.stack, *layout.in_, *layout.out))
-    return turned.reshape(*stack, int(np.prod(in_)), int(np.prod(out)))

@@ -1,4 +1,4 @@
-"""PEFT's rules of what a config selects, and what a file then has to hold."""
+"""PEFT's rules for what a config selects, and what a file must then hold."""
 
 import difflib
 import re
@@ -17,7 +17,7 @@ def covers(name: str, target: str) -> bool:
 
 
 def ends(name: str) -> list[str]:
-    """The name, and all that is left of it from a dot on."""
+    """The name, and every end of it that starts after a dot."""
     words = name.split(".")
     return [".".join(words[i:]) for i in range(len(words))]
 
@@ -91,9 +91,8 @@ def target_problems(
         if not selects(config, module):
             yield (
                 f"{file}: '{PREFIX}{module}' is adapted, but {here.name} does not "
-                f"select "
-                f"it: target_modules is {shown(config.target_modules)}. PEFT would "
-                "leave it out. Name it there, or save the adapter anew."
+                f"select it: target_modules is {listed(config.target_modules)}. PEFT "
+                "would leave it out. Name it there, or save the adapter anew."
             )
     missing = [m for m in universe if m not in held and selects(config, m)]
     if is_all_linear(config):  # which leaves out the model's head
@@ -102,17 +101,16 @@ def target_problems(
     for module in missing:
         yield (
             f"{file}: '{PREFIX}{module}.lora_A.weight' is missing; the base has the "
-            f"module and target_modules {shown(config.target_modules)} selects it. "
-            f"PEFT "
-            "would leave it untrained. Is the adapter one of another base?"
+            f"module and target_modules {listed(config.target_modules)} selects it. "
+            "PEFT would leave it untrained. Is the adapter one of another base?"
         )
     layers = {layer_of(config, module) for module in held}
     for index in config.layers_to_transform:
         if index not in layers:
             yield (
-                f"{here}: layers_to_transform has {index}, but no adapted module lies in "
-                "a layer of that index. PEFT would pass over it. Remove it, or correct "
-                "layers_pattern."
+                f"{here}: layers_to_transform has {index}, but no adapted module lies "
+                "in a layer of that index. PEFT would pass over it. Remove it, or "
+                "correct layers_pattern."
             )
     adapted = [lora.site for lora in content.loras]
     for field in ("rank_pattern", "alpha_pattern"):
@@ -155,7 +153,7 @@ def whole_problems(
     parameters: Sequence[str],
     folder: Path,
 ) -> Iterator[str]:
-    """What of `modules_to_save` and `bias` the file lacks, or has too much of."""
+    """What the file lacks of `modules_to_save` and `bias`, or has beyond them."""
     here, file = folder / CONFIG, folder / WEIGHTS
     adapted = {lora.module for lora in content.loras}
     held = {plain(name) for name in content.whole}
@@ -167,9 +165,8 @@ def whole_problems(
                 continue
             yield (
                 f"{file}: no tensor of '{entry}', which modules_to_save names; "
-                f"expected "
-                f"'{PREFIX}…{entry}.weight'. PEFT would leave it as it is in the base. "
-                "Save the adapter anew, or take the name out."
+                f"expected '{PREFIX}…{entry}.weight'. PEFT would leave it as it is in "
+                "the base. Save the adapter anew, or take the name out."
             )
         else:
             for name in wanted:
@@ -190,7 +187,7 @@ def whole_problems(
             continue
         yield (
             f"{file}: '{PREFIX}{name}' is not part of the adapter by {here.name}: "
-            f"modules_to_save is {shown(config.modules_to_save)} and bias is "
+            f"modules_to_save is {listed(config.modules_to_save)} and bias is "
             f"'{config.bias}'. PEFT would pass over it. Name its module there."
         )
     if config.bias == "none":
@@ -221,8 +218,8 @@ def _in_module(name: str, entry: str) -> bool:
     return False
 
 
-def shown(names: object, most: int = 4) -> str:
-    """Names for a message, not too many."""
+def listed(names: object, most: int = 4) -> str:
+    """Names for a message, at most `most` of them."""
     if not isinstance(names, tuple | list | frozenset):
         return repr(names)
     names = sorted(names)

@@ -60,8 +60,8 @@ def taken(
     leaf: Any, slot: Slot, index: Sequence[int], beside: Sequence[Slot]
 ) -> np.ndarray:
     """A parameter of PyTorch, or those of its rows that lie in the leaf."""
-    whole = np.asarray(leaf)
-    value, kind = whole[tuple(index)] if index else whole, slot.module.kind
+    array = np.asarray(leaf)
+    value, kind = array[tuple(index)] if index else array, slot.module.kind
     word = leaf_word(slot.path)
     parts = slot.part[1] > 1
     if word == "kernel" and value.ndim == 2:
@@ -72,7 +72,7 @@ def taken(
         value = np.moveaxis(value, (-1, -2), (0, 1))
     elif word == "kernel" and value.ndim == 3:
         raise LoraError(
-            f"save: '{slot.path}' {whole.shape} trains whole, and its shape does not "
+            f"save: '{slot.path}' {array.shape} trains whole, and its shape does not "
             f"tell "
             "a convolution from split heads. Write names={leaf: "
             "flora.peft.Module(..., kind='conv')}, or train it with a 2-D kernel."

@@ -14,7 +14,7 @@ from flora._algebra.variants import AdaLoRA
 from flora._starts.residual import nothing_adapted, variant_problem
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, fail
-from flora._tree.matrices import whole
+from flora._tree.matrices import replicated
 from flora._tree.paths import named_leaves
 from flora._tree.weight import LoraWeight
 
@@ -57,6 +57,12 @@ def on_components(fn: Callable, w: LoraWeight, *others: LoraWeight) -> LoraWeigh
     if gated(w):
         extra = {"e": fn(w.extra["e"], *(x.extra["e"] for x in others))}
     return dataclasses.replace(w, base=None, a=a, b=b, key=None, extra=extra)
+
+
+def alpha_at(w: LoraWeight, rank: int) -> float:
+    """The alpha that keeps the scale at another rank."""
+    share = rank / w.rank
+    return w.alpha * (math.sqrt(share) if w.rank_stabilized else share)
 
 
 def replaced(tree: Any, new: Mapping[str, Any]) -> Any:
@@ -122,14 +128,14 @@ def budget_problems(parameters: Any, smallest: Any, largest: Any) -> Iterator[st
         yield f"largest={largest} is below smallest={smallest}."
 
 
-def filled(
+def within_budget(
     parameters: int,
     share: Mapping[str, float],
     cost: Mapping[str, int],
     least: Mapping[str, int],
     most: Mapping[str, int],
 ) -> dict[str, float]:
-    """min(max(level · share, least), most) with the highest level in budget."""
+    """Ranks min(max(level · share, least), most), with the highest level in budget."""
 
     def ranks(level: float) -> dict[str, float]:
         return {p: min(max(level * share[p], least[p]), most[p]) for p in share}
@@ -146,8 +152,8 @@ def filled(
 
 
 def best(found: Mapping[str, Any], count: Any) -> dict[str, jax.Array]:
-    """Which numbers of all leaves are among the `count` largest; of equals the first."""
-    flat = jnp.concatenate([whole(s).reshape(-1) for s in found.values()])
+    """Which numbers of all leaves are the `count` largest; of equals, the first."""
+    flat = jnp.concatenate([replicated(s).reshape(-1) for s in found.values()])
     order = jnp.argsort(-flat, stable=True)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
     keep, kept, at = place < count, {}, 0

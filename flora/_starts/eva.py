@@ -1,12 +1,12 @@
-"""Principal directions of each layer's inputs, by gradients that are none.
+"""Principal directions of each layer's inputs, computed with a custom VJP.
 
-Between x A and B stands the identity, whose backward pass hands z = x A on in the place
-of the cotangent.  The gradient of A is then Xᵀ z = (Xᵀ X) A, summed over all uses of the
-weight: one step of subspace iteration, for any function that has a gradient, without X.
+Between x A and B stands the identity with a backward pass of its own, which returns
+z = x A instead of the cotangent.  The gradient of A is then Xᵀ z = (Xᵀ X) A, summed
+over all uses of the weight: one step of subspace iteration, for any function that has a
+gradient, without ever holding X.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flora._starts.components import best, replaced
-from flora._starts.residual import matrix_sizes, selected
+from flora._starts.components import alpha_at, best, replaced
+from flora._starts.residual import selected
 from flora._tree.arrays import compute_dtype, is_array
 from flora._tree.errors import LoraError, fail
 from flora._tree.keys import consumed, path_salt, require_key
-from flora._tree.matrices import compiled, place_of, whole
+from flora._tree.matrices import compiled, place_of, replicated
 from flora._tree.paths import Pattern, named_leaves
 from flora._tree.weight import LoraWeight, Product, is_leaf
 from flora._verbs.lora import lora
@@ -38,7 +38,7 @@ _handed_on.defvjp(lambda z: (z, z), lambda z, _: (z,))
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """A variant with the gradient (Xᵀ X) A for A, where B is zero."""
+    """A variant whose gradient for A is (Xᵀ X) A, where B is zero."""
 
     frozen = ()
 
@@ -63,26 +63,27 @@ def eva(
 
     Ranks move to the layers whose directions explain most: of all leaves and stacked
     layers the first round(rho·rank) directions compete by λ_i / tr(Xᵀ X), and as many
-    win as there were ranks.  alpha moves along, so the scale stays.  The directions are
+    win as there were ranks.  alpha changes too, so the scale stays.  The directions are
     those of Xᵀ X, uncentered (PEFT subtracts the mean of x), over all batches.  For a
     tied embedding a lookup counts as one input of each direction.
 
     Args:
-      key: a typed PRNG key, consumed; for the first directions and for estimating traces.
-      adapted: an adapted tree of arrays; its bases may be stored in fewer bits.  A and B
-        are replaced: the model becomes that of the bases.
+      key: a typed PRNG key for the first directions and for estimating traces; it is
+        consumed.
+      adapted: an adapted tree of arrays; its bases may be quantized.  A and B are
+        replaced, so the model becomes that of the bases.
       fn: the function of the plain tree, such as `model.apply`; floating outputs must
         depend on the layers in a way that can be differentiated.
-      batches: argument tuples, `fn(tree, *batch)`, that can be gone through `passes`
-        times: a list, not an iterator.
+      batches: argument tuples for `fn(tree, *batch)`: a list, not an iterator, since it
+        is read `passes` times.
       target: which adapted leaves.
-      rho: how many directions a leaf may win, to its rank; 1 leaves all ranks alone.
-      passes: forward passes over all batches.  Each is a power iteration.
+      rho: how many times its rank a leaf may win; 1 keeps all ranks.
+      passes: how many passes to make over all batches; each is a power iteration.
 
     Returns:
-      A new tree.  A leaf that wins no rank is plain and frozen again; the layers of a
-      stack have the largest rank of theirs, padded with zeros in A and B, which stay
-      zero.  `flora.budget.patterns` tells the new ranks.
+      A new tree.  A leaf that wins no rank is plain and frozen again.  The layers of a
+      stack share the largest rank among them, padded with zeros in A and B, which stay
+      zero.  `flora.budget.patterns` returns the new ranks.
 
     Raises:
       LoraError: nothing is selected, a leaf holds no values or receives no inputs, or
@@ -92,7 +93,8 @@ def eva(
       >>> import jax, jax.numpy as jnp, flora, flora.starts
       >>> params = {"kernel": jnp.ones((6, 4))}
       >>> fn, x = lambda p, x: x @ p["kernel"], jnp.zeros((5, 6)).at[:, 2].set(1.0)
-      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=1), fn, params, x)
+      >>> key, config = jax.random.key(0), flora.LoraConfig(rank=1)
+      >>> adapted = flora.init(key, config, fn, params, x)
       >>> start = flora.starts.eva(jax.random.key(1), adapted, fn, [(x,)])
       >>> abs(start["kernel"].a[:, 0]).round(3).tolist()
       [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
@@ -103,7 +105,8 @@ def eva(
     _require(fn, batches, rho, passes)
     chosen, _, _ = selected("eva", adapted, target, dense=False)
     fail(
-        f"eva: '{path}' is a tracer, and ranks depend on values. Call eva outside of jit."
+        f"eva: '{path}' is a tracer, and ranks depend on values. Call eva outside of "
+        "jit."
         for path, w in chosen.items()
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(w))
     )
@@ -126,8 +129,8 @@ def eva(
 def _require(fn: Any, batches: Any, rho: Any, passes: Any) -> None:
     if not callable(fn):
         raise LoraError(
-            f"eva: fn is a {type(fn).__name__}; expected the function to run. The order is "
-            "eva(key, adapted, fn, batches)."
+            f"eva: fn is a {type(fn).__name__}; expected the function to run. The "
+            "order is eva(key, adapted, fn, batches)."
         )
     if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
         raise LoraError(
@@ -164,7 +167,7 @@ class _Watch:
 
     @staticmethod
     def of(w: LoraWeight, rho: float) -> "_Watch":
-        stack, in_, out = matrix_sizes(w)
+        stack, in_, out = w.layout.matrix(w.base.shape)
         count = min(round(rho * w.rank), in_, out)
         probes = min(PROBES, in_ - count)
         node = dataclasses.replace(
@@ -202,12 +205,11 @@ def _on_matrices(*values: Any, fn: Callable, sizes: Any, shape: Any) -> jax.Arra
 def _flat(x: Any, sizes: Any) -> Any:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x
-    return whole(x).reshape(sizes[0], sizes[1], -1)
+    return replicated(x).reshape(sizes[0], sizes[1], -1)
 
 
 def _zeros(w: LoraWeight, rank: int) -> jax.Array:
-    n = len(w.layout.stack)
-    shape = (*w.b.shape[:n], rank, *w.b.shape[n + 1 :])
+    _, shape = w.layout.factor_shapes(w.base.shape, rank)
     return jnp.zeros(shape, w.b.dtype, device=place_of(w.b))
 
 
@@ -224,8 +226,8 @@ def _moments(
     @jax.jit
     def of_batch(a: Any, values: Any, batch: Any) -> Any:
         def total(a: Any) -> jax.Array:
-            whole = {p: dataclasses.replace(values[p], a=x) for p, x in a.items()}
-            tree = treedef.unflatten([{**leaves, **values, **whole}[p] for p in leaves])
+            nodes = {p: dataclasses.replace(values[p], a=x) for p, x in a.items()}
+            tree = treedef.unflatten([{**leaves, **values, **nodes}[p] for p in leaves])
             outs = jax.tree.leaves(lora(fn)(tree, *batch))
             return sum((_sum(y) for y in outs if _differentiable(y)), jnp.float32(0))
 
@@ -261,7 +263,7 @@ def _spanned(y: jax.Array, sizes: Any) -> jax.Array:
 
 
 def _with_probes(q: jax.Array, key: Any, sizes: Any) -> jax.Array:
-    """The first directions and, in the place of the others, random ones orthogonal to them."""
+    """The first directions, then random ones orthogonal to them instead of the rest."""
     stack, in_, count, probes, _ = sizes
     q = q[:, :, :count]
     p = jax.random.normal(jax.random.fold_in(key, 1), (stack, in_, probes), q.dtype)
@@ -274,7 +276,7 @@ def _with_probes(q: jax.Array, key: Any, sizes: Any) -> jax.Array:
 
 
 def _directions(w: _Watch, q: jax.Array, y: jax.Array) -> tuple[Any, Any, Any]:
-    """Eigenvectors `[stack, in, count]`, eigenvalues and the trace of Xᵀ X, from Xᵀ X Q."""
+    """Eigenvectors `[stack, in, count]`, eigenvalues and trace of Xᵀ X, from Xᵀ X Q."""
     return compiled(_eigen, None, ("sizes",))(q, y, sizes=w.sizes)
 
 
@@ -290,8 +292,8 @@ def _eigen(q: jax.Array, y: jax.Array, *, sizes: Any) -> tuple[Any, Any, Any]:
 def _require_inputs(totals: Mapping[str, jax.Array]) -> None:
     fail(
         f"eva: '{path}' receives no inputs in these batches, or infinite ones, or fn's "
-        "floating outputs do not depend on it in a way that can be differentiated. Leave "
-        "it out of target, or return other outputs."
+        "floating outputs do not depend on it in a way that can be differentiated. "
+        "Leave it out of target, or return other outputs."
         for path, total in totals.items()
         if not bool(jnp.all((total > 0) & jnp.isfinite(total)))
     )
@@ -307,9 +309,8 @@ def _started(w: LoraWeight, u: jax.Array, keep: np.ndarray) -> Any:
     shape = (*w.a.shape[:-1], rank)
     run = compiled(_columns, place_of(w.a), ("shape", "dtype"))
     a = run(u, columns, shape=shape, dtype=jnp.dtype(w.a.dtype))
-    share = rank / w.rank
-    alpha = w.alpha * (math.sqrt(share) if w.rank_stabilized else share)
-    return dataclasses.replace(w, a=a, b=_zeros(w, rank), rank=rank, alpha=alpha)
+    b, alpha = _zeros(w, rank), alpha_at(w, rank)
+    return dataclasses.replace(w, a=a, b=b, rank=rank, alpha=alpha)
 
 
 def _columns(u: Any, columns: Any, *, shape: Any, dtype: Any) -> jax.Array:

@@ -1,7 +1,6 @@
 """One leaf at a time: factors from values, and the base that is left."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,12 +16,12 @@ from flora._tree.errors import LoraError, fail
 from flora._tree.matrices import (
     compiled,
     folded,
-    lying_as,
     matrices,
     nearest,
     place_of,
+    placed_as,
+    replicated,
     svd,
-    whole,
 )
 from flora._tree.paths import (
     Pattern,
@@ -31,7 +30,7 @@ from flora._tree.paths import (
     named_leaves,
     nothing_selected,
 )
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 from flora._tree.weight import LoraWeight, base_of
 
 Named = list[tuple[str, Any]]
@@ -40,7 +39,7 @@ Named = list[tuple[str, Any]]
 def selected(
     verb: str, adapted: Any, target: Pattern, *, dense: bool = True
 ) -> tuple[dict[str, LoraWeight], Named, Any]:
-    """The chosen adapted leaves, whose values can be read, all leaves, the structure."""
+    """The chosen adapted leaves, all of them arrays; all leaves; the structure."""
     named, treedef = named_leaves(adapted)
     check_pattern("target", target)
     nodes = {path: x for path, x in named if isinstance(x, LoraWeight)}
@@ -56,8 +55,8 @@ def selected(
 def nothing_adapted(verb: str, named: Named) -> str:
     """The message for a tree without factors."""
     return (
-        f"{verb}: none of the tree's {len(named)} leaves is adapted. Pass the tree that "
-        "flora.init or flora.join returned."
+        f"{verb}: none of the tree's {len(named)} leaves is adapted. Pass the tree "
+        "that flora.init or flora.join returned."
     )
 
 
@@ -66,7 +65,7 @@ def _value_problems(verb: str, path: str, w: LoraWeight, dense: bool) -> list[st
         return [f"{verb}: {problem}" for problem in problems]
     if problem := variant_problem(verb, path, w):
         return [problem]
-    if dense and is_stored(w.base):
+    if dense and is_quantized(w.base):
         return [
             f"{verb}: '{path}' is {w.base!r}, and {verb} computes with dense weights. "
             "Start from those, and call flora.quantize.quantize on the result."
@@ -89,8 +88,8 @@ def variant_problem(verb: str, path: str, w: LoraWeight, *known: type) -> str:
         return ""
     names = ", ".join(kind.__name__ for kind in (DoRA, *known))
     return (
-        f"{verb}: '{path}' has variant {w.variant!r}, of which {verb} cannot tell what its "
-        f"factors do. Use LoRA or {names}, or leave it out of target."
+        f"{verb}: '{path}' has variant {w.variant!r}, of which {verb} cannot tell what "
+        f"its factors do. Use LoRA or {names}, or leave it out of target."
     )
 
 
@@ -99,22 +98,16 @@ def rank_problems(
 ) -> Iterator[str]:
     """Leaves of which `times` the rank is above what their matrix has."""
     for path, w in chosen.items():
-        _, in_, out = matrix_sizes(w)
+        _, in_, out = w.layout.matrix(w.base.shape)
         most = min(in_, out) // times
         if w.rank > most:
             needs = "rank" if times == 1 else f"{times}·rank"
             yield (
-                f"{verb}: '{path}' has shape {tuple(w.base.shape)} ({w.layout}), a matrix "
-                f"of {in_}×{out}, and rank {w.rank}; {needs} must be at most "
-                f"{min(in_, out)}. Write rank_pattern={{'{path}': {most}}} at flora.init, "
-                "or leave it out of target."
+                f"{verb}: '{path}' has shape {tuple(w.base.shape)} ({w.layout}), a "
+                f"matrix of {in_}×{out}, and rank {w.rank}; {needs} must be at most "
+                f"{min(in_, out)}. Write rank_pattern={{'{path}': {most}}} at "
+                "flora.init, or leave it out of target."
             )
-
-
-def matrix_sizes(w: LoraWeight) -> tuple[int, int, int]:
-    """Stack, in and out, as numbers."""
-    stack, in_, out = (math.prod(s) for s in w.layout.sizes(tuple(w.base.shape)))
-    return stack, in_, out
 
 
 def made(
@@ -138,7 +131,9 @@ def made(
 
 def effective(w: LoraWeight) -> jax.Array:
     """W + scale A B, in float32 or wider, not rounded."""
-    w = dataclasses.replace(w, base=whole(w.base), a=whole(w.a), b=whole(w.b))
+    w = dataclasses.replace(
+        w, base=replicated(w.base), a=replicated(w.a), b=replicated(w.b)
+    )
     change = delta(w)
     return w.base.astype(change.dtype) + change
 
@@ -151,9 +146,9 @@ def residual(
     A and B are rounded to the factors' dtype first, so the base makes up for it.
     """
     a, b = folded(w, a, b)
-    change = delta(dataclasses.replace(w, base=whole(w.base), a=a, b=b))
+    change = delta(dataclasses.replace(w, base=replicated(w.base), a=a, b=b))
     rest = (x - change).astype(w.base.dtype)
-    return lying_as(rest, w.base), lying_as(a, w.a), lying_as(b, w.b)
+    return placed_as(rest, w.base), placed_as(a, w.a), placed_as(b, w.b)
 
 
 def pissa(w: LoraWeight, key: Any, *, passes: int) -> tuple[jax.Array, ...]:
@@ -181,7 +176,7 @@ def lora_ga(
 ) -> tuple[jax.Array, ...]:
     """A and B along singular directions of the gradient `[...]`."""
     x, r = effective(w), w.rank
-    g = matrices(whole(grad).astype(x.dtype), w.layout)
+    g = matrices(replicated(grad).astype(x.dtype), w.layout)
     # As many triplets again as are used make the sketch as good as PEFT's.
     u, s, v = svd(g, 2 * r, key, passes=passes, oversample=2 * r)
     first, second = slice(None, r), slice(r, 2 * r)
@@ -206,9 +201,10 @@ def gradients_of(
     for tree in grads if isinstance(grads, Iterator) else (grads,):
         found = [(path, g) for path, g in named_leaves(tree)[0] if path in chosen]
         fail(
-            f"lora_ga: grads has {_shown(g)} at '{path}'; expected a dense gradient of "
-            f"shape {tuple(chosen[path].base.shape)}. Write flora.starts.base_gradients("
-            "loss_fn, adapted, ...), or jax.grad of the loss of the plain tree."
+            f"lora_ga: grads has {_kind_of(g)} at '{path}'; expected a dense gradient "
+            f"of shape {tuple(chosen[path].base.shape)}. Write "
+            "flora.starts.base_gradients(loss_fn, adapted, ...), or jax.grad of the "
+            "loss of the plain tree."
             for path, g in found
             if not is_array(g)
             or isinstance(g, jax.ShapeDtypeStruct)
@@ -217,7 +213,7 @@ def gradients_of(
         yield from found
 
 
-def _shown(g: Any) -> str:
+def _kind_of(g: Any) -> str:
     return f"{g.dtype}{list(g.shape)}" if is_array(g) else f"a {type(g).__name__}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from flora._algebra.axes import Factored, is_lazy
-from flora._tree.quantized import Quantized, is_stored, opened
+from flora._tree.quantized import Quantized, dequantized, is_quantized
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,11 +29,11 @@ class View:
     output: int
     before: Callable[[Any], Any]
 
-    def __call__(self, stored: Any) -> Any:
-        return self.run(self.before(stored))[self.output].base
+    def __call__(self, quantized: Any) -> Any:
+        return self.run(self.before(quantized))[self.output].base
 
 
-def on_stored(run: Callable[..., Sequence[Any]], values: Sequence[Any]) -> list[Any]:
+def on_quantized(run: Callable[..., Sequence[Any]], values: Sequence[Any]) -> list[Any]:
     """The outputs of an operation, for which stored weights are opened.
 
     Args:
@@ -42,16 +42,16 @@ def on_stored(run: Callable[..., Sequence[Any]], values: Sequence[Any]) -> list[
     """
 
     def fn(values: Sequence[Any]) -> list[Any]:
-        return list(run(*jax.tree.map(_opened, values, is_leaf=is_lazy)))
+        return list(run(*jax.tree.map(_dequantized, values, is_leaf=is_lazy)))
 
     flat = jax.tree.leaves(values, is_leaf=is_lazy)
-    stored = [x for x in flat if isinstance(x, Factored) and is_stored(x.base)]
-    if not stored:
+    quantized = [x for x in flat if isinstance(x, Factored) and is_quantized(x.base)]
+    if not quantized:
         return list(run(*values))
     outs = jax.eval_shape(fn, values)
     if not any(_is_whole(x) for x in outs):
         return jax.checkpoint(fn)(values)
-    if len(stored) > 1:  # such as a sum of two weights: no one of them is left
+    if len(quantized) > 1:  # such as a sum of two weights: no one of them is left
         return fn(values)
     return [_put_off(fn, values, k, x) for k, x in enumerate(fn(values))]
 
@@ -59,15 +59,15 @@ def on_stored(run: Callable[..., Sequence[Any]], values: Sequence[Any]) -> list[
 def in_slices(w: Factored, size: int) -> Factored:
     """A stack whose base can be sliced as it is, opened where what is stored cannot."""
     whole = all(x.shape[:1] == (size,) for x in jax.tree.leaves(w.base))
-    if not is_stored(w.base) or (whole and not isinstance(w.base.opener, View)):
+    if not is_quantized(w.base) or (whole and not isinstance(w.base.dequantize, View)):
         return w
-    return _opened(w)
+    return _dequantized(w)
 
 
-def _opened(x: Any) -> Any:
+def _dequantized(x: Any) -> Any:
     if not isinstance(x, Factored):
         return x
-    return dataclasses.replace(x, base=opened(x.base))
+    return dataclasses.replace(x, base=dequantized(x.base))
 
 
 def _is_whole(x: Any) -> bool:
@@ -82,11 +82,11 @@ def _put_off(fn: Callable, values: Sequence[Any], output: int, x: Any) -> Any:
     at, w = next(
         (i, v)
         for i, v in enumerate(values)
-        if isinstance(v, Factored) and is_stored(v.base)
+        if isinstance(v, Factored) and is_quantized(v.base)
     )
 
     def run(base: Any) -> Sequence[Any]:
         return fn([*values[:at], w.frozen(base), *values[at + 1 :]])
 
-    view = View(run, output, w.base.opener)
-    return dataclasses.replace(x, base=Quantized(w.base.stored, view))
+    view = View(run, output, w.base.dequantize)
+    return dataclasses.replace(x, base=Quantized(w.base.values, view))

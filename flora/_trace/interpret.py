@@ -15,7 +15,7 @@ from flora._algebra.choice import may_differ
 from flora._algebra.low_rank import densified
 from flora._trace import compat
 from flora._trace.compat import Eqn
-from flora._trace.dequantize import on_stored
+from flora._trace.dequantize import on_quantized
 from flora._trace.share import Schedule, in_order, together
 from flora._trace.source import source_line
 from flora._tree.errors import LoraError, Unfactorable, human_bytes
@@ -202,7 +202,7 @@ def _results(
     if ctx.together and len(eqns) > 1:
         with compat.common_scope(eqns):
             run = functools.partial(ctx.together, eqns)
-            joint = on_stored(lambda *values: run(values), values)
+            joint = on_quantized(lambda *values: run(values), values)
     return [
         _apply_rule(ctx, i, eqn, args) if y is None else [y]
         for i, eqn, args, y in zip(step, eqns, values, joint, strict=True)
@@ -223,7 +223,7 @@ def _apply_rule(ctx: Context, i: int, eqn: Eqn, values: list[Any]) -> Sequence[A
                 raise _other_jax(ctx, eqn, values, what)
             if eqn.primitive in ctx.enters:
                 return rule(ctx, eqn, *values)
-            return on_stored(functools.partial(rule, ctx, eqn), values)
+            return on_quantized(functools.partial(rule, ctx, eqn), values)
         except Unfactorable as reason:
             dense = [densify(ctx, eqn, x, str(reason)) for x in values]
             return compat.eval_eqn(eqn, dense)

@@ -22,10 +22,10 @@ def weight_problems(path: str, leaf: Any) -> list[str]:
         ]
     base, a, b = (tuple(x.shape) for x in (leaf.base, leaf.a, leaf.b))
     if not leaf.layout.fits(len(base)):
-        axes = (*leaf.layout.stack, *leaf.layout.in_, *leaf.layout.out)
         return [
-            f"'{path}' has shape {base}, but its layout is for {len(axes)} axes "
-            f"({leaf.layout}). Pass the tree with the shapes that flora.init saw."
+            f"'{path}' has shape {base}, but its layout is for "
+            f"{len(leaf.layout.order)} axes ({leaf.layout}). Pass the tree with the "
+            "shapes that flora.init saw."
         ]
     if leaf.extra is not None and not isinstance(leaf.extra, dict):
         return [
@@ -36,8 +36,8 @@ def weight_problems(path: str, leaf: Any) -> list[str]:
     if (a, b) != wanted:
         return [
             f"'{path}' has base {base}, a {a} and b {b}; layout {leaf.layout} and rank "
-            f"{leaf.rank} ask for a {wanted[0]} and b {wanted[1]}. Pass base and adapter "
-            "of the same flora.init."
+            f"{leaf.rank} ask for a {wanted[0]} and b {wanted[1]}. Pass base and "
+            "adapter of the same flora.init."
         ]
     return []
 

@@ -33,30 +33,30 @@ class LoraConfig:
     Attributes:
       rank: r, the rank of ΔW.
       alpha: numerator of the scale.
-      target: leaves that get factors.  Those with fewer than 2 axes are passed over.
+      target: leaves that get factors.  Leaves with fewer than 2 axes are skipped.
         `()` together with `train` makes a linear probe.
-      exclude: leaves that `target` selects and that stay frozen all the same.
+      exclude: leaves that stay frozen although `target` selects them.
       rank_pattern: `{pattern: rank}`; the first that matches a leaf wins.
       alpha_pattern: `{pattern: alpha}`, likewise.
-      layouts: `{pattern: Layout}` for leaves whose layout is not to be discovered.
-      train: leaves that train whole: heads, norms, biases.
+      layouts: `{pattern: Layout}` for leaves whose layout should not be discovered.
+      train: leaves that train whole, without factors: heads, norms, biases.
       rank_stabilized: scale = alpha/√rank (rsLoRA).
       dropout: dropout rate on the input of the low-rank path, in [0, 1).
       dtype: dtype of A and B, whatever the base's.
-      init: how A and B start, `flora.initializers`; by default A ~ N(0, 1/(3·in)), the
-        variance of PEFT, and B = 0.
+      init: how A and B start, one of `flora.initializers`; by default
+        A ~ N(0, 1/(3·in)), with PEFT's variance, and B = 0.
       fallback: 'error', or 'materialize' to form W + scale A B where an operation has
         no factored rule.
       form: how y = x W + scale (x A) B is computed: 'auto' chooses by device and sizes.
-        'direct', 'thin_first' and 'thin_last' differ in what is written to memory first;
-        'concat' multiplies [x | xA] by [W ; B].  All are exact up to the order of
-        summation.  'merged' multiplies by W + scale A B, rounded to W's dtype,
-        and 'dithered' rounds that at random.  `jax.jvp` needs 'direct'; where the others
-        do not apply (dropout, lookups, convolutions, inside shard_map) the product is
+        'direct', 'thin_first' and 'thin_last' differ in what is written to memory
+        first; 'concat' multiplies [x | xA] by [W ; B].  All are exact up to the order
+        of summation.  'merged' multiplies by W + scale A B, rounded to W's dtype;
+        'dithered' rounds it at random.  `jax.jvp` needs 'direct'.  Where another form
+        does not apply (dropout, lookups, convolutions, inside shard_map) the product is
         direct too.
       form_pattern: `{pattern: form}`, for leaves that need another.
-      variant: what is made of A and B, one of `flora.variants` or your own; `None` is
-        LoRA.
+      variant: how A and B become a product, one of `flora.variants` or your own;
+        `None` is LoRA.
 
     Raises:
       LoraError: a value is out of its range.
@@ -193,8 +193,8 @@ def require_config(config: Any) -> LoraConfig:
     if isinstance(config, LoraConfig):
         return config
     raise LoraTypeError(
-        f"config is a {type(config).__name__}; expected flora.LoraConfig(...). The order "
-        "is flora.init(key, config, fn, tree, *args)."
+        f"config is a {type(config).__name__}; expected flora.LoraConfig(...). The "
+        "order is flora.init(key, config, fn, tree, *args)."
     )
 
 

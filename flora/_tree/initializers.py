@@ -1,4 +1,4 @@
-"""What `flora.initializers` exports: how factors start."""
+"""The initializers of `flora.initializers`: how A and B start."""
 
 import math
 import numbers
@@ -99,8 +99,8 @@ def orthogonal(variance: float = 1 / 200) -> Initializer:
         rank = a[1]
         if rank % 2:
             raise LoraError(
-                f"orthogonal: a matrix of {a[0]}×{b[1]} has rank {rank}; expected an even "
-                f"one. Write rank={rank + 1}, or a rank_pattern for that leaf."
+                f"orthogonal: a matrix of {a[0]}×{b[1]} has rank {rank}; expected an "
+                f"even one. Write rank={rank + 1}, or a rank_pattern for that leaf."
             )
         keys, wide = jax.random.split(key, 3), jnp.promote_types(dtype, jnp.float32)
         q, _ = jnp.linalg.qr(jax.random.normal(keys[0], (rank, rank), wide))
@@ -150,14 +150,14 @@ def both_zero() -> Initializer:
 
 
 def _variance(variance: Any) -> float:
-    """The number that is meant."""
+    """The variance as a number, checked."""
     if isinstance(variance, str) and variance in VARIANCES:
         return VARIANCES[variance]
     real = isinstance(variance, numbers.Real) and not isinstance(variance, bool)
     if not real or not 0 < float(variance) < math.inf:
         raise LoraError(
-            f"variance={variance!r}. It must be a finite number above 0, such as 1/3, or "
-            f"one of {', '.join(map(repr, VARIANCES))}."
+            f"variance={variance!r}. It must be a finite number above 0, such as 1/3, "
+            f"or one of {', '.join(map(repr, VARIANCES))}."
         )
     return float(variance)
 

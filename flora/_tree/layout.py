@@ -1,6 +1,8 @@
 """`Layout`: which axes of a weight are stacked, contracted and produced."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 from flora._tree.errors import LoraTypeError
 
@@ -11,8 +13,16 @@ class Layout:
 
     Attributes:
       stack: axes that index independent matrices (nn.scan, nn.vmap, experts).
-      in_: axes contracted with activations (indexed, for an embedding).
+      in_: axes that are contracted with activations, or indexed in an embedding.
       out: axes that the product keeps.
+
+    Raises:
+      LoraTypeError: an attribute is not a tuple or list of ints.
+
+    Example:
+      >>> heads = Layout(in_=(0,), out=(1, 2))  # a kernel [in, heads, dim]
+      >>> heads.matrix((64, 8, 32))
+      (1, 64, 256)
     """
 
     stack: tuple[int, ...] = ()
@@ -37,18 +47,28 @@ class Layout:
         return "in" if axis in self.in_ else "out"
 
     def fits(self, ndim: int) -> bool:
-        """Whether it names each of `ndim` axes once, in and out axes among them."""
-        axes = sorted((*self.stack, *self.in_, *self.out))
+        """Whether it names each of `ndim` axes once, with an in and an out axis."""
+        axes = sorted(self.order)
         return axes == list(range(ndim)) and bool(self.in_ and self.out)
 
-    def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    @property
+    def order(self) -> tuple[int, ...]:
+        """All axes: those of the stack, then in, then out."""
+        return (*self.stack, *self.in_, *self.out)
+
+    def sizes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """The sizes of the stack, in and out axes of a weight of that shape."""
         return tuple(
             tuple(shape[i] for i in axes) for axes in (self.stack, self.in_, self.out)
         )
 
+    def matrix(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """(stack, in, out): a weight of that shape as `stack` matrices in × out."""
+        stack, in_, out = (math.prod(axes) for axes in self.sizes(shape))
+        return stack, in_, out
+
     def factor_shapes(
-        self, shape: tuple[int, ...], rank: int
+        self, shape: Sequence[int], rank: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of `a` `[*stack, *in, rank]` and `b` `[*stack, rank, *out]`."""
         stack, in_, out = self.sizes(shape)

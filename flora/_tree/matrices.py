@@ -1,4 +1,4 @@
-"""Weights as stacks of matrices `[stack, in, out]`, their factors and decompositions."""
+"""Weights as stacks of matrices `[stack, in, out]`, factors and decompositions."""
 
 import functools
 import math
@@ -16,11 +16,9 @@ from flora._tree.placement import mesh_of, spec_of
 from flora._tree.weight import LoraWeight
 
 
-def matrices(x: jax.Array, layout: Layout) -> jax.Array:
+def matrices(x: Any, layout: Layout) -> Any:
     """An array of a weight's shape as `[stack, in, out]`."""
-    order = (*layout.stack, *layout.in_, *layout.out)
-    sizes = [math.prod(s) for s in layout.sizes(x.shape)]
-    return x.transpose(order).reshape(sizes)
+    return x.transpose(layout.order).reshape(layout.matrix(x.shape))
 
 
 def stacked(w: LoraWeight) -> tuple[jax.Array, jax.Array]:
@@ -46,7 +44,7 @@ def svd(
     passes: int = 4,
     oversample: int = 8,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The first singular triplets U `[..., n, count]`, s `[..., count]`, Vᴴ of matrices.
+    """The first singular triplets U `[..., n, count]`, s `[..., count]` and Vᴴ.
 
     Without a key exact.  With one, the range of x is sketched by x Ω with
     `count + oversample` Gaussian columns and `passes` power iterations.
@@ -54,11 +52,11 @@ def svd(
     References: Halko et al. 2011, algorithms 4.4 and 5.1. https://arxiv.org/abs/0909.4061
     """
     if key is None:
-        u, s, v = jnp.linalg.svd(whole(x), full_matrices=False)
+        u, s, v = jnp.linalg.svd(replicated(x), full_matrices=False)
         return u[..., :count], s[..., :count], v[..., :count, :]
     mul = functools.partial(jnp.matmul, precision="highest")
     width = min(count + oversample, *x.shape[-2:])
-    x, adjoint = whole(x), whole(x).mT.conj()
+    x, adjoint = replicated(x), replicated(x).mT.conj()
     omega = jax.random.normal(key, (*x.shape[:-2], x.shape[-1], width), x.dtype)
     q = jnp.linalg.qr(mul(x, omega))[0]
     for _ in range(passes):
@@ -80,22 +78,22 @@ def nearest(
     return u * root[:, None, :], root[:, :, None] * v
 
 
-def whole(x: jax.Array) -> jax.Array:
-    """The same on every device, on a mesh with explicit axes; decompositions need that."""
+def replicated(x: jax.Array) -> jax.Array:
+    """Replicated, on a mesh with explicit axes; decompositions need that."""
     if not isinstance(x, Tracer) or spec_of(x) is None:
         return x
     return jax.sharding.reshard(x, NamedSharding(mesh_of(x), Spec()))
 
 
-def lying_as(x: jax.Array, like: Any) -> jax.Array:
-    """The array where `like` lies, on a mesh with explicit axes."""
+def placed_as(x: jax.Array, like: Any) -> jax.Array:
+    """The array with the sharding of `like`, on a mesh with explicit axes."""
     if not isinstance(like, Tracer) or (spec := spec_of(like)) is None:
         return x
     return jax.sharding.reshard(x, NamedSharding(mesh_of(like), spec))
 
 
 def place_of(x: Any) -> NamedSharding | None:
-    """Where an array of a mesh lies; `None` for tracers and single devices."""
+    """The sharding of an array on a mesh; `None` for tracers and single devices."""
     found = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
     return found if isinstance(found, NamedSharding) else None
 

@@ -27,7 +27,7 @@ def path_of(keys: Sequence[Any]) -> str:
 
 
 def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """`([(path, leaf)], treedef)`; flora's nodes count as leaves, as do stored weights."""
+    """`([(path, leaf)], treedef)`; flora's nodes and quantized weights are leaves."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [(path_of(keys), leaf) for keys, leaf in leaves], treedef
 
@@ -37,8 +37,8 @@ def check_pattern(name: str, pattern: Any) -> None:
     for part in _parts(pattern):
         if not isinstance(part, str | re.Pattern) and not callable(part):
             raise LoraTypeError(
-                f"{name}={pattern!r} holds a {type(part).__name__}. Write a glob such as "
-                "'*/kernel', re.compile(...), a callable (path, leaf) -> bool, or a "
+                f"{name}={pattern!r} holds a {type(part).__name__}. Write a glob such "
+                "as '*/kernel', re.compile(...), a callable (path, leaf) -> bool, or a "
                 "list of them."
             )
 

@@ -1,7 +1,7 @@
-"""Where the factors of a weight lie, given where the weight lies.
+"""The shardings of a weight's factors, from the sharding of the weight.
 
 A takes the mesh axes of W's in axes, B those of its out axes, and both those of its
-stack axes; the rank is whole on every device unless it is asked to be divided too.
+stack axes.  Every device has the full rank, unless a mesh axis is given for it.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from flora._tree.layout import Layout
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 from flora._tree.weight import LoraWeight
 
 
@@ -29,14 +29,14 @@ class Specs:
 
 
 def specs(layout: Layout, base: Spec, ndim: int, rank: str | None = None) -> Specs:
-    """Those of the factors, from that of the weight.
+    """The specs of the factors, from the spec of the weight.
 
     Args:
       layout: of the weight.
-      base: its spec, of at most `ndim` entries.
-      ndim: how many axes it has.
-      rank: the mesh axis over which the rank is divided, in each factor that has no
-        other use for it.
+      base: the weight's spec, of at most `ndim` entries.
+      ndim: how many axes the weight has.
+      rank: a mesh axis over which to shard the rank, in each factor that does not use
+        that axis already.
     """
     entries = (*base, *(None for _ in range(ndim - len(base))))
     stack, in_, out = (
@@ -56,11 +56,11 @@ def specs(layout: Layout, base: Spec, ndim: int, rank: str | None = None) -> Spe
 
 
 def spec_of_extra(found: Specs, w: LoraWeight, shape: Sequence[int]) -> Spec:
-    """That of what a variant has besides A and B, by its shape.
+    """The spec of an array that a variant has besides A and B, by its shape.
 
-    What has one element for each output, `[*stack, *out]`, or for each input,
-    `[*stack, *in]`, lies as B and A do without their rank; all else that starts with the
-    stack axes is divided along these alone.
+    An array with one element for each output, `[*stack, *out]`, or for each input,
+    `[*stack, *in]`, is sharded as B or A without the rank; any other that starts with
+    the stack axes is sharded along these alone.
     """
     stack = len(w.layout.stack)
     a, b = tuple(w.a.shape), tuple(w.b.shape)
@@ -81,22 +81,22 @@ def names(entries: Any) -> list[str]:
 
 
 def spec_of(x: Any) -> Spec | None:
-    """How an array, or a `ShapeDtypeStruct`, is divided; `None` where it does not say.
+    """The spec of an array or `ShapeDtypeStruct`; `None` if it has none.
 
-    A tracer says so on a mesh with explicit axes only.
+    A tracer has one on a mesh with explicit axes only.
     """
     sharding = _sharding(x)
     return None if sharding is None else sharding.spec
 
 
 def mesh_of(x: Any) -> Any:
-    """The mesh of an array that says how it is divided, or `None`."""
+    """The mesh of an array with a `NamedSharding`, or `None`."""
     sharding = _sharding(x)
     return None if sharding is None else sharding.mesh
 
 
 def _sharding(x: Any) -> NamedSharding | None:
-    if is_stored(x):  # its largest array has the weight's axes
+    if is_quantized(x):  # its largest array has the weight's axes
         x = max(jax.tree.leaves(x), key=lambda part: part.size)
     if isinstance(x, Tracer):
         found = jax.typeof(x).sharding
@@ -105,8 +105,8 @@ def _sharding(x: Any) -> NamedSharding | None:
     return found if isinstance(found, NamedSharding) else None
 
 
-def places_of_parts(mesh: Any, stored: Any, spec: Spec) -> Any:
-    """The sharding of each array of a stored weight.
+def places_of_parts(mesh: Any, quantized: Any, spec: Spec) -> Any:
+    """The sharding of each array of a quantized weight.
 
     Scales of blocks are divided as the weight is, along each axis of which every device
     would get as many.
@@ -119,7 +119,7 @@ def places_of_parts(mesh: Any, stored: Any, spec: Spec) -> Any:
         ]
         return NamedSharding(mesh, Spec(*entries))
 
-    return jax.tree.map(place, stored)
+    return jax.tree.map(place, quantized)
 
 
 def spec_problems(
@@ -128,8 +128,8 @@ def spec_problems(
     """What is wrong with a spec for an array of that shape on a mesh of those sizes."""
     if len(spec) > len(shape):
         yield (
-            f"{what} has shape {tuple(shape)} and was given {spec}, {len(spec)} entries. "
-            f"Write at most {len(shape)}."
+            f"{what} has shape {tuple(shape)} and was given {spec}, {len(spec)} "
+            f"entries. Write at most {len(shape)}."
         )
         return
     used = names(spec)

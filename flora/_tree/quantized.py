@@ -1,4 +1,4 @@
-"""`Quantized`: a frozen weight that is stored in fewer bits."""
+"""`Quantized`: a frozen weight stored in fewer bits."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,24 +12,24 @@ from flora._tree.errors import LoraTypeError
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A frozen weight that is stored in fewer bits, and opened where it is used.
+    """A frozen weight in fewer bits, dequantized where it is used.
 
     Attributes:
-      stored: what is stored, a pytree with the weight's `shape` and `dtype`; each of its
-        arrays has the weight's axes, whole or in blocks.
-      opener: makes the dense weight of it.
+      values: a pytree with the weight's `shape` and `dtype`; each of its arrays has the
+        weight's axes, one element each or one a block.
+      dequantize: makes the dense weight of `values`.
     """
 
-    stored: Any
-    opener: Callable[[Any], Any]
+    values: Any
+    dequantize: Callable[[Any], Any]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.stored.shape)
+        return tuple(self.values.shape)
 
     @property
     def dtype(self) -> Any:
-        return self.stored.dtype
+        return self.values.dtype
 
     @property
     def ndim(self) -> int:
@@ -37,12 +37,12 @@ class Quantized:
 
     def dense(self) -> jax.Array:
         """The weight as an array, `[...]`."""
-        return self.opener(self.stored)
+        return self.dequantize(self.values)
 
     def __repr__(self) -> str:
-        parts = jax.tree.leaves(self.stored)
+        parts = jax.tree.leaves(self.values)
         if not parts or not all(hasattr(x, "dtype") for x in parts):
-            return f"Quantized({self.stored!r})"
+            return f"Quantized({self.values!r})"
         return f"Quantized({shown(self)} as {'+'.join(str(x.dtype) for x in parts)})"
 
     def __jax_array__(self) -> Any:
@@ -52,22 +52,22 @@ class Quantized:
 
 
 jax.tree_util.register_dataclass(
-    Quantized, data_fields=["stored"], meta_fields=["opener"]
+    Quantized, data_fields=["values"], meta_fields=["dequantize"]
 )
 
 
-def opened(base: Any) -> Any:
-    """A weight as an array."""
-    return base.dense() if is_stored(base) else base
+def dequantized(base: Any) -> Any:
+    """A weight as an array, dequantized if it is `Quantized`."""
+    return base.dense() if is_quantized(base) else base
 
 
 def abstract(base: Any) -> Any:
-    """A stored weight as the array that it stands for, without its values."""
-    if not is_stored(base):
+    """A quantized weight's shape and dtype as a struct; all else as it is."""
+    if not is_quantized(base):
         return base
     return jax.ShapeDtypeStruct(base.shape, base.dtype)
 
 
-def is_stored(x: Any) -> bool:
+def is_quantized(x: Any) -> bool:
     """Whether x is a weight stored in fewer bits."""
     return isinstance(x, Quantized)

@@ -1,4 +1,4 @@
-"""The node that stands where a weight stood: `LoraWeight`, its `Layout`, `Trained`."""
+"""The nodes that replace weights in an adapted tree: `LoraWeight` and `Trained`."""
 
 import dataclasses
 import math
@@ -10,11 +10,11 @@ import jax
 from flora._tree.arrays import shown
 from flora._tree.errors import LoraTypeError
 from flora._tree.layout import Layout
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 
 
 class Product(NamedTuple):
-    """What a variant makes of a weight: (W + scale a b) ⊙ columns.
+    """The product that a variant makes of a weight: (W + scale a b) ⊙ columns.
 
     Attributes:
       a: `[*stack, *in, rank]`.
@@ -31,22 +31,22 @@ class Product(NamedTuple):
 
 
 class Variant(Protocol):
-    """How factors start and what product they make: two functions and a tuple.
+    """How factors start and what product they make: two methods and a tuple.
 
-    Any frozen dataclass with these three will do; see `flora.variants`.
+    Any frozen dataclass that has these three is a variant; see `flora.variants`.
     """
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """What does not train: 'a', 'b', names in `extra`."""
+        """Names of what does not train: 'a', 'b' or keys of `extra`."""
         ...
 
     def start(self, key: Any, weight: "LoraWeight") -> "LoraWeight":
-        """The weight with what it needs in `extra`; `a` and `b` are drawn already."""
+        """The weight with the arrays that it needs in `extra`; A and B are drawn."""
         ...
 
     def product(self, weight: "LoraWeight") -> Product:
-        """The factors at hand, differentiable by what trains.  It sees no base gradient."""
+        """The factors, differentiable in what trains; the base gets no gradient."""
         ...
 
 
@@ -54,15 +54,15 @@ class Variant(Protocol):
 class LoraWeight:
     """A frozen weight and its low-rank factors: W + scale A B.
 
-    A pytree node.  It checks nothing, so that it can hold `None`, labels, gradients,
-    `ShapeDtypeStruct`s and tracers; `flora.init` and `flora.lora` check.
+    A pytree node.  It does not validate, so that it can hold `None`, labels, gradients,
+    `ShapeDtypeStruct`s and tracers; `flora.init` and `flora.lora` do.
 
     Attributes:
       base: the frozen weight W, `[...]`; `None` in an adapter.
       a: A, `[*stack, *in, rank]`.
       b: B, `[*stack, rank, *out]`.
       key: dropout keys `[*stack]` of one step, or `None`.
-      extra: `{name: array}` of what a variant has besides A and B, or `None`.
+      extra: `{name: array}` with what a variant has besides A and B, or `None`.
       layout: the roles of W's axes.
       rank: the rank of A B.
       alpha: the numerator of the scale.
@@ -70,7 +70,8 @@ class LoraWeight:
       dropout: dropout rate on the input of the low-rank path.
       fallback: 'error' or 'materialize', for uses that have no factored rule.
       form: how its products are computed, see `LoraConfig.form`.
-      variant: what is made of A, B and `extra`, see `flora.variants`; `None` for LoRA.
+      variant: how A, B and `extra` become a product, see `flora.variants`; `None` is
+        LoRA.
 
     References: Hu et al. 2021, eq. 3. https://arxiv.org/abs/2106.09685
       Kalajdzievski 2023 (rank-stabilized). https://arxiv.org/abs/2312.03732
@@ -154,7 +155,7 @@ def is_node(x: Any) -> bool:
 
 def is_leaf(x: Any) -> bool:
     """Whether x counts as one leaf of a parameter tree, adapted or not."""
-    return is_node(x) or is_stored(x)
+    return is_node(x) or is_quantized(x)
 
 
 def product_of(weight: LoraWeight) -> Product:

@@ -22,7 +22,7 @@ from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.layout import Layout
 from flora._tree.paths import matches, named_leaves, nothing_selected
 from flora._tree.placement import mesh_of, spec_of, specs
-from flora._tree.quantized import abstract, is_stored
+from flora._tree.quantized import abstract, is_quantized
 from flora._tree.weight import LoraWeight, Trained, is_node
 from flora._verbs.lora import returned_raw
 
@@ -162,7 +162,7 @@ def _leaf_problems(targets: Named, trained: Named) -> Iterable[str]:
         elif 0 in x.shape:
             yield f"'{p}' has shape {tuple(x.shape)}, no elements. Exclude it."
     for p, x in trained:
-        if not _floating(x) or is_stored(x):
+        if not _floating(x) or is_quantized(x):
             yield f"'{p}' is {_kind(x)} and cannot train. Take it out of train=."
 
 
@@ -182,11 +182,11 @@ def _check_scopes(config: LoraConfig, hit: Named, targets: Named) -> None:
 
 
 def _floating(x: Any) -> bool:
-    return (is_array(x) or is_stored(x)) and jnp.issubdtype(x.dtype, jnp.inexact)
+    return (is_array(x) or is_quantized(x)) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _kind(x: Any) -> str:
-    if is_stored(x):
+    if is_quantized(x):
         return repr(x)
     return f"{x.dtype}{list(x.shape)}" if is_array(x) else f"a {type(x).__name__}"
 

@@ -18,7 +18,7 @@ from flora._tree.checks import weight_problems
 from flora._tree.config import form_problems, is_fallback
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.paths import named_leaves
-from flora._tree.quantized import abstract, is_stored
+from flora._tree.quantized import abstract, is_quantized
 from flora._tree.weight import (
     LoraWeight,
     Trained,
@@ -122,7 +122,7 @@ def _value(path: str, leaf: Any, fallback: str | None, form: str | None) -> Any:
             form=form or leaf.form,
         )
         return from_weight(leaf, path)
-    if is_stored(leaf):  # not adapted, but opened where it is used
+    if is_quantized(leaf):  # not adapted, but opened where it is used
         return undiscovered(lax.stop_gradient(leaf), path, fallback="materialize")
     if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):
         return lax.stop_gradient(leaf)

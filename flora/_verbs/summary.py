@@ -12,7 +12,7 @@ from flora._tree.arrays import bits_of, is_array
 from flora._tree.errors import human_bytes
 from flora._tree.layout import Layout
 from flora._tree.paths import named_leaves
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 from flora._tree.weight import LoraWeight, Trained, trained_parts
 from flora._verbs.tables import plain_text, table
 
@@ -177,7 +177,7 @@ def _shape_dtype(x: Any) -> tuple[tuple[int, ...], Any]:
     """Of an array or a Python number; `(0,)` and the type's name for other leaves."""
     if is_array(x):
         return tuple(x.shape), x.dtype
-    if is_stored(x):
+    if is_quantized(x):
         return x.shape, "+".join(str(part.dtype) for part in jax.tree.leaves(x))
     if isinstance(x, numbers.Number):
         return (), jnp.result_type(x)
@@ -186,7 +186,7 @@ def _shape_dtype(x: Any) -> tuple[tuple[int, ...], Any]:
 
 def _bytes(x: Any) -> int:
     """Bytes of an array, or of all arrays of a weight stored in fewer bits, packed."""
-    if is_stored(x):
+    if is_quantized(x):
         bits = [part.size * bits_of(part.dtype) for part in jax.tree.leaves(x)]
         return sum(bits) // 8
     shape, dtype = _shape_dtype(x)

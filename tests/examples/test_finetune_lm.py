@@ -92,9 +92,11 @@ def test_packing_loses_no_prediction():
         examples.append(example(*ids.tolist(), trained=trained.tolist()))
     rows = pack(examples, 16)
     wanted = sorted(
-        pair for x in examples for pair in zip(x.ids, x.ids[1:], x.trained[1:], strict=False)
+        pair
+        for x in examples
+        for pair in zip(x.ids, x.ids[1:], x.trained[1:], strict=False)
         if pair[2]
-    )  # fmt: skip
+    )
     on = rows["weights"] > 0
     found = sorted(
         zip(rows["ids"][on], rows["targets"][on], rows["weights"][on], strict=True)
@@ -150,8 +152,9 @@ def test_only_what_the_assistant_says_is_trained_on(text):
     assert whole == text.render(chat)
     prompt = text.chat_prompt(chat[:2])
     assert one.ids[: len(prompt)] == tuple(prompt)
-    marked = lm_tiny.TEMPLATE.replace("{{ m.content }}", "{%- generation -%}{{ m.content }}"
-                                      "{%- endgeneration -%}")  # fmt: skip
+    marked = lm_tiny.TEMPLATE.replace(
+        "{{ m.content }}", "{%- generation -%}{{ m.content }}{%- endgeneration -%}"
+    )
     other = Text(text.tokenizer, marked, text.special, text.stop)
     assert other.render(chat[1:3]).endswith("assistantIn Italy.<|im_end|>\n")
     completion = {"prompt": "Rome is in", "completion": " Italy."}
@@ -185,8 +188,8 @@ def test_templates_that_hide_what_was_said_are_refused(text, tmp_path):
     def with_template(template):
         return Text(text.tokenizer, template, text.special, text.stop)
 
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-            {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]  # fmt: skip
+    roles = ("user", "assistant", "user", "assistant")
+    chat = [{"role": r, "content": c} for r, c in zip(roles, "abcd", strict=True)]
     last = with_template("{{ messages[-1].content }}")
     for other, message in (
         (last, "writes turn 1 otherwise once others follow"),
@@ -274,8 +277,10 @@ def test_accumulated_gradients_are_those_of_one_batch(checkpoint, text):
     np.testing.assert_allclose([loss, norm], [other_loss, other_norm], rtol=2e-5)
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-6)
-    moved = [abs(np.asarray(x) - y).max() for x, y in
-             zip(jax.tree.leaves(one), jax.tree.leaves(adapter), strict=True)]  # fmt: skip
+    moved = [
+        abs(np.asarray(x) - y).max()
+        for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(adapter), strict=True)
+    ]
     assert max(moved) > 1e-4
 
     def mean(tree):
@@ -288,8 +293,10 @@ def test_accumulated_gradients_are_those_of_one_batch(checkpoint, text):
 @pytest.fixture
 def compiled_once(tmp_path):
     """What two runs both compile is compiled once."""
-    new = {"jax_compilation_cache_dir": str(tmp_path / "cache"),
-           "jax_persistent_cache_min_compile_time_secs": 0}  # fmt: skip
+    new = {
+        "jax_compilation_cache_dir": str(tmp_path / "cache"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
     old = {name: getattr(jax.config, name) for name in new}
     for name, value in new.items():
         jax.config.update(name, value)

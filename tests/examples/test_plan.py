@@ -18,11 +18,13 @@ def test_a_collective_of_several_parts_counts_once():
     # An asynchronous all-gather: started and ended in fused computations of its own.
     text = hlo("""
         %start (p: bf16[8,16]) -> bf16[32,16] {
-          %all-gather.1 = bf16[32,16]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=3, replica_groups=[4,4]<=[16], dimensions={0}
+          %all-gather.1 = bf16[32,16]{1,0:T(8,128)(2,1)} all-gather(%p), \
+              channel_id=3, replica_groups=[4,4]<=[16], dimensions={0}
         }
 
         %done (p: bf16[8,16]) -> bf16[32,16] {
-          ROOT %all-gather.2 = bf16[32,16]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=3, replica_groups=[4,4]<=[16], dimensions={0}
+          ROOT %all-gather.2 = bf16[32,16]{1,0:T(8,128)(2,1)} all-gather(%p), \
+              channel_id=3, replica_groups=[4,4]<=[16], dimensions={0}
         }
 
         ENTRY %main (p: bf16[8,16]) -> bf16[32,16] {
@@ -40,16 +42,26 @@ def test_kinds_tuples_and_starts():
         }
 
         ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
-          %all-reduce.1 = (bf16[8,16]{1,0:T(8,128)(2,1)S(1)}, f32[4]{0}, /*index=2*/pred[]) all-reduce(%p, %q, %r), channel_id=1, to_apply=%add
-          %all-reduce-start = f32[4]{0} all-reduce-start(%p), channel_id=2, to_apply=%add
+          %all-reduce.1 = (bf16[8,16]{1,0:T(8,128)(2,1)S(1)}, f32[4]{0}, \
+              /*index=2*/pred[]) all-reduce(%p, %q, %r), channel_id=1, to_apply=%add
+          %all-reduce-start = f32[4]{0} all-reduce-start(%p), channel_id=2, \
+              to_apply=%add
           %all-reduce-done = f32[4]{0} all-reduce-done(%all-reduce-start)
-          %permute = (s8[8,2]{1,0}, s8[8,2]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p), channel_id=4, source_target_pairs={{0,1},{1,0}}
-          %all-gather-start = ((bf16[2]{0}, bf16[4]{0}), (bf16[8]{0}, bf16[16]{0})) all-gather-start(%p, %q), channel_id=5, replica_groups={{0,1,2,3}}
-          %reduce-scatter.1 = bf16[2,4]{1,0} reduce-scatter(%p), replica_groups={{0,1},{2,3}}, dimensions={0}
-          %reduce-scatter.2 = bf16[2,4]{1,0} reduce-scatter(%p), replica_groups=mesh['a'=4,'b'=8] {'a'}, dimensions={0}
-          %reduce-scatter.3 = bf16[2,4]{1,0} reduce-scatter(%p), replica_groups=[2,8]<=[16], dimensions={0}
+          %permute = (s8[8,2]{1,0}, s8[8,2]{1,0}, u32[]{:S(2)}, \
+              u32[]{:S(2)}) collective-permute-start(%p), channel_id=4, \
+              source_target_pairs={{0,1},{1,0}}
+          %all-gather-start = ((bf16[2]{0}, bf16[4]{0}), (bf16[8]{0}, \
+              bf16[16]{0})) all-gather-start(%p, %q), channel_id=5, \
+              replica_groups={{0,1,2,3}}
+          %reduce-scatter.1 = bf16[2,4]{1,0} reduce-scatter(%p), \
+              replica_groups={{0,1},{2,3}}, dimensions={0}
+          %reduce-scatter.2 = bf16[2,4]{1,0} reduce-scatter(%p), \
+              replica_groups=mesh['a'=4,'b'=8] {'a'}, dimensions={0}
+          %reduce-scatter.3 = bf16[2,4]{1,0} reduce-scatter(%p), \
+              replica_groups=[2,8]<=[16], dimensions={0}
           %fusion = bf16[16,2] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
-          ROOT %all-to-all.1 = s4[8,16]{1,0} all-to-all(%permute), channel_id=6, replica_groups={{0,1}}
+          ROOT %all-to-all.1 = s4[8,16]{1,0} all-to-all(%permute), channel_id=6, \
+              replica_groups={{0,1}}
         }
     """)
     assert _tpu.collectives(text) == {
@@ -66,7 +78,8 @@ LOOP = """
       %t = (f32[4]{0}, s32[]) parameter(0)
       %x = f32[4]{0} get-tuple-element(%t), index=0
       %i = s32[] get-tuple-element(%t), index=1
-      %permute = f32[4]{0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1}}
+      %permute = f32[4]{0} collective-permute(%x), channel_id=1, \
+          source_target_pairs={{0,1}}
       %gather = f32[8]{0} all-gather(%x), channel_id=2, replica_groups={{0,1}}
       %step = s32[] constant(STEP)
       %next = s32[] add(%i, %step)

@@ -143,10 +143,10 @@ def test_intervals_exponents_and_best_rates():
 
 def test_the_verdicts_quote_the_tables():
     tables = {"t": [{"a": "1", "b": "0.12345"}, {"a": "2", "b": "7"}]}
-    assert _page.filled("x [[t | a=1 | b]] y", tables) == "x 0.123 y"
+    assert _page.with_numbers("x [[t | a=1 | b]] y", tables) == "x 0.123 y"
     for wrong in ("[[t | a=3 | b]]", "[[t | a=1 | c]]", "[[u | a=1 | b]]"):
         with pytest.raises(KeyError):
-            _page.filled(wrong, tables)
+            _page.with_numbers(wrong, tables)
 
 
 def test_the_runner_and_the_page(tmp_path):

@@ -1,4 +1,4 @@
-"""`flora.save` and `flora.load`: what comes back, what is refused, what a crash leaves."""
+"""`flora.save` and `flora.load`: what comes back, is refused, survives a crash."""
 
 import dataclasses
 import json
@@ -182,9 +182,12 @@ def test_other_bases_are_refused_by_leaf(path):
     other = params()
     other["second"]["kernel"] = other["second"]["kernel"].at[3, 5].add(1e-6)
     message = refused(
-        path, other, str(path), "'second/kernel': the checkpoint was trained on a base of "
-        "float32[16,8] ", "check_base=False",
-    )  # fmt: skip
+        path,
+        other,
+        str(path),
+        "'second/kernel': the checkpoint was trained on a base of float32[16,8] ",
+        "check_base=False",
+    )
     assert "first" not in message
     assert (
         load(path, other, check_base=False)["second"]["kernel"].base
@@ -199,14 +202,18 @@ def test_other_structures_are_refused_by_leaf(path, adapted):
     del other["second"]["kernel"]
     for check_base in (True, False):
         refused(
-            path, other, "3 problems",
-            "'first/kernel': the adapter was trained with shape (8, 16); the given base "
-            "has shape (8, 15). Pass the tree of the model that it was trained on.",
-            "'second/kernel': the adapter was trained with shape (16, 8); the given base "
-            "has no such leaf.",
+            path,
+            other,
+            "3 problems",
+            "'first/kernel': the adapter was trained with shape (8, 16); the given "
+            "base has shape (8, 15). Pass the tree of the model that it was trained "
+            "on.",
+            "'second/kernel': the adapter was trained with shape (16, 8); the given "
+            "base has no such leaf.",
             "'third/kernel': the adapter was trained with no such leaf; the given base "
-            "has shape (2, 2).", check_base=check_base,
-        )  # fmt: skip
+            "has shape (2, 2).",
+            check_base=check_base,
+        )
     refused(path, adapted, "'first/kernel' of the given base is adapted already")
 
 
@@ -263,10 +270,16 @@ def test_foreign_files_are_refused(path, tmp_path):
     refused(
         path, params(), "was not written by flora.save: its header has 'format', no"
     )
-    for text in (b"[1]", b"{", b'{"x": 1}', b'{"x": {"dtype": "F32"}}', b'{"a":1,"a":1}',
-                 b'{"x": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}',
-                 b'{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
-                 b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}'):  # fmt: skip
+    for text in (
+        b"[1]",
+        b"{",
+        b'{"x": 1}',
+        b'{"x": {"dtype": "F32"}}',
+        b'{"a":1,"a":1}',
+        b'{"x": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}',
+        b'{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+    ):
         path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 4)
         refused(path, params(), "is no whole safetensors file")
     path.write_bytes(b"\x80\x04\x95pickle is never read")

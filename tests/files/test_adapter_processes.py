@@ -27,7 +27,8 @@ from tests.support.process_worker import model_and_data
 port, index, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, initialization_timeout=60)
-adapted, _ = model_and_data(Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model")))
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
+adapted, _ = model_and_data(mesh)
 assert not adapted["first"]["kernel"].a.is_fully_addressable
 save(path, adapted)
 base, _ = flora.split(adapted)
@@ -48,8 +49,10 @@ def test_two_processes_write_one_file(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    argv = [[sys.executable, "-c", PROCESS, str(port), str(i), str(tmp_path / "x")]
-            for i in range(2)]  # fmt: skip
+    argv = [
+        [sys.executable, "-c", PROCESS, str(port), str(i), str(tmp_path / "x")]
+        for i in range(2)
+    ]
     jobs = [
         subprocess.Popen(
             a, env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.PIPE

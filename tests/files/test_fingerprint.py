@@ -26,8 +26,16 @@ def test_fingerprints_depend_on_every_bit():
             v.view(np.uint32).flat[i] ^= np.uint32(1 << bit)
             seen.add(one(v))
     assert len(seen) == 1 + 3 * w.size
-    for other in (w.transpose(1, 0, 2), w[::-1], np.roll(w, 1), w.reshape(5, 6, 4), w[:5],
-                  w.astype(np.float64), w.view(np.int32), w[None]):  # fmt: skip
+    for other in (
+        w.transpose(1, 0, 2),
+        w[::-1],
+        np.roll(w, 1),
+        w.reshape(5, 6, 4),
+        w[:5],
+        w.astype(np.float64),
+        w.view(np.int32),
+        w[None],
+    ):
         seen.add(one(np.ascontiguousarray(other)))
     assert len(seen) == 9 + 3 * w.size
     assert fingerprint({"v": w})["v"] not in seen
@@ -39,10 +47,10 @@ def test_fingerprints_depend_on_every_bit():
 
 @pytest.mark.parametrize(
     "dtype",
-    ["bool", "int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32",
-     "uint32", "int64", "uint64", "float4_e2m1fn", "float8_e4m3fn", "float8_e5m2",
-     "float8_e8m0fnu", "float16", "bfloat16", "float32", "float64", "complex64",
-     "complex128"],
+    ["bool", "int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16",
+     "int32", "uint32", "int64", "uint64", "float4_e2m1fn", "float8_e4m3fn",
+     "float8_e5m2", "float8_e8m0fnu", "float16", "bfloat16", "float32", "float64",
+     "complex64", "complex128"],
 )  # fmt: skip
 def test_fingerprints_of_every_dtype(dtype, x64):
     values = np.array([[0, 1, 1, 0, 1], [1, 1, 0, 0, 1]])
@@ -52,7 +60,8 @@ def test_fingerprints_of_every_dtype(dtype, x64):
 
 
 @pytest.mark.parametrize("spec", [Spec(), Spec("data"), Spec("data", "model"),
-                                  Spec(None, ("model", "data")), Spec("model", None, "data")])  # fmt: skip
+                                  Spec(None, ("model", "data")),
+                                 Spec("model", None, "data")])  # fmt: skip
 @pytest.mark.parametrize("kind", jax.sharding.AxisType.__members__)
 def test_fingerprints_do_not_depend_on_shardings(spec, kind):
     kinds = (jax.sharding.AxisType[kind],) * 2
@@ -78,8 +87,9 @@ def test_fingerprints_gather_nothing():
 
 def test_fingerprints_of_other_leaves():
     keys = jax.random.split(jax.random.key(0), 3)
-    tree = {"keys": keys, "text": "x", "number": 3, "none": None, "empty": jnp.zeros((0, 2)),
-            "names": np.array(["a", "bc"]), "objects": np.array([{}, 1], object),
+    tree = {"keys": keys, "text": "x", "number": 3, "none": None,
+            "empty": jnp.zeros((0, 2)), "names": np.array(["a", "bc"]),
+            "objects": np.array([{}, 1], object),
             "float0": np.zeros(2, jax.dtypes.float0), "scalar": jnp.uint32(4),
             "object": object()}  # fmt: skip
     found = fingerprint(tree)

@@ -40,10 +40,13 @@ print(met)
 
 def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(tmp_path / "x")], capture_output=True,
-        text=True, check=True, timeout=300,
+        [sys.executable, "-c", KILLS, str(tmp_path / "x")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
         env=os.environ | {"PYTHONPATH": str(pathlib.Path(flora.__file__).parents[1])},
-    )  # fmt: skip
+    )
     assert int(done.stdout) > 3, "hardly a kill met a save under way"
 
 

@@ -166,9 +166,11 @@ NNX = {
         lambda r: nnx.RNN(nnx.SimpleCell(5, 6, rngs=r)), SEQUENCE),
     "Bidirectional": lambda: of_nnx(
         lambda r: nnx.Bidirectional(nnx.RNN(nnx.GRUCell(5, 6, rngs=r)),
-                                    nnx.RNN(nnx.GRUCell(5, 6, rngs=r)), rngs=r), SEQUENCE),
+                                    nnx.RNN(nnx.GRUCell(5, 6, rngs=r)), rngs=r),
+        SEQUENCE),
     "WeightNorm": lambda: of_nnx(
-        lambda r: nnx.WeightNorm(nnx.Linear(5, 11, rngs=r), rngs=r), ROWS, settings=NORM),
+        lambda r: nnx.WeightNorm(nnx.Linear(5, 11, rngs=r), rngs=r), ROWS,
+        settings=NORM),
     "SpectralNorm": lambda: of_nnx(
         lambda r: nnx.SpectralNorm(nnx.Linear(5, 11, rngs=r), rngs=r), ROWS,
         settings=NORM),

@@ -30,8 +30,9 @@ def test_the_step_costs_what_the_readme_says(chip, shape):
     found = compare.measure_tpu(chip, sizes, ["frozen", "flora auto"])
     step, frozen = found["flora auto"], found["frozen"]
     assert abs(step["to_frozen"] - TO_FROZEN[chip, shape]) < 0.005, step
-    # Beside the frozen model's: x A and dy B of three products, padded to 128 lanes, and
-    # one [W ; B] at a time, padded alike.  If copies of W lasted, there would be three.
+    # Beside the frozen model's: x A and dy B of three products, padded to 128 lanes,
+    # and one [W ; B] at a time, padded alike.  If copies of W lasted, there would be
+    # three.
     thin, copy = 3 * 2 * sizes.tokens * 128 * 2, (sizes.d + 128) * sizes.ff * 2
     assert step["temp_bytes"] <= frozen["temp_bytes"] + thin + copy
 

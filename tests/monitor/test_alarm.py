@@ -34,7 +34,8 @@ HISTORIES = {
     "no change": (np.ones(100), "slow"),
     "a slow fall": (2 * 0.9997**T, "slow"),
     "every other step": (2 * 0.97**T + 0.9 * (-1.0) ** T, "oscillates"),
-    "noise alone": (2 + 0.1 * np.random.default_rng(1).normal(size=100), "oscillates slow"),
+    "noise alone": (
+        2 + 0.1 * np.random.default_rng(1).normal(size=100), "oscillates slow"),
     "a rise": (2 + 0.01 * T, "slow rises"),
     "a spike that comes back": (
         2 - 0.005 * T + 9 * (T == 30), "oscillates"),
@@ -110,11 +111,12 @@ def test_the_thresholds_tell_learning_rates_apart():
 
 
 ERRORS = {
-    "alarm: losses have shape \\(3,\\); expected \\(steps,\\) with at least 11":
-        lambda: monitor.alarm([1.0, 2.0, 3.0]),
+    r"alarm: losses have shape \(3,\); expected \(steps,\) with at least 11": lambda: (
+        monitor.alarm([1.0, 2.0, 3.0])
+    ),
     "alarm: losses have shape \\(2, 30\\)": lambda: monitor.alarm(np.ones((2, 30))),
     "alarm: window=0": lambda: monitor.alarm(np.ones(30), window=0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", ERRORS)

@@ -163,8 +163,10 @@ def test_random_pruning_keeps_some_and_scales_them_up(x64):
 
 def test_leaves_that_train_whole(x64):
     layout, shape = LAYOUTS[0]
-    adapters = [a | {"b": flora.Trained(array(7, seed=k))} for k, a in
-                enumerate(three(layout, shape))]  # fmt: skip
+    adapters = [
+        a | {"b": flora.Trained(array(7, seed=k))}
+        for k, a in enumerate(three(layout, shape))
+    ]
     old = array(7, seed=20)
     base = {"w": array(*shape), "b": old}
     values = np.stack([a["b"].value for a in adapters])
@@ -222,8 +224,12 @@ def model(p, x):
 
 def trained_whole(rank):
     """A base, and the same with changes of that rank (bias and gain changed too)."""
-    base = {"in": array(9, 3, 5), "stack": array(2, 5, 5, seed=1), "bias": array(5, seed=2),
-            "gain": array(5, seed=3)}  # fmt: skip
+    base = {
+        "in": array(9, 3, 5),
+        "stack": array(2, 5, 5, seed=1),
+        "bias": array(5, seed=2),
+        "gain": array(5, seed=3),
+    }
     layouts = {
         "in": flora.Layout((), (0,), (1, 2)),
         "stack": flora.Layout((0,), (1,), (2,)),

@@ -27,18 +27,26 @@ def two_uses(p, ids, x):
 def test_rows_against_numpy(x64):
     """Outputs of each row and gradients of A and B, in float64."""
     rng = np.random.default_rng(0)
-    params = {"embed": array(11, 6), "in": array(3, 2, 6, seed=1),
-              "stack": array(2, 6, 6, seed=2)}  # fmt: skip
-    layouts = {"embed": flora.Layout(), "in": flora.Layout((), (0, 1), (2,)),
-               "stack": flora.Layout((0,), (1,), (2,))}  # fmt: skip
+    params = {
+        "embed": array(11, 6),
+        "in": array(3, 2, 6, seed=1),
+        "stack": array(2, 6, 6, seed=2),
+    }
+    layouts = {
+        "embed": flora.Layout(),
+        "in": flora.Layout((), (0, 1), (2,)),
+        "stack": flora.Layout((0,), (1,), (2,)),
+    }
     adapters = [
         {k: node(layouts[k], v.shape, r, 7 * r, alpha=al) for k, v in params.items()}
         for r, al in ((2, 1.5), (1, 0.5), (3, 1.0))
     ]
     ids = np.array([1, -1, 2, 1, 0])
-    tokens, x, c = rng.integers(0, 11, (5, 4)), rng.normal(size=(5, 4, 3, 2)), rng.normal(
-        size=(5, 4, 6)
-    )  # fmt: skip
+    tokens, x, c = (
+        rng.integers(0, 11, (5, 4)),
+        rng.normal(size=(5, 4, 3, 2)),
+        rng.normal(size=(5, 4, 6)),
+    )
     stacked = flora.multi.stack(adapters)
     rank_one = [a["embed"].rank for a in adapters]
 
@@ -131,8 +139,11 @@ def test_base_rows_are_the_base_models():
         np.testing.assert_array_equal(mixed[0], plain[0])
         np.testing.assert_array_equal(mixed[2], plain[2])
         assert not np.array_equal(mixed[1], plain[1])
-        close(jax.jit(run)(model.params, stacked, jnp.array([-1] * 3), *model.args),
-              model.fn(model.params, *model.args), contract.COMPILED)  # fmt: skip
+        close(
+            jax.jit(run)(model.params, stacked, jnp.array([-1] * 3), *model.args),
+            model.fn(model.params, *model.args),
+            contract.COMPILED,
+        )
 
 
 ROWS, TOKENS, IN, OUT, RANK, COUNT = 6, 3, 37, 53, 2, 5
@@ -289,14 +300,16 @@ def test_a_base_in_fewer_bits():
         {"w": array(64, 64, dtype=jnp.float32)},
         array(3, 2, 64, dtype=jnp.float32),
     )
-    stored = flora.quantize.quantize(params, "int8", target="*")
+    quantized = flora.quantize.quantize(params, "int8", target="*")
 
     def fn(p, x):
         return jnp.einsum("nti,io->nto", x, p["w"])
 
     adapters = adapters_of(fn, params, x, settings=((1, 2.0), (2, 3.0)))
-    mixed = flora.multi.lora(fn)(stored, flora.multi.stack(adapters), [1, None, 0], x)
+    mixed = flora.multi.lora(fn)(
+        quantized, flora.multi.stack(adapters), [1, None, 0], x
+    )
     for n, i in enumerate((1, None, 0)):
         run = flora.lora(fn)
-        tree = stored if i is None else flora.join(stored, adapters[i])
+        tree = quantized if i is None else flora.join(quantized, adapters[i])
         close(mixed[n], run(tree, x[n : n + 1])[0], 2e-5)

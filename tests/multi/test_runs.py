@@ -27,14 +27,20 @@ def regression(adapted, x, y):
 
 
 def sweep(settings, dtype=jnp.float32):
-    params = {"up": array(5, 8, dtype=dtype), "down": array(8, 3, dtype=dtype),
-              "bias": jnp.zeros(3, dtype)}  # fmt: skip
+    params = {
+        "up": array(5, 8, dtype=dtype),
+        "down": array(8, 3, dtype=dtype),
+        "bias": jnp.zeros(3, dtype),
+    }
     x, y = array(16, 5, seed=3, dtype=dtype), array(16, 3, seed=4, dtype=dtype)
     made = [
-        {k: node(flora.Layout(), params[k].shape, seed=i, dtype=dtype, **s)
-         for k in ("up", "down")} | {"bias": flora.Trained(params["bias"])}
+        {
+            k: node(flora.Layout(), params[k].shape, seed=i, dtype=dtype, **s)
+            for k in ("up", "down")
+        }
+        | {"bias": flora.Trained(params["bias"])}
         for i, s in enumerate(settings)
-    ]  # fmt: skip
+    ]
     return params | {"bias": None}, made, x, y
 
 
@@ -45,12 +51,15 @@ def make_tx(rate):
 @pytest.mark.parametrize(
     "settings",
     [
-        [{"rank": 1, "alpha": 8.0}, {"rank": 3, "alpha": 8.0},
-         {"rank": 2, "alpha": 3.0, "rank_stabilized": True}],
+        [
+            {"rank": 1, "alpha": 8.0},
+            {"rank": 3, "alpha": 8.0},
+            {"rank": 2, "alpha": 3.0, "rank_stabilized": True},
+        ],
         [{"rank": 2, "alpha": 4.0}] * 2 + [{"rank": 3, "alpha": 6.0}],
     ],
     ids=["other scales", "one scale"],
-)  # fmt: skip
+)
 def test_runs_side_by_side_are_the_runs_one_by_one(x64, settings):
     base, adapters, x, y = sweep(settings, jnp.float64)
     rates, traces = jnp.array([1e-2, 3e-2, 1e-1]), []
@@ -93,8 +102,9 @@ def test_each_run_can_have_its_own_batch():
     runs = flora.multi.start(adapters, optax.sgd, jnp.array([0.1, 0.1]))
     step = flora.multi.train_step(regression, optax.sgd, batch_axis=0)
     _, losses = jax.jit(step)(base, runs, jnp.stack([x, 2 * x]), jnp.stack([y, -y]))
-    close(losses, jnp.stack([regression(flora.join(base, adapters[0]), x, y),
-                             regression(flora.join(base, adapters[1]), 2 * x, -y)]))  # fmt: skip
+    first = regression(flora.join(base, adapters[0]), x, y)
+    second = regression(flora.join(base, adapters[1]), 2 * x, -y)
+    close(losses, jnp.stack([first, second]))
 
 
 def test_runs_share_the_product_with_w():
@@ -102,8 +112,11 @@ def test_runs_share_the_product_with_w():
     runs = flora.multi.start(adapters, optax.sgd, jnp.full(4, 0.1))
     step = flora.multi.train_step(regression, optax.sgd)
     made = jax.make_jaxpr(step)(base, runs, x, y)
-    shapes = [[v.aval.shape for v in e.invars] for e in equations(made)
-              if e.primitive is Primitives.dot_general]  # fmt: skip
+    shapes = [
+        [v.aval.shape for v in e.invars]
+        for e in equations(made)
+        if e.primitive is Primitives.dot_general
+    ]
     # The first layer meets x once for all runs; the second the batch of all of them.
     assert shapes.count([(16, 5), (5, 8)]) == 1
     assert sorted(s[0] for s in shapes if s[1] == (8, 3)) == [(4, 16, 3), (4, 16, 8)]
@@ -117,8 +130,9 @@ def test_what_runs_refuse():
         flora.multi.start(adapters, optax.sgd(0.1), jnp.ones(2))
     dropped = jax.tree.map(
         lambda x: dataclasses.replace(x, dropout=0.1) if contract.is_weight(x) else x,
-        adapters[1], is_leaf=contract.is_weight,
-    )  # fmt: skip
+        adapters[1],
+        is_leaf=contract.is_weight,
+    )
     with pytest.raises(flora.LoraError, match=r"'up' has dropout rates \[0.0, 0.1\]"):
         flora.multi.start([adapters[0], dropped], optax.sgd, jnp.ones(2))
     with pytest.raises(flora.LoraError, match="expected what"):

@@ -74,7 +74,7 @@ def grouped(r=4, groups=2):
 
 
 def dense_of_groups(tensors, groups=2):
-    """PEFT's delta as a dense kernel `[window, in, out]`: every group reads all inputs."""
+    """PEFT's delta as a dense kernel `[window, in, out]`; groups read all inputs."""
     a = tensors[f"{PREFIX}conv.lora_A.weight"].astype(np.float64)
     b = tensors[f"{PREFIX}conv.lora_B.weight"][:, :, 0].astype(np.float64)
     r, out = a.shape[0], b.shape[0]
@@ -178,8 +178,10 @@ def tied_fn(p, x):
 def test_tied_weights(tmp_path):
     tensors, _ = embedding_files(tmp_path)
     a, b = (tensors[f"{PREFIX}embed.lora_embedding_{n}"] for n in "AB")
-    twin = {f"{PREFIX}head.lora_A.weight": b.T.copy(),
-            f"{PREFIX}head.lora_B.weight": a.T.copy()}  # fmt: skip
+    twin = {
+        f"{PREFIX}head.lora_A.weight": b.T.copy(),
+        f"{PREFIX}head.lora_B.weight": a.T.copy(),
+    }
     settings = {"target_modules": ["embed", "head"], "ensure_weight_tying": True}
     tensors, folder = embedding_files(tmp_path, twin, **settings)
     tree = {"embed": {"embedding": jnp.asarray(values(7, 4))}}
@@ -216,8 +218,10 @@ def test_ties_that_do_not_hold(tmp_path):
     names = {"embed": [Module("embed"), Module("head", tied=True)]}
     with pytest.raises(flora.LoraError, match="PEFT adapts the first alone"):
         flora.peft.load(folder, tree, names=names)
-    other = {f"{PREFIX}head.lora_A.weight": values(2, 4),
-             f"{PREFIX}head.lora_B.weight": values(7, 2)}  # fmt: skip
+    other = {
+        f"{PREFIX}head.lora_A.weight": values(2, 4),
+        f"{PREFIX}head.lora_B.weight": values(7, 2),
+    }
     _, folder = embedding_files(tmp_path, other, target_modules=["embed", "head"])
     with pytest.raises(flora.LoraError, match="not the transpose of the embedding"):
         flora.peft.load(folder, tree, names=names)
@@ -231,8 +235,10 @@ def test_a_tied_weight_that_trains_whole(tmp_path):
     tensors = files.linear("mix", 4, 4) | whole
     config = {"target_modules": ["mix"], "ensure_weight_tying": True}
     folder = files.write(tmp_path / "a", tensors, modules_to_save=["embed"], **config)
-    tree = {"embed": {"embedding": jnp.asarray(values(7, 4))},
-            "mix": {"kernel": jnp.asarray(values(4, 4))}}  # fmt: skip
+    tree = {
+        "embed": {"embedding": jnp.asarray(values(7, 4))},
+        "mix": {"kernel": jnp.asarray(values(4, 4))},
+    }
     loaded = flora.peft.load(folder, tree)
     np.testing.assert_array_equal(
         loaded["embed"]["embedding"].value, values(7, 4, seed=3)

@@ -1,4 +1,4 @@
-"""Names: split heads, RoPE's order, fused and stacked leaves, and names found by values."""
+"""Names: split heads, RoPE's order, fused and stacked leaves; found by values too."""
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +71,12 @@ def test_one_leaf_for_several_modules(tmp_path):
         linear("q", D, 4) | linear("k", D, 2, r=3, seed=3) | linear("v", D, 2, seed=5)
     )
     folder = files.write(
-        tmp_path / "a", tensors, target_modules=["q", "k", "v"],
-        rank_pattern={"k": 3}, alpha_pattern={"v": 2},
-    )  # fmt: skip
+        tmp_path / "a",
+        tensors,
+        target_modules=["q", "k", "v"],
+        rank_pattern={"k": 3},
+        alpha_pattern={"v": 2},
+    )
     tree = {"qkv": {"kernel": kernel(0, D, 8)}}
     names = {"qkv": [Module("q", rows=4), Module("k", rows=2), Module("v", rows=2)]}
     loaded = flora.peft.load(folder, tree, names=names)
@@ -238,13 +241,15 @@ def flax_weights(w):
         "Embed_0": {"embedding": w["embed.weight"]},
         "final": {"scale": w["norm.weight"]},
         "blocks": {
-            "wq": {"kernel": layers("q_proj")[..., rows].reshape(2, D, H, K),
-                   "bias": bias.reshape(2, H, K)},
+            "wq": {
+                "kernel": layers("q_proj")[..., rows].reshape(2, D, H, K),
+                "bias": bias.reshape(2, H, K),
+            },
             "wkv": {"kernel": kv},
             "wo": {"kernel": layers("o_proj").reshape(2, H, K, D)},
             "pre": {"scale": scale},
         },
-    }  # fmt: skip
+    }
     return jax.tree.map(jnp.asarray, tree)
 
 
@@ -258,9 +263,11 @@ def test_names_found_by_values(tmp_path):
             tensors |= linear(f"model.layers.{i}.{n}_proj", in_, out, seed=i)
         tensors[f"{PREFIX}model.layers.{i}.ln.weight"] = values(D, seed=60 + i)
     folder = files.write(
-        tmp_path / "a", tensors, modules_to_save=["ln"],
+        tmp_path / "a",
+        tensors,
+        modules_to_save=["ln"],
         target_modules=["q_proj", "k_proj", "o_proj"],
-    )  # fmt: skip
+    )
     loaded = flora.peft.load(folder, tree, names=names)
     changed = dict(weights)
     for i in range(2):

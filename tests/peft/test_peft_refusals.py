@@ -41,19 +41,24 @@ CASES = {
     "rank is a float": ({}, {"r": 2.0}, ["r is 2.0", "an int"]),
     "rank zero": ({}, {"r": 0}, ["r is 0"]),
     "rank true": ({}, {"r": True}, ["r is True"]),
-    "alpha is text": ({}, {"lora_alpha": "16"}, ["lora_alpha is '16'", "a finite number"]),
+    "alpha is text": (
+        {}, {"lora_alpha": "16"}, ["lora_alpha is '16'", "a finite number"]),
     "alpha nan": ({}, {"lora_alpha": float("nan")}, ["lora_alpha is nan"]),
     "alpha zero": ({}, {"lora_alpha": 0}, ["lora_alpha is 0", "above 0"]),
     "alpha negative": ({}, {"lora_alpha": -4}, ["lora_alpha is -4", "above 0"]),
-    "flag is text": ({}, {"use_dora": "false"}, ["use_dora is 'false'", "true or false"]),
-    "other rank": ({}, {"r": 4}, ["rank 2", "gives rank 4", "layers.0.up", "r or rank_pat"]),
+    "flag is text": (
+        {}, {"use_dora": "false"}, ["use_dora is 'false'", "true or false"]),
+    "other rank": (
+        {}, {"r": 4}, ["rank 2", "gives rank 4", "layers.0.up", "r or rank_pat"]),
     "no targets": ({}, {"target_modules": None}, ["target_modules", "both empty"]),
     "typo in targets": (
         {}, {"target_modules": ["up", "dwon"]}, ["'dwon'", "closest: 'layers.0.down'"]),
     "targets too much": (
-        {}, {"target_modules": ["up", "down"]}, ["layers.0.down.lora_A.weight' is missing"]),
+        {}, {"target_modules": ["up", "down"]},
+        ["layers.0.down.lora_A.weight' is missing"]),
     "targets too little": (
-        {}, {"target_modules": ["layers.0.up"]}, ["layers.1.up' is adapted", "not select"]),
+        {}, {"target_modules": ["layers.0.up"]},
+        ["layers.1.up' is adapted", "not select"]),
     "regex too little": (
         {}, {"target_modules": r".*\.0\.up"}, ["layers.1.up' is adapted"]),
     "rank_pattern typo": ({}, {"rank_pattern": {"upp": 2}}, ["rank_pattern", "'upp'"]),
@@ -67,13 +72,15 @@ CASES = {
         ["pissa_niter_4", "path_initial_model_for_weight_conversion"]),
     "corda": ({}, {"init_lora_weights": "corda"}, ["corda", "cannot be repeated"]),
     "activated": (
-        {}, {"alora_invocation_tokens": [1, 2]}, ["alora_invocation_tokens", "Activated"]),
+        {}, {"alora_invocation_tokens": [1, 2]},
+        ["alora_invocation_tokens", "Activated"]),
     "replicated": ({}, {"layer_replication": [[0, 2]]}, ["layer_replication"]),
     "unknown field": ({}, {"use_magic": True}, ["use_magic", "does not know"]),
     "bias mode": ({}, {"bias": "some"}, ["bias is 'some'", "'lora_only'"]),
     "dropout": ({}, {"lora_dropout": 1.5}, ["lora_dropout is 1.5"]),
     "bias missing": (
-        {}, {"bias": "lora_only"}, ["layers.0.up.bias' is missing", "bias is 'lora_only'"]),
+        {}, {"bias": "lora_only"},
+        ["layers.0.up.bias' is missing", "bias is 'lora_only'"]),
     "saved module missing": (
         {}, {"modules_to_save": ["head"]}, ["no tensor of 'head'", "modules_to_save"]),
     "not in layers": (
@@ -87,11 +94,13 @@ CASES = {
     "missing layer": (
         {"a": ..., "b": ...}, {}, ["layers.0.up.lora_A.weight' is missing"]),
     "deeper": (
-        linear("layers.2.up", D, F), {}, ["layers.2.up.lora_A.weight'", "none of the base"]),
+        linear("layers.2.up", D, F), {},
+        ["layers.2.up.lora_A.weight'", "none of the base"]),
     "unexpected": ({"norm.weight": values(D)}, {}, ["norm.weight", "not part", "bias"]),
     "no such module": ({"x.y": values(2)}, {}, ["'base_model.model.x.y'", "none of"]),
     "adapter's name": (
-        {"layers.0.up.lora_A.default.weight": values(2, D)}, {}, ["names an adapter inside"]),
+        {"layers.0.up.lora_A.default.weight": values(2, D)}, {},
+        ["names an adapter inside"]),
     # tensors
     "nan": ({"a": with_nan()}, {}, [A0, "1 of 8 values"]),
     "inf": ({"b": np.full((F, 2), np.inf, np.float32)}, {}, [B0, "12 of 12"]),

@@ -1,4 +1,4 @@
-"""Writing: what the files hold, what servers get, and that they are whole or not there."""
+"""Writing: what the files hold, what servers get; files are complete or absent."""
 
 import dataclasses
 import os
@@ -126,8 +126,12 @@ def test_names_that_end_alike(tmp_path):
         ["gate.up"],
     )
     flora.peft.load(tmp_path / "a", tree)
-    both = flora.LoraConfig(rank=2, target="up/kernel", rank_pattern={"gate/up/kernel": 1},
-                            alpha_pattern={"gate/*": 3.0})  # fmt: skip
+    both = flora.LoraConfig(
+        rank=2,
+        target="up/kernel",
+        rank_pattern={"gate/up/kernel": 1},
+        alpha_pattern={"gate/*": 3.0},
+    )
     made = flora.init(jax.random.key(0), both, fn, tree, x)
     flora.peft.save(tmp_path / "b", made)
     loaded = flora.peft.load(tmp_path / "b", tree)
@@ -146,8 +150,9 @@ def test_what_trains_whole(tmp_path):
         for n in ("head.weight", "head.bias", "norm.weight", "norm.bias",
                   "layers.0.up.base_layer.bias", "layers.1.up.base_layer.bias")
     }  # fmt: skip
-    np.testing.assert_array_equal(tensors[f"{PREFIX}head.weight"],
-                                  params()["head"]["kernel"].T)  # fmt: skip
+    np.testing.assert_array_equal(
+        tensors[f"{PREFIX}head.weight"], params()["head"]["kernel"].T
+    )
     loaded = flora.peft.load(tmp_path / "a", params())
     close(flora.lora(files.fn)(loaded, X), flora.lora(files.fn)(tree, X))
     all_biases = adapted(train=["bias"])
@@ -212,8 +217,10 @@ def test_serving(tmp_path):
         for n in ("up", "down"):
             assert tensors[f"{PREFIX}layers.{i}.{n}.lora_A.weight"].shape[0] == 3
             base = np.asarray(params()["layers"][i][n]["kernel"], np.float64)
-            close(base + delta(tensors, f"layers.{i}.{n}", scale),
-                  merged["layers"][i][n]["kernel"])  # fmt: skip
+            close(
+                base + delta(tensors, f"layers.{i}.{n}", scale),
+                merged["layers"][i][n]["kernel"],
+            )
     for settings in ({"train": ["head/*"]}, {"train": ["up/bias"]}):
         with pytest.raises(flora.LoraError, match="SGLang ignores and vLLM refuses"):
             flora.peft.save(tmp_path / "b", adapted(**settings), serving=True)

@@ -1,4 +1,4 @@
-"""Adapters that PEFT itself made and saved: logits, merged weights, gradients, and back.
+"""Adapters that PEFT made and saved: logits, merged weights, gradients, and back.
 
 Needs the extra peft-test; float64 throughout, so that the tolerances are small.
 """
@@ -51,7 +51,8 @@ CASES = {
     "conv1d": ("gpt2", UP | {
         "target_modules": ["c_attn", "c_proj", "square"], "fan_in_fan_out": True}),
     "conv1d, dora": ("gpt2", UP | {
-        "target_modules": ["c_attn", "square"], "fan_in_fan_out": True, "use_dora": True}),
+        "target_modules": ["c_attn", "square"], "fan_in_fan_out": True,
+        "use_dora": True}),
     "conv": ("conv", {"r": 2, "lora_alpha": 5, "target_modules": ["two", "one"]}),
     "conv, rslora, patterns": ("conv", {
         "r": 2, "lora_alpha": 5, "target_modules": ["two", "one"], "use_rslora": True,
@@ -84,13 +85,17 @@ CASES = {
         "alpha_pattern": {"gate_up_proj": 1}}),
     "llama": ("llama", {"r": 2, "lora_alpha": 4, "target_modules": ATTENTION}),
     "llama, all-linear": ("llama", {
-        "r": 2, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+        "r": 2, "lora_alpha": 4, "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM"}),
     "llama, embeddings": ("llama", {
-        "r": 2, "lora_alpha": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+        "r": 2, "lora_alpha": 4,
+        "target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
     "llama, layers": ("llama", {
-        "r": 2, "lora_alpha": 4, "target_modules": ATTENTION, "layers_to_transform": 1}),
+        "r": 2, "lora_alpha": 4, "target_modules": ATTENTION,
+        "layers_to_transform": 1}),
     "tied": ("tied", {
-        "r": 2, "lora_alpha": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"],
+        "r": 2, "lora_alpha": 4,
+        "target_modules": ["embed_tokens", "lm_head", "q_proj"],
         "ensure_weight_tying": True}),
 }  # fmt: skip
 NAMES = {
@@ -154,8 +159,11 @@ def _check_gradients(adapted, loaded, fn, x, names, scratch, tolerance):
     got = load_file(scratch / "grads" / "adapter_model.safetensors")
     checked = set()
     ties = adapted.peft_config["default"].ensure_weight_tying
-    twins = {k: p.grad.numpy().T for k, p in adapted.named_parameters()
-             if ties and "lm_head.lora" in k}  # fmt: skip
+    twins = {
+        k: p.grad.numpy().T
+        for k, p in adapted.named_parameters()
+        if ties and "lm_head.lora" in k
+    }
     for path, p in adapted.named_parameters():
         key = path.replace(".default", "").replace(".modules_to_save", "")
         if "magnitude" in key:
@@ -246,8 +254,9 @@ def test_adapters_of_flora_run_in_peft(tmp_path):
 
     model, fn, x = models.build("llama")
     params = models.params_of("llama", model)
-    config = flora.LoraConfig(rank=2, target="*_proj/kernel", train="lm_head/kernel",
-                              dtype=jnp.float64)  # fmt: skip
+    config = flora.LoraConfig(
+        rank=2, target="*_proj/kernel", train="lm_head/kernel", dtype=jnp.float64
+    )
     tree = flora.init(jax.random.key(0), config, fn, params, x)
     tx = flora.optimizer(optax.adam(1e-2), tree)
     state = tx.init(tree)

@@ -27,9 +27,11 @@ def net(p, x):
     step = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
     x = jax.lax.scan(step, x, p["stack"])[0]
     x = jnp.einsum("bthd,hdo->bto", x.reshape(*x.shape[:2], 3, 4), p["heads"])
-    return jax.jit(lambda x, w: jax.lax.conv_general_dilated(
-        jax.nn.relu(x), w, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
-        )(x, p["conv"])  # fmt: skip
+    return jax.jit(
+        lambda x, w: jax.lax.conv_general_dilated(
+            jax.nn.relu(x), w, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+    )(x, p["conv"])
 
 
 SHAPES = {"stack": (2, IN, IN), "heads": (3, 4, 5), "conv": (2, 5, 9)}
@@ -56,8 +58,10 @@ def setting(dtype=jnp.float64, **config):
     }
     wide = jnp.promote_types(dtype, jnp.float32)
     strong = array(IN, IN, seed=5, dtype=wide) * (0.3 ** jnp.arange(IN))[:, None]
-    batches = [((array(3, 8, IN, seed=7 + i, dtype=wide) @ strong).astype(dtype),)
-               for i in range(2)]  # fmt: skip
+    batches = [
+        ((array(3, 8, IN, seed=7 + i, dtype=wide) @ strong).astype(dtype),)
+        for i in range(2)
+    ]
     adapted = adapt(net, p, *batches[0], **{"dtype": dtype} | config)
     return p, batches, adapted
 
@@ -85,7 +89,8 @@ def test_a_spans_the_principal_directions_of_the_inputs(x64):
         for row in range(len(a)):
             assert s[row, 1] > 1.01 * s[row, 2]  # so that the directions are defined
             np.testing.assert_allclose(
-                np.abs(v[row, :2] @ a[row]), np.eye(2), atol=1e-6)  # fmt: skip
+                np.abs(v[row, :2] @ a[row]), np.eye(2), atol=1e-6
+            )
     close(flora.lora(net)(start, *batches[0]), net(p, *batches[0]), 1e-12)
 
 
@@ -97,15 +102,19 @@ def redistributed(spectra, ranks, rho, most):
             top = values[: min(round(rho * ranks), most[path])] / values.sum()
             shares += [(-x, path, row) for x in top]
     won = sorted(shares)[: sum(len(s) for s in spectra.values()) * ranks]
-    return {path: [sum(w[1:] == (path, row) for w in won) for row in range(len(s))]
-            for path, s in spectra.items()}  # fmt: skip
+    return {
+        path: [sum(w[1:] == (path, row) for w in won) for row in range(len(s))]
+        for path, s in spectra.items()
+    }
 
 
 def test_ranks_move_to_what_explains_most(x64):
     p, batches, adapted = setting(rank_stabilized=True)
     start = starts.eva(jax.random.key(KEY), adapted, net, batches, rho=3.0, passes=12)
-    spectra = {k: np.linalg.svd(x, compute_uv=False) ** 2
-               for k, x in collected(p, batches).items()}  # fmt: skip
+    spectra = {
+        k: np.linalg.svd(x, compute_uv=False) ** 2
+        for k, x in collected(p, batches).items()
+    }
     most = {"stack": 12, "heads": 5, "conv": 9}
     wanted = redistributed(spectra, 2, 3.0, most)
     assert len({max(rows) for rows in wanted.values()}) > 1  # something moved
@@ -120,8 +129,9 @@ def test_ranks_move_to_what_explains_most(x64):
         for row, n in enumerate(rows):  # orthonormal, and padded with zeros
             np.testing.assert_allclose(norms[row], np.arange(w.rank) < n, atol=1e-12)
     found = budget.patterns(start)
-    again = adapt(net, p, *batches[0], dtype=jnp.float64, rank_stabilized=True,
-                  target=[k for k in wanted if is_weight(start[k])], **found)  # fmt: skip
+    target = [k for k in wanted if is_weight(start[k])]
+    settings = {"dtype": jnp.float64, "rank_stabilized": True, "target": target}
+    again = adapt(net, p, *batches[0], **settings, **found)
     assert jax.tree.structure(again) == jax.tree.structure(start)
 
 
@@ -147,8 +157,8 @@ def test_the_share_of_what_is_left_out_is_estimated_without_bias(x64):
 
 def test_in_bfloat16_and_over_a_stored_base():
     p, batches, adapted = setting(jnp.bfloat16)
-    stored = flora.quantize.quantize(adapted, "int8", target="heads", block=1)
-    start = starts.eva(jax.random.key(KEY), stored, net, batches, rho=1)
+    quantized = flora.quantize.quantize(adapted, "int8", target="heads", block=1)
+    start = starts.eva(jax.random.key(KEY), quantized, net, batches, rho=1)
     for path, x in collected(p, batches).items():
         w, v = start[path], np.linalg.svd(x, full_matrices=False)[2]
         assert w.a.dtype == w.b.dtype == jnp.bfloat16
@@ -160,15 +170,20 @@ def test_in_bfloat16_and_over_a_stored_base():
 def test_a_sharded_tree_stays_where_it_lies():
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tp"))
     _, batches, whole = setting(jnp.float32)
-    like = {"stack": Spec(None, "fsdp", "tp"), "heads": Spec(None, "fsdp"),
-            "conv": Spec()}  # fmt: skip
+    like = {
+        "stack": Spec(None, "fsdp", "tp"),
+        "heads": Spec(None, "fsdp"),
+        "conv": Spec(),
+    }
     adapted = jax.device_put(whole, flora.sharding.shardings(whole, like, mesh=mesh))
     key = jax.random.key(KEY)
     start = starts.eva(key, adapted, net, batches, target="heads")
     alone = starts.eva(key, whole, net, batches, target="heads")
     assert start["stack"] is adapted["stack"]
-    for got, old in ((start["heads"].a, adapted["heads"].a),
-                     (start["heads"].b, adapted["heads"].b)):  # fmt: skip
+    for got, old in (
+        (start["heads"].a, adapted["heads"].a),
+        (start["heads"].b, adapted["heads"].b),
+    ):
         assert got.sharding.is_equivalent_to(old.sharding, got.ndim)
     a, b = columns(start["heads"])[0], columns(alone["heads"])[0]
     np.testing.assert_allclose(np.abs(a.T @ b), np.eye(a.shape[1]), atol=1e-3)
@@ -207,9 +222,10 @@ BAD = {
         batches=[(jnp.zeros((2, 8)),)]),
     "eva: 'w' receives no inputs": lambda: eva(
         fn=lambda p, x: jnp.argmax(x @ p["w"], -1)),
-    "eva: 'w' is a ShapeDtypeStruct, and eva reads values. Pass arrays.": lambda: starts.eva(
-        jax.random.key(0), jax.eval_shape(lambda: adapt(dot, W, jnp.ones((2, 8)))),
-        dot, [(jnp.ones((2, 8)),)]),
+    "eva: 'w' is a ShapeDtypeStruct, and eva reads values. Pass arrays.":
+        lambda: starts.eva(
+            jax.random.key(0), jax.eval_shape(lambda: adapt(dot, W, jnp.ones((2, 8)))),
+            dot, [(jnp.ones((2, 8)),)]),
     "eva: 'w' is a tracer": lambda: jax.jit(lambda t: starts.eva(
         jax.random.key(0), t, dot, [(jnp.ones((2, 8)),)]))(
             adapt(dot, W, jnp.ones((2, 8)))),

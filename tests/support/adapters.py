@@ -25,7 +25,7 @@ def f32(*shape, seed=0):
 
 
 def tree(seed=0, dtype=jnp.float32):
-    """A stack of three 2·3 × 5 matrices, an embedding, a head and a bias; two frozen."""
+    """A stack of three 2·3 × 5 matrices, embedding, head, bias; two frozen leaves."""
     shapes = {"kernel": (3, 2, 3, 5), "embedding": (9, 6)}
     nodes = {}
     for i, (name, shape) in enumerate(shapes.items()):

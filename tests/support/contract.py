@@ -22,9 +22,10 @@ COMPILED = {"float64": 2e-15, "float32": 1e-6, "bfloat16": 6e-2, "float16": 8e-3
 
 # What may have the shape of a weight: the weight itself, seen otherwise.
 VIEWS = {
-    P.stop_gradient, P.transpose, P.reshape, P.squeeze, P.reduce_sum, P.broadcast_in_dim, P.slice,
-    P.dynamic_slice, P.split, P.rev, P.concatenate, P.stack, P.convert_element_type, P.copy, P.jit, P.remat, P.scan,
-    P.while_, P.cond, P.optimization_barrier, P.sharding_constraint, P.checkpoint_name,
+    P.stop_gradient, P.transpose, P.reshape, P.squeeze, P.reduce_sum,
+    P.broadcast_in_dim, P.slice, P.dynamic_slice, P.split, P.rev, P.concatenate,
+    P.stack, P.convert_element_type, P.copy, P.jit, P.remat, P.scan, P.while_, P.cond,
+    P.optimization_barrier, P.sharding_constraint, P.checkpoint_name,
     P.gather,
 }  # fmt: skip
 
@@ -137,8 +138,10 @@ def factor_gradients(weight, dw):
     """∂L/∂A = scale ∂L/∂ΔW Bᵀ and ∂L/∂B = scale Aᵀ ∂L/∂ΔW, in NumPy, float64."""
     layout, shape = weight.layout, weight.base.shape
     order = [*layout.stack, *layout.in_, *layout.out]
-    dims = [int(np.prod([shape[i] for i in g])) for g in
-            (layout.stack, layout.in_, layout.out)]  # fmt: skip
+    dims = [
+        int(np.prod([shape[i] for i in g]))
+        for g in (layout.stack, layout.in_, layout.out)
+    ]
     g = np.asarray(dw, np.float64).transpose(order).reshape(dims)
     a = np.asarray(weight.a, np.float64).reshape(dims[0], dims[1], -1)
     b = np.asarray(weight.b, np.float64).reshape(dims[0], -1, dims[2])

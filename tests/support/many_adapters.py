@@ -61,10 +61,11 @@ def adapters_of(fn, params, *args, settings=((2, 6.0), (1, 5.0), (2, 2.0)), **op
     return [
         jax.tree.map(
             lambda x, r=r, alpha=alpha, k=k: drawn(x, r, alpha, k),
-            planned, is_leaf=lambda x: isinstance(x, stop),
+            planned,
+            is_leaf=lambda x: isinstance(x, stop),
         )
         for k, (r, alpha) in enumerate(settings)
-    ]  # fmt: skip
+    ]
 
 
 def of_model(model, **options):

@@ -15,7 +15,7 @@ def values(*shape, seed=0):
 
 
 def params():
-    """Two layers of two linear maps, a norm and a head, as HF's Flax models name them."""
+    """Two layers of two linear maps, a norm and a head, with HF's Flax names."""
 
     def linear(in_, out, seed):
         return {

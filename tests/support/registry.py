@@ -184,8 +184,11 @@ def plain_function():
         scores = jax.nn.softmax(jnp.einsum("bhtk,bhsk->bhts", q, k))
         return jnp.einsum("bhts,bsd,hdo->bto", scores, x, p["o"])
 
-    params = {"q": normal(7, 2, 5), "k": normal(7, 2, 5, seed=1),
-              "o": normal(2, 7, 11, seed=2)}  # fmt: skip
+    params = {
+        "q": normal(7, 2, 5),
+        "k": normal(7, 2, 5, seed=1),
+        "o": normal(2, 7, 11, seed=2),
+    }
     return Model(fn, params, (normal(2, 3, 7),), target="*")
 
 
@@ -236,11 +239,13 @@ class NnxConvNet(nnx.Module):
 MODELS = {
     "mlp": lambda: linen(MLP(), normal(3, 5)),
     "bfloat16 mlp": lambda: linen(
-        MLP(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16), normal(3, 5),
+        MLP(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16),
+        normal(3, 5),
         settings={"tolerance": 2e-2},
     ),
-    "bfloat16 compute": lambda: linen(MLP(dtype=jnp.bfloat16), normal(3, 5),
-                                      settings={"tolerance": 2e-2}),
+    "bfloat16 compute": lambda: linen(
+        MLP(dtype=jnp.bfloat16), normal(3, 5), settings={"tolerance": 2e-2}
+    ),
     "transformer block": lambda: linen(Block(), normal(2, 3, 8)),
     "scanned decoder": lambda: linen(Decoder(), IDS),
     "convolutions": lambda: linen(ConvNet(), normal(2, 9, 8, 3)),
@@ -253,10 +258,10 @@ MODELS = {
     "nnx mlp": lambda: of_nnx(TwoLayers, normal(3, 5)),
     "nnx decoder": lambda: of_nnx(NnxDecoder, IDS),
     "nnx convolutions": lambda: of_nnx(NnxConvNet, normal(2, 5, 6, 3)),
-}  # fmt: skip
+}
 
 
-# --- Functions of a few plain weights ---------------------------------------------------
+# --- Functions of a few plain weights -------------------------------------------------
 
 
 def dense(p, x):

@@ -1,4 +1,4 @@
-"""Small PyTorch models, the same functions in JAX, and their parameters as Flax has them.
+"""Small PyTorch models, the same functions in JAX, and their parameters for Flax.
 
 PyTorch is imported inside the functions: the default tests do without it.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def flax_tree(model):
-    """The parameters by HF's Flax convention: kernels transposed, norms called scale."""
+    """The parameters by HF's Flax convention: transposed kernels, norms named scale."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -276,8 +276,10 @@ def llama(p, tokens, heads=4, groups=2, layers=2):
         y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
         x = x + dense(a["o_proj"], y.reshape(x.shape))
         h, f = rms(q["post_attention_layernorm"], x), q["mlp"]
-        x = x + dense(f["down_proj"], jax.nn.silu(dense(f["gate_proj"], h))
-                      * dense(f["up_proj"], h))  # fmt: skip
+        x = x + dense(
+            f["down_proj"],
+            jax.nn.silu(dense(f["gate_proj"], h)) * dense(f["up_proj"], h),
+        )
     x = rms(m["norm"], x)
     if "lm_head" in p:
         return dense(p["lm_head"], x)

@@ -12,15 +12,17 @@ from tests.support.contract import array, is_weight
 
 VARIANTS = {"DoRA": DoRA(), "VeRA": VeRA(), "AdaLoRA": AdaLoRA()}
 
-# --- The formulas, on [stack, in, out], in NumPy, float64 ------------------------------
+# --- The formulas, on [stack, in, out], in NumPy, float64 -----------------------------
 
 
 def matrices(w):
     """W, A, B as `[stack, in, out]`, `[stack, in, rank]`, `[stack, rank, out]`."""
     layout, shape = w.layout, w.base.shape
     order = [*layout.stack, *layout.in_, *layout.out]
-    s, i, o = (int(np.prod([shape[k] for k in g], dtype=int))
-               for g in (layout.stack, layout.in_, layout.out))  # fmt: skip
+    s, i, o = (
+        int(np.prod([shape[k] for k in g], dtype=int))
+        for g in (layout.stack, layout.in_, layout.out)
+    )
     base = np.asarray(w.base, np.float64).transpose(order).reshape(s, i, o)
     a = np.asarray(w.a, np.float64).reshape(s, i, -1)
     return base, a, np.asarray(w.b, np.float64).reshape(s, -1, o), (s, i, o)
@@ -33,7 +35,7 @@ def in_place(w, x):
 
 
 def formula(w, g=None):
-    """W_eff `[...]`, or with g = ∂L/∂W_eff the gradients of all that trains, by name."""
+    """W_eff `[...]` or, with g = ∂L/∂W_eff, the gradients of all that trains."""
     base, a, b, (s, _, o) = matrices(w)
     extra = {k: np.asarray(x, np.float64) for k, x in w.extra.items()}
     if g is not None:
@@ -156,5 +158,6 @@ def dense(adapted):
     """The tree with W_eff by the formula."""
     return jax.tree.map(
         lambda w: jnp.asarray(formula(w), w.base.dtype) if is_weight(w) else w,
-        adapted, is_leaf=is_weight,
-    )  # fmt: skip
+        adapted,
+        is_leaf=is_weight,
+    )

@@ -27,11 +27,11 @@ class Scaled:
     dtype = property(lambda self: self.scale.dtype)
 
 
-def open_scaled(stored):
-    return stored.q.astype(stored.dtype) * stored.scale
+def open_scaled(quantized):
+    return quantized.q.astype(quantized.dtype) * quantized.scale
 
 
-def stored(*shape, seed=0, whole_stack=False):
+def quantized(*shape, seed=0, whole_stack=False):
     q = np.random.default_rng(seed).integers(-9, 9, shape)
     lead = shape[:1] if whole_stack else (1,) * (len(shape) > 2)
     scale = array(*lead, 1, shape[-1], seed=seed + 1, dtype=jnp.float32)
@@ -71,9 +71,9 @@ FUNCTIONS = {
     "jit and remat": lambda p, x: jax.jit(jax.checkpoint(lambda w: x @ w))(p["w"]),
 }  # fmt: skip
 EVERY = {
-    "w": stored(7, 5),
-    "u": stored(7, 5, seed=3),
-    "s": stored(3, 7, 7, seed=5, whole_stack=True),
+    "w": quantized(7, 5),
+    "u": quantized(7, 5, seed=3),
+    "s": quantized(3, 7, 7, seed=5, whole_stack=True),
 }
 X = array(4, 7, seed=9, dtype=jnp.float32)
 
@@ -146,7 +146,7 @@ def test_what_is_kept_is_what_is_stored(name):
 
 @pytest.mark.parametrize("whole_stack", [True, False])
 def test_a_scan_slices_what_is_stored_where_it_can(whole_stack):
-    tree = adapted(scanned, {"s": stored(3, 7, 7, whole_stack=whole_stack)})
+    tree = adapted(scanned, {"s": quantized(3, 7, 7, whole_stack=whole_stack)})
     jaxpr = jax.make_jaxpr(flora.lora(scanned))(tree, X)
     (loop,) = (e for e in equations(jaxpr) if e.primitive is P.scan)
     sliced = {v.aval.dtype for v in loop.invars if v.aval.shape == (3, 7, 7)}

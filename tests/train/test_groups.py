@@ -65,8 +65,11 @@ def test_groups_with_their_own_optimizers(way):
         want[p] = start[p] - 0.1 * (grads[0][p] + grads[1][p])
     close(got, want)
     assert unchanged(got)
-    heads = state.inner_states if way != "in optimizer" else (
-        state.inner_states["train"].inner_state.inner_states)  # fmt: skip
+    heads = (
+        state.inner_states
+        if way != "in optimizer"
+        else (state.inner_states["train"].inner_state.inner_states)
+    )
     assert jax.tree.leaves(heads["heads"]) == []
 
 
@@ -108,9 +111,9 @@ def test_accumulated_gradients_give_the_step_of_the_whole_batch():
 
     @jax.jit
     def gradient(adapter, x, y):
-        return jax.grad(
-            lambda a: jnp.mean((apply(flora.join(base, a), x) - y) ** 2)
-        )(adapter)  # fmt: skip
+        return jax.grad(lambda a: jnp.mean((apply(flora.join(base, a), x) - y) ** 2))(
+            adapter
+        )
 
     def train(tx, way):
         @jax.jit

@@ -1,4 +1,4 @@
-"""The variances that the names promise, against SciPy-free tests of the distribution."""
+"""The variances that the names promise, by tests of the distribution."""
 
 import math
 
@@ -42,11 +42,13 @@ NAMED = {
     "qwix": (initializers.uniform("qwix"), uniform_cdf((6 / IN) ** 0.5)),
     "default": (initializers.gaussian(), normal_cdf((3 * IN) ** -0.5)),
     "gaussian of PEFT's variance": (
-        initializers.gaussian("peft"), normal_cdf((3 * IN) ** -0.5)),
+        initializers.gaussian("peft"),
+        normal_cdf((3 * IN) ** -0.5),
+    ),
     "gaussian of 2/in": (initializers.gaussian(2), normal_cdf((2 / IN) ** 0.5)),
     "PEFT's gaussian": (initializers.by_rank(), normal_cdf(1 / RANK)),
     "by rank, 4": (initializers.by_rank(4.0), normal_cdf(2 / RANK)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -62,8 +64,10 @@ def test_the_factor_between_peft_and_qwix():
     std = [draw(initializers.uniform(name))[0].std() for name in ("peft", "qwix")]
     assert abs(std[1] / std[0] - math.sqrt(6)) < 1e-5
     # PEFT's "gaussian" at rank 8 and in = 4096, as the docstring says.
-    std = [draw(s, in_=4096, rank=8)[0].std()
-           for s in (initializers.by_rank(), initializers.gaussian())]  # fmt: skip
+    std = [
+        draw(s, in_=4096, rank=8)[0].std()
+        for s in (initializers.by_rank(), initializers.gaussian())
+    ]
     assert abs(std[0] / std[1] - 14) < 0.5
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import flora
-from flora._tree.quantized import Quantized, abstract, is_stored, opened
+from flora._tree.quantized import Quantized, abstract, dequantized, is_quantized
 
 
 @jax.tree_util.register_dataclass
@@ -22,8 +22,8 @@ class Scaled:
     dtype = property(lambda self: self.scale.dtype)
 
 
-def open_scaled(stored):
-    return stored.q.astype(stored.dtype) * stored.scale
+def open_scaled(quantized):
+    return quantized.q.astype(quantized.dtype) * quantized.scale
 
 
 def weight():
@@ -37,18 +37,18 @@ def test_it_looks_like_the_weight_and_opens_to_it():
     want = (jnp.arange(-6, 6) / 2).reshape(4, 3)
     assert w.dense().dtype == jnp.bfloat16
     assert (w.dense() == want).all()
-    assert (opened(w) == want).all()
+    assert (dequantized(w) == want).all()
     assert repr(w) == "Quantized(bfloat16[4,3] as int8+bfloat16)"
 
 
 def test_what_is_no_stored_weight_passes():
     x = jnp.ones((4, 3))
     for value in (x, None, "label", jax.ShapeDtypeStruct((2,), jnp.float32)):
-        assert opened(value) is value
+        assert dequantized(value) is value
         assert abstract(value) is value
-        assert not is_stored(value)
+        assert not is_quantized(value)
     w = weight()
-    assert is_stored(w)
+    assert is_quantized(w)
     assert abstract(w) == jax.ShapeDtypeStruct((4, 3), jnp.bfloat16)
 
 
@@ -57,7 +57,7 @@ def test_it_is_a_node_of_what_is_stored():
     leaves, treedef = jax.tree.flatten(w)
     assert [x.dtype for x in leaves] == [jnp.int8, jnp.bfloat16]
     assert treedef.unflatten(leaves) == w
-    other = Quantized(w.stored, lambda stored: stored.q)
+    other = Quantized(w.values, lambda quantized: quantized.q)
     assert jax.tree.structure(other) != treedef
     assert (jax.jit(lambda w: w.dense())(w) == w.dense()).all()
     # Labels, gradients and shapes can stand for it.

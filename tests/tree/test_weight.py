@@ -125,17 +125,17 @@ def test_used_as_an_array_it_says_what_to_write(name):
 
 
 def test_what_counts_as_a_node_and_as_a_leaf():
-    stored = Quantized(jnp.ones((4, 3)), lambda x: x)
+    quantized = Quantized(jnp.ones((4, 3)), lambda x: x)
     trained = flora.Trained(jnp.ones(3))
     for x, as_node, as_leaf in (
-        (node(), True, True), (trained, True, True), (stored, False, True),
+        (node(), True, True), (trained, True, True), (quantized, False, True),
         (jnp.ones(3), False, False), (None, False, False), ({}, False, False),
     ):  # fmt: skip
         assert (is_node(x), is_leaf(x)) == (as_node, as_leaf), x
     w = node()
     assert base_of(w) is w.base
     assert base_of(trained) is trained.value
-    assert base_of(stored) is stored
+    assert base_of(quantized) is quantized
     assert base_of(None) is None
     assert jax.tree.leaves(trained) == [trained.value]
 

@@ -147,8 +147,10 @@ def test_convolutions_drop_too_and_lookups_do_not():
             x, p["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
         )
 
-    params = {"embedding": array(11, 6, dtype=jnp.float32),
-              "kernel": array(3, 6, 5, dtype=jnp.float32)}  # fmt: skip
+    params = {
+        "embedding": array(11, 6, dtype=jnp.float32),
+        "kernel": array(3, 6, 5, dtype=jnp.float32),
+    }
     ids = jnp.array([[1, 2, 3]])
     adapted = adapted_with_dropout(fn, params, ids)
     keyed = flora.with_dropout(adapted, jax.random.key(0))

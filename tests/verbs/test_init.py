@@ -48,8 +48,9 @@ def test_shapes_layouts_and_sharing():
 
 def test_a_is_gaussian_with_pefts_variance_and_b_is_zero():
     p = {"kernel": jnp.zeros((64, 512))}
-    w = init(f=lambda p, x: x @ p["kernel"], x=np.ones((1, 64), np.float32), p=p,
-             rank=64)["kernel"]  # fmt: skip
+    w = init(
+        f=lambda p, x: x @ p["kernel"], x=np.ones((1, 64), np.float32), p=p, rank=64
+    )["kernel"]
     assert not w.b.any()
     assert abs(w.a.std() * math.sqrt(3 * 64) - 1) < 0.03
     assert abs(w.a.mean()) < 4 / math.sqrt(3 * 64 * w.a.size)
@@ -78,9 +79,11 @@ def test_the_key_is_consumed():
 
 
 def test_stacked_layers_draw_apart():
-    w = init(p={"kernel": jnp.ones((3, 7, 5))}, target="*",
-             f=lambda p, x: jax.lax.scan(lambda c, w: (c, x @ w), 0, p["kernel"])[1]
-             )["kernel"]  # fmt: skip
+    w = init(
+        p={"kernel": jnp.ones((3, 7, 5))},
+        target="*",
+        f=lambda p, x: jax.lax.scan(lambda c, w: (c, x @ w), 0, p["kernel"])[1],
+    )["kernel"]
     assert w.layout.stack == (0,)
     assert not jnp.array_equal(w.a[0], w.a[1])
 
@@ -158,7 +161,8 @@ BAD_CALLS = {
     "Flax names linear weights 'kernel'.": lambda: init(target="*/weight"),
     "target='kernal' selects none of the 4 leaves. Closest: 'mlp/":
         lambda: init(target="kernal"),
-    "'scale' has shape (5,); LoRA needs at least 2 axes. Exclude it, or name it in train=":
+    "'scale' has shape (5,); LoRA needs at least 2 axes. Exclude it, or name it in "
+    "train=":
         lambda: init(target=["scale", "bias"]),
     "exclude='kernel' takes out all of the 2 leaves": lambda: init(exclude="kernel"),
     "exclude='nothing' selects none": lambda: init(exclude="nothing"),
@@ -169,7 +173,8 @@ BAD_CALLS = {
         p=only(kernel=W, other=W), f=dot, target="*"),
     "'tanh' at test_init.py": lambda: init(
         p=only(kernel=W), f=lambda p, x: jnp.tanh(p["kernel"])),
-    "'mlp/up/kernel' is adapted already. Adapt the tree that flora.merge or flora.split":
+    "'mlp/up/kernel' is adapted already. Adapt the tree that flora.merge or "
+    "flora.split":
         lambda: init(p=init()),
     "The tree is empty": lambda: init(p={}),
     "'kernel' has shape (7, 0), no elements. Exclude it.":
@@ -181,7 +186,8 @@ BAD_CALLS = {
         p=only(kernel=W, step=np.int32(1)), f=dot, train="step"),
     "'idle' is targeted, but the function never uses it": lambda: init(
         p=only(kernel=W, idle=np.ones((2, 3, 4), np.float32)), target="*",
-        f=lambda p, x: jax.lax.scan(lambda c, w: (c, None), x, p["idle"])[0] @ p["kernel"]),
+        f=lambda p, x: jax.lax.scan(
+            lambda c, w: (c, None), x, p["idle"])[0] @ p["kernel"]),
     "The function returns 'kernel' changed, and": lambda: init(
         p=only(kernel=W), f=lambda p, x: (x @ p["kernel"], p["kernel"].T)),
     "'kernel' has no one layout: 'add' at test_init.py": lambda: init(
@@ -204,17 +210,19 @@ BAD_CALLS = {
         p=only(kernel=np.ones((8, 5), np.float32)), x=np.ones((3, 4), np.float32),
         f=lambda p, x: jnp.einsum("bi,ijk->bjk", x, p["kernel"].reshape(4, 2, 5))),
     "there is no out axis": lambda: init(
-        p=only(kernel=W), f=lambda p, x: jnp.tensordot(p["kernel"], p["kernel"] * 2, 2)),
-    "layouts: 'kernel' has 2 axes and was given in=0 out=1,2. Name each of 0 to 1": lambda: init(
-        p=only(kernel=W), f=dot, layouts={"kernel": flora.Layout((), (0,), (1, 2))}),
+        p=only(kernel=W),
+        f=lambda p, x: jnp.tensordot(p["kernel"], p["kernel"] * 2, 2)),
+    "layouts: 'kernel' has 2 axes and was given in=0 out=1,2. Name each of 0 to 1":
+        lambda: init(p=only(kernel=W), f=dot,
+                     layouts={"kernel": flora.Layout((), (0,), (1, 2))}),
     "lora() got a dict; expected the function to run": lambda: flora.lora({}),
     "fallback='no'. Write": lambda: flora.lora(fn, fallback="no"),
     "merge: none of the tree's 4 leaves is adapted": lambda: flora.merge(params()),
     "split: none of the tree's": lambda: flora.split(params()),
     "split: 'mlp/down/kernel' is an adapter without its base": lambda: flora.split(
         flora.split(init())[1]),
-    "'mlp/down/kernel' is an adapter without its base. Write flora.join": lambda: flora.lora(fn)(
-        flora.split(init())[1], X),
+    "'mlp/down/kernel' is an adapter without its base. Write flora.join":
+        lambda: flora.lora(fn)(flora.split(init())[1], X),
     "mask: none of the tree's": lambda: flora.mask(params()),
     "optimizer: tx is a float": lambda: flora.optimizer(1e-3, init()),
     "coverage: fn is a dict": lambda: flora.coverage({}, fn),

@@ -196,9 +196,7 @@ def test_the_fallback_can_be_allowed_per_call():
 
     params, x = {"w": array(7, 5, dtype=jnp.float32)}, array(3, 7, dtype=jnp.float32)
     tree = contract.randomized(contract.adapt(linear, params, x))
-    with pytest.raises(
-        flora.LoraError, match=r"'tanh' at test_lora.py:\d+ \(fn\)"
-    ):
+    with pytest.raises(flora.LoraError, match=r"'tanh' at test_lora.py:\d+ \(fn\)"):
         flora.lora(fn)(tree, x)
     got = flora.lora(fn, fallback="materialize")(tree, x)
     contract.close(got, fn(flora.merge(tree), x))

@@ -96,8 +96,8 @@ def test_stored_weights_count_their_bits():
         shape = property(lambda self: self.q.shape)
         dtype = property(lambda self: self.scale.dtype)
 
-    stored = Packed(jnp.ones((4, 8), jnp.int4), jnp.ones((4, 1), jnp.float32))
-    (row,) = flora.summary({"w": Quantized(stored, lambda s: s.q * s.scale)}).rows
+    quantized = Packed(jnp.ones((4, 8), jnp.int4), jnp.ones((4, 1), jnp.float32))
+    (row,) = flora.summary({"w": Quantized(quantized, lambda s: s.q * s.scale)}).rows
     assert (row.parameters, row.bytes) == (32, 32 // 2 + 4 * 4)
     assert (row.dtype, row.role) == ("int4+float32", "frozen")
 

@@ -1,4 +1,4 @@
-"""Inputs of the wrong kind, everywhere: one clear error, never a bare one of Python's."""
+"""Inputs of the wrong kind, everywhere: one clear error, never Python's own."""
 
 import dataclasses
 
@@ -37,8 +37,9 @@ ODD = {
         NODE, layout=flora.Layout((0,), (1,), (2,))),
     "node of rank x": dataclasses.replace(NODE, rank="x"),
     "Trained(None)": flora.Trained(None), "Trained(1)": flora.Trained(1),
-    "config": CONFIG, "adapted": TREE, "base": BASE, "adapter": ADAPTER, "plain": PARAMS,
-    "tree of str": {"kernel": "abc"}, "tree of None": {"kernel": None},
+    "config": CONFIG, "adapted": TREE, "base": BASE,
+    "adapter": ADAPTER, "plain": PARAMS, "tree of str": {"kernel": "abc"},
+    "tree of None": {"kernel": None},
     "tree of objects": {"kernel": object()}, "tree of ints": {1: 2},
 }  # fmt: skip
 
@@ -69,12 +70,14 @@ SLOTS = {
     "value_and_grad": flora.value_and_grad,
     "value_and_grad tree": flora.value_and_grad(lambda t: jnp.float32(0.0)),
     "value_and_grad loss": lambda v: flora.value_and_grad(lambda t: v)(TREE),
-    "value_and_grad aux": lambda v: flora.value_and_grad(lambda t: v, has_aux=True)(TREE),
+    "value_and_grad aux":
+        lambda v: flora.value_and_grad(lambda t: v, has_aux=True)(TREE),
     "summary": lambda v: str(flora.summary(v)),
     "coverage fn": lambda v: flora.coverage(v, PARAMS, X),
     "coverage path": lambda v: flora.coverage(fn, PARAMS, X)[v],
     "coverage role": lambda v: flora.coverage(fn, PARAMS, X).select(v),
-    "coverage without": lambda v: flora.coverage(fn, PARAMS, X).select("linear", without=v),
+    "coverage without":
+        lambda v: flora.coverage(fn, PARAMS, X).select("linear", without=v),
     "coverage status": lambda v: flora.coverage(fn, PARAMS, X).with_status(v),
     "with_dropout tree": lambda v: flora.with_dropout(v, KEY),
     "with_dropout key": lambda v: flora.with_dropout(TREE, v),

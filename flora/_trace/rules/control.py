@@ -13,7 +13,7 @@ from flora._trace import compat
 from flora._trace.compat import Eqn
 from flora._trace.dequantize import in_slices
 from flora._trace.interpret import Context, densify, interpret
-from flora._tree.quantized import is_stored
+from flora._tree.quantized import is_quantized
 
 
 def jit(ctx: Context, eqn: Eqn, *args: Any) -> Any:
@@ -54,7 +54,7 @@ def _constrained(values: Sequence[Any], shardings: Any) -> list[Any]:
             return x
         if not isinstance(x, Factored):
             return lax.with_sharding_constraint(x, sharding)
-        if x.base is None or is_stored(x.base):
+        if x.base is None or is_quantized(x.base):
             return x
         return dataclasses.replace(
             x, base=lax.with_sharding_constraint(x.base, sharding)

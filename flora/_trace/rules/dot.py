@@ -108,7 +108,9 @@ def _meeting(eqn: Eqn, x: Any, w: Factored, side: int) -> _Meeting:
     """
     summed, batch = eqn.params["dimension_numbers"]
     w, theirs = fused(w), (*summed[1 - side], *batch[1 - side])
-    axes = [(Axis(f"x{i}", size),) for i, size in enumerate(x.shape)]
+    axes: list[tuple[Axis, ...]] = [
+        (Axis(f"x{i}", size),) for i, size in enumerate(x.shape)
+    ]
     new: dict[Name, Name] = {}
     for i, j in zip(theirs, (*summed[side], *batch[side]), strict=True):
         axes[i] = tuple(

@@ -211,8 +211,11 @@ def test_layers_that_share_a_jitted_function_share_its_trace():
     assert len({id(jaxpr) for jaxpr in inner}) == 1
     contract.close(flora.lora(fn)(adapted, x), fn(flora.merge(adapted), x), 1e-4)
     keyed = flora.with_dropout(adapted, jax.random.key(0))
-    inner = [e.params["jaxpr"] for e in jax.make_jaxpr(flora.lora(fn))(keyed, x).eqns
-             if e.primitive is contract.P.jit and e.params["name"] == "layer"]  # fmt: skip
+    inner = [
+        e.params["jaxpr"]
+        for e in jax.make_jaxpr(flora.lora(fn))(keyed, x).eqns
+        if e.primitive is contract.P.jit and e.params["name"] == "layer"
+    ]
     assert len({id(jaxpr) for jaxpr in inner}) == 7  # each use has its own mask
 
 

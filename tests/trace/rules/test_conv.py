@@ -119,8 +119,14 @@ def test_narrow_dtypes(dtype):
 
 def test_transposed_convolution_flips_the_kernel(x64):
     def fn(p, x):
-        return lax.conv_transpose(x, p["kernel"], (2, 2), "SAME", transpose_kernel=True,
-                                  dimension_numbers=("NHWC", "HWIO", "NHWC"))  # fmt: skip
+        return lax.conv_transpose(
+            x,
+            p["kernel"],
+            (2, 2),
+            "SAME",
+            transpose_kernel=True,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
     params = {"kernel": array(3, 2, 7, 4)}
     contract.check(fn, params, array(2, 5, 6, 4), dtype=jnp.float64)

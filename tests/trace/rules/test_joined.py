@@ -66,8 +66,9 @@ def test_stacks_of_other_ranks(x64):
     def fn(p, x):
         return jnp.einsum("bi,kio->kbo", x, jnp.stack([p["u"], p["v"]]))
 
-    contract.check(fn, {"u": array(6, 5), "v": array(6, 5, seed=1)}, array(3, 6),
-                   rank_pattern={"u": 3}, views=(P.stack,), dtype=jnp.float64)  # fmt: skip
+    params = {"u": array(6, 5), "v": array(6, 5, seed=1)}
+    settings = {"rank_pattern": {"u": 3}, "views": (P.stack,), "dtype": jnp.float64}
+    contract.check(fn, params, array(3, 6), **settings)
 
 
 def test_scan_over_joined_stacks(x64):

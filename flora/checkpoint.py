@@ -9,22 +9,26 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flora._files.fingerprint import fingerprint, no_values
-from flora._files.records import (
-    base_leaves,
+from flora._files.compare import (
+    FORMAT,
+    FORMATS,
     base_problems,
+    compared,
+    description,
+    leaf_problems,
+    some,
+    state_problems,
+)
+from flora._files.fingerprint import fingerprint, no_values
+from flora._files.items import (
+    base_leaves,
     copied,
-    described,
     filled,
     is_empty,
     is_sharded,
     items_of,
-    leaf_problems,
-    leaf_records,
     placed,
     sharding_of,
-    some,
-    state_problems,
     unsavable,
 )
 from flora._tree.checks import require_adapted
@@ -32,7 +36,6 @@ from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.paths import Pattern, check_pattern
 from flora._tree.version import __version__
 
-_FORMAT = 1
 _TRASH = "deleted"  # steps are renamed into it, which is atomic, and then removed
 
 
@@ -212,9 +215,10 @@ class Checkpointer:
         step = self._choose(step)
         saved = self._record(step)
         items = items_of(adapted, state, self._also)
+        given = description(adapted, items, self._also)
         problems = [
-            *leaf_problems(saved["leaves"], leaf_records(adapted, self._also)),
-            *state_problems(saved["state"], items.get("state"), step),
+            *leaf_problems(compared(saved), compared(given)),
+            *state_problems(saved["state"], given["state"], step),
         ]
         if check_base:
             base = base_leaves(adapted, self._also)
@@ -280,11 +284,11 @@ class Checkpointer:
             raise LoraError(_not_ours(manager, step))
         args = ocp.args.Composite(flora=ocp.args.JsonRestore())
         record = self._orbax_restore(step, args)["flora"]
-        if record.get("format") != _FORMAT:
+        if record.get("format") not in FORMATS:
             raise LoraError(
                 f"Step {step} of {self._directory} was written by flora "
                 f"{record.get('flora')} in format {record.get('format')}; flora "
-                f"{__version__} reads format {_FORMAT}. Install that version."
+                f"{__version__} reads formats 1 to {FORMAT}. Install that version."
             )
         return record
 
@@ -355,13 +359,8 @@ def _snapshot(adapted: Any, state: Any, also: Pattern) -> tuple[dict, dict]:
         for path, x in leaves.items()
         for p in unsavable(path if item == "whole" else f"{item} of {path}", x)
     )
-    record = {
-        "format": _FORMAT,
-        "flora": __version__,
-        "leaves": leaf_records(adapted, also),
-        "state": described(items["state"]) if "state" in items else None,
-        "base": fingerprint(base_leaves(adapted, also)),
-    }
+    record = description(adapted, items, also)
+    record |= {"base": fingerprint(base_leaves(adapted, also))}
     arrays = {
         item: {k: copied(x) for k, x in leaves.items() if not is_empty(x)}
         for item, leaves in items.items()

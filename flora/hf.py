@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora._files.fingerprint import describe, no_values, same_names
-from flora._files.records import sharding_of
+from flora._files.items import sharding_of
 from flora._files.safetensors import File, no_dtype, read, replace, write
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail

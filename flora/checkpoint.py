@@ -1,6 +1,5 @@
 """Checkpoints of an adapter: asynchronous, sharded, whole or not at all by Orbax."""
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from flora._files.compare import (
     base_problems,
     compared,
     description,
+    json_of,
     leaf_problems,
     some,
     state_problems,
@@ -29,6 +29,7 @@ from flora._files.items import (
     items_of,
     placed,
     sharding_of,
+    unlike,
     unsavable,
 )
 from flora._tree.checks import require_adapted
@@ -142,7 +143,7 @@ class Checkpointer:
         record, items = _snapshot(adapted, state, self._also)
         manager = self._open(writes=True)
         self._require_new(int(step), manager)
-        record |= {"step": int(step), "metadata": _json(metadata)}
+        record |= {"step": int(step), "metadata": json_of(metadata)}
         args = {k: ocp.args.PyTreeSave(v) for k, v in items.items() if v}
         manager.save(
             int(step),
@@ -307,6 +308,11 @@ class Checkpointer:
             if leaves
         }
         read = self._orbax_restore(step, ocp.args.Composite(**args)) if args else {}
+        fail(
+            self._unreadable(step, f"'{item}' differs from its record in {p}")
+            for item in args
+            for p in unlike(read[item], wanted[item])
+        )
         return {
             item: {
                 k: placed(x, None if is_empty(x) else read[item][k])
@@ -319,13 +325,17 @@ class Checkpointer:
         manager = self._open(writes=False)
         try:
             return manager.restore(step, args=args)
-        except Exception as error:
+        except Exception as error:  # Orbax and what is below it raise many classes
             first = str(error).strip().split("\n")[0]
-            raise LoraError(
-                f"Step {step} of {self._directory} cannot be read: "
-                f"{type(error).__name__}: {first} If its files are damaged, pass another "
-                f"step of {some(manager.all_steps())}."
-            ) from error
+            what = f"{type(error).__name__}: {first}"
+            raise LoraError(self._unreadable(step, what)) from error
+
+    def _unreadable(self, step: int, what: str) -> str:
+        others = some(self._open(writes=False).all_steps())
+        return (
+            f"Step {step} of {self._directory} cannot be read: {what} If its files are "
+            f"damaged, pass another step of {others}."
+        )
 
 
 def _is_ours(manager: ocp.CheckpointManager, step: int) -> bool:
@@ -387,14 +397,3 @@ def _require_step(step: Any) -> None:
             f"step={step!r}. Write an int of 0 or more; a counter on the device needs "
             "int(step)."
         )
-
-
-def _json(metadata: Any) -> Any:
-    """The metadata as JSON gives it back."""
-    try:
-        return json.loads(json.dumps(metadata))
-    except (TypeError, ValueError) as error:
-        raise LoraTypeError(
-            f"save: metadata={metadata!r} is not for JSON: {error}. Write dicts, lists, "
-            "strings, numbers, bools and None."
-        ) from error

@@ -1,10 +1,12 @@
 """What a checkpoint says of a tree and a state, and where two of them differ."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flora._files.items import described
 from flora._files.records import decoded, layout_of, record_of, text_of
+from flora._tree.errors import LoraTypeError
 from flora._tree.layout import Layout
 from flora._tree.paths import Pattern, named_leaves
 from flora._tree.version import __version__
@@ -26,6 +28,17 @@ def description(
         "state": arrays.pop("state", None),
         "arrays": arrays,
     }
+
+
+def json_of(metadata: Any) -> Any:
+    """The metadata as JSON gives it back."""
+    try:
+        return json.loads(json.dumps(metadata))
+    except (TypeError, ValueError) as error:
+        raise LoraTypeError(
+            f"save: metadata={metadata!r} is not for JSON: {error}. Write dicts, lists, "
+            "strings, numbers, bools and None."
+        ) from error
 
 
 def compared(description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,6 +126,25 @@ def sharding_of(x: Any) -> Any:
     """Where a leaf has to lie; `None` where it may move (JAX: not committed)."""
     committed = x.committed if isinstance(x, jax.Array) else True
     return getattr(x, "sharding", None) if committed else None
+
+
+def unlike(read: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Where arrays that were read have other shapes or dtypes than the given ones.
+
+    Orbax hands on whatever lies there.
+    """
+    wanted = {k: _as_stored(x) for k, x in given.items() if is_array(x)}
+    try:
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            {k: read[k] for k in wanted}, wanted
+        )
+    except AssertionError as error:
+        return [str(error).rpartition("differ in ")[2]]
+    return []
+
+
+def _as_stored(x: Any) -> Any:
+    return jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
 
 
 def placed(x: Any, value: Any) -> Any:

@@ -169,12 +169,16 @@ def test_an_adapter_of_the_first_version(tmp_path):
     chex.assert_trees_all_equal_structs(got, WANTED)  # all settings too
 
 
-@pytest.fixture
-def old(tmp_path):
-    args = {k: ocp.args.PyTreeSave(v) for k, v in ITEMS.items()}
-    with ocp.CheckpointManager(tmp_path / "old") as manager:
+def write_old(folder, items):
+    args = {k: ocp.args.PyTreeSave(v) for k, v in items.items()}
+    with ocp.CheckpointManager(folder / "old") as manager:
         record = ocp.args.JsonSave(RECORD)
         manager.save(7, args=ocp.args.Composite(flora=record, **args))
+
+
+@pytest.fixture
+def old(tmp_path):
+    write_old(tmp_path, ITEMS)
     with Checkpointer(tmp_path / "old", also="stats") as checkpointer:
         yield checkpointer
 
@@ -266,3 +270,22 @@ def test_both_files_hold_the_same_record(tmp_path):
     assert json.loads(path.read_text())["leaves"] == file
     given = description(WANTED, items_of(WANTED, None, "stats"), "stats")
     assert compared(json.loads(path.read_text())) == compared(given) == compared(RECORD)
+
+
+OTHERS = {
+    "wider": (ramp(2, 4, 3), r"shapes: \(4, 3\) != \(4, 2\)"),
+    "of another dtype": (ramp(2, 4, 2, dtype=F32), "types: float32 != bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_arrays_that_are_not_as_the_record_says_are_refused(tmp_path, name):
+    """Orbax itself reads them without a word."""
+    array, message = OTHERS[name]
+    write_old(tmp_path, ITEMS | {"a": ITEMS["a"] | {"kernel": array}})
+    with (
+        Checkpointer(tmp_path / "old", also="stats") as saver,
+        pytest.raises(flora.LoraError, match=rf"Step 7 of .*old cannot be read: 'a' "
+                      rf"differs .* in leaves 'kernel': {message}"),
+    ):  # fmt: skip
+        saver.restore(WANTED)

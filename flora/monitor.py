@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,7 +126,10 @@ def merge_error(adapted: Any) -> dict[str, jax.Array]:
 
 
 def plot(
-    reports: Report | Sequence[Report], losses: Any = None, *, steps: Any = None
+    reports: Report | Sequence[Report],
+    losses: chex.Array | Sequence[float] | None = None,
+    *,
+    steps: chex.Array | Sequence[float] | None = None,
 ) -> Any:
     """A figure of a run: norms, gradients, ranks, overlaps and the loss over time.
 

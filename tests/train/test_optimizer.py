@@ -1,5 +1,6 @@
 """What `flora.optimizer` hands to the transformation inside, and what it makes of it."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,3 +131,23 @@ def test_a_trained_leaf_without_a_gradient_is_named():
     for path in ("embedding", "head/kernel", "head/bias"):
         wanted = f"optimizer: '{path}' trains, and None is given as its gradient. Pass "
         assert wanted in str(error.value)
+
+
+class Steps(chex.TestCase):
+    """Under jit, where the compiler sees the scalar updates, and without it."""
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_frozen_leaves_stay(self):
+        tx = flora.optimizer(optax.adamw(1e-2), ADAPTED)
+
+        def step(grads, state, tree):
+            updates, state = tx.update(grads, state, tree)
+            return optax.apply_updates(tree, updates), state
+
+        step = self.variant(step)
+        tree, state = ADAPTED, tx.init(ADAPTED)
+        for g in ADAPTER_GRADS:
+            tree, state = step(g, state, tree)
+        chex.assert_trees_all_equal_shapes_and_dtypes(tree, ADAPTED)
+        assert unchanged(tree)
+        assert not np.array_equal(tree["embedding"].b, ADAPTED["embedding"].b)

@@ -156,6 +156,8 @@ def _info(path: pathlib.Path, name: str, entry: Any) -> Info:
         start, stop = entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise Damaged(path, f"its header has {entry!r} for '{name}'") from error
+    if not isinstance(kind, str):
+        raise Damaged(path, f"its header has {entry!r} for '{name}'")
     if kind not in DTYPES:
         why = f"'{name}' has dtype {kind!r}, not one of {', '.join(DTYPES)}"
         raise Damaged(path, why, (name, kind))

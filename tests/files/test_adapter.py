@@ -265,6 +265,7 @@ def test_foreign_files_are_refused(path, tmp_path):
     )
     for text in (b"[1]", b"{", b'{"x": 1}', b'{"x": {"dtype": "F32"}}', b'{"a":1,"a":1}',
                  b'{"x": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}',
+                 b'{"x": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
                  b'{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
                  b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}'):  # fmt: skip
         path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 4)

@@ -36,13 +36,13 @@ def json_of(metadata: Any) -> Any:
         return json.loads(json.dumps(metadata))
     except (TypeError, ValueError) as error:
         raise LoraTypeError(
-            f"save: metadata={metadata!r} is not for JSON: {error}. Write dicts, lists, "
-            "strings, numbers, bools and None."
+            f"save: metadata={metadata!r} is not for JSON: {error}. Write dicts, "
+            "lists, strings, numbers, bools and None."
         ) from error
 
 
 def compared(description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`{path: {name: value}}` of what has to be the same in two trees of one adapter."""
+    """`{path: {name: value}}` of what has to agree in two trees of one adapter."""
     leaves = description["leaves"]
     if description["format"] == 1:
         return _of_format_1(leaves)

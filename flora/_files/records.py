@@ -1,4 +1,4 @@
-"""The record of a leaf: what adapter files and checkpoints say of it, as JSON holds it."""
+"""The record of a leaf: what adapter files and checkpoints say of it, as JSON."""
 
 import contextlib
 import dataclasses

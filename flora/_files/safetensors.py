@@ -11,8 +11,8 @@ NumPy, which is what goes onto a mesh, the package
 - loads no float8 (`numpy has no attribute 'float8_e4m3fn'`);
 - writes a transposed array as if it were not, in another order, without a word;
 - takes slices of a tensor as it lies in the file, while a device needs a part of a leaf
-  that is the tensor transposed and split: of 256 MiB it read 256 to give 4, where a view
-  of the mapped file reads the 4;
+  that is the tensor transposed and split: of 256 MiB it read 256 to give 4, where a
+  view of the mapped file reads the 4;
 - renames what it has written into place without flushing it to disk;
 - keeps the last of two tensors of one name, and names no tensor whose entry is wrong.
 What it writes is read here, and what is written here it reads.
@@ -63,8 +63,8 @@ class Damaged(LoraError):
         self, path: pathlib.Path, why: str, dtype: tuple[str, str] | None = None
     ) -> None:
         super().__init__(
-            f"{path} is no whole safetensors file: {why}. Copy or download it again, or "
-            "pass another file."
+            f"{path} is no whole safetensors file: {why}. Copy or download it again, "
+            "or pass another file."
         )
         self.why, self.dtype = why, dtype
 

@@ -130,7 +130,8 @@ def _aligned(grads: Any, params: Any) -> Any:
         raise LoraError(_OTHERS) from error
     pairs = [(path_of(keys), p, g) for (keys, p), g in zip(named, given, strict=True)]
     fail(
-        f"optimizer: '{path}' trains, and {shown(g)} is given as its gradient. {_REMEDY}"
+        f"optimizer: '{path}' trains, and {shown(g)} is given as its gradient. "
+        f"{_REMEDY}"
         for path, p, g in pairs
         if is_node(p) and type(g) is not type(p)
     )

@@ -1,4 +1,4 @@
-"""What `flora.optimizer` hands to the transformation inside, and what it makes of it."""
+"""What `flora.optimizer` hands to the transformation inside, and what it returns."""
 
 import chex
 import jax

@@ -32,6 +32,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -255,8 +256,8 @@ def scores(seen: Importance) -> dict[str, jax.Array]:
 
 
 def components_at(
-    step: Any, first: int, last: int, *, warmup: int, final: int, total: int
-) -> Any:
+    step: chex.Numeric, first: int, last: int, *, warmup: int, final: int, total: int
+) -> chex.Numeric:
     """How many components to keep at a step: a cubic from `first` down to `last`.
 
     It is `first` until step `warmup`, `last` from step `total − final` on, and between
@@ -295,7 +296,7 @@ def components_at(
     return jnp.floor(last + (first - last) * rest**3).astype(jnp.int32)
 
 
-def top(found: Mapping[str, Any], count: Any) -> dict[str, jax.Array]:
+def top(found: Mapping[str, chex.Array], count: chex.Numeric) -> dict[str, jax.Array]:
     """Which components are the `count` best of all leaves, `{path: [*stack, rank]}`.
 
     Args:

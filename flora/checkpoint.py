@@ -1,6 +1,5 @@
 """Checkpoints of an adapter: asynchronous, sharded, whole or not at all by Orbax."""
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,22 +8,28 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flora._files.fingerprint import fingerprint, no_values
-from flora._files.records import (
-    base_leaves,
+from flora._files.compare import (
+    FORMAT,
+    FORMATS,
     base_problems,
+    compared,
+    description,
+    json_of,
+    leaf_problems,
+    some,
+    state_problems,
+)
+from flora._files.fingerprint import fingerprint, no_values
+from flora._files.items import (
+    base_leaves,
     copied,
-    described,
     filled,
     is_empty,
     is_sharded,
     items_of,
-    leaf_problems,
-    leaf_records,
     placed,
     sharding_of,
-    some,
-    state_problems,
+    unlike,
     unsavable,
 )
 from flora._tree.checks import require_adapted
@@ -32,7 +37,6 @@ from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.paths import Pattern, check_pattern
 from flora._tree.version import __version__
 
-_FORMAT = 1
 _TRASH = "deleted"  # steps are renamed into it, which is atomic, and then removed
 
 
@@ -139,7 +143,7 @@ class Checkpointer:
         record, items = _snapshot(adapted, state, self._also)
         manager = self._open(writes=True)
         self._require_new(int(step), manager)
-        record |= {"step": int(step), "metadata": _json(metadata)}
+        record |= {"step": int(step), "metadata": json_of(metadata)}
         args = {k: ocp.args.PyTreeSave(v) for k, v in items.items() if v}
         manager.save(
             int(step),
@@ -212,9 +216,10 @@ class Checkpointer:
         step = self._choose(step)
         saved = self._record(step)
         items = items_of(adapted, state, self._also)
+        given = description(adapted, items, self._also)
         problems = [
-            *leaf_problems(saved["leaves"], leaf_records(adapted, self._also)),
-            *state_problems(saved["state"], items.get("state"), step),
+            *leaf_problems(compared(saved), compared(given)),
+            *state_problems(saved["state"], given["state"], step),
         ]
         if check_base:
             base = base_leaves(adapted, self._also)
@@ -280,11 +285,11 @@ class Checkpointer:
             raise LoraError(_not_ours(manager, step))
         args = ocp.args.Composite(flora=ocp.args.JsonRestore())
         record = self._orbax_restore(step, args)["flora"]
-        if record.get("format") != _FORMAT:
+        if record.get("format") not in FORMATS:
             raise LoraError(
                 f"Step {step} of {self._directory} was written by flora "
                 f"{record.get('flora')} in format {record.get('format')}; flora "
-                f"{__version__} reads format {_FORMAT}. Install that version."
+                f"{__version__} reads formats 1 to {FORMAT}. Install that version."
             )
         return record
 
@@ -303,6 +308,11 @@ class Checkpointer:
             if leaves
         }
         read = self._orbax_restore(step, ocp.args.Composite(**args)) if args else {}
+        fail(
+            self._unreadable(step, f"'{item}' differs from its record in {p}")
+            for item in args
+            for p in unlike(read[item], wanted[item])
+        )
         return {
             item: {
                 k: placed(x, None if is_empty(x) else read[item][k])
@@ -315,13 +325,17 @@ class Checkpointer:
         manager = self._open(writes=False)
         try:
             return manager.restore(step, args=args)
-        except Exception as error:
+        except Exception as error:  # Orbax and what is below it raise many classes
             first = str(error).strip().split("\n")[0]
-            raise LoraError(
-                f"Step {step} of {self._directory} cannot be read: "
-                f"{type(error).__name__}: {first} If its files are damaged, pass another "
-                f"step of {some(manager.all_steps())}."
-            ) from error
+            what = f"{type(error).__name__}: {first}"
+            raise LoraError(self._unreadable(step, what)) from error
+
+    def _unreadable(self, step: int, what: str) -> str:
+        others = some(self._open(writes=False).all_steps())
+        return (
+            f"Step {step} of {self._directory} cannot be read: {what} If its files are "
+            f"damaged, pass another step of {others}."
+        )
 
 
 def _is_ours(manager: ocp.CheckpointManager, step: int) -> bool:
@@ -355,13 +369,8 @@ def _snapshot(adapted: Any, state: Any, also: Pattern) -> tuple[dict, dict]:
         for path, x in leaves.items()
         for p in unsavable(path if item == "whole" else f"{item} of {path}", x)
     )
-    record = {
-        "format": _FORMAT,
-        "flora": __version__,
-        "leaves": leaf_records(adapted, also),
-        "state": described(items["state"]) if "state" in items else None,
-        "base": fingerprint(base_leaves(adapted, also)),
-    }
+    record = description(adapted, items, also)
+    record |= {"base": fingerprint(base_leaves(adapted, also))}
     arrays = {
         item: {k: copied(x) for k, x in leaves.items() if not is_empty(x)}
         for item, leaves in items.items()
@@ -388,14 +397,3 @@ def _require_step(step: Any) -> None:
             f"step={step!r}. Write an int of 0 or more; a counter on the device needs "
             "int(step)."
         )
-
-
-def _json(metadata: Any) -> Any:
-    """The metadata as JSON gives it back."""
-    try:
-        return json.loads(json.dumps(metadata))
-    except (TypeError, ValueError) as error:
-        raise LoraTypeError(
-            f"save: metadata={metadata!r} is not for JSON: {error}. Write dicts, lists, "
-            "strings, numbers, bools and None."
-        ) from error

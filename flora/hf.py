@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora._files.fingerprint import describe, no_values, same_names
-from flora._files.records import sharding_of
+from flora._files.items import sharding_of
 from flora._files.safetensors import File, no_dtype, read, replace, write
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail
@@ -211,6 +211,9 @@ def _path(verb: str, path: Any) -> pathlib.Path:
     )
 
 
+_NO_INDEX = (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError)
+
+
 def _files(path: pathlib.Path) -> dict[str, File]:
     """`{name of a tensor: the file that holds it}`."""
     if path.is_dir():
@@ -223,10 +226,10 @@ def _files(path: pathlib.Path) -> dict[str, File]:
         return dict.fromkeys(file.infos, file)
     try:
         index = json.loads(path.read_bytes())
-        where = dict(index["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        where = {key: str(name) for key, name in index["weight_map"].items()}
+    except _NO_INDEX as error:
         raise LoraError(f"{path} is no index: {error!r}. Download it again.") from error
-    names = sorted({*map(str, where.values())})
+    names = sorted({*where.values()})
     fail(f"{path} names the file {n!r}, outside of its folder."
          for n in names if pathlib.PurePath(n).name != n)  # fmt: skip
     fail(f"{path} names {n}, which is not there. Download it too."

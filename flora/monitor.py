@@ -12,6 +12,7 @@ All but `reference`, `merge_error` and `plot` are meant for use inside `jax.jit`
 from collections.abc import Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,7 +130,10 @@ def merge_error(adapted: Any) -> dict[str, jax.Array]:
 
 
 def plot(
-    reports: Report | Sequence[Report], losses: Any = None, *, steps: Any = None
+    reports: Report | Sequence[Report],
+    losses: chex.Array | Sequence[float] | None = None,
+    *,
+    steps: chex.Array | Sequence[float] | None = None,
 ) -> Any:
     """A figure of a run: norms, gradients, ranks, overlaps and the loss over time.
 

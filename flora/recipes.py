@@ -10,9 +10,9 @@ All take the split-off adapter, or the whole tree inside `flora.optimizer`.
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -51,7 +51,7 @@ __all__ = [
 _GAUSSIAN = gaussian()
 
 
-def lora_plus(ratio: Any = 16.0) -> optax.GradientTransformation:
+def lora_plus(ratio: chex.Numeric = 16.0) -> optax.GradientTransformation:
     """Multiplies the updates of B: a learning rate `ratio` times that of A.
 
     η_B = ratio · η_A.  Chain it behind the optimizer, whose learning rate is then η_A.
@@ -183,7 +183,7 @@ def _projected(grads: Any, params: Any, damping: float) -> Any:
     return treedef.unflatten([one(path, g) for path, g in named])
 
 
-def _solved(weight: LoraWeight, g: Any, damping: float) -> jax.Array:
+def _solved(weight: LoraWeight, g: chex.Array, damping: float) -> jax.Array:
     """Scale⁻² (Aᵀ A + damping I)⁻¹ g, with g `[*stack, rank, *out]`, for each matrix."""
     dtype, n = compute_dtype(weight.a.dtype, g.dtype), len(weight.layout.stack)
     a, batch = weight.a.astype(dtype), tuple(range(n))
@@ -198,7 +198,7 @@ def _solved(weight: LoraWeight, g: Any, damping: float) -> jax.Array:
 
 
 def restart(
-    key: Any,
+    key: chex.PRNGKey,
     tx: optax.GradientTransformation,
     state: Any,
     adapted: Any,
@@ -286,14 +286,14 @@ def _unmergeable(path: str, leaf: Any) -> list[str]:
 
 
 def _drawn(
-    root: Any, initializer: Initializer, path: str, leaf: Any
+    root: chex.PRNGKey, initializer: Initializer, path: str, leaf: Any
 ) -> tuple[Any, Any]:
     """New factors of one leaf, for each matrix of its stack, lying as the old ones do."""
     _, in_, out = (math.prod(s) for s in leaf.layout.sizes(leaf.base.shape))
     stack = leaf.a.shape[: len(leaf.layout.stack)]
     keys = jax.random.split(jax.random.fold_in(root, path_salt(path)), math.prod(stack))
 
-    def one(key: Any) -> tuple[jax.Array, jax.Array]:
+    def one(key: chex.PRNGKey) -> tuple[jax.Array, jax.Array]:
         return initializer(key, (in_, leaf.rank), (leaf.rank, out), leaf.a.dtype)
 
     a, b = jax.vmap(one)(keys)
@@ -343,8 +343,8 @@ def _without_base(leaf: Any) -> Any:
 
 
 def jagged(
-    schedule: Callable[[Any], Any] | float, *, every: int, warmup: int
-) -> Callable[[Any], Any]:
+    schedule: optax.ScalarOrSchedule, *, every: int, warmup: int
+) -> optax.Schedule:
     """A learning rate that warms up again after each `restart`.
 
     η(t) = schedule(t) · min(1, (t mod every + 1)/warmup) once t ≥ every; before that

@@ -23,6 +23,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -66,7 +67,7 @@ def pissa(
     target: Pattern = "*",
     method: str = "svd",
     niter: int = 4,
-    key: Any = None,
+    key: chex.PRNGKey | None = None,
     donate: bool = False,
 ) -> Any:
     """The tree with W's principal part in the factors and the rest in the base.
@@ -157,7 +158,7 @@ def lora_ga(
     direction: str = "ArB2r",
     method: str = "svd",
     niter: int = 4,
-    key: Any = None,
+    key: chex.PRNGKey | None = None,
 ) -> Any:
     """The tree with factors along the singular directions of a gradient of W.
 
@@ -361,7 +362,9 @@ def to_plain(trained: Any, start: Any, original: Any) -> Any:
     return treedef.unflatten([one(path, leaf) for path, leaf in named])
 
 
-def _method_key(verb: str, method: str, niter: int, key: Any) -> Any:
+def _method_key(
+    verb: str, method: str, niter: int, key: chex.PRNGKey | None
+) -> chex.PRNGKey | None:
     """The root key of the randomized method; `None` for the exact one."""
     _require_choice("method", method, ("svd", "randomized"))
     if isinstance(niter, bool) or not isinstance(niter, int) or niter < 0:

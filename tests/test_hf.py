@@ -202,6 +202,9 @@ def test_files_that_are_not_there_or_not_whole_are_refused(folder):
     refused(folder, like(), TENSORS, "outside of its folder")
     index.write_text("{}")
     refused(folder, like(), TENSORS, "is no index: KeyError('weight_map')")
+    for text in ("[]", '{"weight_map": []}', "[" * 100_000):
+        index.write_text(text)
+        refused(folder, like(), TENSORS, "is no index: ")
     index.unlink()
     refused(
         folder, like(), TENSORS, "holds no model.safetensors and no", "it holds model-1"

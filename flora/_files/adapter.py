@@ -1,8 +1,6 @@
 """Adapter files: what was trained, how it is to be computed, and on which base."""
 
-import dataclasses
 import hashlib
-import importlib
 import json
 import os
 import pathlib
@@ -15,14 +13,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from flora._algebra import variants
+from flora._files.compare import base_problems
 from flora._files.fingerprint import fingerprint, no_values, same_names
-from flora._files.records import base_leaves, base_problems, placed
+from flora._files.items import base_leaves, placed
+from flora._files.records import (
+    foreign_settings,
+    record_of,
+    unknown_settings,
+    weight_of,
+)
 from flora._files.safetensors import File, no_dtype, read, write
 from flora._tree.arrays import is_array
 from flora._tree.checks import require_adapted, weight_problems
 from flora._tree.errors import LoraError, LoraTypeError, fail
-from flora._tree.layout import Layout
 from flora._tree.paths import Pattern, check_pattern, matches, path_of
 from flora._tree.placement import mesh_of, spec_of, spec_of_extra, specs
 from flora._tree.quantized import abstract
@@ -30,7 +33,6 @@ from flora._tree.version import __version__
 from flora._tree.weight import LoraWeight, Trained, is_leaf, is_node, on_parts
 
 _FORMAT = 1
-_DATA = ("base", "a", "b", "key", "extra")  # all other fields of a node are settings
 
 
 def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> None:
@@ -74,10 +76,17 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
     fail(f"save: {p}" for name, x in trained.items() for p in _unwritable(name, x))
     arrays = {name: _on_host(x) for name, x in trained.items()}
     fail(f"save: {p}" for name, x in arrays.items() for p in _not_finite(name, x))
+    records = {p: record_of(p, x, also) for p, x in leaves.items()}
+    fail(
+        f"save: '{p}' has {name}={text}, which no file can hold. Use one of flora's own, "
+        "or flora.checkpoint."
+        for p, x in records.items()
+        for name, text in foreign_settings(x)
+    )
     record = {
         "format": _FORMAT,
         "flora": __version__,
-        "leaves": {p: _leaf_record(p, x, also) for p, x in leaves.items()},
+        "leaves": records,
         "base": fingerprint(frozen),
         "arrays": fingerprint(arrays),
     }
@@ -188,47 +197,6 @@ def _not_finite(name: str, x: np.ndarray) -> list[str]:
     return [f"'{name}' holds NaN or infinity in {bad:,} of {x.size:,} places."]
 
 
-def _leaf_record(path: str, leaf: Any, also: Pattern) -> dict[str, Any]:
-    if isinstance(leaf, LoraWeight):
-        shape, settings = leaf.base.shape, _settings(path, leaf)
-        extra = sorted(leaf.extra or {})
-        return {"kind": "lora", "shape": [*shape], "extra": extra} | settings
-    kind = "also" if matches(also, path, leaf) else "frozen"
-    if isinstance(leaf, Trained):
-        kind, leaf = "trained", leaf.value
-    return {"kind": kind, "shape": [*np.shape(abstract(leaf))]}
-
-
-def _settings(path: str, weight: LoraWeight) -> dict[str, Any]:
-    """The settings of a node, whatever fields nodes have."""
-    names = [f.name for f in dataclasses.fields(weight) if f.name not in _DATA]
-    found = {name: getattr(weight, name) for name in names}
-    layout = found.pop("layout")
-    axes = {"stack": layout.stack, "in": layout.in_, "out": layout.out}
-    return {"layout": axes, "settings": {k: _encoded(path, k, found[k]) for k in found}}
-
-
-def _encoded(path: str, name: str, value: Any) -> Any:
-    """A setting as JSON: a number, text, or a dataclass of flora's."""
-    kind = type(value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, tuple):
-        return {"tuple": [_encoded(path, name, x) for x in value]}
-    if dataclasses.is_dataclass(value) and kind.__module__.split(".")[0] == "flora":
-        fields = {
-            f.name: _encoded(path, name, getattr(value, f.name))
-            for f in dataclasses.fields(value)
-        }
-        public = hasattr(variants, kind.__name__)
-        module = "flora.variants" if public else kind.__module__
-        return {"class": f"{module}:{kind.__qualname__}", "fields": fields}
-    raise LoraError(
-        f"save: '{path}' has {name}={value!r}, which no file can hold. Use one of flora's "
-        "own, or flora.checkpoint."
-    )
-
-
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -255,8 +223,7 @@ def _opened(path: pathlib.Path) -> tuple[File, dict[str, Any]]:
             f"{record['format']}; flora {__version__} reads format {_FORMAT}. Install "
             "that version."
         )
-    settings = {k for x in record["leaves"].values() for k in x.get("settings", {})}
-    if lacking := sorted(settings - {f.name for f in dataclasses.fields(LoraWeight)}):
+    if lacking := unknown_settings(record["leaves"]):
         raise LoraError(
             f"{path} was written by flora {record['flora']} with the settings "
             f"{', '.join(lacking)}, which flora {__version__} lacks. Install that version."
@@ -328,11 +295,9 @@ def _filled(
         value = arrays[f"whole/{path}"]
         value = jnp.asarray(value) if leaf is None else placed(leaf, value)
         return Trained(value) if record["kind"] == "trained" else value
-    layout = Layout(*(tuple(record["layout"][k]) for k in ("stack", "in", "out")))
-    settings: dict[str, Any] = {k: _decoded(x) for k, x in record["settings"].items()}
     extra = {k: arrays[f"extra/{k}/{path}"] for k in record["extra"]} or None
     a, b = arrays[f"a/{path}"], arrays[f"b/{path}"]
-    return _laid(LoraWeight(leaf, a, b, extra=extra, layout=layout, **settings))
+    return _laid(weight_of(record, leaf, a, b, extra))
 
 
 def _laid(weight: LoraWeight) -> LoraWeight:
@@ -349,20 +314,3 @@ def _laid(weight: LoraWeight) -> LoraWeight:
         return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
     return on_parts(lay, weight)
-
-
-def _decoded(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if "tuple" in value:
-        return tuple(map(_decoded, value["tuple"]))
-    module, _, name = value["class"].partition(":")
-    found = None
-    if module.split(".")[0] == "flora":
-        found = getattr(importlib.import_module(module), name, None)
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-        raise LoraError(
-            f"The file needs {value['class']}, which flora {__version__} lacks. Install "
-            "the version that wrote it."
-        )
-    return found(**{k: _decoded(x) for k, x in value["fields"].items()})

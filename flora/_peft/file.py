@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import importlib
 import json
 import os
 import shutil
@@ -11,33 +10,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from flora._tree.errors import LoraError, LoraTypeError
+from flora._files.safetensors import NAMES, Damaged, read, replace
+from flora._files.safetensors import write as write_tensors
+from flora._tree.errors import LoraError, LoraTypeError, fail
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 
-_DTYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-}
-
-
-def safetensors() -> Any:
-    """The package, which is an extra."""
-    try:
-        importlib.import_module("safetensors.numpy")
-        return importlib.import_module("safetensors")
-    except ImportError as error:
-        raise LoraError(
-            "flora.peft needs the package safetensors, which is not installed. Write "
-            "pip install 'flora-jax[peft]'."
-        ) from error
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def directory(verb: str, given: Any) -> Path:
@@ -107,25 +90,32 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
                 else "; expected the weights of the adapter. Copy the file too."
             )
         )
-    library, content = safetensors(), path.read_bytes()
     try:
-        found = library.deserialize(content)
-    except Exception as error:  # the package raises an exception class of its own
-        raise LoraError(
-            f"{path}: no valid safetensors file of {len(content)} bytes: {error}. It "
-            "is cut off or damaged. Copy it anew."
-        ) from error
-    return {key: _array(path, key, spec) for key, spec in sorted(found)}
+        file = read(path)
+    except Damaged as error:
+        raise LoraError(_not_read(path, error)) from error
+    fail(
+        _other_dtype(path, key, NAMES[info.dtype])
+        for key, info in file.infos.items()
+        if NAMES[info.dtype] not in _DTYPES
+    )
+    return {key: np.array(file.array(key)) for key in sorted(file.infos)}
 
 
-def _array(path: Path, key: str, spec: Mapping[str, Any]) -> np.ndarray:
-    dtype = _DTYPES.get(spec["dtype"])
-    if dtype is None:
-        raise LoraError(
-            f"{path}: '{key}' has dtype {spec['dtype']}; expected one of "
-            f"{', '.join(_DTYPES)}. Save the adapter in a floating dtype."
-        )
-    return np.frombuffer(spec["data"], dtype).reshape(spec["shape"])
+def _not_read(path: Path, error: Damaged) -> str:
+    if error.dtype is not None:
+        return _other_dtype(path, *error.dtype)
+    return (
+        f"{path}: no valid safetensors file of {path.stat().st_size} bytes: {error.why}. "
+        "It is cut off or damaged. Copy it anew."
+    )
+
+
+def _other_dtype(path: Path, key: str, dtype: str) -> str:
+    return (
+        f"{path}: '{key}' has dtype {dtype}; expected one of {', '.join(_DTYPES)}. Save "
+        "the adapter in a floating dtype."
+    )
 
 
 def write(
@@ -137,8 +127,6 @@ def write(
     as it was, or complete.
     """
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    arrays = {k: np.ascontiguousarray(v) for k, v in sorted(tensors.items())}
-    content = safetensors().numpy.save(arrays, metadata={"format": "pt"})
     if folder.exists() and not folder.is_dir():
         raise LoraError(f"{folder} is a file; expected a directory to save into.")
     folder = folder.resolve()
@@ -146,10 +134,8 @@ def write(
     with _beside(folder) as new:
         if folder.is_dir():
             shutil.copytree(folder, new, copy_function=_link, dirs_exist_ok=True)
-        for name, data in ((CONFIG, text.encode()), (WEIGHTS, content)):
-            (new / name).unlink(missing_ok=True)  # it may be the old file itself
-            _write_through(new / name, data)
-        _sync(new)
+        replace(new / CONFIG, lambda: iter([text.encode()]))
+        write_tensors(new / WEIGHTS, tensors, {"format": "pt"})
         _swap(new, folder)
         _sync(folder.parent)
 
@@ -176,13 +162,6 @@ def _link(old: str, new: str) -> None:
         os.link(old, new)
     except OSError:
         shutil.copy2(old, new)
-
-
-def _write_through(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -232,7 +233,7 @@ def _by_part(value: Any) -> list[tuple[str | None, Any]]:
     return list(value.items()) if isinstance(value, Mapping) else [(None, value)]
 
 
-def times(factor: Any, update: Any) -> Any:
+def times(factor: chex.Numeric | None, update: chex.Array) -> chex.Array:
     """Factor · update in the update's dtype; `None` leaves it as it is."""
     return update if factor is None else (factor * update).astype(update.dtype)
 

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flora._tree.arrays import is_array
+from flora._tree.arrays import is_array, shown
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
-from flora._tree.paths import named_leaves
+from flora._tree.paths import named_leaves, path_of
 from flora._tree.weight import (
     LoraWeight,
     Trained,
+    is_leaf,
     is_node,
     parts_of,
     trained_parts,
@@ -87,13 +88,17 @@ def optimizer(
       adapted: the adapted tree, or the adapter alone.
 
     Returns:
-      A transformation for the whole tree; `update` takes gradients of the tree, or of
-      the adapter alone as `value_and_grad` returns them, together with the tree.  It keeps no state for frozen leaves.  (Only
-      subnormal numbers can change, to zero, where updates are applied outside of jit:
-      XLA's additions flush them.)
+      A transformation for the whole tree.  `update` takes gradients of the tree, or of
+      the adapter alone as `value_and_grad` returns them, together with the tree; `tx`
+      sees what trains, and no more.  The updates of frozen leaves are -0.0, which
+      `optax.apply_updates` adds without changing a bit: an array where there was a
+      gradient, a scalar where there was none, so that no memory of the base's size is
+      taken.  There is no state for frozen leaves.  (Only subnormal numbers can change,
+      to zero, where updates are applied outside of jit: XLA's additions flush them.)
 
     Raises:
-      LoraError: the tree is not adapted.
+      LoraError: the tree is not adapted; at `update`, gradients and parameters have
+        other structures, or a leaf that trains has no gradient.
     """
     if not hasattr(tx, "init") or not hasattr(tx, "update"):
         raise LoraTypeError(
@@ -107,47 +112,81 @@ def optimizer(
     )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        return inner.update(_whole(updates, params), state, params, **extra)
+        grads = updates if params is None else _aligned(updates, params)
+        shown = None if params is None else _trained_alone(params)
+        new, state = inner.update(_trained_alone(grads), state, shown, **extra)
+        like = grads if params is None else params
+        return jax.tree.map(_update_of, like, grads, new), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _whole(grads: Any, params: Any) -> Any:
-    """Gradients of the adapter alone, with the frozen leaves as placeholders."""
-    if params is None or jax.tree.structure(grads) == jax.tree.structure(params):
-        return grads
-
-    def fill(leaf: Any, g: Any) -> Any:
-        if isinstance(leaf, LoraWeight) and isinstance(g, LoraWeight):
-            return dataclasses.replace(leaf, a=g.a, b=g.b, extra=g.extra)
-        return leaf if g is None else g
-
+def _aligned(grads: Any, params: Any) -> Any:
+    """The gradients in the structure of `params`, holes where a leaf has none."""
+    named, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_one)
     try:
-        return jax.tree.map(fill, params, grads, is_leaf=_is_node_or_none)
+        given = treedef.flatten_up_to(grads)
     except ValueError as error:
-        raise LoraError(
-            "optimizer: gradients and parameters have other structures. Pass "
-            "the gradients of the adapted tree, or of its adapter."
-        ) from error
+        raise LoraError(_OTHERS) from error
+    pairs = [(path_of(keys), p, g) for (keys, p), g in zip(named, given, strict=True)]
+    fail(
+        f"optimizer: '{path}' trains, and {shown(g)} is given as its gradient. "
+        f"{_REMEDY}"
+        for path, p, g in pairs
+        if is_node(p) and type(g) is not type(p)
+    )
+    return treedef.unflatten([_aligned_leaf(p, g) for _, p, g in pairs])
 
 
-def _is_node_or_none(x: Any) -> bool:
-    return x is None or is_node(x)
+_REMEDY = "Pass the gradients of the adapted tree, or of its adapter."
+_OTHERS = f"optimizer: gradients and parameters have other structures. {_REMEDY}"
+
+
+def _aligned_leaf(p: Any, g: Any) -> Any:
+    if not isinstance(p, LoraWeight):
+        return _or_holes(g, p)
+    base, key = _or_holes(g.base, p.base), _or_holes(g.key, p.key)
+    return dataclasses.replace(p, base=base, a=g.a, b=g.b, key=key, extra=g.extra)
+
+
+def _or_holes(g: Any, p: Any) -> Any:
+    """The gradient, or a hole for each array of p."""
+    return jax.tree.map(lambda _: optax.MaskedNode(), p) if g is None else g
+
+
+def _is_one(x: Any) -> bool:
+    return x is None or is_leaf(x)
+
+
+def _trained_alone(tree: Any) -> Any:
+    """The tree with holes, which optax passes over, in the place of what is frozen."""
+    return map_parts(
+        lambda _, part, x: optax.MaskedNode() if part == FROZEN else x, tree
+    )
+
+
+def _update_of(p: Any, g: Any, new: Any) -> Any:
+    """What moves p: nothing where it was hidden from the transformation."""
+    if not isinstance(new, optax.MaskedNode):
+        return new
+    if isinstance(g, optax.MaskedNode):
+        return _no_change((), jnp.result_type(p))
+    return _no_change(g.shape, g.dtype)
 
 
 def freeze() -> optax.GradientTransformation:
     """Updates of -0.0: p + -0.0 is p bit for bit, -0.0 included; p + 0.0 is not."""
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        return jax.tree.map(_no_change, updates), state
+        return jax.tree.map(lambda g: _no_change(g.shape, g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _no_change(g: Any) -> Any:
-    if jnp.issubdtype(g.dtype, jnp.inexact):
-        return jnp.full(g.shape, -0.0, g.dtype)
-    return jnp.zeros(g.shape, jnp.int8 if g.dtype == jax.dtypes.float0 else g.dtype)
+def _no_change(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.full(shape, -0.0, dtype)
+    return jnp.zeros(shape, jnp.int8 if dtype == jax.dtypes.float0 else dtype)
 
 
 def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:

@@ -277,6 +277,7 @@ def test_foreign_files_are_refused(path, tmp_path):
         b'{"x": {"dtype": "F32"}}',
         b'{"a":1,"a":1}',
         b'{"x": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}',
+        b'{"x": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
         b'{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
         b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
     ):

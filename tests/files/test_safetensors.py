@@ -102,3 +102,31 @@ def test_the_reference_library_reads_what_flora_writes(tmp_path):
     save_file(arrays, tmp_path / "z", {"format": "pt"})
     file = read(tmp_path / "z")
     assert all((file.array(k) == arrays[k]).all() for k in arrays)
+    for name in ("BF16", "C64"):
+        x = np.arange(6).astype(safetensors.DTYPES[name])
+        write(tmp_path / name, {"x": x}, {})
+        assert load_file(tmp_path / name)["x"].tobytes() == x.tobytes()
+
+
+@pytest.mark.third_party
+def test_what_the_reference_library_cannot_do(tmp_path):
+    """One of the reasons for a reader of flora's own: the docstring names them all."""
+    from safetensors.numpy import load_file
+
+    for name in ("F8_E4M3", "F8_E5M2"):
+        write(tmp_path / name, {"x": np.ones(3, safetensors.DTYPES[name])}, {})
+        with pytest.raises(AttributeError, match="float8"):
+            load_file(tmp_path / name)
+
+
+def test_a_file_that_is_replaced_meanwhile_is_read_as_it_was(tmp_path, monkeypatch):
+    """Header and arrays of one file, whatever comes under its name."""
+    path, parsed = tmp_path / "x", safetensors._parsed
+    write(path, {"x": np.arange(5)}, {})
+
+    def late(path, text):
+        write(path, {"other": np.zeros(2, np.int8), "x": -np.arange(5)}, {})
+        return parsed(path, text)
+
+    monkeypatch.setattr(safetensors, "_parsed", late)
+    assert read(path).array("x").tolist() == [0, 1, 2, 3, 4]

@@ -173,6 +173,23 @@ def test_files_cut_off(tmp_path, kept):
         flora.peft.load(folder, params())
 
 
+@pytest.mark.parametrize("dtype", ["I32", "F8_E4M3", "F4", "F6_E2M3"])
+def test_other_dtypes(tmp_path, dtype):
+    """Those that NumPy has, and those that it lacks."""
+    folder = files.write(tmp_path / "x", tensors())
+    bits = {"I32": 32, "F8_E4M3": 8, "F4": 4, "F6_E2M3": 6}[dtype]
+    entry = {"dtype": dtype, "shape": [8], "data_offsets": [0, bits]}
+    header = json.dumps({"odd": entry}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(bits)
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    with pytest.raises(flora.LoraError) as caught:
+        flora.peft.load(folder, params())
+    message = str(caught.value)
+    assert f"safetensors: 'odd' has dtype {dtype}; expected one of F64" in message
+    assert "Save the adapter in a floating dtype." in message
+    assert "Copy it anew" not in message
+
+
 def test_header_that_lies(tmp_path):
     folder = files.write(tmp_path / "x", tensors())
     path = folder / "adapter_model.safetensors"

@@ -6,10 +6,13 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import flora
 import flora._peft.file
@@ -278,14 +281,21 @@ def test_what_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("step", "call"),
-    [("_write_through", 1), ("_write_through", 2), ("_sync", 1), ("_swap", 1)],
+    ("module", "step", "call"),
+    [
+        (flora._peft.file, "replace", 1),  # the config
+        (flora._peft.file, "write_tensors", 1),
+        *(
+            (os, "fsync", call) for call in (1, 2, 3, 4)
+        ),  # each file, its folder after it
+        (flora._peft.file, "_swap", 1),
+    ],
 )
-def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, step, call):
+def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, module, step, call):
     folder = files.write(tmp_path / "a", up_adapters())
     (folder / "README.md").write_text("mine")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    real, calls = getattr(flora._peft.file, step), []
+    real, calls = getattr(module, step), []
 
     def failing(*args):
         calls.append(args)
@@ -293,9 +303,10 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, step, call):
             raise OSError("no space left")
         return real(*args)
 
-    monkeypatch.setattr(flora._peft.file, step, failing)
+    monkeypatch.setattr(module, step, failing)
     with pytest.raises(OSError, match="no space"):
         flora.peft.save(folder, adapted())
+    monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
@@ -355,8 +366,22 @@ def test_kills_leave_a_whole_directory(tmp_path):
     assert last >= 4
 
 
-def test_without_the_package(tmp_path, monkeypatch):
+def test_the_package_is_not_needed(tmp_path, monkeypatch):
     folder = files.write(tmp_path / "a", linear("head", D, 3), target_modules=["head"])
-    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    with pytest.raises(flora.LoraError, match=r"pip install 'flora-jax\[peft\]'"):
-        flora.peft.load(folder, params())
+    for name in ("safetensors", "safetensors.numpy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    adapted = flora.peft.load(folder, params())
+    flora.peft.save(tmp_path / "b", adapted)
+    again = flora.peft.load(tmp_path / "b", params())
+    chex.assert_trees_all_equal(again, adapted)
+
+
+def test_the_file_is_byte_for_byte_what_the_package_writes(tmp_path):
+    tensors = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a": np.arange(3, dtype=ml_dtypes.bfloat16),
+        "c.x": np.float64(2.5)[...],
+    }
+    flora._peft.file.write(tmp_path / "x", {"r": 8}, tensors)
+    got = (tmp_path / "x" / "adapter_model.safetensors").read_bytes()
+    assert got == safetensors.numpy.save(tensors, metadata={"format": "pt"})

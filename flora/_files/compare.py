@@ -1,0 +1,183 @@
+"""What a checkpoint says of a tree and a state, and where two of them differ."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flora._files.items import described
+from flora._files.records import decoded, layout_of, record_of, text_of
+from flora._tree.errors import LoraTypeError
+from flora._tree.layout import Layout
+from flora._tree.paths import Pattern, named_leaves
+from flora._tree.version import __version__
+
+FORMAT = 2
+FORMATS = (1, FORMAT)
+
+
+def description(
+    adapted: Any, items: Mapping[str, Any], also: Pattern
+) -> dict[str, Any]:
+    """What is said of a tree and of an optimizer's state, their values apart."""
+    arrays = {item: described(leaves) for item, leaves in items.items()}
+    leaves = {p: record_of(p, x, also) for p, x in named_leaves(adapted)[0]}
+    return {
+        "format": FORMAT,
+        "flora": __version__,
+        "leaves": {p: x for p, x in leaves.items() if x["kind"] != "frozen"},
+        "state": arrays.pop("state", None),
+        "arrays": arrays,
+    }
+
+
+def json_of(metadata: Any) -> Any:
+    """The metadata as JSON gives it back."""
+    try:
+        return json.loads(json.dumps(metadata))
+    except (TypeError, ValueError) as error:
+        raise LoraTypeError(
+            f"save: metadata={metadata!r} is not for JSON: {error}. Write dicts, "
+            "lists, strings, numbers, bools and None."
+        ) from error
+
+
+def compared(description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`{path: {name: value}}` of what has to agree in two trees of one adapter."""
+    leaves = description["leaves"]
+    if description["format"] == 1:
+        return _of_format_1(leaves)
+    arrays = description["arrays"]
+    return {path: _compared(path, x, arrays) for path, x in leaves.items()}
+
+
+def _compared(path: str, record: Mapping[str, Any], arrays: Any) -> dict[str, Any]:
+    if record["kind"] != "lora":
+        return {record["kind"]: arrays["whole"][path]}
+    settings = record["settings"]
+    found = {
+        "layout": layout_of(record),
+        "rank": decoded(settings["rank"]),
+        "alpha": float(settings["alpha"]),
+        "rank_stabilized": settings["rank_stabilized"],
+        "a": arrays["a"][path],
+        "b": arrays["b"][path],
+    }
+    if settings["variant"] is not None:
+        extra = {name: arrays["extra"][f"{path}/{name}"] for name in record["extra"]}
+        found |= {"variant": text_of(settings["variant"]), "extra": extra}
+    return found
+
+
+def _of_format_1(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The same of the first format, which had this itself with layouts as text."""
+    return {
+        path: x | {"layout": _layout_of_text(x["layout"])} if "layout" in x else x
+        for path, x in leaves.items()
+    }
+
+
+def _layout_of_text(text: str) -> Layout:
+    """The layout that prints as 'stack=0 in=1,2 out=3'."""
+    named = dict(part.split("=") for part in text.split())
+    axes = (named.get(name, "") for name in ("stack", "in", "out"))
+    return Layout(*(tuple(int(i) for i in x.split(",") if i) for x in axes))
+
+
+def leaf_problems(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """One line for each leaf that the two adapt otherwise, see `compared`."""
+    return [
+        _leaf_problem(path, saved.get(path, {}), given.get(path, {}))
+        for path in _both(saved, given)
+        if saved.get(path) != given.get(path)
+    ]
+
+
+def _leaf_problem(path: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+    if not old or not new:
+        where = "the checkpoint" if old else "the given tree"
+        return (
+            f"'{path}' is trained in {where} alone ({_fields(old or new)}). Write the "
+            "target=, exclude= and train= of LoraConfig, and the also= of Checkpointer, "
+            "that it was saved with."
+        )
+    differ = [k for k in _both(old, new) if old.get(k) != new.get(k)]
+    return (
+        f"'{path}': the checkpoint has {_fields(old, differ)}; the given tree has "
+        f"{_fields(new, differ)}. {_remedy(path, old, new, differ)}"
+    )
+
+
+def _fields(record: Mapping[str, Any], names: Iterable[str] | None = None) -> str:
+    shown = {k: record[k] for k in names or record if k in record}
+    return ", ".join(f"{k}={v}" for k, v in shown.items()) or "none of that"
+
+
+def _remedy(path: str, old: dict, new: dict, differ: list[str]) -> str:
+    """What to write in the config."""
+    if "rank" not in old or "rank" not in new:
+        return "Write the target= and train= of LoraConfig that it was saved with."
+    settings = []
+    if "rank" in differ:
+        settings.append(f"rank_pattern={{'{path}': {old['rank']}}}")
+    if "alpha" in differ:
+        settings.append(f"alpha_pattern={{'{path}': {old['alpha']:g}}}")
+    if "rank_stabilized" in differ:
+        settings.append(f"rank_stabilized={old['rank_stabilized']}")
+    if "layout" in differ:
+        settings.append(
+            f"layouts={{'{path}': flora.Layout({_arguments(old['layout'])})}}"
+        )
+    if "variant" in differ:
+        settings.append(f"variant={old.get('variant')}")
+    dtype, other = (r["a"].partition("[")[0] for r in (old, new))
+    if dtype != other:
+        settings.append(f"dtype='{dtype}'")
+    if settings:
+        return f"Write LoraConfig({', '.join(settings)})."
+    return "Pass the model that it was trained with."
+
+
+def _arguments(layout: Layout) -> str:
+    """'stack=(0,), in_=(1,2,), out=(3,)'."""
+    named = (("stack", layout.stack), ("in_", layout.in_), ("out", layout.out))
+    return ", ".join(f"{k}=({','.join(map(str, axes))},)" for k, axes in named if axes)
+
+
+def base_problems(saved: dict[str, str], given: dict[str, str]) -> list[str]:
+    """One line for each leaf of the base whose fingerprint is another."""
+    return [
+        f"'{path}': the checkpoint was trained on a base of "
+        f"{saved.get(path, 'no such leaf')}; the given base has "
+        f"{given.get(path, 'no such leaf')}. Load the weights that it was trained on, "
+        "or write check_base=False to put it on others."
+        for path in _both(saved, given)
+        if saved.get(path) != given.get(path)
+    ]
+
+
+def state_problems(saved: Any, given: Any, step: int) -> list[str]:
+    """One line for each leaf of the optimizer's state that is another or not there."""
+    if given is None:
+        return []
+    if saved is None:
+        return [
+            f"state: step {step} was saved without one. Write restore(adapted), and "
+            "tx.init of what it returns."
+        ]
+    return [
+        f"state '{path}': the checkpoint has {saved.get(path, 'no such leaf')}; the given "
+        f"state has {given.get(path, 'no such leaf')}. Pass tx.init(adapted) of the "
+        "optimizer that it was saved with, or no state."
+        for path in _both(saved, given)
+        if saved.get(path) != given.get(path)
+    ]
+
+
+def _both(one: Iterable[str], other: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys((*one, *other)))
+
+
+def some(names: Iterable[Any]) -> str:
+    names = list(names)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(map(str, names[-10:])) + more

@@ -8,7 +8,6 @@ All take the split-off adapter, or the whole tree inside `flora.optimizer`.
 """
 
 import dataclasses
-import math
 import numbers
 from typing import Any
 
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.core import Tracer
 
 from flora._algebra.dense import materialize
 from flora._algebra.gram import columns
@@ -33,10 +31,11 @@ from flora._tree.arrays import compute_dtype, is_array
 from flora._tree.checks import require_adapted, weight_problems
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.initializers import Initializer, gaussian
-from flora._tree.keys import consumed, path_salt, require_key
+from flora._tree.keys import consumed, require_key
 from flora._tree.paths import named_leaves
 from flora._tree.quantized import is_quantized
 from flora._tree.weight import LoraWeight, is_node
+from flora._verbs.draw import redrawn
 
 __all__ = [
     "decay_mask",
@@ -261,7 +260,7 @@ def restart(
     def renew(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, LoraWeight):
             return leaf
-        a, b = _drawn(root, initializer, path, leaf)
+        a, b = redrawn(root, initializer, path, leaf)
         return dataclasses.replace(leaf, base=materialize(leaf), a=a, b=b, key=None)
 
     renewed = treedef.unflatten([renew(path, leaf) for path, leaf in named])
@@ -283,31 +282,6 @@ def _unmergeable(path: str, leaf: Any) -> list[str]:
             "optimizer."
         ]
     return [f"restart: {p}" for p in weight_problems(path, leaf)]
-
-
-def _drawn(
-    root: chex.PRNGKey, initializer: Initializer, path: str, leaf: Any
-) -> tuple[Any, Any]:
-    """New factors of one leaf, for each matrix of its stack, lying as the old ones do."""
-    _, in_, out = (math.prod(s) for s in leaf.layout.sizes(leaf.base.shape))
-    stack = leaf.a.shape[: len(leaf.layout.stack)]
-    keys = jax.random.split(jax.random.fold_in(root, path_salt(path)), math.prod(stack))
-
-    def one(key: chex.PRNGKey) -> tuple[jax.Array, jax.Array]:
-        return initializer(key, (in_, leaf.rank), (leaf.rank, out), leaf.a.dtype)
-
-    a, b = jax.vmap(one)(keys)
-    return _like(a, leaf.a), _like(b, leaf.b)
-
-
-def _like(new: jax.Array, old: Any) -> jax.Array:
-    """`new` in the shape, dtype and place of `old`."""
-    new = new.reshape(old.shape).astype(old.dtype)
-    if not isinstance(old, Tracer):
-        return jax.device_put(new, old.sharding)
-    place = jax.typeof(old).sharding  # on a mesh with explicit axes, a part of its type
-    explicit = not place.mesh.empty and place.mesh.explicit_axes
-    return jax.sharding.reshard(new, place) if explicit else new
 
 
 def _renewed_state(tx: Any, state: Any, adapted: Any) -> Any:

@@ -1,15 +1,17 @@
 """How the cost grows with rank, with the number of adapted leaves and with depth.
 
-By rank: XLA's count of the FLOPs of one step above the frozen model's, compiled for
-this machine, beside what x A, B and their gradients need,
-3 · 2 · tokens · rank · (in + out).  By leaves: seconds to `flora.init`, and to trace
-and lower one step of a chain of small products, beside the frozen model's.  By layers:
-the same of one `lax.scan`.
+By rank: XLA's count of the FLOPs of one step above the frozen model's, compiled for this
+machine, beside what x A, B and their gradients need, 3 · 2 · tokens · rank · (in + out).
+By leaves: seconds to `flora.init`, beside a plain trace, and to trace and lower one step
+of a chain of small products, beside the frozen model's.  By layers: the same of one
+`lax.scan`.  Seconds are CPU time of this process; each ratio is of two times that were
+taken one after the other, and the median of several such pairs is shown.
 
     python examples/benchmarks/scale.py
 """
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -85,29 +87,36 @@ def by_rank(ranks: list[int], tokens: int = 512, width: int = 1024) -> Table:
 
 def seconds(fn: Callable[[], Any]) -> tuple[float, Any]:
     """How long a call takes, and what it returns."""
-    start = time.perf_counter()
+    start = time.process_time()
     result = fn()
-    return time.perf_counter() - start, result
+    return time.process_time() - start, result
 
 
-def times(model: Callable, params: Any, x: Any) -> list[float]:
-    """Seconds to init, and to trace and lower: adapted, frozen."""
+def times(model: Callable, params: Any, x: Any) -> tuple[float, ...]:
+    """Seconds to init, to trace alone; to trace and lower: adapted, frozen."""
+    # JAX keeps traces by function, so each pair has functions of its own.
+    plain, _ = seconds(lambda: jax.make_jaxpr(lambda *args: model(*args))(params, x))
     init, (step, inputs) = seconds(lambda: adapted_step(model, params, x, 4))
     lora, _ = seconds(lambda: jax.jit(step).lower(*inputs))
-    step, inputs = frozen_step(model, params, x)
+    step, inputs = frozen_step(lambda *args: model(*args), params, x)
     frozen, _ = seconds(lambda: jax.jit(step).lower(*inputs))
-    return [init, lora, frozen]
+    return init, plain, lora, frozen
 
 
-def by_size(title: str, cases: dict[int, tuple[Callable, Any]]) -> Table:
+def by_size(title: str, cases: dict[int, tuple[Callable, Any]], pairs: int) -> Table:
     """A row for each size."""
     rows = []
     for n, (model, params) in cases.items():
-        init, lora, frozen = times(model, params, shape(8, 32))
-        shown = [f"{init:.2f}", f"{1e3 * init / n:.2f}", f"{lora:.2f}", f"{frozen:.2f}"]
-        rows.append((str(n), [*shown, f"{lora / frozen:.2f}"]))
-    columns = (title, "init s", "ms each", "trace + lower s", "frozen s", "ratio")
-    return _report.table(f"by {title}", columns, rows)
+        found = [times(model, params, shape(8, 32)) for _ in range(pairs)]
+        init, plain, lora, frozen = map(statistics.median, zip(*found, strict=True))
+        to_plain = statistics.median(x[0] / x[1] for x in found)
+        to_frozen = statistics.median(x[2] / x[3] for x in found)
+        shown = [f"{init:.2f}", f"{1e3 * init / n:.2f}", f"{plain:.2f}"]
+        shown += [f"{to_plain:.2f}", f"{lora:.2f}", f"{frozen:.2f}", f"{to_frozen:.2f}"]
+        rows.append((str(n), shown))
+    columns = (title, "init s", "ms each", "plain trace s", "ratio")
+    columns += ("trace + lower s", "frozen s", "ratio")
+    return _report.table(f"by {title}, medians of {pairs} pairs", columns, rows)
 
 
 def main() -> None:
@@ -117,13 +126,16 @@ def main() -> None:
     flag("--ranks", type=int, nargs="+", default=[1, 4, 16, 64, 256, 512])
     flag("--leaves", type=int, nargs="+", default=[10, 100, 1000, 10_000])
     flag("--layers", type=int, nargs="+", default=[1, 10, 100])
+    parser.add_argument("--pairs", type=int, default=3)
     args, console = parser.parse_args(), Console()
     console.print(_report.versions(), highlight=False)
     console.print(by_rank(args.ranks))
     wide = {n: {f"w{i:05}": shape(32, 32) for i in range(n)} for n in args.leaves}
-    console.print(by_size("leaves", {n: (chain, p) for n, p in wide.items()}))
+    leaves = {n: (chain, p) for n, p in wide.items()}
+    console.print(by_size("leaves", leaves, args.pairs))
     deep = {n: {"stack": shape(n, 32, 32)} for n in args.layers}
-    console.print(by_size("layers", {n: (scanned, p) for n, p in deep.items()}))
+    layers = {n: (scanned, p) for n, p in deep.items()}
+    console.print(by_size("layers", layers, args.pairs))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Finds the layout of each weight by following it to what consumes it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,14 +57,11 @@ def discover(
     log, returned = _walk(
         staged,
         leaves,
-        {
-            i: _with_layout(path, given[path]) if path in given else _unknown(path)
-            for i, path in paths.items()
-        },
+        {i: _Followed(path, given.get(path)) for i, path in paths.items()},
     )
-    found = {}
+    uses_of, found = _by_path(log), {}
     for i, path in paths.items():
-        uses = tuple(use for use in log if use.path == path)
+        uses = tuple(uses_of.get(path, ()))
         layout, conflict = given.get(path), ""
         if layout is None:
             layout, conflict = _agree(uses, len(leaves[i].shape))
@@ -83,50 +80,66 @@ def _verified(
         staged,
         leaves,
         {
-            i: _with_layout(path, layout)
+            i: _Followed(path, layout)
             for i, path in paths.items()
             if (layout := found[path].layout) and not found[path].dense
         },
     )
-    dense: dict[str, list[Use]] = {}
-    for use in log:
-        if use.dense:
-            dense.setdefault(use.path, []).append(use)
+    dense = _by_path(use for use in log if use.dense)
     return {
         path: dataclasses.replace(f, uses=(*f.uses, *dense.get(path, ())))
         for path, f in found.items()
     }
 
 
-def _unknown(path: str) -> Callable[[Any], Factored]:
-    return lambda base: undiscovered(base, path)
+def _by_path(uses: Iterable[Use]) -> dict[str, list[Use]]:
+    found: dict[str, list[Use]] = {}
+    for use in uses:
+        found.setdefault(use.path, []).append(use)
+    return found
 
 
-def _with_layout(path: str, layout: Layout) -> Callable[[Any], Factored]:
-    def make(base: Any) -> Factored:
-        # Factors of rank 1 are enough to see which rules apply.
-        a, b = map(jnp.ones, layout.factor_shapes(base.shape, 1))
-        return from_weight(LoraWeight(base, a, b, layout=layout), path)
+@dataclasses.dataclass(frozen=True)
+class _Followed:
+    """A leaf to follow, with the layout that is known of it, if one is."""
 
-    return make
+    path: str
+    layout: Layout | None = None
+
+    def factors(self, shape: tuple[int, ...]) -> tuple[Any, ...]:
+        """Abstract factors.  Rank 1 is enough to see which rules apply."""
+        shapes = self.layout.factor_shapes(shape, 1) if self.layout else ()
+        return tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+
+    def weight(self, base: Any, factors: Sequence[Any]) -> Factored:
+        if self.layout is None:
+            return undiscovered(base, self.path)
+        return from_weight(LoraWeight(base, *factors, layout=self.layout), self.path)
 
 
 def _walk(
-    staged: Staged, leaves: Sequence[Any], make: Mapping[int, Callable[[Any], Any]]
+    staged: Staged, leaves: Sequence[Any], followed: Mapping[int, _Followed]
 ) -> tuple[dict[Use, None], set[str]]:
-    """Interprets the staged call abstractly, recording; also what leaves it raw."""
+    """Interprets the staged call abstractly, recording; also what leaves it raw.
+
+    Args:
+      staged: the call.
+      leaves: of the parameter tree.
+      followed: some of the leaves, by position.
+    """
     log: dict[Use, None] = {}
     returned: set[str] = set()
 
-    def run(tree_arrays: list[Any], args: list[Any]) -> None:
+    def run(tree_arrays: list[Any], args: list[Any], factors: dict[int, Any]) -> None:
         values = list(tree_arrays)
         for i, k in enumerate(staged.tree_inputs):
-            if k is not None and i in make:
-                values[k] = make[i](values[k])
+            if k is not None and i in followed:
+                values[k] = followed[i].weight(values[k], factors[i])
+        known = {id(w) for w in values}
         outs = interpret(context(log), staged.jaxpr, [*values, *args])
         for x in outs:
             x = x.root if isinstance(x, Squared) else x
-            if not isinstance(x, Factored) or any(x is w for w in values):
+            if not isinstance(x, Factored) or id(x) in known:
                 continue
             if x.indexed:
                 for path, roles in by_path(lookup_roles(x)).items():
@@ -140,7 +153,8 @@ def _walk(
     arrays = [
         x for x, k in zip(leaves, staged.tree_inputs, strict=True) if k is not None
     ]
-    jax.eval_shape(run, arrays, list(staged.args))
+    factors = {i: leaf.factors(tuple(leaves[i].shape)) for i, leaf in followed.items()}
+    jax.eval_shape(run, arrays, list(staged.args), factors)
     return log, returned
 
 

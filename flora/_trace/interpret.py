@@ -165,11 +165,14 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     def read(v: Any) -> Any:
         return v.val if isinstance(v, compat.Literal) else env[schedule.same.get(v, v)]
 
+    seen: dict[Any, Any] = {}
+
     def flush(before: int) -> None:
-        outs = [
-            v for e in untouched for v in e.outvars if last_use.get(v, -1) >= before
-        ]
-        env.update(zip(outs, compat.eval_eqns(untouched, outs, env), strict=True))
+        run = untouched if ctx.log is None else _unseen(untouched, seen, env)
+        outs = [v for e in run for v in e.outvars if last_use.get(v, -1) >= before]
+        env.update(zip(outs, compat.eval_eqns(run, outs, env), strict=True))
+        if ctx.log is not None:
+            seen.update((v.aval, env[v]) for v in outs)
         untouched.clear()
 
     for at, step in enumerate(schedule.steps):
@@ -184,6 +187,23 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
             touched.update(v for v in eqn.outvars if is_lazy(env[v]))
     flush(len(schedule.steps))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _unseen(
+    eqns: Sequence[Eqn], seen: Mapping[Any, Any], env: dict[Any, Any]
+) -> list[Any]:
+    """The equations whose results are of types that no value seen before has.
+
+    While uses are recorded, a value counts by its type alone, so the results of the
+    others are values of their types.
+    """
+    left = []
+    for eqn in eqns:
+        if not eqn.effects and all(v.aval in seen for v in eqn.outvars):
+            env.update((v, seen[v.aval]) for v in eqn.outvars)
+        else:
+            left.append(eqn)
+    return left
 
 
 def _schedule(ctx: Context, eqns: Sequence[Eqn], lazy: Mapping[Any, Any]) -> Schedule:

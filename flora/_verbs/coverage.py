@@ -1,6 +1,7 @@
 """`coverage`: what a function does with each leaf, and what adapting it would cost."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -84,7 +85,11 @@ class Selection:
     what: str
 
     def __call__(self, path: str, leaf: Any) -> bool:
-        return path in self.paths
+        return path in self._set
+
+    @functools.cached_property
+    def _set(self) -> frozenset[str]:
+        return frozenset(self.paths)
 
     def __repr__(self) -> str:
         return f"<{self.what}: {len(self.paths)} leaves>"

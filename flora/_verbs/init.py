@@ -1,15 +1,12 @@
 """`init`: from a plain tree to an adapted one."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
-from jax.sharding import NamedSharding
 
 from flora._trace.discover import Finding, discover
 from flora._trace.interpret import remedy
@@ -21,9 +18,9 @@ from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.layout import Layout
 from flora._tree.paths import matches, named_leaves, nothing_selected
-from flora._tree.placement import mesh_of, spec_of, specs
 from flora._tree.quantized import abstract, is_quantized
 from flora._tree.weight import LoraWeight, Trained, is_node
+from flora._verbs.draw import drawn, kind_of
 from flora._verbs.lora import returned_raw
 
 Named = list[tuple[str, Any]]
@@ -93,6 +90,8 @@ def init(
     }
     fail(_rank_problems(dict(named), layouts, ranks))
     root = consumed(key)
+    wanted = [(p, x, layouts[p], ranks[p]) for p, x in named if p in layouts]
+    factors = drawn(root, config.init, jnp.dtype(config.dtype), wanted)
 
     def adapt(path: str, leaf: Any) -> Any:
         if path in trained:
@@ -100,11 +99,9 @@ def init(
         if path not in layouts:
             return leaf
         alpha = _pick(config.alpha_pattern, config.alpha, path, leaf)
-        a, b = _draw(root, config, path, leaf, layouts[path], ranks[path])
         weight = LoraWeight(
             leaf,
-            a,
-            b,
+            *factors[path],
             layout=layouts[path],
             rank=int(ranks[path]),
             alpha=float(alpha),
@@ -188,7 +185,7 @@ def _floating(x: Any) -> bool:
 def _kind(x: Any) -> str:
     if is_quantized(x):
         return repr(x)
-    return f"{x.dtype}{list(x.shape)}" if is_array(x) else f"a {type(x).__name__}"
+    return kind_of(x)
 
 
 def _too_few_axes(path: str, leaf: Any) -> str:
@@ -282,76 +279,3 @@ def _started(root: Any, path: str, weight: LoraWeight) -> LoraWeight:
         made = start(root, weight)
     fail(weight_problems(path, made))
     return made
-
-
-def _draw(
-    root: Any, config: LoraConfig, path: str, leaf: Any, layout: Layout, rank: int
-) -> tuple[Any, Any]:
-    """A and B of one leaf, lying as it does; abstract where it is abstract."""
-    shape = tuple(leaf.shape)
-    stack, in_, out = (math.prod(s) for s in layout.sizes(shape))
-    sizes = {
-        "init": config.init,
-        "dtype": jnp.dtype(config.dtype),
-        "stack": stack,
-        "sizes": (in_, rank, out),
-        "shapes": layout.factor_shapes(shape, rank),
-    }
-    salt, spec = jnp.uint32(path_salt(path)), spec_of(leaf)
-    if spec is None:
-        where = None
-    else:
-        found, mesh = specs(layout, spec, len(shape)), mesh_of(leaf)
-        where = NamedSharding(mesh, found.a), NamedSharding(mesh, found.b)
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((leaf, root))):
-        drawn = jax.eval_shape(functools.partial(_drawn(None), **sizes), root, salt)
-        a, b = (
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-            for x, place in zip(drawn, where or (None, None), strict=True)
-        )
-        return a, b
-    if isinstance(leaf, Tracer) and where:
-        return jax.sharding.reshard(_drawn(None)(root, salt, **sizes), where)
-    return _drawn(where)(root, salt, **sizes)
-
-
-@functools.cache
-def _drawn(where: Any) -> Callable:
-    """`_draw_stack`, compiled once for leaves of one shape and one place."""
-    static = ("init", "dtype", "stack", "sizes", "shapes")
-    return jax.jit(_draw_stack, static_argnames=static, out_shardings=where)
-
-
-def _draw_stack(
-    root: Any, salt: Any, *, init: Any, dtype: Any, stack: int, sizes: Any, shapes: Any
-) -> tuple[jax.Array, jax.Array]:
-    """One pair for each matrix of a stack."""
-    in_, rank, out = sizes
-    keys = jax.random.split(jax.random.fold_in(root, salt), stack)
-
-    def one(key: Any) -> tuple[jax.Array, jax.Array]:
-        made = init(key, (in_, rank), (rank, out), dtype)
-        if not _are_factors(made, (in_, rank), (rank, out)):
-            raise LoraError(
-                f"init={init!r} gave {_described(made)}; expected arrays (A, B) of shapes "
-                f"{(in_, rank)} and {(rank, out)}."
-            )
-        return made[0].astype(dtype), made[1].astype(dtype)
-
-    a, b = jax.vmap(one)(keys)
-    return a.reshape(shapes[0]), b.reshape(shapes[1])
-
-
-def _are_factors(made: Any, *shapes: tuple[int, ...]) -> bool:
-    return (
-        isinstance(made, tuple | list)
-        and len(made) == 2
-        and all(isinstance(x, jax.Array) for x in made)
-        and tuple(x.shape for x in made) == shapes
-    )
-
-
-def _described(made: Any) -> str:
-    parts = made if isinstance(made, tuple | list) else [made]
-    shown = [_kind(x) for x in parts]
-    return f"({', '.join(shown)})" if isinstance(made, tuple | list) else shown[0]

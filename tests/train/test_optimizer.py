@@ -110,8 +110,8 @@ def test_a_stored_base(target):
     """Weights in fewer bits stay as they are, with factors and without."""
     fn = flora.lora(lambda p, x: jnp.sum(x @ p["first"] @ p["second"]))
     params, x = {"first": f32(64, 64), "second": f32(64, 64, seed=1)}, f32(3, 64)
-    stored = quantize(params, "int8", target="*")
-    adapted = contract.adapt(fn, stored, x, target=target)
+    quantized = quantize(params, "int8", target="*")
+    adapted = contract.adapt(fn, quantized, x, target=target)
     tx = flora.optimizer(optax.adam(1e-2), adapted)
     _, grads = flora.value_and_grad(fn)(adapted, x)
     updates, _ = tx.update(grads, tx.init(adapted), adapted)

@@ -1,4 +1,4 @@
-"""How factors start.  An initialiser maps `(key, a_shape, b_shape, dtype)` to (A, B).
+"""How factors start.  An initializer maps `(key, a_shape, b_shape, dtype)` to (A, B).
 
 It draws one matrix pair, `a` `[in, rank]` and `b` `[rank, out]`; `flora.init` maps it
 over stack axes and folds the in and out axes back.

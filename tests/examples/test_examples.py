@@ -157,6 +157,15 @@ def test_the_readme_is_short_and_says_how_to_install_run_and_test():
     ]
 
 
+def test_the_readme_s_costs_are_those_of_the_benchmarks():
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("## What it costs") : text.index("The estimates are")]
+    costs = set(re.findall(r"\d+\.\d+", table))
+    page = (ROOT / "examples/benchmarks/README.md").read_text()
+    assert len(costs) >= 17
+    assert costs <= set(re.findall(r"\d+\.\d+", page))
+
+
 def test_a_variant_of_ones_own():
     results = custom_variant.main(steps=60)
     assert results["trained"] == 2 * 4 * 4

@@ -1,4 +1,14 @@
-"""Checkpoints of an adapter: asynchronous, sharded, whole or not at all by Orbax."""
+"""Checkpoints of an adapter: asynchronous, sharded, whole or not at all by Orbax.
+
+    with Checkpointer("/checkpoints/run1", max_to_keep=3) as checkpointer:
+        if checkpointer.latest() is not None:
+            adapted, state, start = checkpointer.restore(adapted, state)
+        ...
+        checkpointer.save(step, adapted, state)     # writes while training goes on
+
+A, B, leaves that train whole and the optimizer's state are saved; of the base only a
+fingerprint.
+"""
 
 import os
 from collections.abc import Mapping

@@ -163,7 +163,7 @@ def run(sizes: Sizes) -> Result:
 TEXT = Text(
     title="10. What merging in bfloat16 loses",
     claim="""
-    flora's README: merging into bfloat16 rounds small changes away (below half a unit
+    flora's pages: merging into bfloat16 rounds small changes away (below half a unit
     in the last place); form="dithered" is right on average.
     """,
     setup="""

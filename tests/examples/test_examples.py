@@ -1,4 +1,4 @@
-"""What the examples claim, and what the README says of the library."""
+"""What the examples claim, and what the pages say of the library."""
 
 import collections
 import json
@@ -125,20 +125,45 @@ def test_an_arm_that_does_not_train_stops_the_comparison():
         _arms.check("dead", dead)
 
 
-def test_the_readme_lists_every_primitive_with_a_rule():
-    text = (ROOT / "README.md").read_text()
-    table = text[text.index("## Primitives") : text.index("## What it costs")]
-    listed = set(re.findall(r"`(\w+)`", table))
-    assert {p.name for p in RULES} - listed == set()
+def test_a_page_lists_every_primitive_with_a_rule():
+    text = (ROOT / "examples/howto/primitives.md").read_text()
+    assert {p.name for p in RULES} - set(re.findall(r"`(\w+)`", text)) == set()
 
 
-def test_the_readme_s_ten_lines_run():
+def test_a_page_lists_every_form():
+    text = (ROOT / "examples/howto/forms.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`", text, re.MULTILINE)
+    assert {*rows, "auto"} == set(FORMS)
+
+
+def test_the_readme_s_ten_lines_run(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text()
     first, *_ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     scope = {}
+    monkeypatch.chdir(tmp_path)
     exec(first, scope)
     assert scope["losses"][-1] < scope["losses"][0]
     assert flora.__version__ in text
+
+
+def test_the_readme_is_short_and_says_how_to_install_run_and_test():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    commands = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    assert [command.splitlines() for command in commands] == [
+        ["pip install flora-jax"],
+        ['pip install -e ".[examples]" && python examples/finetune_digits.py'],
+        ['pip install -e ".[test]" && python -m pytest'],
+    ]
+
+
+def test_the_readme_s_costs_are_those_of_the_benchmarks():
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("## What it costs") : text.index("The estimates are")]
+    costs = set(re.findall(r"\d+\.\d+", table))
+    page = (ROOT / "examples/benchmarks/README.md").read_text()
+    assert len(costs) >= 17
+    assert costs <= set(re.findall(r"\d+\.\d+", page))
 
 
 def test_a_variant_of_ones_own():

@@ -1,4 +1,4 @@
-"""What the README says of the TPU compiler's estimates, held to the third digit."""
+"""What the page of benchmarks says of the TPU's estimates, held to the third digit."""
 
 from importlib import metadata
 

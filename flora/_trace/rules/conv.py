@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as Spec
 
 from flora._algebra.axes import RANK, Axis, Factored, Named, Sizes, fused
 from flora._algebra.low_rank import compute_dtype_of
-from flora._trace.compat import Eqn, eval_eqn
+from flora._trace.compat import Eqn
 from flora._trace.interpret import Context, Roles, sources_as
-from flora._trace.rules.product import Operation, Product, multiplied
+from flora._trace.rules.product import Operation, multiplied
 from flora._tree.errors import Unfactorable
 
 
@@ -30,19 +30,15 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Any, w: Any) -> list[Any]:
         raise Unfactorable("a weight as the input of a convolution")
     ctx.record(eqn, _roles(w, eqn.params))
 
-    def y() -> Sizes:
+    def scale() -> tuple[Named, Sizes]:
         dn, shape = eqn.params["dimension_numbers"], eqn.outvars[0].aval.shape
         out, features = [(f"y{i}", n) for i, n in enumerate(shape)], dn.out_spec[1]
-        channels = _sizes(fused(w).axes[dn.rhs_spec[0]])
-        return [*out[:features], *channels, *out[features + 1 :]]
+        own = fused(w)
+        channels = _sizes(own.axes[dn.rhs_spec[0]])
+        sizes = [*out[:features], *channels, *out[features + 1 :]]
+        return own.factors["scale"], sizes
 
-    product = Product(
-        lambda w, x: eval_eqn(eqn, [x, w])[0],
-        _change,
-        y,
-        scale=lambda: fused(w).factors["scale"],
-    )
-    return [multiplied(ctx, eqn, product, w, x)]
+    return [multiplied(ctx, Operation(eqn, _change, 1), w, x, scale=scale)]
 
 
 def _sizes(axis: Sequence[Axis]) -> Sizes:

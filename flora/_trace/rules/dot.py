@@ -22,7 +22,7 @@ from flora._algebra.low_rank import (
 )
 from flora._trace.compat import Eqn, eval_eqn, relative_scopes
 from flora._trace.interpret import Context
-from flora._trace.rules.product import Operation, Product, multiplied
+from flora._trace.rules.product import Operation, multiplied, plain
 from flora._tree.errors import Unfactorable
 
 
@@ -54,29 +54,34 @@ def _product(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> Any:
     w, x = ((lhs, rhs), (rhs, lhs))[side]
     if not isinstance(w, Factored):
         return eval_eqn(eqn, [lhs, rhs])[0]
-    if isinstance(x, Factored) and w.output_scale is not None:
-        raise Unfactorable("a product of two weights, of which one has scaled outputs")
-    if not isinstance(x, Factored) and (found := _in_form(eqn, x, w, side)):
+    operation = Operation(eqn, _change, side)
+    if isinstance(x, Factored):
+        if w.output_scale is not None:
+            what = "a product of two weights, of which one has scaled outputs"
+            raise Unfactorable(what)
+        terms = []
+        if w.base is not None:
+            terms = [_product(ctx, eqn, *((w.base, x), (x, w.base))[side])]
+        if w.factors:
+            bare = dataclasses.replace(w.without("key"), base=None)
+            terms.append(plain(operation, bare, x))
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    if found := _in_form(eqn, x, w, side):
         return _computed([found])[0]
 
-    def y() -> Sizes:
+    def scale() -> tuple[Named, Sizes]:
         met = _meeting(eqn, x, w, side)
-        return [(n, met.sizes[n]) for n in met.y]
+        return met.w.factors["scale"], [(n, met.sizes[n]) for n in met.y]
 
-    product = Product(
-        lambda w, x: _product(ctx, eqn, *((w, x) if side == 0 else (x, w))),
-        _change,
-        y,
-        lambda: [*sizes_of(_meeting(eqn, x, w, side).x).items()],
-        lambda: _meeting(eqn, x, w, side).w.factors["scale"],
-        (side,),
-    )
-    return multiplied(ctx, eqn, product, w, x)
+    def x_sizes() -> Sizes:
+        return [*sizes_of(_meeting(eqn, x, w, side).x).items()]
+
+    return multiplied(ctx, operation, w, x, scale=scale, x_sizes=x_sizes)
 
 
 def _change(operation: Operation, w: Factored, x: Any) -> Any:
     eqn = operation.eqn
-    met, aval = _meeting(eqn, x, w, *operation.static), eqn.outvars[0].aval
+    met, aval = _meeting(eqn, x, w, operation.at), eqn.outvars[0].aval
     precision = eqn.params["precision"]
     change = low_rank(met.x, met.w, met.y, precision=precision, dtype=aval.dtype)
     return lax.reshape(change.array, aval.shape)

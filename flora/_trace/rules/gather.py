@@ -13,7 +13,7 @@ from flora._algebra.axes import RANK, Axis, Factored, Name, Named, fused
 from flora._algebra.low_rank import contract, on_hidden, widened, with_output_scale
 from flora._trace.compat import Eqn, eval_eqn
 from flora._trace.interpret import Context
-from flora._trace.rules.product import Operation, once
+from flora._trace.rules.product import Operation, plain
 from flora._tree.errors import Unfactorable
 
 
@@ -25,16 +25,15 @@ def gather(ctx: Context, eqn: Eqn, w: Any, indices: Any) -> list[Any]:
     """
     if isinstance(indices, Factored) or not isinstance(w, Factored):
         raise Unfactorable("a weight as an index")
-    base = None if w.base is None else eval_eqn(eqn, [w.base, indices])[0]
     places = _places(eqn, w, indices.ndim - 1)
     if _is_lookup(w, places):
         roles = {
             i: "in" if i in places.looked_up else "out" for i in range(len(w.axes))
         }
         ctx.claim(w, eqn, roles)
-        return [_rows(eqn, w, base, indices) if w.factors else base]
+        return [_rows(eqn, w, indices)]
     ctx.claim(w, eqn, dict.fromkeys(places.looked_up, "stack"), binding=False)
-    return [_restacked(ctx, eqn, w, base, indices, places)]
+    return [_restacked(ctx, eqn, w, indices, places)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +80,10 @@ def _is_lookup(w: Factored, places: _Places) -> bool:
     return any(w.role(x.name) != "stack" for x in pieces)
 
 
-def _rows(eqn: Eqn, w: Factored, base: Any, indices: Any) -> Any:
+def _rows(eqn: Eqn, w: Factored, indices: Any) -> Any:
     """Rows of W and of the low-rank term, with scaled outputs."""
-    scale = {k: f for k, f in w.factors.items() if k == "scale"}
-    plain = dataclasses.replace(w.without("scale", "key"), base=None)
-    change = once(_change, Operation(eqn), plain, indices)
-    y = change if base is None else base + change
-    if not scale:
+    y = plain(Operation(eqn, _change, 0), w.without("scale", "key"), indices)
+    if w.output_scale is None:
         return y
     w, at = _with_sole_axes(w)
     places = _places(eqn, w, indices.ndim - 1)
@@ -171,9 +167,10 @@ def _select_last(indices: Any, components: list[int]) -> Any:
 
 
 def _restacked(
-    ctx: Context, eqn: Eqn, w: Factored, base: Any, indices: Any, places: _Places
+    ctx: Context, eqn: Eqn, w: Factored, indices: Any, places: _Places
 ) -> Factored:
     """The weight that the indices choose from a stack."""
+    base = None if w.base is None else eval_eqn(eqn, [w.base, indices])[0]
     if len(places.looked_up) > 1 and places.indices:
         raise Unfactorable("a stack indexed along several axes at once")
     at: dict[Name, int] = {}

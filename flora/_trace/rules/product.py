@@ -9,18 +9,25 @@ import jax
 
 from flora._algebra.axes import Factored, Named, Sizes
 from flora._algebra.low_rank import drop, with_output_scale
-from flora._trace.compat import Eqn
+from flora._trace.compat import Eqn, eval_eqn
 from flora._trace.interpret import Context
 
 
 class Operation:
-    """An equation, compared by what it computes, not by where it stands."""
+    """An equation and its low-rank term, compared by what they compute.
 
-    def __init__(self, eqn: Eqn, *static: Any) -> None:
-        self.eqn, self.static = eqn, static
-        avals = [(v.aval.shape, v.aval.dtype) for v in (*eqn.invars, *eqn.outvars)]
+    Attributes:
+      eqn: the equation.
+      change: `(operation, weight, x, *rest)`: scale (x A) B; a module's function.
+      at: the position of the weight among the equation's operands.
+      static: what `change` needs besides.
+    """
+
+    def __init__(self, eqn: Eqn, change: Callable, at: int, *static: Any) -> None:
+        self.eqn, self.change, self.at, self.static = eqn, change, at, static
+        avals = tuple((v.aval.shape, v.aval.dtype) for v in (*eqn.invars, *eqn.outvars))
         params = tuple(sorted(eqn.params.items()))
-        self._means = (eqn.primitive, params, static, tuple(avals))
+        self._means = (eqn.primitive, params, avals, change, at, static)
         self._hash = hash(self._means)
 
     def __hash__(self) -> int:
@@ -29,71 +36,79 @@ class Operation:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Operation) and self._means == other._means
 
-
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def once(change: Callable, operation: Operation, w: Factored, *rest: Any) -> Any:
-    """Traced, differentiated and transposed once for all layers that are alike."""
-    return change(operation, w, *rest)
+    def base(self, w: Any, *rest: Any) -> Any:
+        """X W."""
+        return eval_eqn(self.eqn, [*rest[: self.at], w, *rest[self.at :]])[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """A product of a weight with activations, by whatever primitive.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _once(operation: Operation, w: Factored, *rest: Any) -> Any:
+    y = None if w.base is None else operation.base(w.base, *rest)
+    change = operation.change(operation, w, *rest)
+    return change if y is None else y + change
 
-    Attributes:
-      base: `(W, x)`: x W for an array W.
-      change: `(operation, weight, x, *rest)`: scale (x A) B; a module's function.
-      y: name and length of each axis that the result's axes are made of.
-      x: the same of x's axes, where these can be the weight's out axes.
-      scale: what stands for the weight's own output scale, if that is another.
-      static: what `change` needs besides the equation.
-      rest: arrays that `change` needs besides x.
+
+def plain(operation: Operation, w: Factored, *rest: Any) -> Any:
+    """X W + scale (x A) B, traced once for all layers that are alike.
+
+    JAX keeps its derivative and transpose, too.  In the program there is no call: JAX
+    puts the operations where they would be, under the names of the layer.
+
+    Args:
+      operation: the product.
+      w: the weight, without output scale and keys.
+      *rest: the equation's other operands, x first.
     """
-
-    base: Callable[[Any, Any], Any]
-    change: Callable[..., Any]
-    y: Callable[[], Sizes]
-    x: Callable[[], Sizes] = tuple
-    scale: Callable[[], Named] | None = None
-    static: tuple[Any, ...] = ()
-    rest: tuple[Any, ...] = ()
+    run = _once if w.factors else _base
+    return run(operation, w, *rest)
 
 
-def multiplied(ctx: Context, eqn: Eqn, product: Product, w: Factored, x: Any) -> Any:
+def _base(operation: Operation, w: Factored, *rest: Any) -> Any:
+    return operation.base(w.base, *rest)
+
+
+def multiplied(
+    ctx: Context,
+    operation: Operation,
+    w: Factored,
+    x: Any,
+    *rest: Any,
+    scale: Callable[[], tuple[Named, Sizes]],
+    x_sizes: Callable[[], Sizes] = tuple,
+) -> Any:
     """(x (W + scale A B)) ⊙ output scale.
 
     Where x meets the out axes, as with Wᵀ, (x ⊙ output scale) (W + scale A B)ᵀ.
     Dropout acts on what adapting changes: x W keeps the x that was dropped.
 
+    Args:
+      ctx: the context.
+      operation: the product.
+      w: the weight.
+      x: activations.
+      *rest: the equation's other operands.
+      scale: the output scale, and name and length of each axis that the result's axes
+        are made of.
+      x_sizes: the same of x's axes, where these can be the weight's out axes.
+
     References: Liu et al. 2024 (DoRA), section 4.3 and its implementation in PEFT.
       https://arxiv.org/abs/2402.09353
     """
+    bare, dropped = w.without("scale", "key"), drop(x, w, ctx.salt)
+    change = dataclasses.replace(bare, base=None)
     if w.output_scale is None:
-        return _plain(eqn, product, w, x, drop(x, w, ctx.salt))
-    scale = product.scale() if product.scale else w.output_scale
-    dropped = drop(x, w, ctx.salt)
-
-    def run(w: Factored, x: Any) -> Any:
-        x = x.astype(eqn_dtype)
-        return _plain(eqn, product, w, x, x)
-
-    eqn_dtype, bare = x.dtype, w.without("scale")
-    if {*scale.names} <= {*dict(product.x())}:
-        y = run(bare, with_output_scale(dropped, scale, product.x()))
+        if dropped is x or w.base is None:
+            return plain(operation, bare, dropped, *rest)
+        y = operation.base(w.base, x, *rest)
+        return y + plain(operation, change, dropped, *rest)
+    by, y_sizes = scale()
+    if {*by.names} <= {*dict(x_sizes())}:
+        scaled = with_output_scale(dropped, by, x_sizes()).astype(x.dtype)
+        y = plain(operation, bare, scaled, *rest)
     else:
-        y = with_output_scale(run(bare, dropped), scale, product.y())
+        y = plain(operation, bare, dropped.astype(x.dtype), *rest)
+        y = with_output_scale(y, by, y_sizes)
     if dropped is x or w.base is None:
         return y
-    rest = run(w.frozen(w.base), x.astype(dropped.dtype) - dropped)
-    return y + rest.astype(y.dtype)
-
-
-def _plain(eqn: Eqn, product: Product, w: Factored, x: Any, dropped: Any) -> Any:
-    """X W + scale (dropped A) B."""
-    y = None if w.base is None else product.base(w.base, x)
-    if not w.factors:
-        return y
-    own = dataclasses.replace(w.without("key", "scale"), base=None, axes=w.axes)
-    operation = Operation(eqn, *product.static)
-    change = once(product.change, operation, own, dropped, *product.rest)
-    return change if y is None else y + change
+    left = (x.astype(dropped.dtype) - dropped).astype(x.dtype)
+    return y + operation.base(w.base, left, *rest).astype(y.dtype)

@@ -6,11 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.axes import RANK, Factored, Name, Named
+from flora._algebra.axes import RANK, Factored, Name, Named, Sizes
 from flora._algebra.low_rank import compute_dtype_of, on_hidden
-from flora._trace.compat import Eqn, eval_eqn
+from flora._trace.compat import Eqn
 from flora._trace.interpret import Context
-from flora._trace.rules.product import Operation, Product, multiplied
+from flora._trace.rules.product import Operation, multiplied
 from flora._tree.errors import Unfactorable
 
 
@@ -27,15 +27,13 @@ def ragged_dot_general(ctx: Context, eqn: Eqn, x: Any, w: Any, *rest: Any) -> li
     if w.factors and any(len(axis) > 1 for axis in w.axes):
         raise Unfactorable("a ragged product with joined axes")
     names = [w.axes[i][0].name if w.axes[i] else f"new{i}" for i in axes]
-    product = Product(
-        lambda w, x: eval_eqn(eqn, [x, w, *rest])[0],
-        _change,
-        lambda: [("tokens", x.shape[0]), (names[2], eqn.outvars[0].aval.shape[1])],
-        scale=lambda: _scale_of_tokens(eqn, x, w, rest[0], names),
-        static=(tuple(names),),
-        rest=rest[:1],
-    )
-    return [multiplied(ctx, eqn, product, w, x)]
+
+    def scale() -> tuple[Named, Sizes]:
+        by = _scale_of_tokens(eqn, x, w, rest[0], names)
+        return by, [("tokens", x.shape[0]), (names[2], eqn.outvars[0].aval.shape[1])]
+
+    operation = Operation(eqn, _change, 1, *names)
+    return [multiplied(ctx, operation, w, x, *rest, scale=scale)]
 
 
 def _axes(eqn: Eqn, x: Any, w: Factored) -> tuple[int, int, int]:
@@ -70,10 +68,10 @@ def _scale_of_tokens(
     return Named(of_tokens, ("tokens", n))
 
 
-def _change(operation: Operation, w: Factored, x: Any, sizes: Any) -> Any:
+def _change(operation: Operation, w: Factored, x: Any, sizes: Any, *offset: Any) -> Any:
     """Scale (x A) B, each product ragged where its factor is an expert's own."""
-    (names,), eqn = operation.static, operation.eqn
-    (g, k, n), aval = names, eqn.outvars[0].aval
+    (g, k, n), eqn = operation.static, operation.eqn
+    aval = eqn.outvars[0].aval
     dtype = compute_dtype_of(x.dtype, aval.dtype)
     first, second = w.a, w.b
     if g not in (*first.names, *second.names):  # an axis of length 1 that W gained

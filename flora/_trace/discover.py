@@ -84,6 +84,7 @@ def _verified(
             for i, path in paths.items()
             if (layout := found[path].layout) and not found[path].dense
         },
+        claims=False,
     )
     dense = _by_path(use for use in log if use.dense)
     return {
@@ -118,7 +119,11 @@ class _Followed:
 
 
 def _walk(
-    staged: Staged, leaves: Sequence[Any], followed: Mapping[int, _Followed]
+    staged: Staged,
+    leaves: Sequence[Any],
+    followed: Mapping[int, _Followed],
+    *,
+    claims: bool = True,
 ) -> tuple[dict[Use, None], set[str]]:
     """Interprets the staged call abstractly, recording; also what leaves it raw.
 
@@ -126,6 +131,7 @@ def _walk(
       staged: the call.
       leaves: of the parameter tree.
       followed: some of the leaves, by position.
+      claims: whether roles are recorded, not only what has no factored form.
     """
     log: dict[Use, None] = {}
     returned: set[str] = set()
@@ -136,7 +142,7 @@ def _walk(
             if k is not None and i in followed:
                 values[k] = followed[i].weight(values[k], factors[i])
         known = {id(w) for w in values}
-        outs = interpret(context(log), staged.jaxpr, [*values, *args])
+        outs = interpret(context(log, claims=claims), staged.jaxpr, [*values, *args])
         for x in outs:
             x = x.root if isinstance(x, Squared) else x
             if not isinstance(x, Factored) or id(x) in known:

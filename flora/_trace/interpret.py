@@ -66,6 +66,9 @@ class Context:
       salt: tells apart the dropout masks of a weight that is used more than once.
       within: the equation at hand and those around it, as `(eqn, within)`.
       jitted: inner functions that are jitted already, so that JAX traces them once.
+      claims: whether roles are recorded, not only what has no factored form.
+      seen: while uses are recorded a value counts by its type alone: results by what
+        computes them or by type, of this jaxpr, which stand for later ones.
     """
 
     rules: Mapping[Any, Rule]
@@ -76,6 +79,8 @@ class Context:
     salt: int = 0
     within: Any = None
     jitted: dict[Any, Callable] = dataclasses.field(default_factory=dict)
+    claims: bool = True
+    seen: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def line(self, eqn: Eqn) -> str:
         """Where the user wrote an equation, or else what is around it."""
@@ -93,13 +98,13 @@ class Context:
         self, w: Factored, eqn: Eqn, roles: Mapping[int, str], **what: Any
     ) -> None:
         """Records what an operation says of the axes of a weight."""
-        if self.log is not None:
+        if self.log is not None and self.claims:
             found = (sources_as(role, w.axes[i]) for i, role in roles.items())
             self.record(eqn, set().union(*found), **what)
 
     def record(self, eqn: Eqn, roles: Roles, **what: Any) -> None:
         """Records `(path, axis, role)` of stored weights."""
-        if self.log is None:
+        if self.log is None or not self.claims:
             return
         source = self.line(eqn)
         for path, known in by_path(roles).items():
@@ -153,6 +158,7 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     Outputs can be `Factored` too.  Runs of equations that touch no weight are
     evaluated by JAX itself.
     """
+    ctx = dataclasses.replace(ctx, seen={})
     jaxpr, consts = compat.open_jaxpr(jaxpr)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
@@ -165,14 +171,12 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     def read(v: Any) -> Any:
         return v.val if isinstance(v, compat.Literal) else env[schedule.same.get(v, v)]
 
-    seen: dict[Any, Any] = {}
-
     def flush(before: int) -> None:
-        run = untouched if ctx.log is None else _unseen(untouched, seen, env)
+        run = untouched if ctx.log is None else _unseen(untouched, ctx.seen, env)
         outs = [v for e in run for v in e.outvars if last_use.get(v, -1) >= before]
         env.update(zip(outs, compat.eval_eqns(run, outs, env), strict=True))
         if ctx.log is not None:
-            seen.update((v.aval, env[v]) for v in outs)
+            ctx.seen.update((v.aval, env[v]) for v in outs)
         untouched.clear()
 
     for at, step in enumerate(schedule.steps):
@@ -192,11 +196,7 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
 def _unseen(
     eqns: Sequence[Eqn], seen: Mapping[Any, Any], env: dict[Any, Any]
 ) -> list[Any]:
-    """The equations whose results are of types that no value seen before has.
-
-    While uses are recorded, a value counts by its type alone, so the results of the
-    others are values of their types.
-    """
+    """The equations whose results are of types that no value seen before has."""
     left = []
     for eqn in eqns:
         if not eqn.effects and all(v.aval in seen for v in eqn.outvars):

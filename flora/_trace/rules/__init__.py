@@ -84,12 +84,15 @@ RULES_FOR_SQUARES = {
 _ENTERS = frozenset({P.jit, P.remat, P.scan, P.while_, P.cond})
 
 
-def context(log: dict[Use, None] | None = None, *, together: bool = True) -> Context:
+def context(
+    log: dict[Use, None] | None = None, *, together: bool = True, claims: bool = True
+) -> Context:
     """A context with all rules.
 
     Args:
       log: where uses are recorded, if they are.
+      claims: whether roles are recorded, not only what has no factored form.
       together: whether products of the same activations may be computed at once.
     """
     joint = dot.together if together and log is None else None
-    return Context(RULES, RULES_FOR_SQUARES, _ENTERS, joint, log)
+    return Context(RULES, RULES_FOR_SQUARES, _ENTERS, joint, log, claims=claims)

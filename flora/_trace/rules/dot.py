@@ -64,7 +64,7 @@ def _product(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> Any:
             terms = [_product(ctx, eqn, *((w.base, x), (x, w.base))[side])]
         if w.factors:
             bare = dataclasses.replace(w.without("key"), base=None)
-            terms.append(plain(operation, bare, x))
+            terms.append(plain(ctx, operation, bare, x))
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
     if found := _in_form(eqn, x, w, side):
         return _computed([found])[0]

@@ -31,7 +31,7 @@ def gather(ctx: Context, eqn: Eqn, w: Any, indices: Any) -> list[Any]:
             i: "in" if i in places.looked_up else "out" for i in range(len(w.axes))
         }
         ctx.claim(w, eqn, roles)
-        return [_rows(eqn, w, indices)]
+        return [_rows(ctx, eqn, w, indices)]
     ctx.claim(w, eqn, dict.fromkeys(places.looked_up, "stack"), binding=False)
     return [_restacked(ctx, eqn, w, indices, places)]
 
@@ -80,9 +80,9 @@ def _is_lookup(w: Factored, places: _Places) -> bool:
     return any(w.role(x.name) != "stack" for x in pieces)
 
 
-def _rows(eqn: Eqn, w: Factored, indices: Any) -> Any:
+def _rows(ctx: Context, eqn: Eqn, w: Factored, indices: Any) -> Any:
     """Rows of W and of the low-rank term, with scaled outputs."""
-    y = plain(Operation(eqn, _change, 0), w.without("scale", "key"), indices)
+    y = plain(ctx, Operation(eqn, _change, 0), w.without("scale", "key"), indices)
     if w.output_scale is None:
         return y
     w, at = _with_sole_axes(w)

@@ -48,19 +48,25 @@ def _once(operation: Operation, w: Factored, *rest: Any) -> Any:
     return change if y is None else y + change
 
 
-def plain(operation: Operation, w: Factored, *rest: Any) -> Any:
+def plain(ctx: Context, operation: Operation, w: Factored, *rest: Any) -> Any:
     """X W + scale (x A) B, traced once for all layers that are alike.
 
     JAX keeps its derivative and transpose, too.  In the program there is no call: JAX
     puts the operations where they would be, under the names of the layer.
 
     Args:
+      ctx: the context.
       operation: the product.
       w: the weight, without output scale and keys.
       *rest: the equation's other operands, x first.
     """
     run = _once if w.factors else _base
-    return run(operation, w, *rest)
+    if ctx.log is None:
+        return run(operation, w, *rest)
+    key = operation, jax.tree.structure(w)
+    if key not in ctx.seen:
+        ctx.seen[key] = run(operation, w, *rest)
+    return ctx.seen[key]
 
 
 def _base(operation: Operation, w: Factored, *rest: Any) -> Any:
@@ -98,15 +104,15 @@ def multiplied(
     change = dataclasses.replace(bare, base=None)
     if w.output_scale is None:
         if dropped is x or w.base is None:
-            return plain(operation, bare, dropped, *rest)
+            return plain(ctx, operation, bare, dropped, *rest)
         y = operation.base(w.base, x, *rest)
-        return y + plain(operation, change, dropped, *rest)
+        return y + plain(ctx, operation, change, dropped, *rest)
     by, y_sizes = scale()
     if {*by.names} <= {*dict(x_sizes())}:
         scaled = with_output_scale(dropped, by, x_sizes()).astype(x.dtype)
-        y = plain(operation, bare, scaled, *rest)
+        y = plain(ctx, operation, bare, scaled, *rest)
     else:
-        y = plain(operation, bare, dropped.astype(x.dtype), *rest)
+        y = plain(ctx, operation, bare, dropped.astype(x.dtype), *rest)
         y = with_output_scale(y, by, y_sizes)
     if dropped is x or w.base is None:
         return y

@@ -77,11 +77,13 @@ class Checkpointer:
       >>> import tempfile, jax, jax.numpy as jnp, flora, flora.checkpoint
       >>> fn = lambda p, x: x @ p["kernel"]
       >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
-      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2), fn, params, x)
+      >>> config = flora.LoraConfig(rank=2)
+      >>> adapted = flora.init(jax.random.key(0), config, fn, params, x)
       >>> with flora.checkpoint.Checkpointer(tempfile.mkdtemp()) as checkpointer:
       ...     checkpointer.save(10, adapted)
       ...     restored = checkpointer.restore(adapted)
-      >>> restored.step, bool((restored.adapted["kernel"].a == adapted["kernel"].a).all())
+      >>> a = restored.adapted["kernel"].a
+      >>> restored.step, bool((a == adapted["kernel"].a).all())
       (10, True)
     """
 
@@ -99,8 +101,8 @@ class Checkpointer:
             )
         if max_to_keep is not None and not (_is_int(max_to_keep) and max_to_keep > 0):
             raise LoraError(
-                f"Checkpointer: max_to_keep={max_to_keep!r}. Write an int of at least 1, "
-                "or None to keep all."
+                f"Checkpointer: max_to_keep={max_to_keep!r}. "
+                "Write an int of at least 1, or None to keep all."
             )
         check_pattern("also", also)
         path = os.fspath(directory)
@@ -215,7 +217,8 @@ class Checkpointer:
             a `ShapeDtypeStruct`.
 
         Returns:
-          `Restored(adapted, state, step)`.  Dropout keys belong to one step: it has none.
+          `Restored(adapted, state, step)`.  Dropout keys belong to one step: it has
+          none.
 
         Raises:
           LoraError: there is no such step, or leaves, layouts, ranks, alphas, shapes,
@@ -284,8 +287,8 @@ class Checkpointer:
         found = sorted(x.name for x in path.iterdir()) if path.exists() else []
         holds = f"steps {some(steps)}" if steps else some(found) if found else "nothing"
         raise LoraError(
-            f"{self._directory} has {wanted}: it holds {holds}. Pass the directory that "
-            "Checkpointer(directory).save wrote to, and one of its steps."
+            f"{self._directory} has {wanted}: it holds {holds}. Pass the directory "
+            "that Checkpointer(directory).save wrote to, and one of its steps."
         )
 
     def _record(self, step: int) -> dict[str, Any]:
@@ -354,8 +357,8 @@ def _is_ours(manager: ocp.CheckpointManager, step: int) -> bool:
 
 def _not_ours(manager: ocp.CheckpointManager, step: int) -> str:
     return (
-        f"{manager.directory / str(step)} is no checkpoint of flora's. Pass a directory "
-        "of its own, such as '/checkpoints/run1/adapter'."
+        f"{manager.directory / str(step)} is no checkpoint of flora's. "
+        "Pass a directory of its own, such as '/checkpoints/run1/adapter'."
     )
 
 

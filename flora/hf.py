@@ -1,9 +1,11 @@
 """Base weights in the files of Hugging Face: safetensors, one or in shards.
 
-    like = jax.eval_shape(model.init, key, ids)             # shapes, dtypes, shardings
-    params = flora.hf.load("/models/llama", like, tensors)  # tensors: {path: Tensor(...)}
+    like = jax.eval_shape(model.init, key, ids)  # shapes, dtypes, shardings
+    tensors = {"layers_0/q_proj/kernel": Tensor(...), ...}
+    params = flora.hf.load("/models/llama", like, tensors)
 
-No file is read whole: each device's part of a leaf comes straight out of the mapped file.
+No file is read whole: each device's part of a leaf comes straight out of the mapped
+file.
 """
 
 import dataclasses
@@ -21,7 +23,14 @@ import numpy as np
 
 from flora._files.fingerprint import describe, no_values, same_names
 from flora._files.items import sharding_of
-from flora._files.safetensors import File, no_dtype, read, replace, write
+from flora._files.safetensors import (
+    File,
+    checked_path,
+    no_dtype,
+    read,
+    replace,
+    write,
+)
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.paths import Pattern, check_pattern, matches, named_leaves
@@ -40,7 +49,7 @@ class Tensor:
       shape: the shape of the tensor, where the leaf splits or joins axes of it.
 
     Example:
-      >>> kernel = Tensor("q_proj.weight", axes=(1, 0))            # (out, in) in PyTorch
+      >>> kernel = Tensor("q_proj.weight", axes=(1, 0))  # (out, in) in PyTorch
       >>> heads = Tensor("q_proj.weight", (1, 0), shape=(64, 32))  # a leaf (32, 4, 16)
       >>> stack = Tensor(("layers.0.norm.weight", "layers.1.norm.weight"))
     """
@@ -112,7 +121,7 @@ def load(
       (3, 2)
     """
     check_pattern("unused", unused)
-    path = _path("load", path)
+    path = checked_path(path, _no_path("load", path))
     files = _files(path)
     named, treedef = named_leaves(like)
     leaves = _checked("like", named, tensors)
@@ -142,7 +151,7 @@ def save(
       LoraError: the tree is adapted, a leaf has no values or no entry in `tensors`, or
         its dtype is none of the format's.
     """
-    folder = _path("save", path)
+    folder = checked_path(path, _no_path("save", path))
     if (
         isinstance(shard_bytes, bool)
         or not isinstance(shard_bytes, int)
@@ -202,10 +211,8 @@ def _taken(leaf: Any, tensor: Tensor, i: int) -> np.ndarray:
 # --- Files ----------------------------------------------------------------------------
 
 
-def _path(verb: str, path: Any) -> pathlib.Path:
-    if isinstance(path, str | os.PathLike) and os.fspath(path):
-        return pathlib.Path(os.fspath(path))
-    raise LoraTypeError(
+def _no_path(verb: str, path: Any) -> str:
+    return (
         f"{verb}: path={path!r}. Write the folder of a checkpoint. The order is "
         f"flora.hf.{verb}(path, tree, tensors)."
     )
@@ -235,8 +242,12 @@ def _files(path: pathlib.Path) -> dict[str, File]:
     fail(f"{path} names {n}, which is not there. Download it too."
          for n in names if not (path.parent / n).is_file())  # fmt: skip
     files = {n: read(path.parent / n) for n in names}
-    fail(f"{files[n].path} lacks '{key}', which {path.name} says it holds. Download both "
-         "again." for key, n in where.items() if key not in files[n].infos)  # fmt: skip
+    fail(
+        f"{files[n].path} lacks '{key}', which {path.name} says it holds. "
+        "Download both again."
+        for key, n in where.items()
+        if key not in files[n].infos
+    )
     return {key: file for file in files.values() for key in file.infos}
 
 
@@ -268,7 +279,8 @@ def _checked(
     if not leaves:
         raise LoraError(f"{what}: the tree is empty. Pass the model's parameters.")
     fail([
-        *(f"{what}: '{p}' is {'adapted: write flora.merge' if is_node(x) else 'no array'}."
+        *(f"{what}: '{p}' is "
+          f"{'adapted: write flora.merge' if is_node(x) else 'no array'}."
           for p, x in leaves.items() if is_node(x) or not is_array(x)),
         *(f"tensors: no entry for '{p}', {describe(x)}. Write where its values lie."
           for p, x in leaves.items() if p not in tensors),
@@ -285,8 +297,8 @@ def _entry_problems(path: str, leaf: Any, tensor: Tensor) -> Iterator[str]:
     shape, count = tuple(leaf.shape), len(tensor.names)
     if not isinstance(tensor.keys, str) and shape[:1] != (count,):
         yield (
-            f"tensors: '{path}' has shape {shape}, and {count} tensors would be stacked "
-            "along its first axis. Name as many as it is long."
+            f"tensors: '{path}' has shape {shape}, and {count} tensors would be "
+            "stacked along its first axis. Name as many as it is long."
         )
         return
     one = tensor.of_one(shape)
@@ -295,8 +307,8 @@ def _entry_problems(path: str, leaf: Any, tensor: Tensor) -> Iterator[str]:
     fits = tensor.shape is None or math.prod(tensor.shape) == math.prod(one)
     if not fits or (order is not None and sorted(order) != list(range(ndim))):
         yield (
-            f"tensors: '{path}' has shape {shape}; {tensor} cannot give it. Write axes= as "
-            "an order of the tensor's axes, and shape= of as many elements."
+            f"tensors: '{path}' has shape {shape}; {tensor} cannot give it. Write "
+            "axes= as an order of the tensor's axes, and shape= of as many elements."
         )
 
 
@@ -324,8 +336,9 @@ def _problems(
             info = files[name].infos[name]
             if info.shape != expected:
                 yield (
-                    f"{files[name].path.name}: '{name}' has shape {info.shape}; expected "
-                    f"{expected} {where}. Check the model's sizes against config.json."
+                    f"{files[name].path.name}: '{name}' has shape {info.shape}; "
+                    f"expected {expected} {where}. "
+                    "Check the model's sizes against config.json."
                 )
             elif info.dtype != leaf.dtype and not _cast(info.dtype, leaf.dtype):
                 yield (
@@ -334,8 +347,8 @@ def _problems(
                 )
     for name in spare:
         yield (
-            f"{files[name].path.name}: '{name}', {files[name].infos[name]}, is for no leaf "
-            f"of the model. Write unused='{name}' to leave it."
+            f"{files[name].path.name}: '{name}', {files[name].infos[name]}, is for no "
+            f"leaf of the model. Write unused='{name}' to leave it."
         )
 
 

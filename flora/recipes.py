@@ -55,18 +55,20 @@ def lora_plus(ratio: chex.Numeric = 16.0) -> optax.GradientTransformation:
 
     η_B = ratio · η_A.  Chain it behind the optimizer, whose learning rate is then η_A.
     With B = 0 at the start, B's entries must grow by more than A's change for both to
-    matter in a wide layer.  `scale_rates` does the same for some leaves, embeddings apart.
+    matter in a wide layer.  `scale_rates` does the same for some leaves, embeddings
+    apart.
 
     Args:
-      ratio: a number or an array `[]`; `optax.inject_hyperparams(lora_plus)(ratio)` puts
-        it into the state and takes a schedule, and `jax.vmap` sweeps it.
+      ratio: a number or an array `[]`; `optax.inject_hyperparams(lora_plus)(ratio)`
+        puts it into the state and takes a schedule, and `jax.vmap` sweeps it.
 
     Raises:
       LoraError: the ratio is not a finite number of at least 0.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, flora, flora.recipes
-      >>> adapter = {"kernel": flora.LoraWeight(None, jnp.ones((4, 1)), jnp.ones((1, 3)))}
+      >>> a, b = jnp.ones((4, 1)), jnp.ones((1, 3))
+      >>> adapter = {"kernel": flora.LoraWeight(None, a, b)}
       >>> tx = optax.chain(optax.sgd(0.01), flora.recipes.lora_plus(16.0))
       >>> updates, _ = tx.update(adapter, tx.init(adapter), adapter)
       >>> float(updates["kernel"].a[0, 0]), float(updates["kernel"].b[0, 0])
@@ -92,15 +94,15 @@ def lora_fa(
     """`tx` on B alone, with the gradient that moves ΔW most like full fine-tuning.
 
     g_B ← scale⁻² (Aᵀ A + damping I)⁻¹ g_B.  A stays bit for bit as it was drawn and has
-    no state.  With g_B = scale Aᵀ G, where G = ∂L/∂ΔW, a step of plain SGD then moves ΔW
-    by -η A (Aᵀ A)⁻¹ Aᵀ G: G itself, projected onto A's columns.  Leaves that train whole
-    go to `tx` as they are.
+    no state.  With g_B = scale Aᵀ G, where G = ∂L/∂ΔW, a step of plain SGD then moves
+    ΔW by -η A (Aᵀ A)⁻¹ Aᵀ G: G itself, projected onto A's columns.  Leaves that train
+    whole go to `tx` as they are.
 
     Args:
       tx: any optax transformation, such as `optax.adamw(1e-4, eps=1e-6)`.  Clipping
-        inside it sees the new gradient of B, clipping before `lora_fa` sees the old ones.
-        `optax.MultiSteps` belongs inside too: around `lora_fa`, it would give A updates
-        of +0.0.
+        inside it sees the new gradient of B, clipping before `lora_fa` sees the old
+        ones.  `optax.MultiSteps` belongs inside too: around `lora_fa`, it would give A
+        updates of +0.0.
       damping: what is added to the diagonal of Aᵀ A, as PEFT does it; A = 0 then gives
         large steps and not NaN.
 
@@ -108,12 +110,13 @@ def lora_fa(
       A transformation whose `update` needs `params`, which hold A.
 
     Raises:
-      LoraError: `tx` is no transformation, damping is negative; a leaf has a variant; at
-        `update`, there are no parameters, or B comes without its A.
+      LoraError: `tx` is no transformation, damping is negative; a leaf has a variant;
+        at `update`, there are no parameters, or B comes without its A.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, flora, flora.recipes
-      >>> adapter = {"kernel": flora.LoraWeight(None, jnp.ones((4, 1)), jnp.ones((1, 3)))}
+      >>> a, b = jnp.ones((4, 1)), jnp.ones((1, 3))
+      >>> adapter = {"kernel": flora.LoraWeight(None, a, b)}
       >>> tx = flora.recipes.lora_fa(optax.sgd(1.0))
       >>> updates, _ = tx.update(adapter, tx.init(adapter), adapter)
       >>> updates["kernel"].b.tolist(), updates["kernel"].a[0].tolist()
@@ -166,8 +169,9 @@ def _projected(grads: Any, params: Any, damping: float) -> Any:
     factors = dict(named_leaves(params)[0])
     named, treedef = named_leaves(grads)
     fail(
-        f"lora_fa: B of '{path}' is to train and its A is not in params. Group leaves by "
-        "pattern and not by part, and pass the parameters that belong to the gradients."
+        f"lora_fa: B of '{path}' is to train and its A is not in params. Group leaves "
+        "by pattern and not by part, and pass the parameters that belong to the "
+        "gradients."
         for path, g in named
         if isinstance(g, LoraWeight)
         and is_array(g.b)
@@ -183,7 +187,7 @@ def _projected(grads: Any, params: Any, damping: float) -> Any:
 
 
 def _solved(weight: LoraWeight, g: chex.Array, damping: float) -> jax.Array:
-    """Scale⁻² (Aᵀ A + damping I)⁻¹ g, with g `[*stack, rank, *out]`, for each matrix."""
+    """Scale⁻² (Aᵀ A + damping I)⁻¹ g for each matrix, with g `[*stack, rank, *out]`."""
     dtype, n = compute_dtype(weight.a.dtype, g.dtype), len(weight.layout.stack)
     a, batch = weight.a.astype(dtype), tuple(range(n))
     gram = columns(a, a, n) + damping * jnp.eye(a.shape[-1], dtype=dtype)
@@ -208,15 +212,15 @@ def restart(
 
     So the total change of W can have a higher rank than one A B.  The optimizer's state
     of A and B starts anew; that of leaves that train whole, counts and schedules go on.
-    Adam's count goes on too, so its bias correction is over, and with the usual betas the
-    first step after a restart is (1-β₁)/√(1-β₂) ≈ 3.2 times as large: warm up again, with
-    `jagged`.  Restart between whole steps of `optax.MultiSteps`, or half of the gradients
-    of a step are lost.
+    Adam's count goes on too, so its bias correction is over, and with the usual betas
+    the first step after a restart is (1-β₁)/√(1-β₂) ≈ 3.2 times as large: warm up
+    again, with `jagged`.  Restart between whole steps of `optax.MultiSteps`, or half of
+    the gradients of a step are lost.
 
     W + scale A B is summed in float32 or wider and rounded once to W's dtype.  In
     bfloat16 an element's change below half a unit in its last place, 2⁻⁹ to 2⁻⁸ of its
-    size, is lost.  Of normally distributed W and ΔW that rounds away 2 % of ‖ΔW‖ where it
-    is 10 % of ‖W‖, 17 % where it is 1 %, and 77 % where it is 0.1 %
+    size, is lost.  Of normally distributed W and ΔW that rounds away 2 % of ‖ΔW‖ where
+    it is 10 % of ‖W‖, 17 % where it is 1 %, and 77 % where it is 0.1 %
     (`flora.monitor.merge_error` measures it).  Keep W in float32 to restart often.
 
     Args:
@@ -240,7 +244,8 @@ def restart(
       >>> import jax, jax.numpy as jnp, optax, flora, flora.recipes
       >>> fn = lambda p, x: x @ p["kernel"]
       >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
-      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2), fn, params, x)
+      >>> config = flora.LoraConfig(rank=2)
+      >>> adapted = flora.init(jax.random.key(0), config, fn, params, x)
       >>> tx = flora.optimizer(optax.adam(1e-3), adapted)
       >>> adapted, state = flora.recipes.restart(
       ...     jax.random.key(1), tx, tx.init(adapted), adapted)
@@ -272,14 +277,14 @@ def _unmergeable(path: str, leaf: Any) -> list[str]:
         return []
     if is_quantized(leaf.base):
         return [
-            f"restart: '{path}' is {leaf.base!r}, and merging would round ΔW away. Keep "
-            "its base in floating point."
+            f"restart: '{path}' is {leaf.base!r}, and merging would round ΔW away. "
+            "Keep its base in floating point."
         ]
     if leaf.variant is not None:
         return [
-            f"restart: '{path}' has the variant {leaf.variant!r}, which starts in its own "
-            "way. Write flora.init(key, config, fn, flora.merge(adapted), ...) and a new "
-            "optimizer."
+            f"restart: '{path}' has the variant {leaf.variant!r}, which starts in its "
+            "own way. Write flora.init(key, config, fn, flora.merge(adapted), ...) and "
+            "a new optimizer."
         ]
     return [f"restart: {p}" for p in weight_problems(path, leaf)]
 
@@ -300,7 +305,8 @@ def _renewed_state(tx: Any, state: Any, adapted: Any) -> Any:
     if not nodes and any(jnp.ndim(x) for x in leaves if is_array(x)):
         raise LoraError(
             "restart: the optimizer's state holds arrays, but none in the structure of "
-            "the tree, so those of A and B cannot be told apart. Leave out optax.flatten."
+            "the tree, so those of A and B cannot be told apart. "
+            "Leave out optax.flatten."
         )
     return jax.tree.map(
         lambda old, new: new if isinstance(old, LoraWeight) else old,

@@ -1,11 +1,12 @@
 """How the cost grows with rank, with the number of adapted leaves and with depth.
 
-By rank: XLA's count of the FLOPs of one step above the frozen model's, compiled for this
-machine, beside what x A, B and their gradients need, 3 · 2 · tokens · rank · (in + out).
-By leaves: seconds to `flora.init`, beside a plain trace, and to trace and lower one step
-of a chain of small products, beside the frozen model's.  By layers: the same of one
-`lax.scan`.  Seconds are CPU time of this process; each ratio is of two times that were
-taken one after the other, and the median of several such pairs is shown.
+By rank: XLA's count of the FLOPs of one step above the frozen model's, compiled for
+this machine, beside what x A, B and their gradients need:
+3 · 2 · tokens · rank · (in + out).  By leaves: seconds to `flora.init`, beside a plain
+trace, and to trace and lower one step of a chain of small products, beside the frozen
+model's.  By layers: the same of one `lax.scan`.  Seconds are CPU time of this process;
+each ratio is of two times that were taken one after the other, and the median of
+several such pairs is shown.
 
     python examples/benchmarks/scale.py
 """

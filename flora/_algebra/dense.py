@@ -1,6 +1,5 @@
 """ΔW and W + ΔW as dense arrays: to merge, to measure, to ship."""
 
-import math
 from typing import Any
 
 import jax
@@ -40,7 +39,7 @@ def _low_rank(weight: LoraWeight, product: Product) -> jax.Array:
             f"{weight.variant!r} puts a function between A and B: no sum with W is that"
         )
     layout, shape = weight.layout, weight.base.shape
-    stack, in_, out = (math.prod(s) for s in layout.sizes(shape))
+    stack, in_, out = layout.matrix(shape)
     a, b = product.a, product.b
     dtype = compute_dtype(a.dtype, b.dtype, weight.base.dtype)
     a = a.astype(dtype).reshape(stack, in_, -1)
@@ -59,6 +58,6 @@ def _spread(weight: LoraWeight, product: Product, dtype: Any) -> jax.Array:
 
 def in_place(x: jax.Array, layout: Layout, shape: tuple[int, ...]) -> jax.Array:
     """An array in the order `[*stack, *in, *out]` with its axes where W has them."""
-    order = (*layout.stack, *layout.in_, *layout.out)
+    order = layout.order
     x = x.reshape([shape[i] for i in order])
     return x.transpose([order.index(i) for i in range(len(shape))])

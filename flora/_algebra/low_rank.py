@@ -58,7 +58,7 @@ def contract(
     precision: Any = None,
     dtype: Any = None,
 ) -> Named:
-    """u·v, summed over the names that `out` lacks.  u may be a weight, v is an array."""
+    """u·v, summed over the names that `out` lacks; u may be a weight, v is an array."""
     if isinstance(u, Factored):
         return _of_weight(u, v, out, precision, dtype)
     shared = [n for n in u.names if n in v.names]

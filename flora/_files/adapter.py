@@ -22,10 +22,10 @@ from flora._files.records import (
     unknown_settings,
     weight_of,
 )
-from flora._files.safetensors import File, no_dtype, read, write
+from flora._files.safetensors import File, checked_path, no_dtype, read, write
 from flora._tree.arrays import is_array
 from flora._tree.checks import require_adapted, weight_problems
-from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.errors import LoraError, fail
 from flora._tree.paths import Pattern, check_pattern, matches, path_of
 from flora._tree.placement import mesh_of, spec_of, spec_of_extra, specs
 from flora._tree.quantized import abstract
@@ -58,13 +58,14 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
       >>> import tempfile, jax, jax.numpy as jnp, flora
       >>> fn = lambda p, x: x @ p["kernel"]
       >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
-      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2), fn, params, x)
+      >>> config = flora.LoraConfig(rank=2)
+      >>> adapted = flora.init(jax.random.key(0), config, fn, params, x)
       >>> path = tempfile.mkdtemp() + "/adapter.safetensors"
       >>> flora.save(path, adapted)
       >>> flora.load(path, params)["kernel"]
       LoraWeight(float32[4,3], in=0 out=1, rank=2, scale=8)
     """
-    path = _checked_path("save", path)
+    path = checked_path(path, _no_path("save", path))
     check_pattern("also", also)
     require_adapted(adapted, "save")
     leaves, frozen = _leaves(adapted), base_leaves(adapted, also)
@@ -78,8 +79,8 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
     fail(f"save: {p}" for name, x in arrays.items() for p in _not_finite(name, x))
     records = {p: record_of(p, x, also) for p, x in leaves.items()}
     fail(
-        f"save: '{p}' has {name}={text}, which no file can hold. Use one of flora's own, "
-        "or flora.checkpoint."
+        f"save: '{p}' has {name}={text}, which no file can hold. "
+        "Use one of flora's own, or flora.checkpoint."
         for p, x in records.items()
         for name, text in foreign_settings(x)
     )
@@ -107,8 +108,8 @@ def load(path: str | os.PathLike[str], base: Any, *, check_base: bool = True) ->
       base: the plain tree that the adapter was trained on, in any sharding; factors lie
         as `flora.init` would lay them.  Where a leaf trains whole, whatever is there is
         replaced; `None` will do.
-      check_base: False to put the adapter on other values of the same shapes: weights in
-        another dtype or in fewer bits, or `jax.ShapeDtypeStruct`s.
+      check_base: False to put the adapter on other values of the same shapes: weights
+        in another dtype or in fewer bits, or `jax.ShapeDtypeStruct`s.
 
     Returns:
       The adapted tree; the base's arrays are shared.  Dropout keys belong to one step:
@@ -116,9 +117,10 @@ def load(path: str | os.PathLike[str], base: Any, *, check_base: bool = True) ->
 
     Raises:
       LoraError: the file is missing, cut off, damaged, not of flora's, of another
-        format, or holds NaN or infinity; or the base has other leaves, shapes or values.
+        format, or holds NaN or infinity; or the base has other leaves, shapes or
+        values.
     """
-    path = _checked_path("load", path)
+    path = checked_path(path, _no_path("load", path))
     file, record = _opened(path)
     stop = jax.tree_util.tree_flatten_with_path(base, is_leaf=_is_leaf_or_none)
     named, treedef = [(path_of(keys), x) for keys, x in stop[0]], stop[1]
@@ -141,10 +143,8 @@ def load(path: str | os.PathLike[str], base: Any, *, check_base: bool = True) ->
 # --- What is written ------------------------------------------------------------------
 
 
-def _checked_path(verb: str, path: Any) -> pathlib.Path:
-    if isinstance(path, str | os.PathLike) and os.fspath(path):
-        return pathlib.Path(os.fspath(path))
-    raise LoraTypeError(
+def _no_path(verb: str, path: Any) -> str:
+    return (
         f"{verb}: path={path!r}. Write a file name, such as 'adapter.safetensors'. The "
         f"order is flora.{verb}(path, tree)."
     )
@@ -211,8 +211,8 @@ def _opened(path: pathlib.Path) -> tuple[File, dict[str, Any]]:
     if text is None:
         raise LoraError(
             f"{path} was not written by flora.save: its header has "
-            f"{', '.join(map(repr, file.metadata)) or 'no metadata'}, no 'flora'. Files of "
-            "PEFT are for flora.peft.load, base weights for flora.hf.load."
+            f"{', '.join(map(repr, file.metadata)) or 'no metadata'}, no 'flora'. "
+            "Files of PEFT are for flora.peft.load, base weights for flora.hf.load."
         )
     if _digest(text) != file.metadata.get("flora_sha256"):
         _damaged(path, "its header was changed")
@@ -226,15 +226,16 @@ def _opened(path: pathlib.Path) -> tuple[File, dict[str, Any]]:
     if lacking := unknown_settings(record["leaves"]):
         raise LoraError(
             f"{path} was written by flora {record['flora']} with the settings "
-            f"{', '.join(lacking)}, which flora {__version__} lacks. Install that version."
+            f"{', '.join(lacking)}, which flora {__version__} lacks. "
+            "Install that version."
         )
     return file, record
 
 
 def _damaged(path: pathlib.Path, what: str) -> NoReturn:
     raise LoraError(
-        f"{path} is damaged: {what} after flora.save wrote it. Copy it again, or save the "
-        "adapter anew."
+        f"{path} is damaged: {what} after flora.save wrote it. "
+        "Copy it again, or save the adapter anew."
     )
 
 
@@ -274,8 +275,8 @@ def _structure_problems(
         now = _shown(given, path, lambda leaf: np.shape(abstract(leaf)))
         if was != now:
             yield (
-                f"'{path}': the adapter was trained with {was}; the given base has {now}. "
-                "Pass the tree of the model that it was trained on."
+                f"'{path}': the adapter was trained with {was}; the given base has "
+                f"{now}. Pass the tree of the model that it was trained on."
             )
 
 

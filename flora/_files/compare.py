@@ -97,8 +97,8 @@ def _leaf_problem(path: str, old: dict[str, Any], new: dict[str, Any]) -> str:
         where = "the checkpoint" if old else "the given tree"
         return (
             f"'{path}' is trained in {where} alone ({_fields(old or new)}). Write the "
-            "target=, exclude= and train= of LoraConfig, and the also= of Checkpointer, "
-            "that it was saved with."
+            "target=, exclude= and train= of LoraConfig, and the also= of "
+            "Checkpointer, that it was saved with."
         )
     differ = [k for k in _both(old, new) if old.get(k) != new.get(k)]
     return (
@@ -165,9 +165,9 @@ def state_problems(saved: Any, given: Any, step: int) -> list[str]:
             "tx.init of what it returns."
         ]
     return [
-        f"state '{path}': the checkpoint has {saved.get(path, 'no such leaf')}; the given "
-        f"state has {given.get(path, 'no such leaf')}. Pass tx.init(adapted) of the "
-        "optimizer that it was saved with, or no state."
+        f"state '{path}': the checkpoint has {saved.get(path, 'no such leaf')}; the "
+        f"given state has {given.get(path, 'no such leaf')}. "
+        "Pass tx.init(adapted) of the optimizer that it was saved with, or no state."
         for path in _both(saved, given)
         if saved.get(path) != given.get(path)
     ]

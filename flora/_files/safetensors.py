@@ -32,7 +32,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flora._tree.errors import LoraError
+from flora._tree.errors import LoraError, LoraTypeError
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(bool),
@@ -197,6 +197,13 @@ def no_dtype(name: str, dtype: Any) -> list[str]:
     ]
 
 
+def checked_path(given: Any, message: str) -> pathlib.Path:
+    """The path that a caller gave; a LoraTypeError with the message if it is none."""
+    if not isinstance(given, str | os.PathLike) or not os.fspath(given):
+        raise LoraTypeError(message)
+    return pathlib.Path(os.fsdecode(given))
+
+
 def write(
     path: str | os.PathLike[str],
     arrays: Mapping[str, np.ndarray],
@@ -244,7 +251,7 @@ def replace(path: pathlib.Path, chunks: Callable[[], Iterator[Any]]) -> None:
 
 
 def _sync(folder: pathlib.Path) -> None:
-    """The folder's new entry goes to disk too, where a folder can be opened (not Windows)."""
+    """Writes the folder's new entry to disk too; Windows cannot open a folder."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -26,10 +26,10 @@ METHODS = ("auto", "gather", "masked")
 
 # Of method="auto": adapters times tokens a row, above which a row copies its factors.
 # On 2 CPU cores (d 512 and 1024, k = 8) masks win up to 128 with 36 rows; with 8 rows,
-# whose copies stay in the cache, copies win from 64 on.  By the TPU compiler's estimates
-# for v5e (an MLP of d 4096 and ff 14336 in bfloat16, k = 8, rank 16) a step of 32
-# rows costs 1.33 (masked) and 1.95 (gather) of the base's at one token each, 1.32 and
-# 1.31 at 16 tokens.
+# whose copies stay in the cache, copies win from 64 on.  By the TPU compiler's
+# estimates for v5e (an MLP of d 4096 and ff 14336 in bfloat16, k = 8, rank 16) a step
+# of 32 rows costs 1.33 (masked) and 1.95 (gather) of the base's at one token each, 1.32
+# and 1.31 at 16 tokens.
 MASK_UP_TO = 64
 
 
@@ -44,12 +44,14 @@ def lora(fn: Callable, *, method: str = "auto") -> Callable:
     How a row meets its factors:
 
     - "gather" copies A_i and B_i for each row, as `jax.vmap` over `select` does.  Each
-      copy is `[in, rank]`, whatever is read of it: of an embedding `[vocabulary, rank]`.
-    - "masked" multiplies by the factors of all adapters, side by side: z = x [A_1 ... A_k],
-      of which all but adapter i's part is set to zero, then z [B_1; ...; B_k].  Nothing is
-      copied, but the thin products are k times as wide.  An embedding looks rows up.
-      All adapters meet all rows, and 0 · NaN is NaN: `stack` refuses what is not finite,
-      but an adapter whose z overflows reaches other rows.
+      copy is `[in, rank]`, whatever is read of it: of an embedding
+      `[vocabulary, rank]`.
+    - "masked" multiplies by the factors of all adapters, side by side:
+      z = x [A_1 ... A_k], of which all but adapter i's part is set to zero, then
+      z [B_1; ...; B_k].  Nothing is copied, but the thin products are k times as wide.
+      An embedding looks rows up.  All adapters meet all rows, and 0 · NaN is NaN:
+      `stack` refuses what is not finite, but an adapter whose z overflows reaches other
+      rows.
     - "auto" chooses for each leaf: "masked" where there are at least k rows and
       k · tokens of a row ≤ 64, as in decoding, and for lookups; else "gather".
 
@@ -86,8 +88,8 @@ def lora(fn: Callable, *, method: str = "auto") -> Callable:
     """
     if not callable(fn):
         raise LoraTypeError(
-            f"multi.lora() got a {type(fn).__name__}; expected the function to run, such "
-            "as model.apply."
+            f"multi.lora() got a {type(fn).__name__}; "
+            "expected the function to run, such as model.apply."
         )
     if method not in METHODS:
         raise LoraError(f"method={method!r}. Write one of {', '.join(METHODS)}.")
@@ -185,8 +187,8 @@ def _indices(ids: Any, count: int) -> jax.Array:
 def _check_rows(rows: int, args: Any) -> None:
     named = jax.tree_util.tree_flatten_with_path(args)[0]
     fail(
-        f"multi.lora: argument {jax.tree_util.keystr(path[1:])} has shape {x.shape} and "
-        f"ids {rows} rows. Axis 0 of every array is the batch; bind others with "
+        f"multi.lora: argument {jax.tree_util.keystr(path[1:])} has shape {x.shape} "
+        f"and ids {rows} rows. Axis 0 of every array is the batch; bind others with "
         "functools.partial."
         for path, x in named
         if is_array(x) and np.ndim(x) and x.shape[0] != rows

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from flora._files.safetensors import NAMES, Damaged, read, replace
+from flora._files.safetensors import NAMES, Damaged, checked_path, read, replace
 from flora._files.safetensors import write as write_tensors
-from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.errors import LoraError, fail
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -25,12 +25,11 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 def directory(verb: str, given: Any) -> Path:
     """The directory as a path."""
-    if not isinstance(given, str | os.PathLike) or not os.fspath(given):
-        raise LoraTypeError(
-            f"flora.peft.{verb}: dir is {given!r}; expected a directory such as "
-            "'adapters/run1'."
-        )
-    return Path(os.fsdecode(given))
+    return checked_path(
+        given,
+        f"flora.peft.{verb}: dir is {given!r}; expected a directory such as "
+        "'adapters/run1'.",
+    )
 
 
 def read_json(folder: Path) -> dict[str, Any]:
@@ -106,15 +105,15 @@ def _not_read(path: Path, error: Damaged) -> str:
     if error.dtype is not None:
         return _other_dtype(path, *error.dtype)
     return (
-        f"{path}: no valid safetensors file of {path.stat().st_size} bytes: {error.why}. "
-        "It is cut off or damaged. Copy it anew."
+        f"{path}: no valid safetensors file of {path.stat().st_size} bytes: "
+        f"{error.why}. It is cut off or damaged. Copy it anew."
     )
 
 
 def _other_dtype(path: Path, key: str, dtype: str) -> str:
     return (
-        f"{path}: '{key}' has dtype {dtype}; expected one of {', '.join(_DTYPES)}. Save "
-        "the adapter in a floating dtype."
+        f"{path}: '{key}' has dtype {dtype}; expected one of {', '.join(_DTYPES)}. "
+        "Save the adapter in a floating dtype."
     )
 
 

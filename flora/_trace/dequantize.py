@@ -1,8 +1,8 @@
-"""Operations on weights that are stored in fewer bits.
+"""Operations on quantized weights, which are dequantized where they multiply.
 
-An operation that multiplies opens the weight inside `jax.checkpoint`: its residuals are
-what is stored, and the backward pass opens it anew.  One that only changes how the weight
-looks is put off until then.
+An operation that multiplies dequantizes the weight inside `jax.checkpoint`: its
+residuals are the quantized values, and the backward pass dequantizes them again.  One
+that only reshapes, slices or casts the weight is deferred until then.
 """
 
 import dataclasses
@@ -16,28 +16,28 @@ from flora._tree.quantized import Quantized, dequantized, is_quantized
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class View:
-    """Opens a weight and looks at it as operations since have done.
+class Deferred:
+    """Dequantizes a weight, then runs the operations deferred since.
 
     Attributes:
-      run: the last operation, on the values with the opened weight among them.
-      output: which of its outputs is the weight.
-      before: the opener of what it was done to.
+      run: the last operation, as a function of the dequantized weight before it.
+      output: which of the operation's outputs is the weight.
+      dequantize: makes the dense weight that it is run on.
     """
 
     run: Callable[[Any], Sequence[Any]]
     output: int
-    before: Callable[[Any], Any]
+    dequantize: Callable[[Any], Any]
 
     def __call__(self, quantized: Any) -> Any:
-        return self.run(self.before(quantized))[self.output].base
+        return self.run(self.dequantize(quantized))[self.output].base
 
 
 def on_quantized(run: Callable[..., Sequence[Any]], values: Sequence[Any]) -> list[Any]:
-    """The outputs of an operation, for which stored weights are opened.
+    """The outputs of an operation that is given quantized weights dequantized.
 
     Args:
-      run: the operation, on values without stored weights.
+      run: the operation, on values without quantized weights.
       values: its operands, arrays and weights, in any nesting.
     """
 
@@ -49,17 +49,19 @@ def on_quantized(run: Callable[..., Sequence[Any]], values: Sequence[Any]) -> li
     if not quantized:
         return list(run(*values))
     outs = jax.eval_shape(fn, values)
-    if not any(_is_whole(x) for x in outs):
+    if not any(_is_weight(x) for x in outs):
         return jax.checkpoint(fn)(values)
-    if len(quantized) > 1:  # such as a sum of two weights: no one of them is left
+    if len(quantized) > 1:  # such as a sum of two weights, which is dense
         return fn(values)
-    return [_put_off(fn, values, k, x) for k, x in enumerate(fn(values))]
+    return [_deferred(fn, values, k, x) for k, x in enumerate(fn(values))]
 
 
 def in_slices(w: Factored, size: int) -> Factored:
-    """A stack whose base can be sliced as it is, opened where what is stored cannot."""
-    whole = all(x.shape[:1] == (size,) for x in jax.tree.leaves(w.base))
-    if not is_quantized(w.base) or (whole and not isinstance(w.base.dequantize, View)):
+    """A stack whose base can be sliced; dequantized if its quantized values cannot."""
+    every = all(x.shape[:1] == (size,) for x in jax.tree.leaves(w.base))
+    if not is_quantized(w.base):
+        return w
+    if every and not isinstance(w.base.dequantize, Deferred):
         return w
     return _dequantized(w)
 
@@ -70,13 +72,13 @@ def _dequantized(x: Any) -> Any:
     return dataclasses.replace(x, base=dequantized(x.base))
 
 
-def _is_whole(x: Any) -> bool:
+def _is_weight(x: Any) -> bool:
     """Whether an output is still a weight, not rows or sums of one."""
     return is_lazy(x) and not (isinstance(x, Factored) and (x.indexed or x.reduced))
 
 
-def _put_off(fn: Callable, values: Sequence[Any], output: int, x: Any) -> Any:
-    """The output, opened where it is used."""
+def _deferred(fn: Callable, values: Sequence[Any], output: int, x: Any) -> Any:
+    """The output, quantized as the weight is, with the operation deferred."""
     if not isinstance(x, Factored) or x.base is None:
         return x
     at, w = next(
@@ -88,5 +90,5 @@ def _put_off(fn: Callable, values: Sequence[Any], output: int, x: Any) -> Any:
     def run(base: Any) -> Sequence[Any]:
         return fn([*values[:at], w.frozen(base), *values[at + 1 :]])
 
-    view = View(run, output, w.base.dequantize)
-    return dataclasses.replace(x, base=Quantized(w.base.values, view))
+    deferred = Deferred(run, output, w.base.dequantize)
+    return dataclasses.replace(x, base=Quantized(w.base.values, deferred))

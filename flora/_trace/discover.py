@@ -1,4 +1,4 @@
-"""Finds the layout of each weight by following it to what consumes it."""
+"""Finds the layout of each weight by following it to the operations that read it."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ class Finding:
       uses: the operations that read the leaf, in order.
       layout: the layout they imply, if they agree on one.
       conflict: why there is no layout, or ''.
-      returned: whether the function returns what it made of the leaf, unformed.
+      returned: whether the function returns the leaf or a view of it.
     """
 
     uses: tuple[Use, ...]
@@ -51,7 +51,7 @@ def discover(
 ) -> dict[str, Finding]:
     """Follows the leaves `{position: path}` through a traced call.
 
-    A layout that is `given` stands, whatever the uses imply.
+    A `given` layout is kept, whatever the uses imply.
     """
     given = given or {}
     log, returned = _walk(
@@ -75,7 +75,7 @@ def _verified(
     paths: Mapping[int, str],
     found: dict[str, Finding],
 ) -> dict[str, Finding]:
-    """Walks once more with the layouts found: some operations refuse some layouts."""
+    """Interprets once more, with the layouts found: an operation may refuse one."""
     log, _ = _walk(
         staged,
         leaves,
@@ -102,7 +102,7 @@ def _by_path(uses: Iterable[Use]) -> dict[str, list[Use]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Followed:
-    """A leaf to follow, with the layout that is known of it, if one is."""
+    """A leaf to follow, and its layout if that is known."""
 
     path: str
     layout: Layout | None = None
@@ -125,7 +125,7 @@ def _walk(
     *,
     claims: bool = True,
 ) -> tuple[dict[Use, None], set[str]]:
-    """Interprets the staged call abstractly, recording; also what leaves it raw.
+    """The uses in an abstract run of the call; the paths of leaves that it returns.
 
     Args:
       staged: the call.
@@ -166,13 +166,13 @@ def _walk(
 
 def _agree(uses: Sequence[Use], ndim: int) -> tuple[Layout | None, str]:
     """The one layout that all uses imply, or why there is none."""
-    firm = [use for use in uses if use.roles and use.binding]
+    binding = [use for use in uses if use.roles and use.binding]
     chosen: dict[int, str] = {}
     first: Use | None = None
-    # Products name the axes better than lookups do: a tied embedding keeps attend's.
-    # Those of many rows do so better than those of one: a norm's power iteration.
+    # Products come before lookups: a tied embedding takes the layout of its product.
+    # Those of many tokens come first: the power iteration of a norm has one.
     for use in sorted(
-        firm, key=lambda use: (use.primitive in ("gather", "output"), -use.tokens)
+        binding, key=lambda use: (use.primitive in ("gather", "output"), -use.tokens)
     ):
         roles, conflict = _of_one_use(use)
         if conflict:
@@ -188,16 +188,16 @@ def _agree(uses: Sequence[Use], ndim: int) -> tuple[Layout | None, str]:
                     f"{_shown(roles)}"
                 )
             roles = aligned
-        firm = {i: role for i, role in roles.items() if role != "window"}
         chosen = roles | chosen
-        chosen |= {i: r for i, r in firm.items() if chosen[i] == "window"}
+        # A window can still become any other role.
+        chosen |= {i: r for i, r in roles.items() if chosen[i] == "window"}
     if first is None:
         sums = [use for use in uses if use.binding and not use.dense]
         if not sums or any(use.dense for use in uses):
             return None, ""
         where = f"'{sums[0].primitive}' at {sums[0].source}"
         return None, f"{where} sums over it, and nothing multiplies by it"
-    # A window goes with what is contracted, unless another use says otherwise.
+    # The axes of a window are contracted, unless another use says otherwise.
     chosen = {i: "in" if role == "window" else role for i, role in chosen.items()}
     groups = {
         role: tuple(i for i in range(ndim) if chosen.get(i, "stack") == role)
@@ -213,6 +213,7 @@ def _agree(uses: Sequence[Use], ndim: int) -> tuple[Layout | None, str]:
 
 
 def _of_one_use(use: Use) -> tuple[dict[int, str], str]:
+    """The role of each axis in one operation, or why there is none."""
     roles: dict[int, str] = {}
     for axis, role in use.roles:
         if {roles.get(axis), role} == {"in", "out"}:
@@ -226,7 +227,7 @@ def _of_one_use(use: Use) -> tuple[dict[int, str], str]:
 
 
 def _aligned(one: Mapping[int, str], other: dict[int, str]) -> dict[int, str] | None:
-    """`other`, or with in and out swapped, as it means the same factors as `one`."""
+    """`other`, with in and out swapped if it then agrees with `one`, or `None`."""
     swap = {"in": "out", "out": "in"}
     for roles in (other, {i: swap.get(role, role) for i, role in other.items()}):
         pairs = [{one[i], roles[i]} for i in one.keys() & roles.keys()]

@@ -1,7 +1,7 @@
-"""Which part each weight plays: follows activations from product to product.
+"""The role of each weight in a model, found by following activations through it.
 
-No names: attention is two products of activations with activations one after the
-other (scores, then values), the head is what nothing else comes after.
+Names are not read.  Attention is two products of activations with activations, one
+after the other: scores, then values.  The head is a weight that no other comes after.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from flora._trace.compat import P
 
 
 class Visit(NamedTuple):
-    """A weight that activations passed; looked up, it is no product."""
+    """A weight that activations came through, by a product or by a lookup."""
 
     path: str
     looked_up: bool
@@ -29,11 +29,11 @@ class Flow:
     """What a value came from.
 
     Attributes:
-      weights: weights that the value is a view of.
-      last: weights that it passed, with no other weight between.
-      scored: weights behind a product of two activations, since the last weight.
+      weights: the weights that the value is made of, before any product.
+      last: the weights that it came through, with no other weight since.
+      scored: the weights before a product of two activations, with no other since.
       mixed: whether something else was added to such a product, as to the residual
-        stream (or a bias to scores: a softmax clears it).
+        stream.  A bias added to scores counts too, until their softmax.
       attended: whether it is the result of two such products, one after the other.
     """
 
@@ -46,7 +46,7 @@ class Flow:
 
 @dataclasses.dataclass
 class Parts:
-    """The weights of attention, of the head, and those that feed others."""
+    """The weights of attention, of the head, and those that other weights follow."""
 
     attention: set[str] = dataclasses.field(default_factory=set)
     head: set[str] = dataclasses.field(default_factory=set)
@@ -82,7 +82,7 @@ def _run(parts: Parts, jaxpr: Any, args: Sequence[Flow]) -> list[Flow]:
     for eqn in jaxpr.eqns:
         outs = _step(parts, eqn, [read(v) for v in eqn.invars])
         for v, out in zip(eqn.outvars, outs, strict=True):
-            # Indices, masks and tokens say where, not what.
+            # Integers and bools (indices, masks, tokens) carry no activations.
             floating = jnp.issubdtype(getattr(v.aval, "dtype", int), jnp.inexact)
             env[v] = out if floating else _NOTHING
     return [read(v) for v in jaxpr.outvars]
@@ -121,7 +121,7 @@ def _product(parts: Parts, eqn: Any, ins: list[Flow]) -> Flow:
     x, y = ins[:2]
     weights = x.weights | y.weights
     if weights:
-        if x.weights and y.weights:  # a weight still
+        if x.weights and y.weights:  # still a weight
             return Flow(weights=weights)
         activation = y if x.weights else x
         parts.feeding |= activation.last
@@ -144,7 +144,7 @@ def _product(parts: Parts, eqn: Any, ins: list[Flow]) -> Flow:
 def _through(
     inner: Sequence[compat.Inner], run: Callable[..., list[Flow]], ins: Sequence[Flow]
 ) -> list[Flow]:
-    """Runs the functions inside an equation; a loop's twice, so that it meets itself."""
+    """Runs the functions inside an equation; a loop's twice, for what it carries."""
     every = []
     for function in inner:
         args = list(ins[function.first :])

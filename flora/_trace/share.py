@@ -1,7 +1,7 @@
-"""Which products of a jaxpr have the same activations, found before they are computed.
+"""Finds products of the same activations, before a jaxpr is interpreted.
 
-Query, key and value projections read one x, and so do the gate and the way up of an MLP.
-Taken together, their low-rank terms read it once.
+Query, key and value projections read one x, and so do the gate and up projections of an
+MLP.  Taken together, their low-rank terms read it once.
 """
 
 import dataclasses
@@ -13,18 +13,18 @@ from flora._trace.compat import P, variables
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The order in which to take the equations of a jaxpr.
+    """The order in which to interpret the equations of a jaxpr.
 
     Attributes:
       steps: positions of equations; more than one where they are taken together.
-      same: for a variable that repeats an earlier one, that one.
+      same: the earlier variable of equal value, for each variable that repeats one.
     """
 
     steps: list[tuple[int, ...]]
     same: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def last_uses(self, jaxpr: Any) -> dict[Any, int]:
-        """Of each variable the last step that reads it; outputs are read after all."""
+        """The last step that reads each variable; outputs are read after every step."""
         found: dict[Any, int] = {}
         read = [[v for i in step for v in jaxpr.eqns[i].invars] for step in self.steps]
         for at, invars in enumerate([*read, jaxpr.outvars]):
@@ -39,10 +39,10 @@ def in_order(eqns: Sequence[Any]) -> Schedule:
 
 
 def together(eqns: Sequence[Any], weights: Iterable[Any]) -> Schedule:
-    """Products of the same activations side by side.
+    """Takes products of the same activations in one step.
 
-    What only weights go into, such as casts, moves to before the first product that is
-    taken with one that needs it.  Nothing else changes its place.
+    Equations that read nothing but weights, such as casts, move before the first
+    product of a step that needs them.  All others keep their order.
 
     Args:
       eqns: of a jaxpr.
@@ -71,7 +71,7 @@ def together(eqns: Sequence[Any], weights: Iterable[Any]) -> Schedule:
 
 
 def _made_of(eqns: Sequence[Any], weights: set[Any]) -> set[Any]:
-    """The variables that nothing but adapted weights goes into."""
+    """The variables that are computed from adapted weights alone."""
     for eqn in eqns:
         found = list(variables(eqn.invars))
         if found and not eqn.effects and all(v in weights for v in found):
@@ -80,7 +80,7 @@ def _made_of(eqns: Sequence[Any], weights: set[Any]) -> set[Any]:
 
 
 def _repeated(eqns: Sequence[Any]) -> dict[Any, Any]:
-    """Casts of a variable that was cast alike before: each layer casts for itself."""
+    """Casts that repeat an earlier one: each layer casts x for itself."""
     casts: dict[Any, Any] = {}
     same: dict[Any, Any] = {}
     for eqn in eqns:
@@ -94,7 +94,7 @@ def _repeated(eqns: Sequence[Any]) -> dict[Any, Any]:
 
 
 def _activations(eqn: Any, of_weights: set[Any], same: dict[Any, Any]) -> Any:
-    """What products must share to be taken together; `None` of another equation."""
+    """What products must have in common to be taken together; `None` for others."""
     if eqn.primitive is not P.dot_general or len(list(variables(eqn.invars))) < 2:
         return None
     sides = [v in of_weights for v in eqn.invars]
@@ -109,7 +109,7 @@ def _activations(eqn: Any, of_weights: set[Any], same: dict[Any, Any]) -> Any:
 def _before(
     eqn: Any, eqns: Sequence[Any], maker: dict[Any, int], of_weights: set[Any]
 ) -> Iterator[int]:
-    """The equations that make the weight of a product."""
+    """The equations that compute the weight of a product."""
     for v in variables(eqn.invars):
         if v in of_weights and v in maker:
             yield maker[v]

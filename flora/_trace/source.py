@@ -8,22 +8,22 @@ def _package(name: str) -> str:
     return os.sep + os.path.join("site-packages", name) + os.sep
 
 
-# Frames of these files are not where the user wrote something,
-_NO_MODELS = (
+# Frames in these files are never the user's code.
+_INTERNAL = (
     _package("jax"),
     os.path.dirname(os.path.dirname(__file__)) + os.sep,
     "<string>",
     "contextlib.py",
 )
-# nor of these, unless there is nothing better.
-_LIBRARIES = (*_NO_MODELS, *map(_package, ("flax", "haiku", "equinox")))
+# Frames in these are reported only where there are no others.
+_LIBRARIES = (*_INTERNAL, *map(_package, ("flax", "haiku", "equinox")))
 
 
 def source_line(eqn: Any, function: str = "") -> str:
     """Where the user wrote the equation: 'model.py:41 (__call__)'; '' if unknown.
 
-    In a jitted `function` only its own lines count: JAX may have traced it for another
-    caller.
+    In a jitted `function` only its own lines count: JAX caches its trace, which may
+    come from another caller.
     """
     trace = eqn.source_info.traceback
     frame = trace and trace.as_python_traceback()
@@ -34,7 +34,7 @@ def source_line(eqn: Any, function: str = "") -> str:
             found, library, function = None, None, ""
         if not any(name in code.co_filename for name in _LIBRARIES):
             found = frame
-        elif not any(name in code.co_filename for name in _NO_MODELS):
+        elif not any(name in code.co_filename for name in _INTERNAL):
             library = frame
         frame = frame.tb_next
     frame = found or library

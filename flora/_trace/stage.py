@@ -15,8 +15,9 @@ class Staged:
 
     Attributes:
       jaxpr: the closed jaxpr.
-      tree_inputs: for each leaf of the parameter tree its input, or `None`.
-      args: the inputs that follow, from the other arguments.
+      tree_inputs: for each leaf of the parameter tree the position of its input, or
+        `None` for a leaf that is no array.
+      args: the arrays among the other arguments: the inputs after those of the tree.
       finish: turns the jaxpr's outputs into what the function returns.
       outputs: the paths of the jaxpr's outputs.
     """
@@ -72,7 +73,7 @@ def stage(
 
 
 def filled(values: Sequence[Any], at: Sequence[int], new: Sequence[Any]) -> list[Any]:
-    """The values with `new` ones at some positions."""
+    """The values, with those at the positions `at` replaced by `new`."""
     result = list(values)
     for i, x in zip(at, new, strict=True):
         result[i] = x

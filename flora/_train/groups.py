@@ -97,9 +97,9 @@ def partition(
 def scale_rates(rates: Where, adapted: Any) -> optax.GradientTransformation:
     """Multiplies the updates of some arrays: a learning rate for each of them.
 
-    Δp ← rate · Δp.  Chain it behind the optimizer, whose own learning rate it multiplies:
-    `optax.chain(optax.adamw(1e-4), scale_rates(...))`.  As in PyTorch's parameter groups,
-    a decoupled weight decay is multiplied with it.
+    Δp ← rate · Δp.  Chain it behind the optimizer, whose own learning rate it
+    multiplies: `optax.chain(optax.adamw(1e-4), scale_rates(...))`.  As in PyTorch's
+    parameter groups, a decoupled weight decay is multiplied with it.
 
     Args:
       rates: `{pattern: factor}` or `{pattern: {part: factor}}`, of numbers or arrays
@@ -138,8 +138,8 @@ def decay_mask(adapted: Any, decay: Where | None = None) -> Callable[[Any], Any]
     """Which arrays weight decay shrinks, for `optax.adamw(mask=...)`.
 
     By default A, B, and leaves that train whole and have two axes or more; not norms,
-    biases and what a variant has in `extra`.  Frozen leaves never decay.  (Norms stacked
-    by a scan have two axes: name them.)
+    biases and what a variant has in `extra`.  Frozen leaves never decay.  (Norms
+    stacked by a scan have two axes: name them.)
 
     Args:
       adapted: the adapted tree, or the adapter alone.
@@ -159,7 +159,8 @@ def decay_mask(adapted: Any, decay: Where | None = None) -> Callable[[Any], Any]
       >>> fn = lambda p, x: x @ p["kernel"] + p["bias"]
       >>> adapted = flora.init(jax.random.key(0), config, fn, params, jnp.ones((1, 4)))
       >>> mask = flora.recipes.decay_mask(adapted, {"kernel": {"a": False}})
-      >>> mask(adapted)["kernel"].b, mask(adapted)["kernel"].a, mask(adapted)["bias"].value
+      >>> shrinks = mask(adapted)
+      >>> shrinks["kernel"].b, shrinks["kernel"].a, shrinks["bias"].value
       (True, False, False)
       >>> tx = flora.optimizer(optax.adamw(1e-3, mask=mask), adapted)
     """

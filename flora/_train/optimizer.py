@@ -210,7 +210,8 @@ def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
       >>> import jax, jax.numpy as jnp, flora
       >>> fn = flora.lora(lambda p, x: jnp.sum(x @ p["kernel"]))
       >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
-      >>> adapted = flora.init(jax.random.key(0), flora.LoraConfig(rank=2), fn, params, x)
+      >>> config = flora.LoraConfig(rank=2)
+      >>> adapted = flora.init(jax.random.key(0), config, fn, params, x)
       >>> loss, grads = flora.value_and_grad(fn)(adapted, x)
       >>> grads["kernel"].base is None, bool((grads["kernel"].a == 0).all())
       (True, True)
@@ -265,8 +266,8 @@ def _require_scalar(out: Any, has_aux: bool) -> None:
         )
     if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise LoraTypeError(
-            f"value_and_grad: fn returned a loss of {jnp.result_type(value)}; expected a "
-            "real floating one."
+            f"value_and_grad: fn returned a loss of {jnp.result_type(value)}; "
+            "expected a real floating one."
         )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,10 +70,7 @@ class LeafCoverage:
         return (in_ + out) / max(in_ * out, 1)
 
     def _sizes(self) -> tuple[int, int, int]:
-        if self.layout is None:
-            return 0, 0, 0
-        stack, in_, out = (math.prod(s) for s in self.layout.sizes(self.shape))
-        return stack, in_, out
+        return self.layout.matrix(self.shape) if self.layout else (0, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,10 +227,10 @@ def coverage(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Coverage:
       **kwargs: likewise.
 
     Returns:
-      A `Coverage`, of which `.rows` has the data and which prints as a table: 'factored'
-      leaves with layout, roles and cost for each unit of rank, 'dense' ones (read by an
-      operation that has no factored rule) with operation, source line and bytes,
-      'unused' ones, and 'vector's, which `LoraConfig.train` can train whole.
+      A `Coverage`, of which `.rows` has the data and which prints as a table:
+      'factored' leaves with layout, roles and cost for each unit of rank, 'dense' ones
+      (read by an operation that has no factored rule) with operation, source line and
+      bytes, 'unused' ones, and 'vector's, which `LoraConfig.train` can train whole.
       `.all_linear`, `.all_but_head`, `.attention` and `.select(...)` choose targets by
       role.
 
@@ -262,8 +258,8 @@ def coverage(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Coverage:
     leaves = [leaf for _, leaf in plain]
     if not paths:
         raise LoraError(
-            f"coverage: the tree ({type(tree).__name__}) has no floating arrays. Pass the "
-            "parameters. The order is flora.coverage(fn, tree, *args)."
+            f"coverage: the tree ({type(tree).__name__}) has no floating arrays. "
+            "Pass the parameters. The order is flora.coverage(fn, tree, *args)."
         )
     staged = stage(fn, leaves, treedef, args, kwargs)
     found = discover(staged, leaves, paths)

@@ -6,7 +6,6 @@ and its place, and not on its path, is found once for all leaves that share them
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,7 +51,7 @@ def draw_of(
     initializer: Initializer, dtype: Any, layout: Layout, shape: Shape, rank: int
 ) -> Draw:
     """The draw for a weight of that layout and shape."""
-    stack, in_, out = (math.prod(s) for s in layout.sizes(shape))
+    stack, in_, out = layout.matrix(shape)
     shapes = layout.factor_shapes(shape, rank)
     return Draw(initializer, dtype, stack, in_, rank, out, shapes)
 

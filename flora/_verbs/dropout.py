@@ -15,8 +15,8 @@ from flora._tree.weight import LoraWeight
 def with_dropout(adapted: Any, key: Any) -> Any:
     """The same tree with dropout keys attached, for one training step.
 
-    y = x W + scale (dropout(x) A) B.  Masks differ per leaf, per stacked layer, per step
-    of an inner loop and per use.  Without keys a call is evaluation.  Rows that an
+    y = x W + scale (dropout(x) A) B.  Masks differ per leaf, per stacked layer, per
+    step of an inner loop and per use.  Without keys a call is evaluation.  Rows that an
     embedding looks up are not dropped.
 
     Args:

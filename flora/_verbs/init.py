@@ -1,7 +1,6 @@
 """`init`: from a plain tree to an adapted one."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -191,8 +190,8 @@ def _kind(x: Any) -> str:
 def _too_few_axes(path: str, leaf: Any) -> str:
     shape = getattr(leaf, "shape", ())
     return (
-        f"'{path}' has shape {shape}; LoRA needs at least 2 axes. Exclude it, or name it "
-        "in train= to train it whole."
+        f"'{path}' has shape {shape}; LoRA needs at least 2 axes. "
+        "Exclude it, or name it in train= to train it whole."
     )
 
 
@@ -211,8 +210,9 @@ def _given_layouts(config: LoraConfig, targets: Named) -> dict[str, Layout]:
         if layout is not None:
             given[path] = layout
     fail(
-        f"layouts: '{path}' has {len(leaf.shape)} axes and was given {given[path]}. Name "
-        f"each of 0 to {len(leaf.shape) - 1} once, with at least one in and one out axis."
+        f"layouts: '{path}' has {len(leaf.shape)} axes and was given {given[path]}. "
+        f"Name each of 0 to {len(leaf.shape) - 1} once, with at least one in and one "
+        "out axis."
         for path, leaf in targets
         if path in given and not given[path].fits(len(leaf.shape))
     )
@@ -237,8 +237,8 @@ def _finding_problems(config: LoraConfig, path: str, finding: Finding) -> list[s
         return [returned_raw(path)]
     if finding.status == "unused":
         return [
-            f"'{path}' is targeted, but the function never uses it. Exclude it, or pass "
-            "the arguments of a call that does."
+            f"'{path}' is targeted, but the function never uses it. "
+            "Exclude it, or pass the arguments of a call that does."
         ]
     if finding.conflict:
         return [
@@ -253,7 +253,7 @@ def _rank_problems(
 ) -> Iterable[str]:
     for path, layout in layouts.items():
         shape = tuple(leaves[path].shape)
-        _, in_, out = (math.prod(s) for s in layout.sizes(shape))
+        _, in_, out = layout.matrix(shape)
         if ranks[path] > min(in_, out):
             yield (
                 f"'{path}' has shape {shape} ({layout}), a matrix of {in_}×{out}; rank "

@@ -39,11 +39,12 @@ def lora(
     tree with nothing adapted, `fn` itself is called.
 
     Leaves that are neither factors nor named in `LoraConfig.train` are frozen: their
-    gradients are zero.  Call the result inside `jax.jit`; outside, each call traces anew.
+    gradients are zero.  Call the result inside `jax.jit`; outside, each call traces
+    anew.
 
     Args:
-      fn: any function of a parameter tree first: `model.apply`, an NNX state's merge and
-        call, a loss.  Its other arguments can be anything.
+      fn: any function of a parameter tree first: `model.apply`, an NNX state's merge
+        and call, a loss.  Its other arguments can be anything.
       fallback: 'materialize' forms W + scale A B where an operation has no factored
         rule, 'error' refuses; by default what `LoraConfig.fallback` said.
       form: how products are computed, see `LoraConfig.form`; by default what that said.
@@ -122,7 +123,7 @@ def _value(path: str, leaf: Any, fallback: str | None, form: str | None) -> Any:
             form=form or leaf.form,
         )
         return from_weight(leaf, path)
-    if is_quantized(leaf):  # not adapted, but opened where it is used
+    if is_quantized(leaf):  # not adapted, but dequantized where it is used
         return undiscovered(lax.stop_gradient(leaf), path, fallback="materialize")
     if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):
         return lax.stop_gradient(leaf)

@@ -32,8 +32,8 @@ def split(adapted: Any) -> tuple[Any, Any]:
       LoraError: the tree is not adapted, or is an adapter already.
     """
     fail(
-        f"split: '{path}' is an adapter without its base. Split the tree that flora.join "
-        "returns."
+        f"split: '{path}' is an adapter without its base. "
+        "Split the tree that flora.join returns."
         for path, leaf in require_adapted(adapted, "split")
         if isinstance(leaf, LoraWeight) and leaf.base is None
     )

@@ -93,8 +93,9 @@ class Summary:
                 )
             )
         return table(
-            f"{self.trained:,} of {self.parameters:,} parameters train ({share:.2f} %); "
-            f"{human_bytes(self.bytes)}, of them {human_bytes(self.trained_bytes)} trained",
+            f"{self.trained:,} of {self.parameters:,} parameters train "
+            f"({share:.2f} %); {human_bytes(self.bytes)}, of them "
+            f"{human_bytes(self.trained_bytes)} trained",
             (
                 "leaf",
                 "role",

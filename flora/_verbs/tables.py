@@ -1,8 +1,10 @@
-"""Tables for people, by rich, which comes with Flax."""
+"""Human-readable tables, made with rich."""
 
 import io
 from collections.abc import Sequence
 from typing import Any
+
+_WIDTH = 240  # characters; a table takes what it needs, up to these
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
@@ -28,8 +30,5 @@ def plain_text(report: Any) -> str:
     from rich.console import Console
 
     out = io.StringIO()
-    Console(file=out, width=_WIDE).print(report)
+    Console(file=out, width=_WIDTH).print(report)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
-
-
-_WIDE = 240  # a table takes the columns that it needs, and these at most

@@ -1,8 +1,8 @@
-"""Every Markdown file: its Python runs, what it prints is shown, its links lead somewhere.
+"""Every Markdown file: its Python runs, its output is shown, its links lead somewhere.
 
-The snippets of a file are one program, run from the first to the last.  Where a block of
-text comes right after a snippet, the snippet prints each of its lines; "..." stands for
-what is left out, within a line or for whole lines, and source lines may differ.
+The snippets of a file are one program, run from the first to the last.  Where a block
+of text comes right after a snippet, the snippet prints each of its lines; "..." stands
+for what is left out, within a line or for whole lines, and source lines may differ.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ OTHERS = {"sh", "text", "toml", "json"}
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its text, and the lines on which it begins and ends."""
+    """A fenced block: its language, its text, and its first and last line."""
 
     language: str
     text: str
@@ -114,7 +114,10 @@ def test_a_wrong_snippet_is_named_by_file_and_line():
 
 
 def test_right_snippets_run_as_one_program():
-    text = "```python\nx = 1\n```\n\nand\n\n```python\nprint('so', x)\n```\n\n```text\nso 1\n```\n"
+    text = (
+        "```python\nx = 1\n```\n\nand\n\n"
+        "```python\nprint('so', x)\n```\n\n```text\nso 1\n```\n"
+    )
     assert run("page.md", text)["x"] == 1
 
 

@@ -1,4 +1,4 @@
-"""Files that the first version wrote are read, and one record tells of a leaf in both."""
+"""Files of the first version can be read; both kinds describe a leaf by one record."""
 
 import dataclasses
 import json
@@ -55,8 +55,8 @@ WANTED = {
     ),
     "stats": jnp.arange(3.0),
     "w": node(
-        BASE["w"], ramp(5, 2, 3, 1), ramp(6, 2, 1, 2, 2), ramp(7, 2, 2, 2, dtype=F32), 1,
-        stack=(0,), in_=(1,), out=(2, 3),
+        BASE["w"], ramp(5, 2, 3, 1), ramp(6, 2, 1, 2, 2), ramp(7, 2, 2, 2, dtype=F32),
+        1, stack=(0,), in_=(1,), out=(2, 3),
     ),
 }  # fmt: skip
 

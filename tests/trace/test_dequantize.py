@@ -1,4 +1,4 @@
-"""Operations on weights in fewer bits: opened where they multiply, never kept dense."""
+"""Operations on quantized weights: dequantized where they multiply, not kept dense."""
 
 import dataclasses
 import functools
@@ -13,33 +13,18 @@ import flora
 from flora.quantize import Quantized
 from tests.support import contract
 from tests.support.contract import P, array, equations
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Scaled:
-    """W = scale q, with one scale for each column or for all."""
-
-    q: jax.Array
-    scale: jax.Array
-
-    shape = property(lambda self: self.q.shape)
-    dtype = property(lambda self: self.scale.dtype)
-
-
-def open_scaled(quantized):
-    return quantized.q.astype(quantized.dtype) * quantized.scale
+from tests.support.quantized import Scaled, dense_of
 
 
 def quantized(*shape, seed=0, whole_stack=False):
     q = np.random.default_rng(seed).integers(-9, 9, shape)
     lead = shape[:1] if whole_stack else (1,) * (len(shape) > 2)
     scale = array(*lead, 1, shape[-1], seed=seed + 1, dtype=jnp.float32)
-    return Quantized(Scaled(jnp.asarray(q, jnp.int8), scale / 9), open_scaled)
+    return Quantized(Scaled(jnp.asarray(q, jnp.int8), scale / 9), dense_of)
 
 
 def dense(tree):
-    """The same tree over bases that are opened before anything runs."""
+    """The same tree over bases that are dequantized before anything runs."""
 
     def one(w):
         if contract.is_weight(w):
@@ -84,7 +69,7 @@ def adapted(fn, every=EVERY, **config):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_outputs_and_gradients_are_those_over_the_opened_base(name):
+def test_outputs_and_gradients_are_those_over_the_dense_base(name):
     fn = FUNCTIONS[name]
     tree = adapted(fn)
     assert all(isinstance(w.base, Quantized) for w in contract.weights(tree))
@@ -150,11 +135,11 @@ def test_a_scan_slices_what_is_stored_where_it_can(whole_stack):
     jaxpr = jax.make_jaxpr(flora.lora(scanned))(tree, X)
     (loop,) = (e for e in equations(jaxpr) if e.primitive is P.scan)
     sliced = {v.aval.dtype for v in loop.invars if v.aval.shape == (3, 7, 7)}
-    # A scale that all layers share cannot be sliced: the whole stack is opened before.
+    # A scale that all layers share cannot be sliced: all are dequantized before.
     assert sliced == {jnp.dtype(jnp.int8 if whole_stack else jnp.float32)}
 
 
-def test_a_weight_that_is_not_adapted_opens_where_it_is_used():
+def test_a_weight_that_is_not_adapted_is_dequantized_where_it_is_used():
     def fn(p, x):
         return jnp.tanh(x @ p["w"]), x @ p["u"]
 
@@ -165,7 +150,7 @@ def test_a_weight_that_is_not_adapted_opens_where_it_is_used():
     loss = functools.partial(contract.scalar)
     grads = jax.grad(lambda x: loss(flora.lora(fn)(tree, x)))(X)
     contract.close(grads, jax.grad(lambda x: loss(fn(dense(params), x)))(X), 1e-5)
-    # What has no rule opens it too: it is frozen, and nothing is lost by that.
+    # What has no rule dequantizes it too: it is frozen, and nothing is lost by that.
     got = flora.lora(lambda p, x: jnp.sin(p["u"]))(tree, X)
     contract.close(got, jnp.sin(EVERY["u"].dense()), 1e-6)
 

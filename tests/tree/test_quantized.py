@@ -1,37 +1,20 @@
 """A weight that is stored in fewer bits, without the library that stores it."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 import flora
 from flora._tree.quantized import Quantized, abstract, dequantized, is_quantized
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Scaled:
-    """W = scale q, of rows that share a scale."""
-
-    q: jax.Array
-    scale: jax.Array
-
-    shape = property(lambda self: self.q.shape)
-    dtype = property(lambda self: self.scale.dtype)
-
-
-def open_scaled(quantized):
-    return quantized.q.astype(quantized.dtype) * quantized.scale
+from tests.support.quantized import Scaled, dense_of
 
 
 def weight():
     q = jnp.arange(-6, 6, dtype=jnp.int8).reshape(4, 3)
-    return Quantized(Scaled(q, jnp.full((4, 1), 0.5, jnp.bfloat16)), open_scaled)
+    return Quantized(Scaled(q, jnp.full((4, 1), 0.5, jnp.bfloat16)), dense_of)
 
 
-def test_it_looks_like_the_weight_and_opens_to_it():
+def test_it_has_the_weights_shape_and_dequantizes_to_it():
     w = weight()
     assert (w.shape, w.dtype, w.ndim) == ((4, 3), jnp.bfloat16, 2)
     want = (jnp.arange(-6, 6) / 2).reshape(4, 3)
@@ -63,7 +46,7 @@ def test_it_is_a_node_of_what_is_stored():
     # Labels, gradients and shapes can stand for it.
     assert repr(jax.tree.map(lambda x: "frozen", w)).startswith("Quantized(Scaled(")
     assert "as int8+bfloat16" in repr(jax.eval_shape(lambda: w))
-    assert repr(Quantized(None, open_scaled)) == "Quantized(None)"
+    assert repr(Quantized(None, dense_of)) == "Quantized(None)"
 
 
 @pytest.mark.parametrize("use", [jnp.asarray, jnp.tanh, lambda w: jnp.ones((2, 4)) @ w])

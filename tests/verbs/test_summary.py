@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +5,7 @@ import numpy as np
 import flora
 from flora.quantize import Quantized
 from tests.support import contract
+from tests.support.quantized import Scaled, dense_of
 from tests.verbs.test_coverage import X, fn, params
 
 
@@ -87,17 +86,8 @@ def test_each_kind_of_leaf():
 
 
 def test_stored_weights_count_their_bits():
-    @jax.tree_util.register_dataclass
-    @dataclasses.dataclass(frozen=True)
-    class Packed:
-        q: jax.Array
-        scale: jax.Array
-
-        shape = property(lambda self: self.q.shape)
-        dtype = property(lambda self: self.scale.dtype)
-
-    quantized = Packed(jnp.ones((4, 8), jnp.int4), jnp.ones((4, 1), jnp.float32))
-    (row,) = flora.summary({"w": Quantized(quantized, lambda s: s.q * s.scale)}).rows
+    quantized = Scaled(jnp.ones((4, 8), jnp.int4), jnp.ones((4, 1), jnp.float32))
+    (row,) = flora.summary({"w": Quantized(quantized, dense_of)}).rows
     assert (row.parameters, row.bytes) == (32, 32 // 2 + 4 * 4)
     assert (row.dtype, row.role) == ("int4+float32", "frozen")
 

@@ -215,7 +215,7 @@ def _as_weight(x: Any, like: Factored) -> Factored:
 def _loop_invariant(
     ctx: Context, eqn: Eqn, init: list[Any], ins: Any, outs: Any
 ) -> dict[int, Factored]:
-    """The carried weights that every step hands on unchanged; others settle."""
+    """The carried weights that every step hands on unchanged; others are made dense."""
     fixed = {}
     for k, x in enumerate(init):
         if isinstance(x, Factored):

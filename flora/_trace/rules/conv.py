@@ -104,7 +104,7 @@ def _change(operation: Operation, w: Factored, x: Any) -> Any:
 
 
 def _on_hidden(w: Factored, z: Any, features: int) -> Any:
-    """What the variant makes of x A, whose rank is the innermost part of the channels."""
+    """What the variant makes of x A; the rank is the innermost part of the channels."""
     if w.settings.between is None:
         return z
     z = jnp.moveaxis(z, features, -1)
@@ -140,7 +140,7 @@ def _cut(axis: Sizes, count: int) -> tuple[Sizes, Sizes, dict[str, Sizes]]:
 def _convolved(
     p: Any, x: Any, factor: Named, kernel: _Kernel, *, as_first: bool
 ) -> Any:
-    """An input convolved with a factor, 1×1 along the window axes that it does not have."""
+    """An input convolved with a factor, 1×1 along window axes that the factor lacks."""
     dn, mine = p["dimension_numbers"], []
     for axis in kernel.window:
         held = [n in factor.names for n, _ in axis]
@@ -183,7 +183,7 @@ def _divided(p: Any, *, whole_features: bool) -> Any:
 
 
 def _arranged(factor: Named, kernel: _Kernel) -> Any:
-    """The factor as `[*window, in, groups · out]`, repeated for groups that it lacks."""
+    """The factor, `[*window, in, groups · out]`, repeated for groups that it lacks."""
     window = [piece for axis in kernel.window for piece in axis]
     pieces = [*window, *kernel.in_, *kernel.groups, *kernel.out]
     array = factor.aligned([n for n, _ in pieces])

@@ -165,7 +165,8 @@ def _cotangent(x: Any, g: Any) -> list[Any]:
 def _examples(values: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
     """What to trace with in the place of values.
 
-    Real arrays where there are any: inside `shard_map` their types say more than shapes.
+    Real arrays where there are any: inside `shard_map` their types say more than
+    shapes.
     """
     examples = []
     for x, v in zip(values, variables, strict=True):

@@ -213,7 +213,7 @@ def _role(weights: Sequence[Factored], axis: int) -> str:
 def _scaled(
     weights: Sequence[Factored], signs: Sequence[complex]
 ) -> list[dict[str, Named]]:
-    """A and B of each weight, its scale and sign in B, in one dtype; if there are any."""
+    """A and B of each weight that has them, in one dtype; B with its scale and sign."""
     pairs = []
     for w, sign in zip(weights, signs, strict=True):
         if w.factors:
@@ -247,7 +247,7 @@ def _with_gaps(
     sizes: Sequence[int],
     value: int = 0,
 ) -> Named:
-    """Side by side along an axis of all parts, with a value for those without factors."""
+    """Side by side along an axis of all parts, a value for those without factors."""
     rest = iter(factors)
     every = [next(rest) if held else _filled(factors[0], name, size, value)
              for held, size in zip(is_weight, sizes, strict=True)]  # fmt: skip

@@ -44,7 +44,9 @@ def cast_squares(ctx: Context, eqn: Eqn, squared: Squared) -> list[Squared]:
 
 
 def sum_squares(ctx: Context, eqn: Eqn, squared: Squared) -> list[Any]:
-    """Σ (W + s A B)² = Σ W² + 2 s Σ W ⊙ A B + s² Σ (A B)², over in axes, out axes or all.
+    """Σ (W + s A B)² = Σ W² + 2 s Σ W ⊙ A B + s² Σ (A B)².
+
+    The sums are over in axes, out axes or all.
 
     References: Liu et al. 2024 (DoRA, which needs this norm).
       https://arxiv.org/abs/2402.09353

@@ -136,8 +136,8 @@ class Axis:
     """A named piece of an axis of a weight.
 
     Attributes:
-      name: equal for equal pieces of the weights of two layers, so that layers that call
-        one jitted function share its trace.
+      name: equal for equal pieces of two layers' weights, so that layers that call one
+        jitted function share its trace.
       size: its length.
       sources: `(path, axis)` of the leaves that it came from.
     """
@@ -243,7 +243,7 @@ class Factored:
     def sole(self, axis: int) -> Axis:
         """The piece of an axis that consists of just one."""
         if len(self.axes[axis]) != 1:
-            raise Unfactorable(f"axis {axis} joins several axes of the stored weight")
+            raise Unfactorable(f"axis {axis} joins several axes of the leaf")
         return self.axes[axis][0]
 
     def on_factors(self, fn: Callable[[Named], Named], **changes: Any) -> "Factored":

@@ -110,7 +110,8 @@ class _Followed:
     def factors(self, shape: tuple[int, ...]) -> tuple[Any, ...]:
         """Abstract factors.  Rank 1 is enough to see which rules apply."""
         shapes = self.layout.factor_shapes(shape, 1) if self.layout else ()
-        return tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+        dtype = jnp.result_type(float)
+        return tuple(jax.ShapeDtypeStruct(s, dtype) for s in shapes)
 
     def weight(self, base: Any, factors: Sequence[Any]) -> Factored:
         if self.layout is None:

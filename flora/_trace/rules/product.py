@@ -1,4 +1,4 @@
-"""What the rules of products share: W's own product, the low-rank term, output scales."""
+"""What rules of products share: W's own product, the low-rank term, output scales."""
 
 import dataclasses
 import functools

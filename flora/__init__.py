@@ -5,6 +5,9 @@
     loss, grads = flora.value_and_grad(loss_fn)(adapted, x)
     plain = flora.merge(adapted)
 
+The modules here are what users import; the folders `_verbs`, `_trace`, `_algebra` and
+so on are what these are built from, and the docstring of each says what is where.
+
 References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
 """
 

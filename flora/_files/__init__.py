@@ -1,5 +1,8 @@
 """Files: adapters, their records, fingerprints of a base, safetensors.
 
-Behind `flora.save`, `flora.load`, `flora.checkpoint` and `flora.hf`.  It may import
-`_verbs` and what is below, no other folder beside it.
+Behind `flora.save`, `flora.load`, `flora.checkpoint` and `flora.hf`.  What a saved
+adapter contains is in `adapter`, and what it says of each leaf in `records`; `items`
+and `compare` are the same for checkpoints.
+
+It may import `_verbs`, `_trace`, `_algebra` and `_tree`.
 """

@@ -1,5 +1,4 @@
-"""Measures of factors while they train, alarms on losses, the figure of both.
+"""Measures of factors while they train, an alarm on losses, a figure of both.
 
-Behind `flora.monitor`.  It may import `_verbs` and what is below, no other folder
-beside it.
+Behind `flora.monitor`.  It may import `_verbs`, `_trace`, `_algebra` and `_tree`.
 """

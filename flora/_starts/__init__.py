@@ -1,5 +1,5 @@
-"""Factors from values: of a weight, of gradients, of activations.
+"""Factors computed from values: of a weight, of gradients, of activations.
 
-Behind `flora.starts` and `flora.budget`.  It may import `_verbs` and what is below, no
-other folder beside it.
+Behind `flora.starts` and `flora.budget`.  It may import `_verbs`, `_trace`, `_algebra`
+and `_tree`.
 """

@@ -1,4 +1,7 @@
 """What an adapted tree is made of: nodes, layouts, paths, keys, settings, errors.
 
-The ground floor.  It imports nothing of flora but itself.
+`weight` has the node that replaces a leaf, `config` has `LoraConfig` and its defaults,
+`initializers` how A and B are drawn, `layout` the roles of a weight's axes.
+
+It imports nothing of flora from outside this folder.
 """

@@ -1,4 +1,5 @@
 """The verbs on trees: init, lora, split, join, merge, with_dropout, coverage, summary.
 
-`flora` itself exports them.  It may import `_trace`, `_algebra` and `_tree`.
+One module each, with `draw` for the drawing of factors and `tables` for printing.
+`flora` itself exports the verbs.  It may import `_trace`, `_algebra` and `_tree`.
 """

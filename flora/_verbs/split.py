@@ -1,4 +1,4 @@
-"""The verbs on adapted trees: split, join, merge, with_dropout."""
+"""`split` and `join`: an adapted tree as its frozen base and its adapter."""
 
 import dataclasses
 from collections.abc import Callable

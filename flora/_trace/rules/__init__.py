@@ -4,6 +4,10 @@ A rule takes `(ctx, eqn, *values)`, at least one value being a `Factored`, and r
 the equation's outputs.  It calls public transforms only.  Where it has no factored form
 it raises `Unfactorable`.  Structural rules act on W as the equation does and on each
 factor by name; they need not know what a name's role is.
+
+A new rule is a function in one of these modules, a row in `RULES` below, the primitive
+in `P` and its parameters in `_PARAMS` (both in `compat`), a test of the contract in
+`tests/trace/rules`, and the primitive's name in `examples/howto/primitives.md`.
 """
 
 from flora._trace.compat import P

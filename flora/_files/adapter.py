@@ -271,8 +271,8 @@ def _structure_problems(
         whole = saved.get(path, {}).get("kind") in ("trained", "also")
         if given.get(path) is None and (whole or path not in saved):
             continue
-        was = _shown(saved, path, lambda record: record["shape"])
-        now = _shown(given, path, lambda leaf: np.shape(abstract(leaf)))
+        was = _shape_text(saved, path, lambda record: record["shape"])
+        now = _shape_text(given, path, lambda leaf: np.shape(abstract(leaf)))
         if was != now:
             yield (
                 f"'{path}': the adapter was trained with {was}; the given base has "
@@ -280,7 +280,7 @@ def _structure_problems(
             )
 
 
-def _shown(leaves: Mapping[str, Any], path: str, shape: Any) -> str:
+def _shape_text(leaves: Mapping[str, Any], path: str, shape: Any) -> str:
     if leaves.get(path) is None:
         return "no such leaf"
     return f"shape {tuple(shape(leaves[path]))}"

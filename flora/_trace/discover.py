@@ -185,8 +185,8 @@ def _agree(uses: Sequence[Use], ndim: int) -> tuple[Layout | None, str]:
             if aligned is None:
                 return None, (
                     f"'{first.primitive}' at {first.source} reads it as "
-                    f"{_shown(chosen)}, '{use.primitive}' at {use.source} as "
-                    f"{_shown(roles)}"
+                    f"{_as_text(chosen)}, '{use.primitive}' at {use.source} as "
+                    f"{_as_text(roles)}"
                 )
             roles = aligned
         chosen = roles | chosen
@@ -208,7 +208,7 @@ def _agree(uses: Sequence[Use], ndim: int) -> tuple[Layout | None, str]:
         missing = "in" if not groups["in"] else "out"
         return None, (
             f"'{first.primitive}' at {first.source} reads it as "
-            f"{_shown(chosen)}: there is no {missing} axis"
+            f"{_as_text(chosen)}: there is no {missing} axis"
         )
     return Layout(groups["stack"], groups["in"], groups["out"]), ""
 
@@ -237,7 +237,7 @@ def _aligned(one: Mapping[int, str], other: dict[int, str]) -> dict[int, str] | 
     return None
 
 
-def _shown(roles: Mapping[int, str]) -> str:
+def _as_text(roles: Mapping[int, str]) -> str:
     named = {
         r: [str(i) for i in sorted(roles) if roles[i] == r]
         for r in ("stack", "window", "in", "out")

@@ -133,7 +133,8 @@ def _alike_in_factors(ctx: Context, parts: Sequence[Any]) -> Sequence[Any]:
     if not any(bare) or not any(isinstance(x, Factored) and x.factors for x in parts):
         return parts
     if ctx.log is None:
-        return [x.base if b else x for x, b in zip(parts, bare, strict=True)]
+        pairs = zip(parts, bare, strict=True)
+        return [lax.reshape(x.base, x.shape) if b else x for x, b in pairs]
     return [x.frozen(x.base) if isinstance(x, Factored) else x for x in parts]
 
 

@@ -22,6 +22,7 @@ from flora._algebra.axes import (
     Sizes,
     fused,
     renamed,
+    require_linear,
     reshaped,
 )
 from flora._tree.errors import LoraError, Unfactorable
@@ -134,7 +135,9 @@ def low_rank(
         x = dataclasses.replace(x, base=held.astype(thin))
     orders = ((w.a, w.b), (w.b, w.a))
     if w.settings.between is not None:  # the rank stands between: x first, at any cost
-        orders = tuple(o for o in orders if _meets(x, *o)) or orders
+        orders = tuple(o for o in orders if _meets(x, *o))
+        if len(orders) != 1:
+            require_linear(w, "a product over both in and out axes, or over neither")
     first, second = min(orders, key=lambda pair: _cost(x, pair, out))
     wide = second.astype(jnp.promote_types(second.array.dtype, thin)).array
     second = Named((widened(wide) * w.settings.scale).astype(thin), second.names)

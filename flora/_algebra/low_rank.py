@@ -25,6 +25,7 @@ from flora._algebra.axes import (
     require_linear,
     reshaped,
 )
+from flora._tree.arrays import compute_dtype
 from flora._tree.errors import LoraError, Unfactorable
 from flora._tree.quantized import dequantized
 
@@ -194,7 +195,7 @@ def densified(w: Factored) -> Any:
     if not w.factors:
         return base
     w = fused(w)
-    dtype = jnp.float32 if base is None else jnp.promote_types(base.dtype, jnp.float32)
+    dtype = jnp.float32 if base is None else compute_dtype(base.dtype)
     if w.settings.between is not None:
         raise LoraError(
             f"'{w.settings.path}' would have to be formed, and its variant puts a "

@@ -338,13 +338,19 @@ def test_densified(x64, name, columns):
     assert densified(bare) is bare.base
 
 
-def test_densified_is_rounded_once():
-    w = weight("jk", dtype=jnp.bfloat16)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+def test_densified_is_rounded_once(dtype):
+    w = weight("jk", dtype=dtype)
     got = densified(w)
-    assert got.dtype == jnp.bfloat16
-    want = jnp.asarray(whole(w), jnp.float32)
-    eps = float(jnp.finfo(jnp.bfloat16).eps)
-    np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=0.51 * eps)
+    assert got.dtype == dtype
+    half = {
+        k: float(getattr(jnp.finfo(dtype), k)) / 2
+        for k in ("eps", "smallest_subnormal")
+    }
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32), whole(w),
+        rtol=1.01 * half["eps"], atol=half["smallest_subnormal"],
+    )  # fmt: skip
 
 
 def test_a_function_between_has_no_dense_weight(x64):

@@ -166,3 +166,48 @@ def test_a_stack_keeps_the_function_that_all_share(x64):
     for tree in (*others, pair_of(Between(), Between(), (2, 3))):
         with pytest.raises(flora.LoraError, match=r"a stack of weights whose variants"):
             flora.lora(fn)(tree, x)
+
+
+def test_rows_of_tables_are_joined_as_activations(x64):
+    def fn(p, i):
+        one, other = p["u"][i], p["v"][i + 1]
+        return jnp.tanh(jnp.concatenate([one, other])), jnp.tanh(one + other)
+
+    params, i = {"u": array(6, 5), "v": array(6, 5, seed=1)}, jnp.asarray(2)
+    adapted = contract.adapt(fn, params, i, dtype=jnp.float64)
+    contract.close_to_merged(fn, contract.randomized(adapted), i)
+
+
+JOINS = {
+    "a sum": lambda p, x: x @ (p["u"] + p["v"]),
+    "a concatenation": lambda p, x: x @ jnp.concatenate([p["u"], p["v"]], 1),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_weights_of_other_dropout_rates_are_not_joined(name):
+    params, x = {"u": jnp.ones((6, 5)), "v": jnp.ones((6, 5))}, jnp.ones((3, 6))
+    tree = contract.adapt(JOINS[name], params, x)
+    tree["v"] = dataclasses.replace(tree["v"], dropout=0.5)
+    with pytest.raises(flora.LoraError, match=f"{name} of weights with other dropout"):
+        flora.lora(JOINS[name])(tree, x)
+
+
+def test_output_scales_of_a_sum_are_refused_and_joined_along_out_alone(x64):
+    def along(axis):
+        return lambda p, x: jnp.tile(x, 2 - axis) @ jnp.concatenate(
+            [p["u"], p["v"]], axis)  # fmt: skip
+
+    params, x = {"u": array(6, 5), "v": array(6, 5, seed=1)}, array(3, 6)
+    settings = {"dtype": jnp.float64, "variant": flora.variants.DoRA()}
+    tree = contract.randomized(contract.adapt(along(1), params, x, **settings))
+    contract.close(flora.lora(along(1))(tree, x), along(1)(flora.merge(tree), x))
+    # One with scaled outputs beside one without, either first.
+    for k in "uv":
+        mixed = tree | {k: dataclasses.replace(tree[k], variant=None, extra=None)}
+        got = flora.lora(along(1))(mixed, x)
+        contract.close(got, along(1)(flora.merge(mixed), x))
+    with pytest.raises(flora.LoraError, match="in axes joined, of weights whose out"):
+        flora.lora(along(0))(tree, x)
+    with pytest.raises(flora.LoraError, match="a sum, of a weight whose outputs are"):
+        flora.lora(JOINS["a sum"])(tree, x)

@@ -251,9 +251,8 @@ def test_names_and_lines_of_each_layer_survive():
         mine = [place for place in found if scope in place]
         # x W, x A and z B, and what their gradients need.
         assert len(mine) >= 6, scope
-        other = FIRST + SECOND - line
-        assert any(f'test_product.py":{line}:' in place for place in mine)
-        assert not any(f'test_product.py":{other}:' in place for place in mine)
+        # Newer JAX adds the line of the first trace, called from the layer's own.
+        assert all(f'test_product.py":{line}:' in place for place in mine)
 
 
 def test_equal_layers_drop_other_inputs():

@@ -382,6 +382,13 @@ def test_fused_pieces_share_a_role(x64, columns):
     assert fused(new, [1, 2]) is new
 
 
+def test_a_fused_piece_has_the_sources_of_all(x64):
+    w = factored([[("p", 2, "in"), ("q", 3, "in")]])
+    first, second = (Axis(n, k, ((n, 0),)) for n, k in (("p", 2), ("q", 3)))
+    w = dataclasses.replace(w, axes=((first, second),))
+    assert fused(w).pieces[0].sources == (("p", 0), ("q", 0))
+
+
 def test_fused_at_some_axes_alone(x64):
     w = factored(PIECES)
     new = fused(w, [3])

@@ -232,3 +232,10 @@ def test_a_function_between_a_and_b_where_b_alone_is_summed_or_cut(x64):
     y = acted(tree["w"], x)
     third = acted(tree["w"], 2 * x) / 2
     contract.close(flora.lora(fn)(tree, x), (y.sum(1), y[:, 2:4], third))
+
+
+def test_a_reshape_that_turns_its_operand_first(x64):
+    def fn(p, x):
+        return x @ lax.reshape(p["w"], (2, 5, 6), dimensions=(1, 0)).sum(0).T
+
+    contract.check(fn, {"w": array(6, 10)}, array(3, 6), dtype=jnp.float64)

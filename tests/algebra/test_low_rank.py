@@ -233,14 +233,15 @@ def test_complex_results_keep_complex_factors(x64):
 
 
 def test_the_scale_acts_in_float32():
-    """3 · 2⁻²³ is no bfloat16 subnormal's business: the factor is scaled before."""
-    w = weight("jk", dtype=jnp.bfloat16, scale=1.0009765625)
-    one = Named(jnp.ones((5, 2), jnp.bfloat16), ("k", RANK))
-    a = Named(jnp.ones((2, 4), jnp.bfloat16), (RANK, "j"))
-    w = dataclasses.replace(w, base=None, factors={"a": a, "b": one})
-    x = Named(jnp.ones((1, 4), jnp.float32), ("l", "j"))
-    got = low_rank(x, w, "lk", precision=None, dtype=jnp.float32).array
-    np.testing.assert_array_equal(got, np.float32(8 * 1.0009765625))
+    """1.1 · 1.75 rounded once: in bfloat16, 1.1 itself would be rounded before."""
+    w, one = weight("jk", dtype=jnp.bfloat16, scale=1.1), jnp.bfloat16(1)
+    b = Named(jnp.full((5, 1), 1.75, jnp.bfloat16), ("k", RANK))
+    a = Named(jnp.ones((1, 4), jnp.bfloat16), (RANK, "j"))
+    w = dataclasses.replace(w, base=None, factors={"a": a, "b": b})
+    x = Named(jnp.asarray([[one, 0, 0, 0]], jnp.bfloat16), ("l", "j"))
+    got = low_rank(x, w, "lk", precision=None, dtype=jnp.bfloat16).array
+    assert jnp.bfloat16(1.1) * jnp.bfloat16(1.75) != jnp.bfloat16(1.1 * 1.75)
+    assert (got == jnp.bfloat16(1.1 * 1.75)).all()
 
 
 def test_which_dtype_computes():

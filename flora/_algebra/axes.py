@@ -477,6 +477,12 @@ def new_name(w: Factored) -> Name:
     return next(n for k in itertools.count() if (n := f"new{k}") not in w.names)
 
 
+def require_linear(w: Factored, what: str) -> None:
+    """Raises where a rule cannot keep a variant's function of x A apart."""
+    if w.settings.between is not None:
+        raise Unfactorable(f"{what}, of a weight whose variant acts between A and B")
+
+
 def require_no_output_scale(w: Factored, what: str) -> None:
     """Raises where a rule cannot keep the factors of the outputs apart."""
     if w.output_scale is not None:

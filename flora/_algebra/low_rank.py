@@ -22,8 +22,10 @@ from flora._algebra.axes import (
     Sizes,
     fused,
     renamed,
+    require_linear,
     reshaped,
 )
+from flora._tree.arrays import compute_dtype
 from flora._tree.errors import LoraError, Unfactorable
 from flora._tree.quantized import dequantized
 
@@ -134,7 +136,9 @@ def low_rank(
         x = dataclasses.replace(x, base=held.astype(thin))
     orders = ((w.a, w.b), (w.b, w.a))
     if w.settings.between is not None:  # the rank stands between: x first, at any cost
-        orders = tuple(o for o in orders if _meets(x, *o)) or orders
+        orders = tuple(o for o in orders if _meets(x, *o))
+        if len(orders) != 1:
+            require_linear(w, "a product over both in and out axes, or over neither")
     first, second = min(orders, key=lambda pair: _cost(x, pair, out))
     wide = second.astype(jnp.promote_types(second.array.dtype, thin)).array
     second = Named((widened(wide) * w.settings.scale).astype(thin), second.names)
@@ -191,7 +195,7 @@ def densified(w: Factored) -> Any:
     if not w.factors:
         return base
     w = fused(w)
-    dtype = jnp.float32 if base is None else jnp.promote_types(base.dtype, jnp.float32)
+    dtype = jnp.float32 if base is None else compute_dtype(base.dtype)
     if w.settings.between is not None:
         raise LoraError(
             f"'{w.settings.path}' would have to be formed, and its variant puts a "

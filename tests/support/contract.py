@@ -191,6 +191,25 @@ def close_to_merged(fn, adapted, *args, tolerance=1e-12, of_gradients=None, star
     close_to_formula(adapted, *grads, tolerance=of_gradients or tolerance)
 
 
+def close_to_merged_over(fn, adapted, dense, *args, tolerance=1e-5):
+    """The same with the merged model of another tree, such as a dequantized one."""
+
+    @jax.jit
+    def both(adapted, dense, args):
+        outs = flora.lora(fn)(adapted, *args), fn(flora.merge(dense), *args)
+        base, adapter = flora.split(adapted)
+
+        def loss(adapter):
+            return scalar(flora.lora(fn)(flora.join(base, adapter), *args))
+
+        return outs, jax.grad(loss)(adapter), gradients(fn, dense, *args)[1]
+
+    outs, grads, wanted = both(adapted, dense, args)
+    close(*outs, tolerance)
+    pairs = {p: (w.a, w.b) for p, w in named_leaves(grads)[0] if is_weight(w)}
+    close_to_formula(dense, pairs, wanted, tolerance=tolerance)
+
+
 def equations(jaxpr):
     """All equations of a jaxpr and of those inside."""
     for eqn in open_jaxpr(jaxpr)[0].eqns:

@@ -1,6 +1,8 @@
 """Formulas of the variants in NumPy, and functions that use one weight."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,27 @@ def formula(w, g=None):
             found = {"a": dp * d, "b": dq, "e": of_rank}
     parts = {"a": w.a, "b": w.b, **w.extra}
     return {name: x.reshape(parts[name].shape) for name, x in found.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """A variant that puts a function of all ranks between A and B."""
+
+    function: Callable = jax.nn.softmax
+    frozen = ()
+
+    def start(self, key, weight):
+        return weight
+
+    def product(self, weight):
+        return flora.variants.Product(weight.a, weight.b, between=self.function)
+
+
+def acted(w, x):
+    """X W + scale f(x A) B for a weight `[in, out]`; plain LoRA has no f."""
+    z = x @ w.a
+    z = w.variant.function(z) if w.variant else z
+    return x @ w.base + w.scale * z @ w.b
 
 
 # --- Where the weights are used -------------------------------------------------------

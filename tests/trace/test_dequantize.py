@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 import flora
+from flora._tree.quantized import dequantized
 from flora.quantize import Quantized
 from tests.support import contract
 from tests.support.contract import P, array, equations
@@ -28,8 +29,8 @@ def dense(tree):
 
     def one(w):
         if contract.is_weight(w):
-            return dataclasses.replace(w, base=w.base.dense())
-        return w.dense() if isinstance(w, Quantized) else w
+            return dataclasses.replace(w, base=dequantized(w.base))
+        return dequantized(w)
 
     def stop(w):
         return contract.is_weight(w) or isinstance(w, Quantized)
@@ -161,3 +162,60 @@ def test_shapes_stand_for_what_is_stored():
     assert tree["w"].base == shapes["w"]
     out = jax.eval_shape(flora.lora(FUNCTIONS["product"]), tree, X)
     assert (out.shape, out.dtype) == ((4, 5), jnp.float32)
+
+
+def own_derivative(wrap):
+    """x w + tanh(x u) with derivatives along w and u that are not JAX's own."""
+
+    def product(x, w, u):
+        return x @ w + jnp.tanh(x @ u)
+
+    own = wrap(product)
+    if wrap is jax.custom_jvp:
+        own.defjvp(lambda p, t: (
+            own(*p), 3 * t[0] @ p[1] + 2 * p[0] @ t[1] + p[0] @ t[2]))  # fmt: skip
+    else:
+        own.defvjp(
+            lambda x, w, u: (own(x, w, u), (x, w)),
+            lambda saved, g: (3 * g @ saved[1].T, 2 * saved[0].T @ g, saved[0].T @ g),
+        )
+    return own
+
+
+JVP, VJP = own_derivative(jax.custom_jvp), own_derivative(jax.custom_vjp)
+MIXED = {
+    "along out": lambda x, w, u: x @ jnp.concatenate([w, u], 1),
+    "along in": lambda x, w, u: jnp.concatenate([x, 2 * x], 1) @ jnp.concatenate(
+        [w, u], 0),
+    "stacked": lambda x, w, u: jnp.einsum("bi,kio->kbo", x, jnp.stack([w, u])),
+    "stacked in the middle": lambda x, w, u: jnp.einsum(
+        "bi,iko->kbo", x, jnp.stack([w, u], 1)),
+    "loop over a stack": lambda x, w, u: lax.scan(
+        lambda h, w: (jnp.tanh(h @ w) @ jnp.ones((5, 7)), None), x,
+        jnp.stack([w, u]))[0],
+    "sum": lambda x, w, u: x @ (w + u),
+    "difference": lambda x, w, u: x @ (w - u),
+    "complex": lambda x, w, u: jnp.abs(x @ lax.complex(w, u)),
+    "centred": lambda x, w, u: x @ (w - u.mean(0)),
+    "product": lambda x, w, u: x @ (w @ u.T),
+    "custom_jvp": JVP,
+    "custom_vjp": VJP,
+    "loop": lambda x, w, u: lax.fori_loop(
+        0, 2, lambda _, h: jnp.tanh(h @ w) @ u.T, x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("base", ["quantized", "dense"])
+@pytest.mark.parametrize("name", MIXED)
+def test_beside_a_quantized_weight_without_factors(name, base):
+    """Both orders; the merged model over dequantized weights says what is right."""
+    w = EVERY["w"] if base == "quantized" else EVERY["w"].dense()
+    params = {"w": w, "u": EVERY["u"]}
+
+    def fn(p, x):
+        one, other = MIXED[name](x, p["w"], p["u"]), MIXED[name](x, p["u"], p["w"])
+        return one, other
+
+    tree = contract.randomized(contract.adapt(fn, params, X, target="w"))
+    assert isinstance(tree["u"], Quantized)
+    contract.close_to_merged_over(fn, tree, dense(tree), X)

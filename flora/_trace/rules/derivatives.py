@@ -13,6 +13,7 @@ from flora._algebra.axes import (
     Factored,
     Named,
     fused,
+    require_linear,
     require_no_output_scale,
 )
 from flora._algebra.low_rank import contract, sizes_of
@@ -35,7 +36,9 @@ def _computing(rule: Callable) -> Callable:
             raise Unfactorable("dropout in a function with a derivative of its own")
         adapted = [x for x in args if isinstance(x, Factored) and x.factors]
         for x in adapted:
-            require_no_output_scale(x, "a function with a derivative of its own")
+            what = "a function with a derivative of its own"
+            require_no_output_scale(x, what)
+            require_linear(x, what)
         # A weight without factors is an array like any other.
         args = tuple(
             x.base if isinstance(x, Factored) and not x.factors else x for x in args

@@ -54,6 +54,8 @@ def _product(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> Any:
     w, x = ((lhs, rhs), (rhs, lhs))[side]
     if not isinstance(w, Factored):
         return eval_eqn(eqn, [lhs, rhs])[0]
+    if w.factors and isinstance(x, Factored) and not x.factors:
+        x = x.base  # a weight without factors is an array like any other
     operation = Operation(eqn, _change, side)
     if isinstance(x, Factored):
         if w.output_scale is not None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.axes import RANK, Axis, Factored, Name, Named, fused
+from flora._algebra.axes import RANK, Axis, Factored, Name, Named, fused, require_linear
 from flora._algebra.low_rank import contract, on_hidden, widened, with_output_scale
 from flora._trace.compat import Eqn, eval_eqn
 from flora._trace.interpret import Context
@@ -97,6 +97,9 @@ def _change(operation: Operation, w: Factored, indices: Any) -> Any:
     """Scale A[i] B for rows of A, or A B[i]."""
     eqn, (w, at) = operation.eqn, _with_sole_axes(w)
     places, aval = _places(eqn, w, indices.ndim - 1), eqn.outvars[0].aval
+    touched = [x for i in (*places.looked_up, *places.cut) for x in w.axes[i]]
+    if any(w.role(x.name) == "out" for x in touched):
+        require_linear(w, "a lookup along out axes")
     a, b = (_gathered(eqn, f, at, indices, places) for f in (w.a, w.b))
     a, present = on_hidden(w, a), {*a.names, *b.names}
     if {*places.indices} - present:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -71,7 +71,8 @@ def _sum(ctx: Context, eqn: Eqn, x: Any, y: Any, sign: complex) -> Factored:
     base = _joint_base(eqn, terms)
     if len(weights) == 2:
         ready = _fitted(weights, shape)
-        return _joint(ready, base, ready[0].axes, _summed(_scaled(ready, (1, sign))))
+        factors = _summed(_scaled(ready, (1, sign)))
+        return _joint(ready, base, ready[0].axes, factors, between=_beside(ready))
     (w,) = weights
     if w.shape != shape:
         raise Unfactorable("a sum that repeats the weight")
@@ -98,7 +99,12 @@ def _concatenated(ctx: Context, eqn: Eqn, at: int, parts: Sequence[Any]) -> Fact
     is_weight = [isinstance(x, Factored) for x in parts]
     held = [*itertools.compress(zip(starts, sizes, strict=False), is_weight)]
     pairs = _scaled(ready, [1] * len(ready))
+    between = _beside(ready)
     if like.role(name) == "stack":
+        if between is not None:  # it acts on each entry by itself, so on all alike
+            if len({(w.settings.between, w.rank) for w in ready}) > 1:
+                raise Unfactorable("a stack of weights whose variants differ")
+            between = like.settings.between
         rank = max(pair["a"].sizes[RANK] for pair in pairs)
         pairs = [{k: f.padded(RANK, 0, rank - f.sizes[RANK]) for k, f in pair.items()}
                  for pair in pairs]  # fmt: skip
@@ -121,7 +127,31 @@ def _concatenated(ctx: Context, eqn: Eqn, at: int, parts: Sequence[Any]) -> Fact
             one = like.key.along(name, lambda x, at: jnp.moveaxis(x, at, 0))
             left = tuple(n for n in one.names if n != name)
             rest["key"] = Named(one.array[0], left).repeated(name, total)
-    return _joint(ready, base, axes, rest, alone=len(ready) == len(parts))
+    alone = len(ready) == len(parts)
+    return _joint(ready, base, axes, rest, alone=alone, between=between)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Beside:
+    """The functions that variants of joined weights put between A and B.
+
+    Attributes:
+      each: a function, or `None` for none, and the rank, of each weight.
+    """
+
+    each: tuple[tuple[Callable[[Any], Any] | None, int], ...]
+
+    def __call__(self, z: Any) -> Any:
+        parts = lax.split(z, [rank for _, rank in self.each], z.ndim - 1)
+        made = [p if f is None else f(p)
+                for p, (f, _) in zip(parts, self.each, strict=True)]  # fmt: skip
+        return lax.concatenate(made, z.ndim - 1)
+
+
+def _beside(weights: Sequence[Factored]) -> Callable[[Any], Any] | None:
+    """What acts on x [A₁ | A₂]: each weight's function on its own part."""
+    each = tuple((w.settings.between, w.rank) for w in weights if w.factors)
+    return _Beside(each) if any(f is not None for f, _ in each) else None
 
 
 def _alike_in_factors(ctx: Context, parts: Sequence[Any]) -> Sequence[Any]:
@@ -133,7 +163,8 @@ def _alike_in_factors(ctx: Context, parts: Sequence[Any]) -> Sequence[Any]:
     if not any(bare) or not any(isinstance(x, Factored) and x.factors for x in parts):
         return parts
     if ctx.log is None:
-        return [x.base if b else x for x, b in zip(parts, bare, strict=True)]
+        pairs = zip(parts, bare, strict=True)
+        return [lax.reshape(x.base, x.shape) if b else x for x, b in pairs]
     return [x.frozen(x.base) if isinstance(x, Factored) else x for x in parts]
 
 
@@ -164,6 +195,7 @@ def _joint(
     axes: Axes,
     factors: Mapping[str, Named],
     alone: bool = True,
+    between: Callable[[Any], Any] | None = None,
 ) -> Factored:
     """What becomes of weights with one piece an axis, alone or beside arrays."""
     of_axis = [sources_of(itertools.chain(*each))
@@ -173,7 +205,9 @@ def _joint(
         for axis, sources in zip(axes, of_axis, strict=True)
     )
     paths = tuple(dict.fromkeys(p for w in weights for p in w.settings.paths))
-    settings = dataclasses.replace(weights[0].settings, paths=paths, scale=1.0)
+    settings = dataclasses.replace(
+        weights[0].settings, paths=paths, scale=1.0, between=between
+    )
     reduced = alone and all(w.reduced for w in weights)
     key = {"key": weights[0].key} if weights[0].key is not None else {}
     return Factored(base, {**key, **factors} if factors else {}, axes, settings,

@@ -12,6 +12,7 @@ from flora._algebra.axes import (
     Named,
     Squared,
     by_position,
+    require_linear,
     require_no_output_scale,
 )
 from flora._algebra.low_rank import Names, contract, low_rank, widened
@@ -25,8 +26,7 @@ def square(ctx: Context, eqn: Eqn, w: Factored) -> list[Squared]:
     if w.base is None or jnp.issubdtype(w.base.dtype, jnp.complexfloating):
         raise Unfactorable("the square of a change, or of a complex weight")
     require_no_output_scale(w, "the square")
-    if w.settings.between is not None:
-        raise Unfactorable("the square of a weight whose variant acts between A and B")
+    require_linear(w, "the square")
     return [Squared(eval_eqn(eqn, [w.base] * len(eqn.invars))[0], w)]
 
 

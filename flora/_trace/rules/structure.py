@@ -16,6 +16,7 @@ from flora._algebra.axes import (
     Named,
     new_name,
     regrouped,
+    require_linear,
     require_no_output_scale,
     reshaped,
     with_axis,
@@ -108,6 +109,8 @@ def reduce_sum(ctx: Context, eqn: Eqn, w: Factored) -> list[Factored]:
     if w.indexed:
         raise Unfactorable("a sum over rows of the weight")
     roles = {w.role(x.name) for i in gone for x in w.axes[i] if x.size > 1}
+    if "in" in roles:
+        require_linear(w, "a sum over in axes")
     if "out" in roles:
         require_no_output_scale(w, "a sum over out axes")
     if "stack" in roles:

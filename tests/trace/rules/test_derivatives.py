@@ -5,6 +5,7 @@ import pytest
 import flora
 from tests.support import contract
 from tests.support.contract import array
+from tests.support.variant_cases import Between
 
 
 def params():
@@ -139,6 +140,17 @@ def test_scaled_columns_are_refused_by_name(wrap):
         rf"'{wrap.__name__}_call' at test_derivatives.py:\d+ .*reads 'w'.* derivative"
     )
     with pytest.raises(flora.LoraError, match=match):
+        flora.lora(fn)(tree, x)
+
+
+@BOTH
+def test_a_function_between_a_and_b_is_refused_by_name(wrap):
+    own, x = times(wrap), jnp.ones((3, 7))
+    fn = lambda p, x: own(x, p["w"])  # noqa: E731
+    tree = contract.adapt(fn, {"w": jnp.ones((7, 5))}, x, variant=Between())
+    with pytest.raises(
+        flora.LoraError, match=r"reads 'w' .*derivative of its own, .*between A and B"
+    ):
         flora.lora(fn)(tree, x)
 
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ from jax import lax
 import flora
 from tests.support import contract
 from tests.support.contract import array, properties
+from tests.support.variant_cases import Between
 
 
 @st.composite
@@ -160,3 +163,65 @@ def test_the_thin_product_that_costs_less_comes_first():
     ]
     shapes = [e.outvars[0].aval.shape for e in dots]
     assert shapes == [(3, 97), (3, 2), (3, 97), (2, 8)]
+
+
+LAYOUTS = {"in, out": flora.Layout(), "out, in": flora.Layout((), (1,), (0,))}
+
+
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize("right", LAYOUTS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_function_between_a_and_b_in_a_product_of_two_weights(
+    x64, left, right, transposed
+):
+    """It acts on what meets the weight at hand; what meets the other one is refused."""
+
+    def weight(shape, layout, seed, variant):
+        shapes = (shape, *layout.factor_shapes(shape, 2))
+        base, a, b = (array(*s, seed=seed + i) for i, s in enumerate(shapes))
+        return flora.LoraWeight(base, a, b, layout=layout, rank=2, variant=variant)
+
+    def fn(p, x):
+        if transposed:
+            return x @ (p["v"].T @ p["u"].T).T
+        return x @ (p["u"] @ p["v"])
+
+    def met(w, x, layout):
+        """X W for W of the variant: f(x A) B or, where x meets B, f(x Bᵀ) Aᵀ."""
+        swap = layout == "out, in"
+        first, second = (w.b.T, w.a.T) if swap else (w.a, w.b)
+        return x @ w.base + w.scale * jax.nn.softmax(x @ first) @ second
+
+    def run(first, second):
+        u = weight((7, 5), LAYOUTS[left], 1, first)
+        v = weight((5, 4), LAYOUTS[right], 5, second)
+        return flora.lora(fn)({"u": u, "v": v}, x), u, v
+
+    x, mine, other = array(3, 7), (Between(), None), (None, Between())
+    if transposed:
+        mine, other = other, mine
+    got, u, v = run(*mine)
+    if transposed:
+        want = x @ met(v, flora.merge(u), right)
+    else:
+        turned = dataclasses.replace(u, base=u.base.T)
+        back = {"in, out": "out, in", "out, in": "in, out"}[left]
+        want = x @ met(turned, flora.merge(v).T, back).T
+    contract.close(got, want)
+    for kinds in (other, (Between(), Between())):
+        with pytest.raises(flora.LoraError, match=r"two weights with .* a variant"):
+            run(*kinds)
+
+
+@pytest.mark.parametrize("spec", ["b,io->bio", "bio,io->b"])
+def test_a_function_between_needs_x_to_meet_one_factor(spec):
+    def fn(p, x):
+        return jnp.einsum(spec, x, p["w"])
+
+    shape = (3, 5, 4) if spec == "bio,io->b" else (3,)
+    tree = contract.adapt(
+        lambda p, x: x @ p["w"], {"w": jnp.ones((5, 4))}, jnp.ones((3, 5)),
+        variant=Between(),
+    )  # fmt: skip
+    with pytest.raises(flora.LoraError, match="both in and out axes, or over neither"):
+        flora.lora(fn)(tree, jnp.ones(shape))

@@ -172,3 +172,31 @@ def test_what_only_looks_like_rows_is_not_silently_dense(name):
         flora.LoraError, match=r"'(tanh|concatenate)' .*no factored rule"
     ):
         contract.adapt(fn, used, 1, layouts=layouts)
+
+
+def test_a_batched_lookup_in_a_transposed_stack(x64):
+    def fn(p, ids):
+        rows = jax.vmap(jax.vmap(lambda w, i: w[i]))
+        return rows(p["w"].transpose(1, 0, 2, 3), ids)
+
+    ids = jnp.asarray([[[1, 0], [6, 2], [3, 3]], [[5, 4], [0, 1], [2, 2]]])
+    adapted = contract.check(fn, {"w": array(3, 2, 7, 5)}, ids, dtype=jnp.float64)
+    assert adapted["w"].layout == flora.Layout((), (0, 1, 2), (3,))
+
+
+def test_narrow_factors_of_a_table_are_scaled_in_float32():
+    def fn(p, ids):
+        return p["w"][ids]
+
+    ids, w = jnp.asarray([1, 4, 0]), array(6, 10, dtype=jnp.float32)
+    adapted = contract.adapt(fn, {"w": w}, ids, dtype=jnp.bfloat16, alpha=1.1)
+    adapted = contract.randomized(adapted)
+    contract.close(flora.lora(fn)(adapted, ids), fn(flora.merge(adapted), ids))
+
+
+def test_a_sum_over_a_row_is_a_lookup():
+    def fn(p, i):
+        return lax.dynamic_slice(p["w"], (i, 0), (1, 5)).sum(1)
+
+    report = flora.coverage(fn, {"w": jnp.ones((6, 5))}, jnp.asarray(2))
+    assert report["w"].layout == flora.Layout((), (0,), (1,))

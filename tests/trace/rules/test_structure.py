@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import flora
 from tests.support import contract
 from tests.support.contract import P, array, properties
+from tests.support.variant_cases import Between, acted
 
 MESH = Mesh(np.array(jax.devices("cpu")[:1]), ("x",))
 BY_X = NamedSharding(MESH, PartitionSpec("x"))
@@ -200,3 +201,41 @@ def test_uses_that_swap_in_and_out_agree(x64):
 
     adapted = contract.adapt(fn, {"w": array(4, 4)}, array(3, 4), dtype=jnp.float64)
     contract.close_to_merged(fn, contract.randomized(adapted), array(3, 4))
+
+
+SUMS = {
+    "in": (lambda p, x: x @ (p["w"] - p["w"].mean(0)), "a sum over in axes"),
+    "all": (lambda p, x: x * p["w"].sum(), "a sum over in axes"),
+    "columns": (lambda p, x: x @ p["w"][:, jnp.array([3, 0])], "along out axes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_function_between_a_and_b_is_not_moved(name):
+    fn, match = SUMS[name]
+    x = jnp.ones((5, 6))
+    tree = contract.adapt(
+        lambda p, x: x @ p["w"], {"w": jnp.ones((6, 10))}, x, variant=Between()
+    )
+    with pytest.raises(flora.LoraError, match=match):
+        flora.lora(fn)(tree, x)
+
+
+def test_a_function_between_a_and_b_where_b_alone_is_summed_or_cut(x64):
+    def fn(p, x):
+        return x @ p["w"].sum(1), x @ p["w"][:, 2:4], (2 * x) @ (p["w"] / 2)
+
+    x = array(5, 6)
+    tree = contract.adapt(fn, {"w": array(6, 10)}, x, variant=Between(),
+                          dtype=jnp.float64)  # fmt: skip
+    tree = contract.randomized(tree)
+    y = acted(tree["w"], x)
+    third = acted(tree["w"], 2 * x) / 2
+    contract.close(flora.lora(fn)(tree, x), (y.sum(1), y[:, 2:4], third))
+
+
+def test_a_reshape_that_turns_its_operand_first(x64):
+    def fn(p, x):
+        return x @ lax.reshape(p["w"], (2, 5, 6), dimensions=(1, 0)).sum(0).T
+
+    contract.check(fn, {"w": array(6, 10)}, array(3, 6), dtype=jnp.float64)

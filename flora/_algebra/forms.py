@@ -180,7 +180,7 @@ SUMS: Mapping[str, Callable[..., Any]] = {
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _products(
+def lora_products(
     each: tuple[Spec, ...], x: Named, ws: Arrays, ps: Arrays, qs: Arrays
 ) -> Sequence[Any]:
     """X W + (x P) Q for each W, with the axes `spec.y`.  Reverse mode only.
@@ -253,10 +253,10 @@ def _backward(
     return Named(dx, x.names), None, tuple(_parts(dp, qs)), tuple(dqs)
 
 
-_products.defvjp(_forward, _backward)
+lora_products.defvjp(_forward, _backward)
 
 # Traced, differentiated and transposed once for all layers that are alike.
-products = jax.jit(_products, static_argnums=0, inline=True)
+products = jax.jit(lora_products, static_argnums=0, inline=True)
 
 
 def _summed(

@@ -42,7 +42,8 @@ class Operation:
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _once(operation: Operation, w: Factored, *rest: Any) -> Any:
+def lora(operation: Operation, w: Factored, *rest: Any) -> Any:
+    """X W + scale (x A) B.  Newer versions of JAX show its name in profiles."""
     y = None if w.base is None else operation.base(w.base, *rest)
     change = operation.change(operation, w, *rest)
     return change if y is None else y + change
@@ -52,7 +53,8 @@ def plain(ctx: Context, operation: Operation, w: Factored, *rest: Any) -> Any:
     """X W + scale (x A) B, traced once for all layers that are alike.
 
     JAX keeps its derivative and transpose, too.  In the program there is no call: JAX
-    puts the operations where they would be, under the names of the layer.
+    puts the operations where they would be, under the names of the layer, which from
+    JAX 0.12 on end in `jit(lora)`.
 
     Args:
       ctx: the context.
@@ -60,7 +62,7 @@ def plain(ctx: Context, operation: Operation, w: Factored, *rest: Any) -> Any:
       w: the weight, without output scale and keys.
       *rest: the equation's other operands, x first.
     """
-    run = _once if w.factors else _base
+    run = lora if w.factors else _base
     if ctx.log is None:
         return run(operation, w, *rest)
     key = operation, jax.tree.structure(w)

@@ -200,3 +200,13 @@ def test_a_sum_over_a_row_is_a_lookup():
 
     report = flora.coverage(fn, {"w": jnp.ones((6, 5))}, jnp.asarray(2))
     assert report["w"].layout == flora.Layout((), (0,), (1,))
+
+
+def test_a_stack_indexed_along_two_axes_at_once_is_refused():
+    def fn(p, x, i, j):
+        return jnp.einsum("ni,nio->no", x, p["w"][i, j])
+
+    params, i = {"w": array(2, 3, 5, 4, dtype=jnp.float32)}, jnp.array([0, 1, 0])
+    x = array(3, 5, dtype=jnp.float32)
+    with pytest.raises(flora.LoraError, match="indexed along several axes at once"):
+        contract.adapt(fn, params, x, i, i)

@@ -239,3 +239,13 @@ def test_a_reshape_that_turns_its_operand_first(x64):
         return x @ lax.reshape(p["w"], (2, 5, 6), dimensions=(1, 0)).sum(0).T
 
     contract.check(fn, {"w": array(6, 10)}, array(3, 6), dtype=jnp.float64)
+
+
+def test_a_sum_over_outputs_that_are_scaled_is_refused():
+    def fn(p, x):
+        return x @ p["w"] + p["w"].sum(1).mean()
+
+    params, x = {"w": array(6, 10, dtype=jnp.float32)}, array(5, 6, dtype=jnp.float32)
+    adapted = contract.adapt(fn, params, x, variant=flora.variants.DoRA())
+    with pytest.raises(flora.LoraError, match="a sum over out axes, of a weight whose"):
+        flora.lora(fn)(adapted, x)

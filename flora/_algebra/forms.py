@@ -180,7 +180,7 @@ SUMS: Mapping[str, Callable[..., Any]] = {
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def lora_products(
+def products(
     each: tuple[Spec, ...], x: Named, ws: Arrays, ps: Arrays, qs: Arrays
 ) -> Sequence[Any]:
     """X W + (x P) Q for each W, with the axes `spec.y`.  Reverse mode only.
@@ -253,10 +253,7 @@ def _backward(
     return Named(dx, x.names), None, tuple(_parts(dp, qs)), tuple(dqs)
 
 
-lora_products.defvjp(_forward, _backward)
-
-# Traced, differentiated and transposed once for all layers that are alike.
-products = jax.jit(lora_products, static_argnums=0, inline=True)
+products.defvjp(_forward, _backward)
 
 
 def _summed(

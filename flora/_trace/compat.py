@@ -25,6 +25,11 @@ Primitive = jex.Primitive
 TESTED = "flora is tested with JAX 0.10.2 to 0.12: install one of these."
 
 
+# For `jax.jit(inline=)`: operations stand in the caller's place from tracing on.  From
+# JAX 0.11 on, True means that they do so once they are lowered.
+INLINE: Any = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True  # pyright: ignore
+
+
 def _primitive_of(fn: Callable) -> Primitive:
     """The primitive that a public function binds, for those with no public name."""
     x = jax.ShapeDtypeStruct((2,), jnp.float32)

@@ -20,7 +20,7 @@ from flora._algebra.low_rank import (
     sizes_of,
     widened,
 )
-from flora._trace.compat import Eqn, eval_eqn, relative_scopes
+from flora._trace.compat import INLINE, Eqn, eval_eqn, relative_scopes
 from flora._trace.interpret import Context
 from flora._trace.rules.product import Operation, multiplied, plain
 from flora._tree.errors import Unfactorable
@@ -221,11 +221,15 @@ def _in_form(eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm | None:
     return _InForm(spec, form.together, met.x, base, p, q, out.shape)
 
 
+# Traced, differentiated and transposed once for all layers that are alike.
+_products = jax.jit(products, static_argnums=0, inline=INLINE)
+
+
 def _computed(found: Sequence[_InForm]) -> list[Any]:
     """The products, all of one x."""
     each = tuple(one.spec for one in found)
     ws, ps, qs = zip(*((one.w, one.p, one.q) for one in found), strict=True)
-    ys: Any = products(each, found[0].x, ws, ps, qs)
+    ys: Any = _products(each, found[0].x, ws, ps, qs)
     return [lax.reshape(y, one.shape) for y, one in zip(ys, found, strict=True)]
 
 

@@ -9,7 +9,7 @@ import jax
 
 from flora._algebra.axes import Factored, Named, Sizes
 from flora._algebra.low_rank import drop, with_output_scale
-from flora._trace.compat import Eqn, eval_eqn
+from flora._trace.compat import INLINE, Eqn, eval_eqn
 from flora._trace.interpret import Context
 
 
@@ -41,9 +41,8 @@ class Operation:
         return eval_eqn(self.eqn, [*rest[: self.at], w, *rest[self.at :]])[0]
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def lora(operation: Operation, w: Factored, *rest: Any) -> Any:
-    """X W + scale (x A) B.  Newer versions of JAX show its name in profiles."""
+@functools.partial(jax.jit, static_argnums=0, inline=INLINE)
+def _once(operation: Operation, w: Factored, *rest: Any) -> Any:
     y = None if w.base is None else operation.base(w.base, *rest)
     change = operation.change(operation, w, *rest)
     return change if y is None else y + change
@@ -53,8 +52,7 @@ def plain(ctx: Context, operation: Operation, w: Factored, *rest: Any) -> Any:
     """X W + scale (x A) B, traced once for all layers that are alike.
 
     JAX keeps its derivative and transpose, too.  In the program there is no call: JAX
-    puts the operations where they would be, under the names of the layer, which from
-    JAX 0.12 on end in `jit(lora)`.
+    puts the operations where they would be, under the names of the layer.
 
     Args:
       ctx: the context.
@@ -62,7 +60,7 @@ def plain(ctx: Context, operation: Operation, w: Factored, *rest: Any) -> Any:
       w: the weight, without output scale and keys.
       *rest: the equation's other operands, x first.
     """
-    run = lora if w.factors else _base
+    run = _once if w.factors else _base
     if ctx.log is None:
         return run(operation, w, *rest)
     key = operation, jax.tree.structure(w)

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.axes import RANK, Factored, Name, Named, Sizes
+from flora._algebra.axes import RANK, Factored, Name, Named, Sizes, fused
 from flora._algebra.low_rank import compute_dtype_of, on_hidden
 from flora._trace.compat import Eqn
 from flora._trace.interpret import Context
@@ -24,6 +24,7 @@ def ragged_dot_general(ctx: Context, eqn: Eqn, x: Any, w: Any, *rest: Any) -> li
         raise Unfactorable("a weight as the tokens of a ragged product")
     g, k, n = axes = _axes(eqn, x, w)
     ctx.claim(w, eqn, {g: "stack", k: "in", n: "out"})
+    w = fused(w) if w.factors else w
     if w.factors and any(len(axis) > 1 for axis in w.axes):
         raise Unfactorable("a ragged product with joined axes")
     names = [w.axes[i][0].name if w.axes[i] else f"new{i}" for i in axes]

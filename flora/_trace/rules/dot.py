@@ -56,7 +56,6 @@ def _product(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> Any:
         return eval_eqn(eqn, [lhs, rhs])[0]
     if w.factors and isinstance(x, Factored) and not x.factors:
         x = x.base  # a weight without factors is an array like any other
-    operation = Operation(eqn, _change, side)
     if isinstance(x, Factored):
         if w.output_scale is not None:
             what = "a product of two weights, of which one has scaled outputs"
@@ -66,7 +65,7 @@ def _product(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> Any:
             terms = [_product(ctx, eqn, *((w.base, x), (x, w.base))[side])]
         if w.factors:
             bare = dataclasses.replace(w.without("key"), base=None)
-            terms.append(plain(ctx, operation, bare, x))
+            terms.append(plain(ctx, Operation(eqn, _change, side), bare, x))
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
     if found := _in_form(eqn, x, w, side):
         return _computed([found])[0]
@@ -78,6 +77,7 @@ def _product(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> Any:
     def x_sizes() -> Sizes:
         return [*sizes_of(_meeting(eqn, x, w, side).x).items()]
 
+    operation = Operation(eqn, _change, side)
     return multiplied(ctx, operation, w, x, scale=scale, x_sizes=x_sizes)
 
 

@@ -92,8 +92,9 @@ def _concatenated(ctx: Context, eqn: Eqn, at: int, parts: Sequence[Any]) -> Fact
     ready = _fitted(weights, [1 if i == at else n for i, n in enumerate(shape)])
     like, name, total = ready[0], str(at), shape[at]
     axes = (*like.axes[:at], (Axis(name, total),), *like.axes[at + 1 :])
+    alone = len(ready) == len(parts)
     if not like.factors:
-        return _joint(ready, base, axes, {}, alone=len(ready) == len(parts))
+        return _joint(ready, base, axes, {}, alone=alone)
     sizes = [x.shape[at] for x in parts]
     starts = [0, *itertools.accumulate(sizes)]
     is_weight = [isinstance(x, Factored) for x in parts]
@@ -121,13 +122,10 @@ def _concatenated(ctx: Context, eqn: Eqn, at: int, parts: Sequence[Any]) -> Fact
         ones = [_filled(found[0], name, size, 1) for _, size in held]
         scales = [w.output_scale or one for w, one in zip(ready, ones, strict=True)]
         rest["scale"] = _with_gaps(scales, name, is_weight, sizes, 1)
-    if like.key is not None:
-        rest["key"] = like.key
-        if name in like.key.names:  # one key for all
-            one = like.key.along(name, lambda x, at: jnp.moveaxis(x, at, 0))
-            left = tuple(n for n in one.names if n != name)
-            rest["key"] = Named(one.array[0], left).repeated(name, total)
-    alone = len(ready) == len(parts)
+    if like.key is not None and name in like.key.names:  # one key for all
+        one = like.key.along(name, lambda x, at: jnp.moveaxis(x, at, 0))
+        left = tuple(n for n in one.names if n != name)
+        rest["key"] = Named(one.array[0], left).repeated(name, total)
     return _joint(ready, base, axes, rest, alone=alone, between=between)
 
 

@@ -60,17 +60,18 @@ def plain(ctx: Context, operation: Operation, w: Factored, *rest: Any) -> Any:
       w: the weight, without output scale and keys.
       *rest: the equation's other operands, x first.
     """
-    run = _once if w.factors else _base
+
+    def run() -> Any:
+        if not w.factors:
+            return operation.base(w.base, *rest)
+        return _once(operation, w, *rest)
+
     if ctx.log is None:
-        return run(operation, w, *rest)
+        return run()
     key = operation, jax.tree.structure(w)
     if key not in ctx.seen:
-        ctx.seen[key] = run(operation, w, *rest)
+        ctx.seen[key] = run()
     return ctx.seen[key]
-
-
-def _base(operation: Operation, w: Factored, *rest: Any) -> Any:
-    return operation.base(w.base, *rest)
 
 
 def multiplied(
@@ -101,11 +102,11 @@ def multiplied(
       https://arxiv.org/abs/2402.09353
     """
     bare, dropped = w.without("scale", "key"), drop(x, w, ctx.salt)
-    change = dataclasses.replace(bare, base=None)
     if w.output_scale is None:
         if dropped is x or w.base is None:
             return plain(ctx, operation, bare, dropped, *rest)
         y = operation.base(w.base, x, *rest)
+        change = dataclasses.replace(bare, base=None)
         return y + plain(ctx, operation, change, dropped, *rest)
     by, y_sizes = scale()
     if {*by.names} <= {*dict(x_sizes())}:

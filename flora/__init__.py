@@ -13,6 +13,7 @@ References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
 
 from flora import initializers, variants
 from flora._files.adapter import load, save
+from flora._tree.blocks import Block
 from flora._tree.config import LoraConfig
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
@@ -28,6 +29,7 @@ from flora._verbs.summary import summary
 from flora.optim import mask, optimizer, value_and_grad
 
 __all__ = [
+    "Block",
     "Layout",
     "LoraConfig",
     "LoraError",

@@ -28,13 +28,13 @@ from flora._train.groups import (
 )
 from flora._train.optimizer import FROZEN, freeze, map_parts
 from flora._tree.arrays import compute_dtype, is_array
-from flora._tree.checks import require_adapted, weight_problems
+from flora._tree.checks import blocks_problem, require_adapted, weight_problems
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.initializers import Initializer, gaussian
 from flora._tree.keys import consumed, require_key
 from flora._tree.paths import named_leaves
 from flora._tree.quantized import is_quantized
-from flora._tree.weight import LoraWeight, is_node
+from flora._tree.weight import LoraWeight, is_node, within_blocks
 from flora._verbs.draw import redrawn
 
 __all__ = [
@@ -141,11 +141,13 @@ def lora_fa(
     )
 
     def init(params: Any) -> Any:
+        named = named_leaves(params)[0]
+        fail(p for path, leaf in named for p in blocks_problem("lora_fa", path, leaf))
         fail(
             f"lora_fa: '{path}' has the variant {leaf.variant!r}; the gradient of B is "
             "known for W + scale A B alone. Leave it to another group of "
             "flora.recipes.partition."
-            for path, leaf in named_leaves(params)[0]
+            for path, leaf in named
             if isinstance(leaf, LoraWeight)
             and leaf.variant is not None
             and is_array(leaf.b)
@@ -266,7 +268,8 @@ def restart(
         if not isinstance(leaf, LoraWeight):
             return leaf
         a, b = redrawn(root, initializer, path, leaf)
-        return dataclasses.replace(leaf, base=materialize(leaf), a=a, b=b, key=None)
+        leaf = dataclasses.replace(leaf, base=materialize(leaf), a=a, b=b, key=None)
+        return within_blocks(leaf)
 
     renewed = treedef.unflatten([renew(path, leaf) for path, leaf in named])
     return renewed, _renewed_state(tx, state, renewed)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._tree.errors import Unfactorable
-from flora._tree.weight import LoraWeight, product_of
+from flora._tree.weight import LoraWeight, product_of, scale_of
 
 Name = str
 Sizes = Sequence[tuple[Name, int]]
@@ -317,7 +317,7 @@ def from_weight(weight: LoraWeight, path: str) -> Factored:
         factors["scale"] = Named(product.columns, (*stack, *out))
     settings = Settings(
         (path,),
-        weight.scale,
+        scale_of(weight),
         weight.dropout,
         weight.fallback,
         weight.form,

@@ -10,7 +10,7 @@ from jax import lax
 
 from flora._tree.arrays import compute_dtype
 from flora._tree.quantized import dequantized
-from flora._tree.weight import LoraWeight, Product
+from flora._tree.weight import LoraWeight, Product, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +135,7 @@ def column_norms(weight: LoraWeight) -> jax.Array:
 
     References: Liu et al. 2024 (DoRA). https://arxiv.org/abs/2402.09353
     """
+    weight = uniform(weight)
     layout = weight.layout
     dtype = compute_dtype(weight.a.dtype, weight.b.dtype, weight.base.dtype)
     w = dequantized(weight.base).astype(dtype)

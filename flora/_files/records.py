@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from flora._algebra import variants
+from flora._tree.blocks import Block
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
 from flora._tree.paths import Pattern, matches
@@ -82,6 +83,7 @@ def _encoded(value: Any) -> Any:
         names = [f.name for f in dataclasses.fields(value)]
         public = hasattr(variants, kind.__name__)
         module = "flora.variants" if public else kind.__module__
+        module = "flora" if isinstance(value, Block) else module
         return {
             "class": f"{module}:{kind.__qualname__}",
             "fields": {name: _encoded(getattr(value, name)) for name in names},

@@ -19,6 +19,7 @@ from flora._multi.lowrank import (
 )
 from flora._tree.arrays import compute_dtype, is_array
 from flora._tree.checks import require_adapted
+from flora._tree.checks import blocks_problem
 from flora._tree.errors import LoraError, fail
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.matrices import matrices
@@ -80,6 +81,7 @@ def extract(
     new = [x for _, x in _fitting(named, named_leaves(finetuned)[0])]
     triples = [(path, x, y) for (path, x), y in zip(named, new, strict=True)]
     fail(p for path, x, _ in triples for p in variant_problems("extract", path, x))
+    fail(p for path, x, _ in triples for p in blocks_problem("extract", path, x))
     fail(p for path, x, y in triples for p in _lost(path, x, y, ignore))
     errors: dict[str, float] = {}
     made = []

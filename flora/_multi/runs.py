@@ -12,7 +12,9 @@ import optax
 from flora._multi.conform import aligned, common, flattened, on_arrays, stop
 from flora._multi.stacked import side_by_side
 from flora._tree.arrays import is_array
+from flora._tree.checks import blocks_problem
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.paths import named_leaves
 from flora._tree.weight import LoraWeight
 from flora._verbs.split import join
 
@@ -62,6 +64,12 @@ def start(adapters: Sequence[Any], tx: MakeTx, hyper: Any) -> Runs:
     Raises:
       LoraError: the adapters do not fit each other, or `hyper` does not have k entries.
     """
+    fail(
+        p
+        for adapter in adapters
+        for path, leaf in named_leaves(adapter)[0]
+        for p in blocks_problem("start", path, leaf)
+    )
     leaves, treedef = aligned(adapters, "start")
     _check_hyper(hyper, len(adapters))
     if not callable(tx):

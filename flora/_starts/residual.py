@@ -11,7 +11,7 @@ from jax.core import Tracer
 from flora._algebra.dense import delta
 from flora._algebra.variants import DoRA
 from flora._tree.arrays import is_array
-from flora._tree.checks import weight_problems
+from flora._tree.checks import blocks_problem, weight_problems
 from flora._tree.errors import LoraError, fail
 from flora._tree.matrices import (
     compiled,
@@ -61,6 +61,8 @@ def nothing_adapted(verb: str, named: Named) -> str:
 
 
 def _value_problems(verb: str, path: str, w: LoraWeight, dense: bool) -> list[str]:
+    if found := blocks_problem(verb, path, w):
+        return found
     if problems := weight_problems(path, w):
         return [f"{verb}: {problem}" for problem in problems]
     if problem := variant_problem(verb, path, w):
@@ -228,7 +230,9 @@ def plain_problems(path: str, w: LoraWeight, first: Any, base: Any) -> list[str]
         return [f"to_plain: original has no '{path}'. Pass the plain parameters."]
     if problem := variant_problem("to_plain", path, w):
         return [problem]
-    same = ("layout", "rank", "alpha", "rank_stabilized", "variant")
+    if found := blocks_problem("to_plain", path, w):
+        return found
+    same = ("layout", "rank", "alpha", "rank_stabilized", "variant", "blocks")
     differ = [name for name in same if getattr(w, name) != getattr(first, name)]
     parts = [
         name

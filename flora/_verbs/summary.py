@@ -1,5 +1,6 @@
 """`summary`: what a tree holds, leaf by leaf."""
 
+import collections
 import dataclasses
 import math
 import numbers
@@ -19,7 +20,11 @@ from flora._verbs.tables import plain_text, table
 
 @dataclasses.dataclass(frozen=True)
 class LeafSummary:
-    """One leaf of a tree.  Sizes in elements; `bytes` counts base and factors."""
+    """One leaf of a tree.  Sizes in elements; `bytes` counts base and factors.
+
+    Where adapters of several ranks or scales lie in a leaf, `rank` is the columns of A,
+    `alpha` is `None`, and `adapters` says how they differ.
+    """
 
     path: str
     role: str
@@ -32,6 +37,7 @@ class LeafSummary:
     trained: int
     bytes: int
     trained_bytes: int
+    adapters: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Summary:
                 str(r.shape),
                 r.dtype,
                 str(r.layout or ""),
-                str(r.rank or ""),
+                r.adapters or str(r.rank or ""),
                 "" if r.alpha is None else f"{r.alpha:g}",
                 f"{r.parameters:,}",
                 f"{r.trained:,}",
@@ -146,11 +152,12 @@ def _summarize(path: str, leaf: Any) -> LeafSummary:
             str(dtype),
             leaf.layout,
             leaf.rank,
-            leaf.alpha,
+            None if leaf.blocks else leaf.alpha,
             size,
             trained,
             _bytes(leaf.base) + held_bytes,
             trained_bytes,
+            _adapters(leaf),
         )
     role, value = (
         ("train", leaf.value) if isinstance(leaf, Trained) else ("frozen", leaf)
@@ -171,6 +178,14 @@ def _summarize(path: str, leaf: Any) -> LeafSummary:
         size if trains else 0,
         size_bytes,
         size_bytes if trains else 0,
+    )
+
+
+def _adapters(leaf: LoraWeight) -> str:
+    """The ranks of a leaf's blocks and how many have each, such as '4 (×2), 8'."""
+    counts = collections.Counter(block.rank for block in leaf.blocks)
+    return ", ".join(
+        f"{rank} (×{n})" if n > 1 else str(rank) for rank, n in sorted(counts.items())
     )
 
 

@@ -13,7 +13,7 @@ References: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,11 +114,8 @@ def load(
         {} if fn is None else _followed(fn, named, treedef, args, kwargs or {}, given)
     )
     given |= {path: f.layout for path, f in uses.items() if f.layout is not None}
-    found = assign(
-        folder, config, content, leaves, names, given, followed=fn is not None
-    )
-    if not config.ensure_weight_tying:
-        fail(_untied(uses, found, folder))
+    readers = None if fn is None else {p: _readers(f) for p, f in uses.items()}
+    found = assign(folder, config, content, leaves, names, given, readers=readers)
     fail(coverage_problems(leaves, found, folder / WEIGHTS))
     new = {path: _node(site, config, folder) for path, site in found.adapted.items()}
     fail(_base_problems(found, leaves, folder))
@@ -187,22 +184,6 @@ def _readers(finding: Finding) -> set[str]:
     """The kinds of PyTorch modules that would read a leaf as the function does."""
     kinds = {"gather": "embedding", "conv_general_dilated": "conv"}
     return {kinds.get(use.primitive, "linear") for use in finding.uses if use.binding}
-
-
-def _untied(
-    uses: Mapping[str, Finding], found: Assignment, folder: Any
-) -> Iterator[str]:
-    """Embeddings that the function also multiplies by, where PEFT has no adapter."""
-    for path, site in found.adapted.items():
-        kinds = _readers(uses[path]) if path in uses else set()
-        lora = site.pieces[0].lora
-        if lora.kind == "embedding" and {"embedding", "linear"} <= kinds:
-            yield (
-                f"{folder / CONFIG}: '{lora.module}' is adapted as an embedding alone, "
-                f"but the function also multiplies by '{path}' (tied weights). PEFT "
-                "leaves that product as it was. Train with ensure_weight_tying=True, "
-                "or untie the weights in the tree."
-            )
 
 
 def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
@@ -327,6 +308,7 @@ def save(
     fn: Callable | None = None,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
+    tied: Mapping[str, Any] | None = None,
     base: Any = None,
     serving: bool = False,
     base_model_name_or_path: str | None = None,
@@ -344,10 +326,14 @@ def save(
       names: as for `load`.  Adapters of several raw parameters of one module are nested
         in the order of the names.
       fn: the function that the tree runs in, traced on `args` and `kwargs` to tell
-        convolutions and embeddings from linear layers.  Without it a kernel with three
-        in axes, or with two in a module called something with 'conv', is one.
+        convolutions and embeddings from linear layers, and to find weights that two
+        modules share.  Without it a kernel with three in axes, or with two in a module
+        called something with 'conv', is a convolution.
       args: the other positional arguments of one call of `fn`.
       kwargs: its keyword arguments.
+      tied: `{leaf: module}`, such as `{'model/embed_tokens/embedding': 'lm_head'}`, the
+        other modules of PyTorch that use a leaf's weight; the file then changes all of
+        them alike, with `ensure_weight_tying`.
       base: the plain base that the file's user will have, if the adapted tree's own
         base was changed at the start (PiSSA, OLoRA, LoRA-GA…).  The difference, which
         must be of low rank, is written as further rows of A and columns of B.
@@ -362,17 +348,17 @@ def save(
         kind that PEFT, or a server if `serving`, does not support.
     """
     folder = directory("save", dir)
-    kinds: dict[str, str] = {}
+    readers = None
     if fn is not None:
         named, treedef = named_leaves(adapted)
         given = expected_layouts(dict(named))
-        for path, f in _followed(fn, named, treedef, args, kwargs or {}, given).items():
-            read_by = sorted(_readers(f))
-            kinds[path] = read_by[0] if read_by else ""
+        uses = _followed(fn, named, treedef, args, kwargs or {}, given)
+        readers = {path: _readers(f) for path, f in uses.items()}
     config, tensors = written(
         adapted,
         names=names,
-        kinds=kinds,
+        tied=tied or {},
+        readers=readers,
         base=base,
         serving=serving,
         dtype=dtype,

@@ -18,8 +18,7 @@ from flora._multi.lowrank import (
     size,
 )
 from flora._tree.arrays import compute_dtype, is_array
-from flora._tree.checks import require_adapted
-from flora._tree.checks import blocks_problem
+from flora._tree.checks import blocks_problem, require_adapted
 from flora._tree.errors import LoraError, fail
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.matrices import matrices

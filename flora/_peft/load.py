@@ -15,14 +15,13 @@ from flora._peft.layouts import conv_layout, layouts, leaf_word, turned
 from flora._peft.names import Finder, Slot, given_slots, matched_slots, split_name
 from flora._peft.parameters import (
     in_order,
-    may_be_tied,
     parameter_layouts,
     turned_embedding,
     turned_parameter,
     with_parameters,
-    without_ties,
 )
 from flora._peft.targets import plain, target_problems, whole_problems
+from flora._peft.ties import Readers, load_problems, without_ties
 from flora._tree.errors import fail
 from flora._tree.layout import Layout
 from flora._tree.weight import LoraWeight, Trained, base_of
@@ -72,7 +71,7 @@ def assign(
     names: Any,
     given: Mapping[str, Layout],
     *,
-    followed: bool,
+    readers: Readers | None,
 ) -> Assignment:
     """Assigns each tensor to a leaf; all that does not fit is reported at once."""
     file = folder / WEIGHTS
@@ -86,9 +85,10 @@ def assign(
     finder = Finder(slots)
     shapes = {p: tuple(getattr(base_of(x), "shape", ())) for p, x in leaves.items()}
     content = in_order(content, config, finder, shapes, file, ordered=names is not None)
-    named, content = content, without_ties(content, finder, file)
+    named = content
+    content, agreed = without_ties(content, finder, file)
     fail(_lost(content, finder, file, paths))
-    fail([] if followed else may_be_tied(content, config, shapes))
+    fail(load_problems(content, agreed, finder, config, shapes, readers, file))
     sites = _sites(config, content, finder, leaves, given, file)
     weights, parameters = _universe(slots, sites, shapes)
     tied = {x.module for x in named.loras} - {x.module for x in content.loras}

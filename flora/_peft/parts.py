@@ -71,7 +71,7 @@ def parts(
 def _blocks(
     node: LoraWeight, index: tuple[int, ...], at: np.ndarray
 ) -> Iterator[Block]:
-    """The adapter of some outputs of an index of the stack; none if it is not adapted."""
+    """The adapter of some outputs of an index of the stack, if there is one."""
     if not node.blocks:
         yield Block(index, 0, node.a.shape[-1], node.scale)
     for block in node.blocks:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flora._algebra.variants import DoRA
-from flora._peft.config import parse
+from flora._peft.config import WORDLESS, parse
 from flora._peft.file import CONFIG
 from flora._peft.groups import AcrossGroups
 from flora._peft.keys import PREFIX
@@ -21,6 +21,7 @@ from flora._peft.parts import Part, is_idle, joined, parts, slots_beside
 from flora._peft.serving import for_serving
 from flora._peft.start import with_start
 from flora._peft.targets import ends, selects
+from flora._peft.ties import Readers, save_problems, tied_slots
 from flora._peft.whole import taken
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
@@ -34,7 +35,8 @@ def written(
     adapted: Any,
     *,
     names: Any,
-    kinds: Mapping[str, str],
+    tied: Mapping[str, Any],
+    readers: Readers | None,
     base: Any,
     serving: bool,
     dtype: Any,
@@ -58,14 +60,17 @@ def written(
         else given_slots(names, paths, partial=bare)
     )
     by_path: dict[str, list[Slot]] = collections.defaultdict(list)
-    for slot in slots:
+    for slot in (*slots, *tied_slots(tied, paths)):
         by_path[slot.path].append(slot)
     fail(_unnamed(named, by_path))
+    wordless = about["task_type"] in WORDLESS
+    fail(save_problems(named, by_path, readers, wordless))
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
     nodes = nodes if base is None else with_start(nodes, base)
     found: dict[str, list[Part]] = {}
     for path, node in nodes.items():
-        for part in parts(path, node, by_path[path], kinds.get(path, "")):
+        kind = min((readers or {}).get(path, ()), default="")
+        for part in parts(path, node, by_path[path], kind):
             found.setdefault(part.lora.name, []).append(part)
     made = [joined(some) for some in found.values()]
     made = [part for part in made if not is_idle(part)]
@@ -184,6 +189,7 @@ def _whole(named: Named, by_path: Slots, made: Sequence[Part]) -> Whole:
         for path, leaf in named
         if isinstance(leaf, Trained)
         for slot in by_path[path]
+        if not slot.module.tied
         for i in np.ndindex(*_stack(leaf, slot))
     }
     known = {"weight", "bias", "running_mean", "running_var"}
@@ -208,7 +214,7 @@ def _whole(named: Named, by_path: Slots, made: Sequence[Part]) -> Whole:
         mode = "all"
     for path, leaf in named:
         for slot in by_path[path]:
-            if slot.module.tied or isinstance(leaf, LoraWeight):
+            if isinstance(leaf, LoraWeight):
                 continue
             for i in np.ndindex(*_stack(leaf, slot)):
                 name = slot.at(i)
@@ -216,7 +222,8 @@ def _whole(named: Named, by_path: Slots, made: Sequence[Part]) -> Whole:
                 bias = last == "bias" and (
                     mode == "all" or (mode == "lora_only" and owner in adapted)
                 )
-                if owner in saved or bias:
+                second = slot.module.tied and isinstance(leaf, Trained)
+                if owner in saved or bias or second:
                     beside = slots_beside(by_path[path])
                     value = taken(base_of(leaf), slot, i, beside)
                     parts.setdefault(name, []).append((slot, value))
@@ -292,7 +299,12 @@ def _config(
         "layers_pattern": None,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "ensure_weight_tying": any(p.slot.module.tied for p in made),
+        "ensure_weight_tying": any(
+            slot.module.tied
+            for path, leaf in named
+            if isinstance(leaf, LoraWeight | Trained)
+            for slot in by_path.get(path, ())
+        ),
     }
     if not made:
         raise LoraError(

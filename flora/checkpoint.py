@@ -38,14 +38,16 @@ from flora._files.items import (
     is_sharded,
     items_of,
     placed,
+    saved_too,
     sharding_of,
     unlike,
     unsavable,
 )
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
-from flora._tree.paths import Pattern, check_pattern
+from flora._tree.paths import Pattern, check_pattern, named_leaves
 from flora._tree.version import __version__
+from flora._tree.weight import is_node
 
 _TRASH = "deleted"  # steps are renamed into it, which is atomic, and then removed
 
@@ -59,7 +61,7 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-    """Saves and restores A, B, `Trained` leaves and the optimizer's state.
+    """Saves and restores A, B, `Trained` leaves, batch statistics and the state.
 
     The base is never written; a fingerprint of it is.  A step appears under its name
     once it is complete, by one rename, so that whatever kills a process leaves the
@@ -70,8 +72,8 @@ class Checkpointer:
       directory: where the steps lie: a local path, or a URL that Orbax knows, such as
         `gs://bucket/run1`.  Made by the first `save`.
       max_to_keep: how many of the latest steps stay, `None` for all.
-      also: a pattern of frozen leaves that training changes all the same, such as
-        `batch_stats/*`.  They are saved whole, and are no part of the base.
+      also: a pattern of other frozen leaves that training changes all the same.  They
+        are saved whole, and are no part of the base.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, flora, flora.checkpoint
@@ -228,16 +230,18 @@ class Checkpointer:
         require_adapted(adapted, "restore")
         step = self._choose(step)
         saved = self._record(step)
-        items = items_of(adapted, state, self._also)
-        given = description(adapted, items, self._also)
+        also = saved_too(self._also, adapted, known=saved["leaves"])
+        items = items_of(adapted, state, also)
+        given = description(adapted, items, also)
         problems = [
             *leaf_problems(compared(saved), compared(given)),
             *state_problems(saved["state"], given["state"], step),
         ]
         if check_base:
-            base = base_leaves(adapted, self._also)
+            base = base_leaves(adapted, also)
             absent = [p for path, x in base.items() for p in no_values(path, x)]
-            problems += absent or base_problems(saved["base"], fingerprint(base))
+            free = {p for p, x in named_leaves(adapted)[0] if not is_node(x)}
+            problems += absent or base_problems(saved["base"], fingerprint(base), free)
         fail(f"Step {step}: {p}" for p in problems)
         tree, state = filled(adapted, state, self._read(step, items))
         return Restored(tree, state, step)
@@ -375,6 +379,7 @@ def _empty_trash(manager: ocp.CheckpointManager) -> None:
 def _snapshot(adapted: Any, state: Any, also: Pattern) -> tuple[dict, dict]:
     """What JSON keeps, and copies or arrays for Orbax."""
     require_adapted(adapted, "save")
+    also = saved_too(also, adapted)
     items = items_of(adapted, state, also)
     fail(
         p

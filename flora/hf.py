@@ -34,6 +34,7 @@ from flora._files.safetensors import (
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.paths import Pattern, check_pattern, matches, named_leaves
+from flora._tree.selection import alone
 from flora._tree.weight import is_node
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -103,7 +104,8 @@ def load(
         arrays.  Each leaf gets its shape, dtype and sharding; floating values are cast.
       tensors: `{path of a leaf: Tensor(...)}`, for every leaf.
       unused: a pattern of tensors in the checkpoint that no leaf needs, such as
-        `*.rotary_emb.inv_freq`.
+        `*.rotary_emb.inv_freq`; one list may serve several checkpoints, so its entries
+        need not match.
 
     Returns:
       A tree of the structure of `like`.
@@ -348,7 +350,7 @@ def _problems(
     for name in spare:
         yield (
             f"{files[name].path.name}: '{name}', {files[name].infos[name]}, is for no "
-            f"leaf of the model. Write unused='{name}' to leave it."
+            f"leaf of the model. Write unused={alone(name, spare)} to leave it."
         )
 
 

@@ -43,7 +43,7 @@ from flora._trace.stage import stage
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.layout import Layout
-from flora._tree.paths import named_leaves
+from flora._tree.paths import Pattern, named_leaves
 from flora._tree.placement import mesh_of, spec_of, specs
 from flora._tree.quantized import abstract, is_quantized
 from flora._tree.weight import LoraWeight, Trained, base_of
@@ -177,7 +177,8 @@ def _followed(
         for i, (path, _) in enumerate(named)
         if is_array(leaves[i]) and len(leaves[i].shape) > 1
     }
-    return discover(stage(fn, leaves, treedef, args, kwargs), leaves, paths, given)
+    staged = stage(fn, leaves, treedef, args, kwargs, verb="flora.peft")
+    return discover(staged, leaves, paths, given)
 
 
 def _readers(finding: Finding) -> set[str]:
@@ -314,6 +315,7 @@ def save(
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
     dtype: Any = None,
+    ignore: Pattern = (),
 ) -> None:
     """Writes the adapter as PEFT does, in one step: the files are complete or absent.
 
@@ -342,10 +344,14 @@ def save(
       base_model_name_or_path: of the model, for the config.
       task_type: such as 'CAUSAL_LM', for the config.
       dtype: of the tensors; by default each array's own.
+      ignore: a pattern (see `LoraConfig`) of batch statistics that the files shall
+        lack.  PEFT saves those of modules that train whole, and no others.
 
     Raises:
-      LoraError: a leaf has no name or not a unique one; it holds NaN; or it is of a
-        kind that PEFT, or a server if `serving`, does not support.
+      LoraError: a leaf has no name or not a unique one; it holds NaN; it is of a kind
+        that PEFT, or a server if `serving`, does not support; or it is a batch
+        statistic that the files would lack, and `base` does not show that it is as it
+        was.
     """
     folder = directory("save", dir)
     readers = None
@@ -362,6 +368,7 @@ def save(
         base=base,
         serving=serving,
         dtype=dtype,
+        ignore=ignore,
         about={
             "base_model_name_or_path": base_model_name_or_path,
             "task_type": task_type,

@@ -13,7 +13,7 @@ References: Dettmers et al. 2023 (QLoRA). https://arxiv.org/abs/2305.14314
 import dataclasses
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +24,17 @@ from flora._algebra.dense import delta
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, fail
 from flora._tree.matrices import folded, nearest
-from flora._tree.paths import Pattern, matches, named_leaves, nothing_selected
+from flora._tree.paths import (
+    Pattern,
+    check_pattern,
+    entries,
+    exactly,
+    matches,
+    named_leaves,
+)
 from flora._tree.placement import mesh_of, places_of_parts, spec_of
 from flora._tree.quantized import Quantized, is_quantized
+from flora._tree.selection import idle_entries, nothing_selected
 from flora._tree.weight import LoraWeight, Trained
 
 __all__ = ["QTYPES", "Quantized", "dequantize", "loftq", "quantize"]
@@ -79,13 +87,10 @@ def quantize(
     _require(qtype, block)
     _require_dtype(dtype)
     named, treedef = named_leaves(params)
-    hit = {p for p, x in named if matches(target, p, x) and not matches(exclude, p, x)}
-    if not hit:
-        raise LoraError(nothing_selected("target", target, [p for p, _ in named]))
-    bases = {p: _base(x) for p, x in named if p in hit}
+    bases = _selected(named, target, exclude)
     chosen = {p: x for p, x in bases.items() if len(getattr(x, "shape", ())) >= 2}
-    fail([] if chosen else [_nothing_to_store(p, x) for p, x in bases.items()])
-    fail(_problems(chosen, block))
+    fail(_idle(target, bases, chosen))
+    fail(_problems(chosen, block, "Write exclude={}"))
     made: dict[int, Quantized] = {}  # one array may stand in several places
 
     def one(path: str, leaf: Any) -> Any:
@@ -100,6 +105,39 @@ def quantize(
         return quantized
 
     return treedef.unflatten([one(path, leaf) for path, leaf in named])
+
+
+def _selected(
+    named: list[tuple[str, Any]], target: Pattern, exclude: Pattern
+) -> dict[str, Any]:
+    """The bases of the leaves that are targeted and not excluded."""
+    check_pattern("target", target)
+    check_pattern("exclude", exclude)
+    fail(idle_entries("target", target, named))
+    hit = [(p, x) for p, x in named if matches(target, p, x)]
+    if not hit:
+        raise LoraError(nothing_selected("target", target, [p for p, _ in named]))
+    fail(
+        f"{problem} It must match a leaf that target selects."
+        for problem in idle_entries("exclude", exclude, hit)
+    )
+    bases = {p: _base(x) for p, x in hit if not matches(exclude, p, x)}
+    if not bases:
+        raise LoraError(
+            f"exclude={exclude!r} takes out all of the {len(hit)} leaves that "
+            f"target={target!r} selects. Narrow exclude."
+        )
+    return bases
+
+
+def _idle(
+    target: Pattern, bases: dict[str, Any], chosen: dict[str, Any]
+) -> Iterator[str]:
+    """Entries that select nothing which can be stored in fewer bits."""
+    for entry in entries(target):
+        hit = [p for p, x in bases.items() if matches(entry, p, x)]
+        if hit and not any(p in chosen for p in hit):
+            yield _nothing_to_store(hit[0], bases[hit[0]])
 
 
 def _nothing_to_store(path: str, x: Any) -> str:
@@ -153,7 +191,7 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
             f"loftq: {len(chosen)} leaves are adapted and steps={steps!r}. Pass the "
             "tree that flora.init returned, and steps of 1 or more."
         )
-    fail(_problems(chosen, block))
+    fail(_problems(chosen, block, "Adapt other leaves"))
 
     def one(w: LoraWeight) -> LoraWeight:
         found = functools.partial(_nearest, qtype=qtype, block=block, steps=steps)
@@ -225,17 +263,19 @@ def _require_dtype(dtype: Any) -> None:
         )
 
 
-def _problems(chosen: dict[str, Any], block: int) -> list[str]:
+def _problems(chosen: dict[str, Any], block: int, remedy: str) -> list[str]:
+    """What keeps leaves from being stored; the remedy's {} is the leaf's pattern."""
     problems = []
     for path, x in chosen.items():
+        without = remedy.format(repr(exactly(path)))
         if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
             problems.append(
-                f"'{path}' is {x!r}; only floating arrays can be quantized."
+                f"'{path}' is {x!r}; only floating arrays can be quantized. {without}."
             )
         elif _blocked_axis(x.shape, block) is None:
             problems.append(
                 f"'{path}' has shape {tuple(x.shape)}; neither of the last two axes "
-                f"divides into blocks of {block}. Exclude it, or write another block."
+                f"divides into blocks of {block}. {without}, or write another block."
             )
     return problems
 

@@ -8,6 +8,7 @@ All take the split-off adapter, or the whole tree inside `flora.optimizer`.
 """
 
 import dataclasses
+import math
 import numbers
 from typing import Any
 
@@ -194,12 +195,17 @@ def _solved(weight: LoraWeight, g: chex.Array, damping: float) -> jax.Array:
     a, batch = weight.a.astype(dtype), tuple(range(n))
     gram = columns(a, a, n) + damping * jnp.eye(a.shape[-1], dtype=dtype)
     solved = lax.dot_general(
-        jnp.linalg.inv(gram),
+        _inverse(gram, wide=math.prod(a.shape[n:-1]) < a.shape[-1]),
         g.astype(dtype),
         (((n + 1,), (n,)), (batch, batch)),
         precision=lax.Precision.HIGHEST,
     )
     return (solved / weight.scale**2).astype(g.dtype)
+
+
+def _inverse(gram: jax.Array, *, wide: bool) -> jax.Array:
+    """Of Aᵀ A + damping I; where A has more columns than rows, on the span of Aᵀ A."""
+    return jnp.linalg.pinv(gram, hermitian=True) if wide else jnp.linalg.inv(gram)
 
 
 def restart(

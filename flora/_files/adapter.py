@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from flora._files.compare import base_problems
 from flora._files.fingerprint import fingerprint, no_values, same_names
-from flora._files.items import base_leaves, placed
+from flora._files.items import base_leaves, placed, saved_too
 from flora._files.records import (
     foreign_settings,
     record_of,
@@ -38,20 +38,22 @@ _FORMAT = 1
 def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> None:
     """Writes the adapter of a tree to one .safetensors file: whole, or not at all.
 
-    The file holds A, B, further trained arrays and the leaves that train whole; in its
-    header each leaf's layout and settings, flora's version and a fingerprint of the
-    base.  The base's weights are not in it.  With several processes all of them make
-    the call, and the first one writes.
+    The file holds A, B, further trained arrays, the leaves that train whole and batch
+    statistics (Linen's collection 'batch_stats', `nnx.BatchStat`); in its header each
+    leaf's layout and settings, flora's version and a fingerprint of the base.  The
+    base's weights are not in it.  With several processes all of them make the call, and
+    the first one writes.
 
     Args:
       path: where to, such as 'adapter.safetensors'; a file of that name is replaced.
       adapted: the adapted tree, base and all, with values.
-      also: a pattern of frozen leaves that training changed all the same, such as
-        `batch_stats/*`.  They are saved whole, and are no part of the base.
+      also: a pattern of other frozen leaves that training changed all the same, such
+        as `counters/*`.  They are saved whole, and are no part of the base.  What is
+        left out is refused at `load` by name: the base then has other values.
 
     Raises:
       LoraError: the tree is not adapted, or a leaf holds no values, NaN or infinity, or
-        has a dtype that the format lacks.
+        has a dtype that the format lacks; or an entry of `also` selects no frozen leaf.
       OSError: the file cannot be written; the one before it is still there.
 
     Example:
@@ -68,6 +70,7 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
     path = checked_path(path, _no_path("save", path))
     check_pattern("also", also)
     require_adapted(adapted, "save")
+    also = saved_too(also, adapted)
     leaves, frozen = _leaves(adapted), base_leaves(adapted, also)
     trained = {
         name: x
@@ -108,8 +111,9 @@ def load(path: str | os.PathLike[str], base: Any, *, check_base: bool = True) ->
       base: the plain tree that the adapter was trained on, in any sharding; factors lie
         as `flora.init` would lay them.  Where a leaf trains whole, whatever is there is
         replaced; `None` will do.
-      check_base: False to put the adapter on other values of the same shapes: weights
-        in another dtype or in fewer bits, or `jax.ShapeDtypeStruct`s.
+      check_base: False to put the adapter on other values: weights in another dtype or
+        in fewer bits, or `jax.ShapeDtypeStruct`s.  Leaves without factors may then have
+        other shapes too, such as an embedding that was padded since.
 
     Returns:
       The adapted tree; the base's arrays are shared.  Dropout keys belong to one step:
@@ -126,12 +130,13 @@ def load(path: str | os.PathLike[str], base: Any, *, check_base: bool = True) ->
     named, treedef = [(path_of(keys), x) for keys, x in stop[0]], stop[1]
     fail(same_names([p for p, _ in named]))
     given, saved = dict(named), record["leaves"]
-    fail(f"{path}: {p}" for p in _structure_problems(saved, given))
+    fail(f"{path}: {p}" for p in _structure_problems(saved, given, check_base))
     if check_base:
         frozen = {p: given[p] for p in saved if saved[p]["kind"] in ("lora", "frozen")}
         absent = [f"{p} Or write check_base=False." for q, x in frozen.items()
                   for p in no_values(q, x)]  # fmt: skip
-        problems = absent or base_problems(record["base"], fingerprint(frozen))
+        free = {p for p in frozen if saved[p]["kind"] == "frozen"}
+        problems = absent or base_problems(record["base"], fingerprint(frozen), free)
         fail(f"{path}: {p}" for p in problems)
     arrays = _verified(file, record["arrays"])
     filled = [_filled(p, x, saved.get(p), arrays) for p, x in named]
@@ -258,7 +263,7 @@ def _verified(file: File, saved: Mapping[str, str]) -> dict[str, np.ndarray]:
 
 
 def _structure_problems(
-    saved: Mapping[str, Any], given: Mapping[str, Any]
+    saved: Mapping[str, Any], given: Mapping[str, Any], check_base: bool
 ) -> Iterator[str]:
     """One line for each leaf that is not what the adapter was trained on."""
     for path in dict.fromkeys((*saved, *given)):
@@ -268,15 +273,20 @@ def _structure_problems(
                 "flora.split returned."
             )
             continue
-        whole = saved.get(path, {}).get("kind") in ("trained", "also")
+        kind = saved.get(path, {}).get("kind")
+        whole = kind in ("trained", "also")
         if given.get(path) is None and (whole or path not in saved):
+            continue
+        free = kind == "frozen" and given.get(path) is not None
+        if free and not check_base:
             continue
         was = _shape_text(saved, path, lambda record: record["shape"])
         now = _shape_text(given, path, lambda leaf: np.shape(abstract(leaf)))
         if was != now:
             yield (
                 f"'{path}': the adapter was trained with {was}; the given base has "
-                f"{now}. Pass the tree of the model that it was trained on."
+                f"{now}. Pass the tree of the model that it was trained on"
+                f"{', or write check_base=False' if free else ''}."
             )
 
 

@@ -1,14 +1,15 @@
 """What a checkpoint says of a tree and a state, and where two of them differ."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from flora._algebra import variants
 from flora._files.items import described
 from flora._files.records import decoded, layout_of, record_of, text_of
 from flora._tree.errors import LoraTypeError
 from flora._tree.layout import Layout
-from flora._tree.paths import Pattern, named_leaves
+from flora._tree.paths import Pattern, exactly, named_leaves
 from flora._tree.version import __version__
 
 FORMAT = 2
@@ -116,19 +117,22 @@ def _remedy(path: str, old: dict, new: dict, differ: list[str]) -> str:
     """What to write in the config."""
     if "rank" not in old or "rank" not in new:
         return "Write the target= and train= of LoraConfig that it was saved with."
-    settings = []
+    leaf, settings = exactly(path), []
     if "rank" in differ:
-        settings.append(f"rank_pattern={{'{path}': {old['rank']}}}")
+        settings.append(f"rank_pattern={{{leaf!r}: {old['rank']}}}")
     if "alpha" in differ:
-        settings.append(f"alpha_pattern={{'{path}': {old['alpha']:g}}}")
+        alpha = old["alpha"]
+        short = f"{alpha:g}"
+        alpha = short if float(short) == alpha else repr(alpha)
+        settings.append(f"alpha_pattern={{{leaf!r}: {alpha}}}")
     if "rank_stabilized" in differ:
         settings.append(f"rank_stabilized={old['rank_stabilized']}")
     if "layout" in differ:
         settings.append(
-            f"layouts={{'{path}': flora.Layout({_arguments(old['layout'])})}}"
+            f"layouts={{{leaf!r}: flora.Layout({_arguments(old['layout'])})}}"
         )
     if "variant" in differ:
-        settings.append(f"variant={old.get('variant')}")
+        settings.append(f"variant={_variant(old.get('variant'))}")
     dtype, other = (r["a"].partition("[")[0] for r in (old, new))
     if dtype != other:
         settings.append(f"dtype='{dtype}'")
@@ -137,19 +141,35 @@ def _remedy(path: str, old: dict, new: dict, differ: list[str]) -> str:
     return "Pass the model that it was trained with."
 
 
+def _variant(text: str | None) -> str:
+    """'DoRA()' as it is written, 'flora.variants.DoRA()'."""
+    public = text is not None and hasattr(variants, text.partition("(")[0])
+    return f"flora.variants.{text}" if public else str(text)
+
+
 def _arguments(layout: Layout) -> str:
     """'stack=(0,), in_=(1,2,), out=(3,)'."""
     named = (("stack", layout.stack), ("in_", layout.in_), ("out", layout.out))
     return ", ".join(f"{k}=({','.join(map(str, axes))},)" for k, axes in named if axes)
 
 
-def base_problems(saved: dict[str, str], given: dict[str, str]) -> list[str]:
-    """One line for each leaf of the base whose fingerprint is another."""
+def base_problems(
+    saved: dict[str, str], given: dict[str, str], free: Collection[str]
+) -> list[str]:
+    """One line for each leaf of the base whose fingerprint is another.
+
+    Args:
+      saved: the fingerprints when it was saved.
+      given: those of the given base.
+      free: the leaves without factors, which training may have changed by other means.
+    """
     return [
         f"'{path}': the checkpoint was trained on a base of "
         f"{saved.get(path, 'no such leaf')}; the given base has "
         f"{given.get(path, 'no such leaf')}. Load the weights that it was trained on, "
         "or write check_base=False to put it on others."
+        + f" If training changed it, save with also={exactly(path)!r}."
+        * (path in free)
         for path in _both(saved, given)
         if saved.get(path) != given.get(path)
     ]

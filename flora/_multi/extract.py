@@ -22,9 +22,16 @@ from flora._tree.checks import blocks_problem, require_adapted
 from flora._tree.errors import LoraError, fail
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.matrices import matrices
-from flora._tree.paths import Pattern, matches, named_leaves
+from flora._tree.paths import (
+    Pattern,
+    check_pattern,
+    exactly,
+    matches,
+    named_leaves,
+)
 from flora._tree.quantized import dequantized
-from flora._tree.weight import LoraWeight, Trained, base_of
+from flora._tree.selection import idle_entries
+from flora._tree.weight import LoraWeight, Trained, base_of, is_node
 
 Named = Sequence[tuple[str, Any]]
 
@@ -77,6 +84,12 @@ def extract(
         key = consumed(key)
     elif key is not None:
         raise LoraError("extract: svd='exact' draws nothing. Leave out key=.")
+    check_pattern("ignore", ignore)
+    frozen = [(p, x) for p, x in named if not is_node(x)]
+    fail(
+        f"extract: {problem} It must match a frozen leaf."
+        for problem in idle_entries("ignore", ignore, frozen)
+    )
     new = [x for _, x in _fitting(named, named_leaves(finetuned)[0])]
     triples = [(path, x, y) for (path, x), y in zip(named, new, strict=True)]
     fail(p for path, x, _ in triples for p in variant_problems("extract", path, x))
@@ -129,7 +142,8 @@ def _lost(path: str, x: Any, y: Any, ignore: Pattern) -> list[str]:
         return []
     return [
         f"extract: '{path}' is frozen in adapted and has changed in finetuned. Name it "
-        "in target= or train= of LoraConfig, or in ignore= to lose the change."
+        "in target= or train= of LoraConfig, or write "
+        f"ignore={exactly(path)!r} to lose the change."
     ]
 
 

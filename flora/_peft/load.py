@@ -10,7 +10,7 @@ import numpy as np
 from flora._peft.config import PeftConfig
 from flora._peft.factors import Piece
 from flora._peft.file import CONFIG, WEIGHTS
-from flora._peft.keys import Content
+from flora._peft.keys import Content, Lora
 from flora._peft.layouts import conv_layout, layouts, leaf_word, turned
 from flora._peft.names import Finder, Slot, given_slots, matched_slots, split_name
 from flora._peft.parameters import (
@@ -94,7 +94,7 @@ def assign(
     tied = {x.module for x in named.loras} - {x.module for x in content.loras}
     fail(
         [
-            *target_problems(config, named, weights, parameters, tied, folder),
+            *target_problems(config, named, weights, tied, folder),
             *whole_problems(config, content, parameters, folder),
         ]
     )
@@ -151,6 +151,7 @@ def _sites(
     for lora in content.loras:
         for slot, index in finder.all(lora.name):
             rank, alpha = config.rank(lora.site), config.alpha(lora.site)
+            lora = _padded(lora, rank) if config.residual else lora
             piece = Piece(lora, slot, index, rank, float(alpha), config.use_rslora)
             pieces.setdefault(slot.path, []).append(piece)
     problems: list[str] = []
@@ -173,6 +174,18 @@ def _sites(
             sites[path] = AdaptedLeaf(path, base, layout, tuple(found), beside)
     fail(problems)
     return sites
+
+
+def _padded(lora: Lora, rank: int) -> Lora:
+    """With zeros up to the rank: PiSSA and OLoRA draw at most min(in, out) of them."""
+    a, b = np.asarray(lora.a), np.asarray(lora.b)
+    drawn = a.shape[0]
+    if lora.raw or a.ndim != 2 or drawn != min(a.shape[1], b.shape[0]) or drawn > rank:
+        return lora
+    more = (0, rank - drawn)
+    return dataclasses.replace(
+        lora, a=np.pad(a, (more, (0, 0))), b=np.pad(b, ((0, 0), more))
+    )
 
 
 def _rank_problems(piece: Piece, file: Path) -> Iterator[str]:

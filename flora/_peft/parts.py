@@ -114,7 +114,7 @@ def _stack_problem(path: str, slot: Slot, node: LoraWeight, count: int) -> str:
     return (
         f"save: '{path}' ({node.layout}) has {count} stacked axes and its name "
         f"'{slot.name}' {slot.holes} placeholders. Write one for each: "
-        f"names={{'{path}': 'model.layers.{{i}}.…'}}, or flora.peft.Module(..., "
+        f"names={{..., '/{path}': 'model.layers.{{i}}.…'}}, or flora.peft.Module(..., "
         "parameter='…') for experts that PyTorch stacks too."
     )
 
@@ -146,9 +146,9 @@ def kind_of(path: str, node: LoraWeight, slot: Slot, known: str) -> str:
     raise LoraError(
         f"save: '{path}' ({layout}) may be a linear layer, a convolution or an "
         f"embedding "
-        "of PyTorch. Pass fn= and args= to follow it, or write names={"
-        f"'{path}': flora.peft.Module('{split_name(slot.name)[0]}', kind='linear')}}, "
-        "'conv' or 'embedding'."
+        "of PyTorch. Pass fn= and args= to follow it, or write names= of all adapted "
+        f"leaves, with '/{path}': flora.peft.Module('{split_name(slot.name)[0]}', "
+        "kind='linear'), 'conv' or 'embedding'."
     )
 
 

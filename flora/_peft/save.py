@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from flora._algebra.variants import DoRA
+from flora._files.items import statistics
 from flora._peft.config import WORDLESS, parse
 from flora._peft.file import CONFIG
 from flora._peft.groups import AcrossGroups
@@ -25,6 +26,8 @@ from flora._peft.ties import Readers, save_problems, tied_slots
 from flora._peft.whole import taken
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.paths import Pattern, check_pattern, exactly, matches, named_leaves
+from flora._tree.selection import idle_entries
 from flora._tree.weight import LoraWeight, Trained, base_of
 
 Slots = Mapping[str, Sequence[Slot]]
@@ -40,6 +43,7 @@ def written(
     base: Any,
     serving: bool,
     dtype: Any,
+    ignore: Pattern,
     about: Mapping[str, str | None],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The content of adapter_config.json and of adapter_model.safetensors."""
@@ -76,6 +80,7 @@ def written(
     made = [part for part in made if not is_idle(part)]
     made = _nested(made, None if names is None else slots)
     whole = _whole(named, by_path, made)
+    fail(_lost_statistics(adapted, named, by_path, whole, base, ignore))
     if serving:
         made = for_serving(made, whole, named, by_path)
     config = _config(made, whole, nodes, by_path, named) | dict(about)
@@ -132,12 +137,50 @@ def _problems(path: str, leaf: Any) -> Iterator[str]:
             )
 
 
+def _lost_statistics(
+    adapted: Any,
+    named: Named,
+    by_path: Slots,
+    whole: Whole,
+    base: Any,
+    ignore: Pattern,
+) -> Iterator[str]:
+    """Batch statistics that may have changed and that the files would lack."""
+    check_pattern("ignore", ignore)
+    frozen = [(p, x) for p, x in named if not isinstance(x, LoraWeight | Trained)]
+    yield from (f"save: {p}" for p in idle_entries("ignore", ignore, frozen))
+    plain = {} if base is None else dict(named_leaves(base)[0])
+    found = statistics(adapted)
+    lost = [
+        path
+        for path, x in frozen
+        if path in found
+        and not matches(ignore, path, x)
+        and not any(
+            slot.at(i) in whole.values
+            for slot in by_path[path]
+            for i in np.ndindex(*_stack(x, slot))
+        )
+        and not (path in plain and np.array_equal(plain[path], x))
+    ]
+    if lost:
+        short = [p for p in found if matches("batch_stats/*", p, None)] == [*found]
+        left = "batch_stats/*" if short else [exactly(p) for p in lost]
+        yield (
+            f"save: '{lost[0]}' {f'and {len(lost) - 1} more ' if lost[1:] else ''}may "
+            "have changed in training: batch statistics. PEFT saves those of modules "
+            "that train whole, and no others. Name the modules in train= of "
+            f"LoraConfig, ship flora.merge(adapted), or write ignore={left!r} to leave "
+            "them out."
+        )
+
+
 def _unnamed(named: Named, by_path: Slots) -> Iterator[str]:
     for path, leaf in named:
         if isinstance(leaf, LoraWeight | Trained) and path not in by_path:
             yield (
                 f"save: '{path}' is not in names. Write which module it is: "
-                f"names={{..., '{path}': 'model.layers.{{i}}.…'}}."
+                f"names={{..., '/{path}': 'model.layers.{{i}}.…'}}."
             )
 
 

@@ -22,15 +22,11 @@ from flora._tree.matrices import (
     placed_as,
     replicated,
     svd,
+    widened,
 )
-from flora._tree.paths import (
-    Pattern,
-    check_pattern,
-    matches,
-    named_leaves,
-    nothing_selected,
-)
+from flora._tree.paths import Pattern, check_pattern, matches, named_leaves
 from flora._tree.quantized import is_quantized
+from flora._tree.selection import idle_entries, nothing_selected
 from flora._tree.weight import LoraWeight, base_of
 
 Named = list[tuple[str, Any]]
@@ -45,9 +41,10 @@ def selected(
     nodes = {path: x for path, x in named if isinstance(x, LoraWeight)}
     if not nodes:
         raise LoraError(nothing_adapted(verb, named))
+    fail(f"{verb}: {p}" for p in idle_entries("target", target, [*nodes.items()]))
     chosen = {path: w for path, w in nodes.items() if matches(target, path, w)}
     if not chosen:
-        raise LoraError(nothing_selected("target", target, list(nodes)))
+        raise LoraError(f"{verb}: {nothing_selected('target', target, [*nodes])}")
     fail(p for path, w in chosen.items() for p in _value_problems(verb, path, w, dense))
     return chosen, named, treedef
 
@@ -93,23 +90,6 @@ def variant_problem(verb: str, path: str, w: LoraWeight, *known: type) -> str:
         f"{verb}: '{path}' has variant {w.variant!r}, of which {verb} cannot tell what "
         f"its factors do. Use LoRA or {names}, or leave it out of target."
     )
-
-
-def rank_problems(
-    verb: str, chosen: Mapping[str, LoraWeight], times: int
-) -> Iterator[str]:
-    """Leaves of which `times` the rank is above what their matrix has."""
-    for path, w in chosen.items():
-        _, in_, out = w.layout.matrix(w.base.shape)
-        most = min(in_, out) // times
-        if w.rank > most:
-            needs = "rank" if times == 1 else f"{times}·rank"
-            yield (
-                f"{verb}: '{path}' has shape {tuple(w.base.shape)} ({w.layout}), a "
-                f"matrix of {in_}×{out}, and rank {w.rank}; {needs} must be at most "
-                f"{min(in_, out)}. Write rank_pattern={{'{path}': {most}}} at "
-                "flora.init, or leave it out of target."
-            )
 
 
 def made(
@@ -163,7 +143,8 @@ def olora(w: LoraWeight) -> tuple[jax.Array, ...]:
     """Wᵀ = Q R, A = (R_r)ᵀ, B = (Q_r)ᵀ."""
     x = effective(w)
     q, r = jnp.linalg.qr(matrices(x, w.layout).mT)
-    return residual(w, x, r[:, : w.rank].mT, q[:, :, : w.rank].mT)
+    a, b = r[:, : w.rank].mT, q[:, :, : w.rank].mT
+    return residual(w, x, widened(a, w.rank), widened(b, w.rank, 1))
 
 
 def lora_ga(
@@ -181,6 +162,7 @@ def lora_ga(
     g = matrices(replicated(grad).astype(x.dtype), w.layout)
     # As many triplets again as are used make the sketch as good as PEFT's.
     u, s, v = svd(g, 2 * r, key, passes=passes, oversample=2 * r)
+    u, s, v = widened(u, 2 * r), widened(s, 2 * r), widened(v, 2 * r, 1)
     first, second = slice(None, r), slice(r, 2 * r)
     of_a, of_b = {
         "ArB2r": (first, second),

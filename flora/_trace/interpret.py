@@ -19,6 +19,7 @@ from flora._trace.dequantize import on_quantized
 from flora._trace.share import Schedule, in_order, together
 from flora._trace.source import source_line
 from flora._tree.errors import LoraError, Unfactorable, human_bytes
+from flora._tree.paths import exactly
 
 Rule = Callable[..., Sequence[Any]]
 Roles = set[tuple[str, int, str]]
@@ -147,8 +148,8 @@ def by_path(roles: Roles) -> dict[str, tuple[tuple[int, str], ...]]:
 def remedy(use: Use) -> str:
     """What to write when a use has no factored form."""
     return (
-        f"Exclude '{use.path}', or pass fallback=\"materialize\" (forms W + scale·A·B, "
-        f"{human_bytes(use.bytes)})"
+        f"Write exclude={exactly(use.path)!r} in LoraConfig, or pass "
+        f'fallback="materialize" (forms W + scale·A·B, {human_bytes(use.bytes)})'
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from flora._tree.arrays import is_array
+from flora._tree.notes import note_call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +36,14 @@ def stage(
     treedef: Any,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    *,
+    verb: str,
 ) -> Staged:
     """Traces `fn(tree, *args, **kwargs)` once, abstractly.
 
     Arrays of the tree and JAX arrays among the other arguments become inputs.  Other
-    values (NumPy arrays, bools, strings, None) reach `fn` unchanged.
+    values (NumPy arrays, bools, strings, None) reach `fn` unchanged.  What `fn` raises
+    carries a note of the verb that called it.
     """
     rest, rest_def = jax.tree.flatten((tuple(args), dict(kwargs)))
     in_tree = [i for i, x in enumerate(leaves) if is_array(x)]
@@ -51,9 +55,13 @@ def stage(
     def flat(tree_arrays: list[Any], rest_arrays: list[Any]) -> list[Any]:
         tree = treedef.unflatten(filled(leaves, in_tree, tree_arrays))
         args, kwargs = rest_def.unflatten(filled(rest, in_rest, rest_arrays))
-        found, outs["def"] = jax.tree_util.tree_flatten_with_path(
-            fn(tree, *args, **kwargs)
-        )
+        try:
+            result = fn(tree, *args, **kwargs)
+        except Exception as error:
+            how = f"{verb}, which traces with abstract arrays,"
+            note_call(error, how, fn, args, kwargs)
+            raise
+        found, outs["def"] = jax.tree_util.tree_flatten_with_path(result)
         outs["all"] = [x for _, x in found]
         outs["at"] = [i for i, (_, x) in enumerate(found) if isinstance(x, jax.Array)]
         outs["paths"] = [jax.tree_util.keystr(p) for p, _ in found]

@@ -12,6 +12,7 @@ import optax
 from flora._tree.arrays import is_array, shown
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.notes import note_call
 from flora._tree.paths import named_leaves, path_of
 from flora._tree.weight import (
     LoraWeight,
@@ -231,7 +232,12 @@ def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
         )
 
         def loss(adapter: Any) -> Any:
-            out = fn(_same_keys(join(base, adapter), adapted), *args, **kwargs)
+            tree = _same_keys(join(base, adapter), adapted)
+            try:
+                out = fn(tree, *args, **kwargs)
+            except Exception as error:
+                note_call(error, "flora.value_and_grad", fn, args, kwargs)
+                raise
             _require_scalar(out, has_aux)
             return out
 

@@ -1,15 +1,17 @@
 """What to adapt and how: `LoraConfig`."""
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraTypeError, fail
+from flora._tree.fields import unknown_fields
 from flora._tree.initializers import Initializer, gaussian
 from flora._tree.layout import Layout
 from flora._tree.paths import Matcher, Pattern, check_pattern
@@ -18,25 +20,48 @@ from flora._tree.weight import Variant
 # Forms that multiply by a copy of W, which must not be kept for the backward pass.
 COPIES = ("concat", "merged", "dithered")
 FORMS = ("auto", "direct", "thin_first", "thin_last", *COPIES)
+# The fields that are `{pattern: value}`: the first that selects a leaf decides.
+PATTERN_FIELDS = ("rank_pattern", "alpha_pattern", "layouts", "form_pattern")
+
+T = TypeVar("T")
 
 _GAUSSIAN = gaussian()  # one function object, so that drawing compiles once
 
 
+def _fields_checked(cls: type[T]) -> type[T]:
+    """The class, whose fields by other libraries' names are an error that says so."""
+    init: Any = cls.__init__
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        fail(unknown_fields(kwargs, known), LoraTypeError)
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked
+    return cls
+
+
+@_fields_checked
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """What to adapt and how.  ΔW = scale A B with scale = alpha/rank.
 
     Patterns are globs on '/'-joined paths (`*` crosses '/'; the glob must match the end
-    of the path from the start of a segment), compiled regexes (of the whole path),
-    callables `(path, leaf) -> bool`, or lists of these.
+    of the path from the start of a segment, or the whole path if it starts with '/'),
+    compiled regexes (of the whole path), callables `(path, leaf) -> bool`, or lists of
+    these.  Of the entries of a dict, the first in the order written that selects a leaf
+    decides.  An entry (of a list too) that selects nothing or decides nothing is an
+    error.
 
     Attributes:
-      rank: r, the rank of ΔW.
+      rank: r, the rank of ΔW.  It may be above min(in, out) of a leaf, which wastes
+        some; `flora.summary` marks it.
       alpha: numerator of the scale.
       target: leaves that get factors.  Leaves with fewer than 2 axes are skipped.
         `()` together with `train` makes a linear probe.
       exclude: leaves that stay frozen although `target` selects them.
-      rank_pattern: `{pattern: rank}`; the first that matches a leaf wins.
+      rank_pattern: `{pattern: rank}`, for leaves that need another.
       alpha_pattern: `{pattern: alpha}`, likewise.
       layouts: `{pattern: Layout}` for leaves whose layout should not be discovered.
       train: leaves that train whole, without factors: heads, norms, biases.
@@ -89,7 +114,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name in ("target", "exclude", "train"):
             check_pattern(name, getattr(self, name))
-        for name in ("rank_pattern", "alpha_pattern", "layouts", "form_pattern"):
+        for name in PATTERN_FIELDS:
             value = getattr(self, name)
             if not isinstance(value, Mapping):
                 raise LoraTypeError(

@@ -16,7 +16,7 @@ from flora._tree.errors import LoraError, LoraTypeError, human_bytes
 from flora._tree.layout import Layout
 from flora._tree.paths import named_leaves
 from flora._tree.quantized import abstract
-from flora._tree.weight import base_of
+from flora._tree.weight import LoraWeight, base_of
 from flora._verbs.tables import plain_text, table
 
 STATUSES = ("factored", "dense", "unused", "vector")
@@ -46,6 +46,7 @@ class LeafCoverage:
       roles: of a factored leaf, some of 'linear' (multiplied), 'conv' (convolved),
         'embedding' (looked up), 'attention' (makes queries, keys or values, or takes
         what attention gives), 'head' (nothing is multiplied after it).
+      rank: that of its factors, in an adapted tree.
     """
 
     path: str
@@ -56,6 +57,13 @@ class LeafCoverage:
     uses: tuple[Use, ...]
     reason: str = ""
     roles: tuple[str, ...] = ()
+    rank: int | None = None
+
+    @property
+    def full_rank(self) -> int:
+        """min(in, out): A B has no higher rank, whatever a larger one costs."""
+        _, in_, out = self._sizes()
+        return min(in_, out)
 
     @property
     def rank_parameters(self) -> int:
@@ -175,6 +183,7 @@ class Coverage:
                 "roles",
                 "layout",
                 "read by",
+                ">full rank",
                 ">parameters/rank",
                 ">FLOPs/rank",
                 ">dense bytes",
@@ -196,10 +205,17 @@ def _cells(row: LeafCoverage) -> tuple[str, ...]:
         ", ".join(row.roles),
         str(row.layout or ""),
         _read_by(row),
+        _full_rank(row) if factored else "",
         f"{row.rank_parameters:,}" if factored else "",
         f"+{100 * row.rank_flops:.2f} %" if factored else "",
         human_bytes(size) if dense and size else "",
     )
+
+
+def _full_rank(row: LeafCoverage) -> str:
+    """min(in, out), marked where the factors' rank is above it."""
+    above = row.rank is not None and row.rank > row.full_rank
+    return f"{row.full_rank} < {row.rank}" if above else f"{row.full_rank}"
 
 
 def _read_by(row: LeafCoverage) -> str:
@@ -228,7 +244,8 @@ def coverage(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Coverage:
 
     Returns:
       A `Coverage`, of which `.rows` has the data and which prints as a table:
-      'factored' leaves with layout, roles and cost for each unit of rank, 'dense' ones
+      'factored' leaves with layout, roles, full rank min(in, out) ('8 < 16' where the
+      factors of an adapted tree have 16) and cost for each unit of rank, 'dense' ones
       (read by an operation that has no factored rule) with operation, source line and
       bytes, 'unused' ones, and 'vector's, which `LoraConfig.train` can train whole.
       `.all_linear`, `.all_but_head`, `.attention` and `.select(...)` choose targets by
@@ -261,12 +278,13 @@ def coverage(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Coverage:
             f"coverage: the tree ({type(tree).__name__}) has no floating arrays. "
             "Pass the parameters. The order is flora.coverage(fn, tree, *args)."
         )
-    staged = stage(fn, leaves, treedef, args, kwargs)
+    staged = stage(fn, leaves, treedef, args, kwargs, verb="flora.coverage")
     found = discover(staged, leaves, paths)
     parts = _parts(staged, paths, found)
+    ranks = {path: x.rank for path, x in named if isinstance(x, LoraWeight)}
     return Coverage(
         tuple(
-            _covered(path, leaf, found[path], parts)
+            _covered(path, leaf, found[path], parts, ranks.get(path))
             for path, leaf in plain
             if path in found
         )
@@ -284,7 +302,9 @@ def _parts(
     return parts_played(staged.jaxpr, inputs)
 
 
-def _covered(path: str, leaf: Any, finding: Finding, parts: Parts) -> LeafCoverage:
+def _covered(
+    path: str, leaf: Any, finding: Finding, parts: Parts, rank: int | None
+) -> LeafCoverage:
     reason = finding.conflict or (
         "returned, changed, by the function" if finding.returned else ""
     )
@@ -299,6 +319,7 @@ def _covered(path: str, leaf: Any, finding: Finding, parts: Parts) -> LeafCovera
         finding.uses,
         "" if few else reason,
         _roles(path, finding, parts) if finding.status == "factored" else (),
+        rank,
     )
 
 

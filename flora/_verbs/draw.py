@@ -19,6 +19,7 @@ from flora._tree.errors import LoraError
 from flora._tree.initializers import Initializer
 from flora._tree.keys import path_salt
 from flora._tree.layout import Layout
+from flora._tree.notes import note_call
 from flora._tree.placement import mesh_of, spec_of, specs
 from flora._tree.weight import LoraWeight
 
@@ -103,7 +104,12 @@ def stacked(draw: Draw, root: Any, salt: Any) -> Pair:
 
 def _one(draw: Draw, key: Any) -> Pair:
     shapes = (draw.in_, draw.rank), (draw.rank, draw.out)
-    made = draw.initializer(key, *shapes, draw.dtype)
+    try:
+        made = draw.initializer(key, *shapes, draw.dtype)
+    except Exception as error:
+        given = (*shapes, str(draw.dtype))
+        note_call(error, "flora", draw.initializer, given, {}, first="key")
+        raise
     if not _are_factors(made, shapes):
         raise LoraError(
             f"The initializer {draw.initializer!r} gave {_described(made)}; expected "

@@ -22,7 +22,8 @@ from flora._verbs.tables import plain_text, table
 class LeafSummary:
     """One leaf of a tree.  Sizes in elements; `bytes` counts base and factors.
 
-    Where adapters of several ranks or scales lie in a leaf, `rank` is the columns of A,
+    `full_rank` is min(in, out): A B has no more, whatever a larger `rank` costs.  Where
+    adapters of several ranks or scales lie in a leaf, `rank` is the columns of A,
     `alpha` is `None`, and `adapters` says how they differ.
     """
 
@@ -37,6 +38,7 @@ class LeafSummary:
     trained: int
     bytes: int
     trained_bytes: int
+    full_rank: int | None = None
     adapters: str = ""
 
 
@@ -74,7 +76,7 @@ class Summary:
                 str(r.shape),
                 r.dtype,
                 str(r.layout or ""),
-                r.adapters or str(r.rank or ""),
+                r.adapters or _rank(r),
                 "" if r.alpha is None else f"{r.alpha:g}",
                 f"{r.parameters:,}",
                 f"{r.trained:,}",
@@ -125,6 +127,7 @@ def summary(tree: Any) -> Summary:
     """Leaf by leaf: role, shape, layout, rank, parameters and bytes.
 
     The table shows the leaves that train and sums up the others; `.rows` has them all.
+    A rank above min(in, out) reads '16 > 8': it computes what rank 8 would, for more.
 
     Args:
       tree: an adapted or plain tree, of arrays or `ShapeDtypeStruct`s.
@@ -134,6 +137,21 @@ def summary(tree: Any) -> Summary:
     """
     named, _ = named_leaves(tree)
     return Summary(tuple(_summarize(path, leaf) for path, leaf in named))
+
+
+def _rank(row: LeafSummary) -> str:
+    """The rank, marked where A B cannot have it."""
+    if row.rank is None or row.full_rank is None or row.rank <= row.full_rank:
+        return str(row.rank or "")
+    return f"{row.rank} > {row.full_rank}"
+
+
+def _full_rank(leaf: LoraWeight) -> int | None:
+    """min(in, out), which the factors tell of an adapter too."""
+    if not (is_array(leaf.a) and is_array(leaf.b)):
+        return None
+    n = len(leaf.layout.stack)
+    return min(math.prod(leaf.a.shape[n:-1]), math.prod(leaf.b.shape[n + 1 :]))
 
 
 def _summarize(path: str, leaf: Any) -> LeafSummary:
@@ -157,6 +175,7 @@ def _summarize(path: str, leaf: Any) -> LeafSummary:
             trained,
             _bytes(leaf.base) + held_bytes,
             trained_bytes,
+            _full_rank(leaf),
             _adapters(leaf),
         )
     role, value = (

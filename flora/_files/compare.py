@@ -63,6 +63,8 @@ def _compared(path: str, record: Mapping[str, Any], arrays: Any) -> dict[str, An
         "a": arrays["a"][path],
         "b": arrays["b"][path],
     }
+    if "blocks" in settings:
+        found["blocks"] = text_of(settings["blocks"])
     if settings["variant"] is not None:
         extra = {name: arrays["extra"][f"{path}/{name}"] for name in record["extra"]}
         found |= {"variant": text_of(settings["variant"]), "extra": extra}

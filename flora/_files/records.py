@@ -32,7 +32,8 @@ def record_of(path: str, leaf: Any, also: Pattern) -> dict[str, Any]:
         if isinstance(leaf, Trained):
             kind, leaf = "trained", leaf.value
         return {"kind": kind, "shape": [*np.shape(abstract(leaf))]}
-    names = [f.name for f in dataclasses.fields(leaf) if f.name not in _APART]
+    apart = _APART if leaf.blocks else (*_APART, "blocks")
+    names = [f.name for f in dataclasses.fields(leaf) if f.name not in apart]
     settings = {name: _encoded(getattr(leaf, name)) for name in names}
     layout = leaf.layout
     return {

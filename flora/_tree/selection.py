@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from flora._tree.indices import Indexed
 from flora._tree.paths import Pattern, entries, exactly, matches
 
 Named = Sequence[tuple[str, Any]]
@@ -41,7 +42,8 @@ def idle_keys(name: str, patterns: Mapping[Any, Any], named: Named) -> list[str]
                 earlier = list(dict.fromkeys(taken[p] for p in hit))
                 more = all({*hits[other]} - {*hit} for other in earlier)
                 problems.append(shadowed(name, entry, len(hit), earlier, more=more))
-        taken = dict.fromkeys(hits[key], key) | taken
+        if not isinstance(key, Indexed):  # the others' indices are left
+            taken = dict.fromkeys(hits[key], key) | taken
     return problems
 
 

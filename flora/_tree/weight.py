@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from flora._tree.arrays import shown
 from flora._tree.blocks import Block, covered, gates
@@ -238,8 +239,12 @@ def within_blocks(weight: LoraWeight) -> LoraWeight:
                 if name == "b"
                 else jnp.expand_dims(adapted, range(len(stack), x.ndim))
             )
-        return jnp.where(own, x, jnp.zeros_like(x))
+        kept = jnp.where(own, x, jnp.zeros_like(x))
+        return kept if isinstance(x, Tracer) else jax.device_put(kept, x.sharding)
 
+    parts = jax.tree.leaves((weight.a, weight.b, weight.extra))
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in parts):
+        return weight
     return on_parts(inside, weight)
 
 

@@ -19,7 +19,8 @@ from flora._tree.layout import Layout
 from flora._tree.paths import entries, exactly, first, matches, named_leaves
 from flora._tree.quantized import abstract, is_quantized
 from flora._tree.selection import idle_entries, idle_keys, nothing_selected, shown
-from flora._tree.weight import LoraWeight, Trained, is_node
+from flora._tree.weight import LoraWeight, Trained, is_node, within_blocks
+from flora._verbs import indices
 from flora._verbs.draw import drawn, kind_of
 from flora._verbs.lora import returned_raw
 
@@ -72,6 +73,7 @@ def init(
             "The order is flora.init(key, config, fn, tree, *args)."
         )
     named, treedef = named_leaves(tree)
+    config = indices.read(config, named)
     targets, trained = _selection(config, named)
     given = _given_layouts(config, [(p, x) for p, x in named if p in targets])
     leaves = [abstract(leaf) for _, leaf in named]
@@ -82,34 +84,32 @@ def init(
         given,
     )
     layouts = _layouts(config, dict(named), found)
-    ranks = {
-        p: first(config.rank_pattern, config.rank, p, leaf)
-        for p, leaf in named
-        if p in layouts
-    }
+    adapters = indices.adapters(config, named, layouts)
     root = consumed(key)
-    wanted = [(p, x, layouts[p], ranks[p]) for p, x in named if p in layouts]
+    wanted = [(p, x, layouts[p], adapters[p].rank) for p, x in named if p in adapters]
     factors = drawn(root, config.init, jnp.dtype(config.dtype), wanted)
 
     def adapt(path: str, leaf: Any) -> Any:
         if path in trained:
             return Trained(leaf)
-        if path not in layouts:
+        if path not in adapters:
             return leaf
-        alpha = first(config.alpha_pattern, config.alpha, path, leaf)
         weight = LoraWeight(
             leaf,
             *factors[path],
             layout=layouts[path],
-            rank=int(ranks[path]),
-            alpha=float(alpha),
+            rank=adapters[path].rank,
+            alpha=adapters[path].alpha,
             rank_stabilized=config.rank_stabilized,
             dropout=float(config.dropout),
             fallback=config.fallback,
             form=first(config.form_pattern, config.form, path, leaf),
             variant=config.variant,
+            blocks=adapters[path].blocks,
         )
-        return weight if config.variant is None else _started(root, path, weight)
+        if config.variant is not None:
+            weight = _started(root, path, weight)
+        return within_blocks(weight)
 
     return treedef.unflatten([adapt(path, leaf) for path, leaf in named])
 
@@ -129,7 +129,8 @@ def _selection(config: LoraConfig, named: Named) -> tuple[set[str], set[str]]:
         if is_node(leaf)
     )
     hit = [(p, x) for p, x in named if matches(config.target, p, x)]
-    chosen = [(p, x) for p, x in hit if not matches(config.exclude, p, x)]
+    exclude = indices.whole(config.exclude)
+    chosen = [(p, x) for p, x in hit if not matches(exclude, p, x)]
     trained = {p for p, x in named if matches(config.train, p, x)}
     if not entries(config.target) and not trained and not entries(config.train):
         raise LoraError(nothing_selected("target", config.target, paths))

@@ -159,7 +159,7 @@ def _summarize(path: str, leaf: Any) -> LeafSummary:
         shape, dtype = _shape_dtype(leaf.base)
         held = [_shape_dtype(x) for x in (leaf.a, leaf.b, *(leaf.extra or {}).values())]
         factors = [_shape_dtype(x) for x in trained_parts(leaf).values()]
-        trained = sum(math.prod(s) for s, _ in factors)
+        trained = sum(math.prod(s) for s, _ in factors) - _idle(leaf)
         held_bytes = sum(math.prod(s) * _itemsize(d) for s, d in held)
         trained_bytes = sum(math.prod(s) * _itemsize(d) for s, d in factors)
         size = math.prod(shape) if leaf.base is not None else 0
@@ -198,6 +198,20 @@ def _summarize(path: str, leaf: Any) -> LeafSummary:
         size_bytes,
         size_bytes if trains else 0,
     )
+
+
+def _idle(leaf: LoraWeight) -> int:
+    """How many elements of A and B lie outside of all blocks."""
+    if not leaf.blocks:
+        return 0
+    n = len(leaf.layout.stack)
+    stack, in_, out = leaf.a.shape[:n], leaf.a.shape[n:-1], leaf.b.shape[n + 1 :]
+    size = math.prod(leaf.a.shape) + math.prod(leaf.b.shape)
+    for block in leaf.blocks:
+        first, end = block.columns or (0, math.prod(out))
+        matrices = math.prod(stack[len(block.index) :])
+        size -= matrices * block.rank * (math.prod(in_) + end - first)
+    return size
 
 
 def _adapters(leaf: LoraWeight) -> str:

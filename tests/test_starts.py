@@ -364,9 +364,6 @@ BAD = {
             flora.quantize.quantize(tree(), "int8", target="*", block=2)),
     "pissa: 'w' is a LoraWeight that holds no arrays": lambda: starts.pissa(
         flora.mask(tree())),
-    "a matrix of 8×5, and rank 3; 2·rank must be at most 5. Write "
-    "rank_pattern={'w': 2}":
-        lambda: starts.lora_ga(tree(3), W),
     "method='qr'. Write one of svd, randomized": lambda: starts.pissa(
         tree(), method="qr"),
     "pissa: method='svd' is exact and takes no key": lambda: starts.pissa(

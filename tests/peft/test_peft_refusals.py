@@ -282,6 +282,8 @@ def test_names_that_do_not_fit(tmp_path):
         (3, "names is a int"),
         ({3: "a"}, "is no pattern"),
         ({"layers/{i}/up": "layers.{i}.down"}, "none of the base's"),
+        ({"layers/{i}/up": "a.{i}", "0/up": "b"}, "all 2 leaves that '0/up' matches"),
+        ({"/up": "a"}, "'/up' matches none of the"),
     ):
         with pytest.raises(flora.LoraError, match=fragment):
             flora.peft.load(folder, params(), names=names)
@@ -289,6 +291,37 @@ def test_names_that_do_not_fit(tmp_path):
         flora.peft.Module("a", rows=[0, 0])
     with pytest.raises(flora.LoraError, match="kind='dense'"):
         flora.peft.Module("a", kind="dense")
+
+
+def test_a_leading_slash_anchors_a_name(tmp_path):
+    folder = files.write(tmp_path / "x", tensors())
+    tree = params() | {"vision": params()}  # whose leaves end as the others do
+    names = {"/layers/{i}/up": "layers.{i}.up"}
+    loaded = flora.peft.load(folder, tree, names=names)
+    rows = [r.path for r in flora.summary(loaded).rows if r.role == "lora"]
+    assert rows == ["layers/0/up/kernel", "layers/1/up/kernel"]
+    flora.peft.save(tmp_path / "y", loaded, names=names)
+    again = flora.peft.load(tmp_path / "y", tree, names=names)
+    assert [r.path for r in flora.summary(again).rows if r.role == "lora"] == rows
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_of_a_rank_above_both_sides_draws_fewer(tmp_path, start):
+    drawn = {k: v for i in "01" for k, v in linear(f"layers.{i}.up", D, F, D).items()}
+    config = {"r": 9, "lora_alpha": 9, "init_lora_weights": start}
+    folder = files.write(tmp_path / "x", drawn, **config)
+    base = params()
+    loaded = flora.peft.load(folder, base)
+    for i in "01":
+        w = loaded["layers"][i]["up"]["kernel"]
+        assert (w.rank, w.scale) == (9, 1.0)
+        assert abs(np.asarray(w.base)).max() < 1e-6  # all of W was taken out of it
+        a, b = (drawn[f"{PREFIX}layers.{i}.up.lora_{n}.weight"].T for n in "AB")
+        assert np.array_equal(w.a, np.pad(a, ((0, 0), (0, 9 - D))))
+        assert np.array_equal(w.b, np.pad(b, ((0, 9 - D), (0, 0))))
+    plain = files.write(tmp_path / "y", drawn, **config | {"init_lora_weights": True})
+    with pytest.raises(flora.LoraError, match="gives rank 9"):
+        flora.peft.load(plain, base)
 
 
 def test_a_base_that_is_another(tmp_path):

@@ -42,9 +42,9 @@ def test_every_leaf_that_does_not_fit_is_named(saver):
         "4 problems",
         "Step 4: 'first/kernel': the checkpoint has rank=2, a=bfloat16[8,2], "
         "b=bfloat16[2,16]; the given tree has rank=3, a=bfloat16[8,3], "
-        "b=bfloat16[3,16]. Write LoraConfig(rank_pattern={'first/kernel': 2}).",
+        "b=bfloat16[3,16]. Write LoraConfig(rank_pattern={'/first/kernel': 2}).",
         "'second/kernel': the checkpoint has alpha=4.0; the given tree has alpha=1.0. "
-        "Write LoraConfig(alpha_pattern={'second/kernel': 4}).",
+        "Write LoraConfig(alpha_pattern={'/second/kernel': 4}).",
         "'second/kernel': the checkpoint was trained on a base of float32[16,8] ",
         "state 'extra': the checkpoint has no such leaf; the given state has "
         "float32[2].",
@@ -67,8 +67,8 @@ def state_with_extra(state):
 
 
 CONFIGS = {
-    "rank": ({"rank": 3}, "rank_pattern={'first/kernel': 2}"),
-    "alpha": ({"alpha": 8}, "alpha_pattern={'first/kernel': 4}"),
+    "rank": ({"rank": 3}, "rank_pattern={'/first/kernel': 2}"),
+    "alpha": ({"alpha": 8}, "alpha_pattern={'/first/kernel': 4}"),
     "rank_stabilized": ({"rank_stabilized": True}, "rank_stabilized=False"),
     "dtype": ({"dtype": jnp.float32}, "dtype='bfloat16'"),
     "target": (
@@ -100,7 +100,7 @@ def test_other_layouts_and_shapes_are_refused(saver):
     refused(
         saver,
         heads({"w": flora.Layout((1,), (0,), (2,))}, fallback="materialize"),
-        "layouts={'w': flora.Layout(in_=(0,), out=(1,2,))}",
+        "layouts={'/w': flora.Layout(in_=(0,), out=(1,2,))}",
     )
     refused(saver, heads({}, size=7), "b=float32[2,4,5]; the given tree has "
             "b=float32[2,4,7]. Pass the model that it was trained with.")  # fmt: skip

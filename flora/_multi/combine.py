@@ -187,8 +187,8 @@ def _option_problems(
     if method.endswith("ties") and min(weights) <= 0:
         found.append(
             f"combine: weights={weights}; a vote has no place for weights of 0 or "
-            "less. Leave those adapters out, or write method='dare_linear' or "
-            "'magnitude_prune'."
+            "less. Leave those adapters out, or write method="
+            f"{'dare_linear' if method.startswith('dare') else 'magnitude_prune'!r}."
         )
     return found
 

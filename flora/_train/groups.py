@@ -200,7 +200,7 @@ def resolve(
             f"{problem} Only leaves that train count."
             for problem in idle_entries(name, pattern, named)
         ]
-        if value == {}:
+        if isinstance(value, Mapping) and not value:
             problems.append(f"{name}: {shown(pattern)} is given {{}}, no part.")
         for part, each in _by_part(value):
             wrong = check(each)
@@ -236,9 +236,10 @@ def _idle_problems(
         ]
     if not places or any(place not in taken for place in places):
         return []
-    earlier = list(dict.fromkeys(taken[place] for place in places))
+    by = {taken[place] for place in places}
+    earlier = [pattern for pattern in dict.fromkeys(taken.values()) if pattern in by]
     left = {taken[place] for place in taken if place not in {*places}}
-    return [shadowed(name, entry, len(hit), earlier, more={*earlier} <= left)]
+    return [shadowed(name, entry, earlier, more={*earlier} <= left)]
 
 
 def _places(adapted: Any) -> dict[Place, tuple[int, ...]]:

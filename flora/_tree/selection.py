@@ -39,31 +39,29 @@ def idle_keys(name: str, patterns: Mapping[Any, Any], named: Named) -> list[str]
         for entry in entries(key):
             hit = [p for p, x in named if matches(entry, p, x)]
             if hit and all(p in taken for p in hit):
-                earlier = list(dict.fromkeys(taken[p] for p in hit))
+                by = {taken[p] for p in hit}
+                earlier = [other for other in patterns if other in by]
                 more = all({*hits[other]} - {*hit} for other in earlier)
-                problems.append(shadowed(name, entry, len(hit), earlier, more=more))
+                problems.append(shadowed(name, entry, earlier, more=more))
         if not isinstance(key, Indexed):  # the others' indices are left
             taken = dict.fromkeys(hits[key], key) | taken
     return problems
 
 
-def shadowed(
-    name: str, entry: Any, count: int, earlier: Sequence[Any], *, more: bool
-) -> str:
+def shadowed(name: str, entry: Any, earlier: Sequence[Any], *, more: bool) -> str:
     """The message for an entry of which others decide all that it selects.
 
     Args:
       name: of the mapping.
       entry: the pattern.
-      count: how many leaves it selects.
-      earlier: the patterns that decide for those.
-      more: whether each of these would be left with leaves of its own.
+      earlier: the patterns that decide instead.
+      more: whether each of these would be left with something of its own.
     """
     before = ", ".join(map(shown, earlier[:3]))
     remedy = f"Write it before {before}, or take it out." if more else "Take it out."
     return (
-        f"{name}: all {count} leaves that {shown(entry)} selects are taken by earlier "
-        f"entries, {before}; the first that selects a leaf decides. {remedy}"
+        f"{name}: all that {shown(entry)} selects is taken by earlier entries, "
+        f"{before}, and the first that selects a leaf decides. {remedy}"
     )
 
 
@@ -159,7 +157,7 @@ def _instead(name: str, text: str, paths: Sequence[str]) -> str:
 
 def _of_module(text: str, paths: Sequence[str]) -> list[str]:
     """The leaves of the modules that PEFT would select, or of a regex of the path."""
-    text = re.sub(r"^\^?(base_model\\?\.model\\?\.)?model\\?\.", "", text)
+    text = re.sub(r"^\^?(base_model\\?\.model\\?\.)?(model\\?\.)?", "", text)
     dotted = text.replace("/", ".").removesuffix(".weight")
     glob = f"{dotted.replace('.', '/')}/*"
     regexes = [r for t in {text, dotted} if (r := _compiled(t)) is not None]

@@ -385,3 +385,46 @@ def test_the_file_is_byte_for_byte_what_the_package_writes(tmp_path):
     flora._peft.file.write(tmp_path / "x", {"r": 8}, tensors)
     got = (tmp_path / "x" / "adapter_model.safetensors").read_bytes()
     assert got == safetensors.numpy.save(tensors, metadata={"format": "pt"})
+
+
+def normed():
+    """A linear layer, a norm with statistics, and its function."""
+
+    def fn(p, x):
+        mean = p["batch_stats"]["bn"]["mean"]
+        return (x @ p["params"]["lin"]["kernel"] - mean) * p["params"]["bn"]["scale"]
+
+    def stats(x):
+        return {"bn": {"mean": jnp.full(3, x), "var": jnp.ones(3)}}
+
+    bn = {"scale": jnp.ones(3), "bias": jnp.zeros(3)}
+    layers = {"lin": {"kernel": jnp.ones((4, 3))}, "bn": bn}
+    return fn, {"params": layers, "batch_stats": stats(0.0)}, stats
+
+
+def test_batch_statistics_are_never_lost_silently(tmp_path):
+    fn, tree, stats = normed()
+    x, config = jnp.ones((2, 4)), flora.LoraConfig(rank=2)
+    adapted = flora.init(jax.random.key(0), config, fn, tree, x)
+    later = adapted | {"batch_stats": stats(1.0)}
+    for options in ({}, {"base": tree}):
+        with pytest.raises(flora.LoraError) as caught:
+            flora.peft.save(tmp_path / "x", later, **options)
+        text = str(caught.value)
+        assert "'batch_stats/bn/mean' " in text
+        assert "write ignore='batch_stats/*' to leave them out" in text
+    flora.peft.save(tmp_path / "x", later, ignore="batch_stats/*")
+    flora.peft.save(tmp_path / "y", adapted, base=tree)  # they are as they were
+    flora.peft.save(tmp_path / "z", flora.split(later)[1])  # an adapter has none
+    with pytest.raises(flora.LoraError, match="ignore has 'stats', which selects none"):
+        flora.peft.save(tmp_path / "x", later, ignore=["batch_stats/*", "stats"])
+
+
+def test_statistics_of_a_module_that_trains_whole_are_saved(tmp_path):
+    fn, tree, stats = normed()
+    config = flora.LoraConfig(rank=2, train="bn/[sb]*", exclude=())
+    adapted = flora.init(jax.random.key(0), config, fn, tree, jnp.ones((2, 4)))
+    later = adapted | {"batch_stats": stats(1.0)}
+    flora.peft.save(tmp_path / "x", later)
+    loaded = flora.peft.load(tmp_path / "x", tree)
+    assert jnp.array_equal(loaded["batch_stats"]["bn"]["mean"], jnp.ones(3))

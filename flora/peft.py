@@ -42,6 +42,7 @@ from flora._trace.discover import Finding, discover
 from flora._trace.stage import stage
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.finite import require_finite
 from flora._tree.layout import Layout
 from flora._tree.paths import named_leaves
 from flora._tree.placement import mesh_of, spec_of, specs
@@ -60,6 +61,7 @@ def load(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     dtype: Any = None,
+    allow_nonfinite: bool = False,
 ) -> Any:
     """The tree with PEFT's adapter in it, ready to run and to train on.
 
@@ -77,6 +79,7 @@ def load(
       args: the other positional arguments of one call of `fn`.
       kwargs: its keyword arguments.
       dtype: of the factors; by default float32, or float64 where the file has it.
+      allow_nonfinite: True to take NaN and infinity too.
 
     Returns:
       The tree with `LoraWeight`s, and `Trained` leaves for `modules_to_save` and
@@ -108,7 +111,9 @@ def load(
             f"flora.peft.load: dtype={dtype!r}. Write a floating dtype."
         )
     config = read(folder)
-    content = _in_dtype(sort_out(read_tensors(folder), config, folder), dtype)
+    tensors = read_tensors(folder)
+    content = _in_dtype(sort_out(tensors, config, folder), dtype)
+    require_finite(f"{folder / WEIGHTS}", tensors, allow_nonfinite)
     given = expected_layouts(leaves)
     uses = (
         {} if fn is None else _followed(fn, named, treedef, args, kwargs or {}, given)
@@ -332,6 +337,7 @@ def save(
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
     dtype: Any = None,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes the adapter as PEFT does, in one step: the files are complete or absent.
 
@@ -356,10 +362,12 @@ def save(
       base_model_name_or_path: of the model, for the config.
       task_type: such as 'CAUSAL_LM', for the config.
       dtype: of the tensors; by default each array's own.
+      allow_nonfinite: True to write NaN and infinity too, which `load` must be told.
 
     Raises:
-      LoraError: a leaf has no name or not a unique one; it holds NaN; or it is of a
-        kind that PEFT, or a server if `serving`, does not support.
+      LoraError: a leaf has no name or not a unique one; it holds NaN or infinity, or
+        would in `dtype`; or it is of a kind that PEFT, or a server if `serving`, does
+        not support.
     """
     folder = directory("save", dir)
     kinds: dict[str, str] = {}
@@ -380,5 +388,6 @@ def save(
             "base_model_name_or_path": base_model_name_or_path,
             "task_type": task_type,
         },
+        allow_nonfinite=allow_nonfinite,
     )
     write(folder, config, tensors)

@@ -30,6 +30,7 @@ from flora._train.optimizer import FROZEN, freeze, map_parts
 from flora._tree.arrays import compute_dtype, is_array
 from flora._tree.checks import require_adapted, weight_problems
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.finite import require_finite
 from flora._tree.initializers import Initializer, gaussian
 from flora._tree.keys import consumed, require_key
 from flora._tree.paths import named_leaves
@@ -207,6 +208,7 @@ def restart(
     adapted: Any,
     *,
     initializer: Initializer = _GAUSSIAN,
+    allow_nonfinite: bool = False,
 ) -> tuple[Any, Any]:
     """ReLoRA's restart: W ← W + scale A B, then A and B as at a new start.
 
@@ -230,6 +232,7 @@ def restart(
         adapter.
       adapted: the adapted tree.
       initializer: how A and B start, as `LoraConfig.init`.
+      allow_nonfinite: True to merge NaN and infinity too, as for `flora.merge`.
 
     Returns:
       `(adapted, state)`.  Works under `jax.jit` (on a mesh, with the step's
@@ -237,8 +240,8 @@ def restart(
 
     Raises:
       LoraError: the tree has no factors or no base, a base is stored in fewer bits, a
-        leaf has a variant, or the state is not that of `tx` or keeps moments out of the
-        tree's structure.
+        leaf has a variant, NaN or infinity would come into a base, or the state is not
+        that of `tx` or keeps moments out of the tree's structure.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, flora, flora.recipes
@@ -268,7 +271,11 @@ def restart(
         a, b = redrawn(root, initializer, path, leaf)
         return dataclasses.replace(leaf, base=materialize(leaf), a=a, b=b, key=None)
 
-    renewed = treedef.unflatten([renew(path, leaf) for path, leaf in named])
+    made = {path: renew(path, leaf) for path, leaf in named}
+    old = {path: x.base for path, x in named if isinstance(x, LoraWeight)}
+    new = {path: made[path].base for path in old}
+    require_finite("restart", new, allow_nonfinite, before=old)
+    renewed = treedef.unflatten(list(made.values()))
     return renewed, _renewed_state(tx, state, renewed)
 
 

@@ -13,6 +13,7 @@ from flora._algebra.variants import DoRA
 from flora._tree.arrays import is_array
 from flora._tree.checks import weight_problems
 from flora._tree.errors import LoraError, fail
+from flora._tree.finite import require_finite
 from flora._tree.matrices import (
     compiled,
     folded,
@@ -31,7 +32,7 @@ from flora._tree.paths import (
     nothing_selected,
 )
 from flora._tree.quantized import is_quantized
-from flora._tree.weight import LoraWeight, base_of
+from flora._tree.weight import LoraWeight, base_of, parts_of
 
 Named = list[tuple[str, Any]]
 
@@ -49,6 +50,12 @@ def selected(
     if not chosen:
         raise LoraError(nothing_selected("target", target, list(nodes)))
     fail(p for path, w in chosen.items() for p in _value_problems(verb, path, w, dense))
+    parts = {
+        path if name == "base" else f"{name} of {path}": x
+        for path, w in chosen.items()
+        for name, x in {"base": w.base, **parts_of(w)}.items()
+    }
+    require_finite(verb, parts, remedy="Start from finite weights.")
     return chosen, named, treedef
 
 
@@ -210,6 +217,9 @@ def gradients_of(
             or isinstance(g, jax.ShapeDtypeStruct)
             or tuple(g.shape) != tuple(chosen[path].base.shape)
         )
+        gradients = {f"the gradient of {path}": g for path, g in found}
+        remedy = "Look at the loss of the plain model."
+        require_finite("lora_ga", gradients, remedy=remedy)
         yield from found
 
 

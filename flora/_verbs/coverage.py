@@ -166,9 +166,7 @@ class Coverage:
 
     def __rich__(self) -> Any:
         found = {s: len(self.with_status(s)) for s in STATUSES}
-        counts = ", ".join(
-            f"{n} {s}" for s, n in found.items() if n or s != "integer"
-        )
+        counts = ", ".join(f"{n} {s}" for s, n in found.items() if n or s != "integer")
         factored = [r for r in self.rows if r.status == "factored"]
         total = sum(r.rank_parameters for r in factored)
         return table(

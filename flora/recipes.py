@@ -9,6 +9,7 @@ All take the split-off adapter, or the whole tree inside `flora.optimizer`.
 
 import dataclasses
 import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
@@ -29,11 +30,12 @@ from flora._train.groups import (
 from flora._train.optimizer import FROZEN, freeze, map_parts
 from flora._tree.arrays import compute_dtype, is_array
 from flora._tree.checks import require_adapted, weight_problems
+from flora._tree.config import LoraConfig
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.finite import require_finite
-from flora._tree.initializers import Initializer, gaussian
+from flora._tree.initializers import ByKind, Initializer, gaussian
 from flora._tree.keys import consumed, require_key
-from flora._tree.paths import named_leaves
+from flora._tree.paths import Matcher, matches, named_leaves, nothing_selected
 from flora._tree.quantized import is_quantized
 from flora._tree.weight import LoraWeight, is_node
 from flora._verbs.draw import redrawn
@@ -208,6 +210,7 @@ def restart(
     adapted: Any,
     *,
     initializer: Initializer = _GAUSSIAN,
+    init_pattern: Mapping[Matcher, Initializer] | None = None,
     allow_nonfinite: bool = False,
 ) -> tuple[Any, Any]:
     """ReLoRA's restart: W ← W + scale A B, then A and B as at a new start.
@@ -232,6 +235,7 @@ def restart(
         adapter.
       adapted: the adapted tree.
       initializer: how A and B start, as `LoraConfig.init`.
+      init_pattern: `{pattern: initializer}`, as `LoraConfig.init_pattern`.
       allow_nonfinite: True to merge NaN and infinity too, as for `flora.merge`.
 
     Returns:
@@ -263,12 +267,14 @@ def restart(
     if not any(isinstance(leaf, LoraWeight) for _, leaf in named):
         raise LoraError("restart: no leaf of the tree has factors to merge.")
     _, treedef = named_leaves(adapted)
+    config = LoraConfig(init=initializer, init_pattern=init_pattern or {})
+    starts = _initializers(named, config)
     root = consumed(key)
 
     def renew(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, LoraWeight):
             return leaf
-        a, b = redrawn(root, initializer, path, leaf)
+        a, b = redrawn(root, starts[path], path, leaf)
         return dataclasses.replace(leaf, base=materialize(leaf), a=a, b=b, key=None)
 
     made = {path: renew(path, leaf) for path, leaf in named}
@@ -277,6 +283,26 @@ def restart(
     require_finite("restart", new, allow_nonfinite, before=old)
     renewed = treedef.unflatten(list(made.values()))
     return renewed, _renewed_state(tx, state, renewed)
+
+
+def _initializers(
+    named: Sequence[tuple[str, Any]], config: LoraConfig
+) -> dict[str, Initializer]:
+    """How each adapted leaf starts anew."""
+    if any(isinstance(x, ByKind) for x in (config.init, *config.init_pattern.values())):
+        raise LoraError(
+            "restart: flora.initializers.peft() tells leaves apart by what a "
+            "model does, and none is traced here. Write initializer=uniform('peft') and "
+            "init_pattern={'embedding': embedding()}, both of flora.initializers."
+        )
+    left, starts = dict(config.init_pattern), {}
+    for path, leaf in named:
+        if isinstance(leaf, LoraWeight):
+            hits = [k for k in config.init_pattern if matches(k, path, leaf)]
+            starts[path] = config.init_pattern[hits[0]] if hits else config.init
+            left = {k: x for k, x in left.items() if k not in hits}
+    fail(f"restart: {nothing_selected('init_pattern', k, [*starts])}" for k in left)
+    return starts
 
 
 def _unmergeable(path: str, leaf: Any) -> list[str]:

@@ -17,6 +17,9 @@ import numpy as np
 
 from flora._trace import compat
 from flora._trace.compat import P
+from flora._trace.discover import Finding
+from flora._trace.stage import Staged
+from flora._tree.layout import Layout
 
 
 class Kind(enum.IntEnum):
@@ -81,6 +84,7 @@ class Parts:
       multiplied: those that activations are multiplied by.
       looked_up: those of which rows are looked up, one-hot products too, or that are
         learned tokens.
+      rows: how many rows each table has that is looked up.
       picked: the numbers of the indices by which rows of each table are looked up.
       picking: those of the indices that choose among stacked weights.
       stacks: the stack axes of the weights.
@@ -94,6 +98,7 @@ class Parts:
     feeding: set[Visit] = dataclasses.field(default_factory=set)
     multiplied: set[str] = dataclasses.field(default_factory=set)
     looked_up: set[str] = dataclasses.field(default_factory=set)
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)
     picked: dict[str, set[int | None]] = dataclasses.field(default_factory=dict)
     picking: set[int | None] = dataclasses.field(default_factory=set)
     numbers: dict[Any, int] = dataclasses.field(default_factory=dict)
@@ -111,6 +116,36 @@ _NOTHING = Flow()
 _SUMS = {P.add, P.sub, P.add_any}
 _WEIGHTINGS = {P.exp, P.exp2, P.logistic}
 _REPEATS = {P.broadcast_in_dim, P.tile}
+
+
+def parts_in(
+    staged: Staged, paths: Mapping[int, str], found: Mapping[str, Finding]
+) -> Parts:
+    """The parts of the leaves `{position: path}` of which discovery found a layout."""
+    inputs = {
+        k: paths[i]
+        for i, k in enumerate(staged.tree_inputs)
+        if k is not None and i in paths and found[paths[i]].status == "factored"
+    }
+    layouts = {path: found[path].layout or Layout() for path in inputs.values()}
+    stacks = {path: layout.stack for path, layout in layouts.items()}
+    return parts_played(staged.jaxpr, inputs, stacks)
+
+
+def vocabulary(
+    parts: Parts, path: str, finding: Finding, layout: Layout, shape: tuple[int, ...]
+) -> str:
+    """The side of a table's layout along which rows are looked up: 'in' or 'out'.
+
+    '' for what is no table.  A tied one has the layout of its product.
+    """
+    if path not in parts.rows or parts.are_vectors(path):
+        return ""
+    gathers = [x for x in finding.uses if x.binding and x.primitive == "gather"]
+    if axes := {i for use in gathers for i, role in use.roles if role == "in"}:
+        return "in" if axes <= {*layout.in_} else "out"
+    _, in_, out = layout.matrix(shape)
+    return "out" if parts.rows[path] == out != in_ else "in"
 
 
 def parts_played(
@@ -260,10 +295,13 @@ def _sliced(parts: Parts, eqn: Any, ins: Sequence[Flow]) -> Flow:
     if not w.weights:
         return _joined(ins[:1])
     is_row = bool(one) and sum(n > 1 for n in sizes) <= 1
-    return _indexed(parts, w, one) if is_row or _along_stack(parts, w, one) else w
+    chosen = is_row or _along_stack(parts, w, one)
+    return _indexed(parts, w, one, shape) if chosen else w
 
 
-def _indexed(parts: Parts, w: Flow, indices: Mapping[int, Flow]) -> Flow:
+def _indexed(
+    parts: Parts, w: Flow, indices: Mapping[int, Flow], shape: Sequence[int]
+) -> Flow:
     """What some indices choose: among stacked weights a weight, else rows."""
     numbers = {x.number for x in indices.values()}
     if _along_stack(parts, w, indices):
@@ -271,23 +309,26 @@ def _indexed(parts: Parts, w: Flow, indices: Mapping[int, Flow]) -> Flow:
         return w
     for path in w.weights:
         parts.picked.setdefault(path, set()).update(numbers)
-    return _visited(parts, w.weights, looked_up=True)
+    return _looked_up(parts, w.weights, math.prod(shape[i] for i in indices))
 
 
 def _along_stack(parts: Parts, w: Flow, axes: Iterable[int]) -> bool:
     return all({*axes} <= {*parts.stacks.get(path, ())} for path in w.weights)
 
 
-def _visited(parts: Parts, weights: frozenset[str], looked_up: bool) -> Flow:
-    (parts.looked_up if looked_up else parts.multiplied).update(weights)
-    return Flow(last=frozenset(Visit(path, looked_up) for path in weights))
+def _looked_up(parts: Parts, weights: frozenset[str], rows: int) -> Flow:
+    parts.looked_up |= weights
+    parts.rows |= dict.fromkeys(weights, rows)
+    return Flow(last=frozenset(Visit(path, looked_up=True) for path in weights))
 
 
 def _product(parts: Parts, eqn: Any, ins: list[Flow]) -> Flow:
     x, y = ins[:2]
     if eqn.primitive is P.gather:
-        axes = eqn.params["dimension_numbers"].start_index_map
-        return _indexed(parts, x, dict.fromkeys(axes, y)) if x.weights else _joined([x])
+        if not x.weights:
+            return _joined([x])
+        indices = dict.fromkeys(eqn.params["dimension_numbers"].start_index_map, y)
+        return _indexed(parts, x, indices, eqn.invars[0].aval.shape)
     if x.weights and y.weights and x.spread != y.spread:  # learned tokens
         x, y = (_token(parts, v) if v.spread else v for v in (x, y))
     weights = x.weights | y.weights
@@ -300,7 +341,10 @@ def _product(parts: Parts, eqn: Any, ins: list[Flow]) -> Flow:
         parts.feeding |= activation.last
         if activation.attended:
             parts.attention |= weights
-        return _visited(parts, weights, activation.kind is Kind.PICK)
+        if activation.kind is Kind.PICK:
+            return _looked_up(parts, weights, _contracted(eqn))
+        parts.multiplied |= weights
+        return Flow(last=frozenset(Visit(path, looked_up=False) for path in weights))
     for scores, values in ((x, y), (y, x)):
         if scores.scored and not scores.mixed:
             behind = scores.scored | values.last
@@ -314,6 +358,14 @@ def _product(parts: Parts, eqn: Any, ins: list[Flow]) -> Flow:
 def _token(parts: Parts, x: Flow) -> Flow:
     parts.looked_up |= x.weights
     return _NOTHING
+
+
+def _contracted(eqn: Any) -> int:
+    """Over how many numbers each element of a product sums; 0 if it is no dot."""
+    if eqn.primitive is not P.dot_general:
+        return 0
+    (lhs, _), _ = eqn.params["dimension_numbers"]
+    return math.prod(eqn.invars[0].aval.shape[i] for i in lhs)
 
 
 def _is_depthwise(eqn: Any) -> bool:

@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from flora._trace.discover import Finding, discover
 from flora._trace.interpret import Use
-from flora._trace.roles import Parts, parts_played
-from flora._trace.stage import Staged, stage
+from flora._trace.roles import Parts, parts_in
+from flora._trace.stage import stage
 from flora._tree.arrays import bits_of, is_array
 from flora._tree.errors import LoraError, LoraTypeError, human_bytes
 from flora._tree.layout import Layout
@@ -264,7 +264,7 @@ def coverage(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Coverage:
     paths = {i: p for i, (p, x) in enumerate(plain) if _is_followed(x)}
     staged = stage(fn, leaves, treedef, args, kwargs)
     found = discover(staged, leaves, paths)
-    parts = _parts(staged, paths, found)
+    parts = parts_in(staged, paths, found)
     rows = (
         _covered(path, x, found.get(path), parts)
         for path, x in plain
@@ -287,19 +287,6 @@ def _is_followed(leaf: Any) -> bool:
     if _is_floating(leaf):
         return True
     return _is_integer(leaf) and len(leaf.shape) >= 2 and bits_of(leaf.dtype) <= 8
-
-
-def _parts(
-    staged: Staged, paths: Mapping[int, str], found: Mapping[str, Finding]
-) -> Parts:
-    inputs = {
-        k: paths[i]
-        for i, k in enumerate(staged.tree_inputs)
-        if k is not None and i in paths and found[paths[i]].status == "factored"
-    }
-    layouts = {path: found[path].layout or Layout() for path in inputs.values()}
-    stacks = {path: layout.stack for path, layout in layouts.items()}
-    return parts_played(staged.jaxpr, inputs, stacks)
 
 
 def _covered(

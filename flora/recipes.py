@@ -291,8 +291,8 @@ def _initializers(
     """How each adapted leaf starts anew."""
     if any(isinstance(x, ByKind) for x in (config.init, *config.init_pattern.values())):
         raise LoraError(
-            "restart: flora.initializers.peft() tells leaves apart by what a "
-            "model does, and none is traced here. Write initializer=uniform('peft') and "
+            "restart: flora.initializers.peft() tells leaves apart by what a model "
+            "does, and none is traced here. Write initializer=uniform('peft') and "
             "init_pattern={'embedding': embedding()}, both of flora.initializers."
         )
     left, starts = dict(config.init_pattern), {}

@@ -181,7 +181,7 @@ def adapted_as(init, **settings):
     assert jax.tree.structure(
         flora.init(jax.random.key(0), config, every_kind, params, ids)
     ) == jax.tree.structure(jax.eval_shape(draw, jax.random.key(0)))
-    return draw(jax.random.key(0))
+    return jax.jit(draw)(jax.random.key(0))
 
 
 TABLES = ("table", "tied", "tied_turned", "one_hot", "tied_one_hot", "unit")
@@ -194,7 +194,7 @@ def variances(node):
     return float(jnp.var(rows)), float(jnp.var(width))
 
 
-@pytest.mark.parametrize("how", [True, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("how", [True, "orthogonal"])
 def test_pefts_start_for_every_kind_of_leaf(how):
     adapted = adapted_as(initializers.peft(how))
     for name in TABLES:
@@ -204,7 +204,7 @@ def test_pefts_start_for_every_kind_of_leaf(how):
     for name in KINDS.keys() - {*TABLES}:
         node = adapted[name]
         in_ = node.layout.matrix(node.base.shape)[1]
-        wanted = {True: 1 / (3 * in_), "gaussian": 1 / RANK**2, "orthogonal": 1 / 200}
+        wanted = {True: 1 / (3 * in_), "orthogonal": 1 / 200}
         assert abs(jnp.var(node.a) / wanted[how] - 1) < 0.2, name
         assert bool(node.b.any()) == (how == "orthogonal"), name
 

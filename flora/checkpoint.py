@@ -37,6 +37,7 @@ from flora._files.items import (
     is_empty,
     is_sharded,
     items_of,
+    moments_of,
     placed,
     saved_too,
     sharding_of,
@@ -45,6 +46,7 @@ from flora._files.items import (
 )
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.finite import require_finite
 from flora._tree.paths import Pattern, check_pattern, named_leaves
 from flora._tree.version import __version__
 from flora._tree.weight import is_node
@@ -137,8 +139,14 @@ class Checkpointer:
         state: Any = None,
         *,
         metadata: Mapping[str, Any] | None = None,
+        allow_nonfinite: bool = False,
     ) -> None:
         """Saves a step; returns once its arrays are copied, and writes meanwhile.
+
+        A run that diverged is refused, or its steps would rotate the good ones away:
+        NaN and infinity in A, B, leaves that train whole, those of `also`, and what the
+        optimizer keeps for each of them.  Its other numbers may be infinite, as a best
+        loss is at the start.
 
         The arrays can be donated or changed afterwards.  A save that is still under way
         is waited for first, and what it raised is raised here.
@@ -148,13 +156,14 @@ class Checkpointer:
           adapted: the adapted tree, base and all.
           state: the optimizer's state: any tree of arrays and Python numbers.
           metadata: anything that JSON holds, for `Checkpointer.metadata`.
+          allow_nonfinite: True to save NaN and infinity all the same.
 
         Raises:
           LoraError: the step is saved or passed already, the directory holds
-            checkpoints of others, or a leaf cannot be saved.
+            checkpoints of others, or a leaf cannot be saved or holds NaN or infinity.
         """
         _require_step(step)
-        record, items = _snapshot(adapted, state, self._also)
+        record, items = _snapshot(adapted, state, self._also, allow_nonfinite)
         manager = self._open(writes=True)
         self._require_new(int(step), manager)
         record |= {"step": int(step), "metadata": json_of(metadata)}
@@ -376,7 +385,9 @@ def _empty_trash(manager: ocp.CheckpointManager) -> None:
 # --- What is saved -------------------------------------------------------------------
 
 
-def _snapshot(adapted: Any, state: Any, also: Pattern) -> tuple[dict, dict]:
+def _snapshot(
+    adapted: Any, state: Any, also: Pattern, allow_nonfinite: bool
+) -> tuple[dict, dict]:
     """What JSON keeps, and copies or arrays for Orbax."""
     require_adapted(adapted, "save")
     also = saved_too(also, adapted)
@@ -387,6 +398,13 @@ def _snapshot(adapted: Any, state: Any, also: Pattern) -> tuple[dict, dict]:
         for path, x in leaves.items()
         for p in unsavable(path if item == "whole" else f"{item} of {path}", x)
     )
+    trained = {
+        path if item == "whole" else f"{item} of {path}": x
+        for item, leaves in items.items()
+        if item != "state"
+        for path, x in leaves.items()
+    }
+    require_finite("save", trained | moments_of(state), allow_nonfinite)
     record = description(adapted, items, also)
     record |= {"base": fingerprint(base_leaves(adapted, also))}
     arrays = {

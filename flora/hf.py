@@ -33,6 +33,7 @@ from flora._files.safetensors import (
 )
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.finite import require_finite
 from flora._tree.paths import Pattern, check_pattern, matches, named_leaves
 from flora._tree.selection import alone
 from flora._tree.weight import is_node
@@ -138,6 +139,7 @@ def save(
     tensors: Mapping[str, Tensor],
     *,
     shard_bytes: int = 5 * 10**9,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes a plain tree, such as what `flora.merge` returns, as a checkpoint.
 
@@ -148,10 +150,11 @@ def save(
       tree: arrays with values.
       tensors: as for `load`.
       shard_bytes: no shard is larger, unless one tensor is.
+      allow_nonfinite: True to write NaN and infinity too, such as a mask of -inf.
 
     Raises:
-      LoraError: the tree is adapted, a leaf has no values or no entry in `tensors`, or
-        its dtype is none of the format's.
+      LoraError: the tree is adapted, a leaf has no values or no entry in `tensors`,
+        holds NaN or infinity, or its dtype is none of the format's.
     """
     folder = checked_path(path, _no_path("save", path))
     if (
@@ -163,6 +166,7 @@ def save(
     leaves = _checked("tree", named_leaves(tree)[0], tensors)
     fail(f"save: {p}" for k, x in leaves.items()
          for p in no_values(k, x) or no_dtype(k, x.dtype))  # fmt: skip
+    require_finite("save", leaves, allow_nonfinite)
     shards: list[dict[str, tuple[str, int]]] = [{}]
     size = total = 0
     for leaf, x in leaves.items():

@@ -42,6 +42,7 @@ from flora._trace.discover import Finding, discover
 from flora._trace.stage import stage
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.finite import require_finite
 from flora._tree.layout import Layout
 from flora._tree.paths import Pattern, named_leaves
 from flora._tree.placement import mesh_of, spec_of, specs
@@ -60,6 +61,7 @@ def load(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     dtype: Any = None,
+    allow_nonfinite: bool = False,
 ) -> Any:
     """The tree with PEFT's adapter in it, ready to run and to train on.
 
@@ -77,6 +79,7 @@ def load(
       args: the other positional arguments of one call of `fn`.
       kwargs: its keyword arguments.
       dtype: of the factors; by default float32, or float64 where the file has it.
+      allow_nonfinite: True to take NaN and infinity too.
 
     Returns:
       The tree with `LoraWeight`s, and `Trained` leaves for `modules_to_save` and
@@ -108,7 +111,9 @@ def load(
             f"flora.peft.load: dtype={dtype!r}. Write a floating dtype."
         )
     config = read(folder)
-    content = _in_dtype(sort_out(read_tensors(folder), config, folder), dtype)
+    tensors = read_tensors(folder)
+    content = _in_dtype(sort_out(tensors, config, folder), dtype)
+    require_finite(f"{folder / WEIGHTS}", tensors, allow_nonfinite)
     given = expected_layouts(leaves)
     uses = (
         {} if fn is None else _followed(fn, named, treedef, args, kwargs or {}, given)
@@ -316,6 +321,7 @@ def save(
     task_type: str | None = None,
     dtype: Any = None,
     ignore: Pattern = (),
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes the adapter as PEFT does, in one step: the files are complete or absent.
 
@@ -346,12 +352,13 @@ def save(
       dtype: of the tensors; by default each array's own.
       ignore: a pattern (see `LoraConfig`) of batch statistics that the files shall
         lack.  PEFT saves those of modules that train whole, and no others.
+      allow_nonfinite: True to write NaN and infinity too, which `load` must be told.
 
     Raises:
-      LoraError: a leaf has no name or not a unique one; it holds NaN; it is of a kind
-        that PEFT, or a server if `serving`, does not support; or it is a batch
-        statistic that the files would lack, and `base` does not show that it is as it
-        was.
+      LoraError: a leaf has no name or not a unique one; it holds NaN or infinity, or
+        would in `dtype`; it is of a kind that PEFT, or a server if `serving`, does not
+        support; or it is a batch statistic that the files would lack, and `base` does
+        not show that it is as it was.
     """
     folder = directory("save", dir)
     readers = None
@@ -373,5 +380,6 @@ def save(
             "base_model_name_or_path": base_model_name_or_path,
             "task_type": task_type,
         },
+        allow_nonfinite=allow_nonfinite,
     )
     write(folder, config, tensors)

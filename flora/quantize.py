@@ -23,6 +23,7 @@ from jax.core import Tracer
 from flora._algebra.dense import delta
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, fail
+from flora._tree.finite import require_finite
 from flora._tree.matrices import folded, nearest
 from flora._tree.paths import (
     Pattern,
@@ -52,6 +53,7 @@ def quantize(
     block: int = 64,
     dtype: Any = None,
     donate: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Any:
     """The tree with each targeted weight as a `Quantized`, leaf by leaf.
 
@@ -67,13 +69,16 @@ def quantize(
       dtype: of the dequantized weight; by default the weight's own.
       donate: whether to delete each array as soon as it is quantized, so that no more
         than one leaf is ever held twice.
+      allow_nonfinite: True to quantize NaN and infinity too; all that share a scale
+        with them are lost.
 
     Returns:
       The tree.  The arrays of a quantized weight are sharded as the weight was.
 
     Raises:
       LoraError: qwix is not installed, the type is unknown, nothing is selected, or a
-        leaf does not divide into blocks; every such leaf is named.
+        leaf does not divide into blocks or holds NaN or infinity; every such leaf is
+        named.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora.quantize
@@ -91,6 +96,7 @@ def quantize(
     chosen = {p: x for p, x in bases.items() if len(getattr(x, "shape", ())) >= 2}
     fail(_idle(target, bases, chosen))
     fail(_problems(chosen, block, "Write exclude={}"))
+    require_finite("quantize", chosen, allow_nonfinite)
     made: dict[int, Quantized] = {}  # one array may stand in several places
 
     def one(path: str, leaf: Any) -> Any:
@@ -192,6 +198,7 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
             "tree that flora.init returned, and steps of 1 or more."
         )
     fail(_problems(chosen, block, "Adapt other leaves"))
+    require_finite("loftq", chosen, remedy="Start from finite weights.")
 
     def one(w: LoraWeight) -> LoraWeight:
         found = functools.partial(_nearest, qtype=qtype, block=block, steps=steps)

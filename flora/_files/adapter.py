@@ -26,6 +26,7 @@ from flora._files.safetensors import File, checked_path, no_dtype, read, write
 from flora._tree.arrays import is_array
 from flora._tree.checks import require_adapted, weight_problems
 from flora._tree.errors import LoraError, fail
+from flora._tree.finite import require_finite
 from flora._tree.paths import Pattern, check_pattern, matches, path_of
 from flora._tree.placement import mesh_of, spec_of, spec_of_extra, specs
 from flora._tree.quantized import abstract
@@ -35,7 +36,13 @@ from flora._tree.weight import LoraWeight, Trained, is_leaf, is_node, on_parts
 _FORMAT = 1
 
 
-def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> None:
+def save(
+    path: str | os.PathLike[str],
+    adapted: Any,
+    *,
+    also: Pattern = (),
+    allow_nonfinite: bool = False,
+) -> None:
     """Writes the adapter of a tree to one .safetensors file: whole, or not at all.
 
     The file holds A, B, further trained arrays, the leaves that train whole and batch
@@ -50,6 +57,7 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
       also: a pattern of other frozen leaves that training changed all the same, such
         as `counters/*`.  They are saved whole, and are no part of the base.  What is
         left out is refused at `load` by name: the base then has other values.
+      allow_nonfinite: True to write NaN and infinity too, which `load` must be told.
 
     Raises:
       LoraError: the tree is not adapted, or a leaf holds no values, NaN or infinity, or
@@ -78,8 +86,8 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
         for name, x in _arrays(leaf_path, leaf, also).items()
     }
     fail(f"save: {p}" for name, x in trained.items() for p in _unwritable(name, x))
+    require_finite("save", trained, allow_nonfinite)
     arrays = {name: _on_host(x) for name, x in trained.items()}
-    fail(f"save: {p}" for name, x in arrays.items() for p in _not_finite(name, x))
     records = {p: record_of(p, x, also) for p, x in leaves.items()}
     fail(
         f"save: '{p}' has {name}={text}, which no file can hold. "
@@ -101,7 +109,13 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
         multihost_utils.sync_global_devices(f"flora.save {path}")
 
 
-def load(path: str | os.PathLike[str], base: Any, *, check_base: bool = True) -> Any:
+def load(
+    path: str | os.PathLike[str],
+    base: Any,
+    *,
+    check_base: bool = True,
+    allow_nonfinite: bool = False,
+) -> Any:
     """The adapted tree of a base and an adapter that `save` wrote.
 
     No model code runs and nothing is traced: layouts are in the file.
@@ -114,6 +128,7 @@ def load(path: str | os.PathLike[str], base: Any, *, check_base: bool = True) ->
       check_base: False to put the adapter on other values: weights in another dtype or
         in fewer bits, or `jax.ShapeDtypeStruct`s.  Leaves without factors may then have
         other shapes too, such as an embedding that was padded since.
+      allow_nonfinite: True to take NaN and infinity too.
 
     Returns:
       The adapted tree; the base's arrays are shared.  Dropout keys belong to one step:
@@ -139,6 +154,7 @@ def load(path: str | os.PathLike[str], base: Any, *, check_base: bool = True) ->
         problems = absent or base_problems(record["base"], fingerprint(frozen), free)
         fail(f"{path}: {p}" for p in problems)
     arrays = _verified(file, record["arrays"])
+    require_finite(str(path), arrays, allow_nonfinite)
     filled = [_filled(p, x, saved.get(p), arrays) for p, x in named]
     fail(f"{path}: {p}" for (q, _), x in zip(named, filled, strict=True)
          for p in weight_problems(q, x))  # fmt: skip
@@ -193,15 +209,6 @@ def _on_host(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
-def _not_finite(name: str, x: np.ndarray) -> list[str]:
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return []
-    bad = int(x.size - np.count_nonzero(np.isfinite(x)))
-    if not bad:
-        return []
-    return [f"'{name}' holds NaN or infinity in {bad:,} of {x.size:,} places."]
-
-
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -252,7 +259,6 @@ def _verified(file: File, saved: Mapping[str, str]) -> dict[str, np.ndarray]:
     found = fingerprint(arrays)
     if changed := [name for name in saved if found[name] != saved[name]]:
         _damaged(file.path, f"{', '.join(map(repr, changed[:3]))} changed")
-    fail(f"{file.path}: {p}" for k, x in arrays.items() for p in _not_finite(k, x))
     fail(
         f"{file.path}: '{k}' is {x.dtype}, which this JAX makes {was}. Write "
         "jax.config.update('jax_enable_x64', True)."

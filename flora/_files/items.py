@@ -92,6 +92,17 @@ def items_of(adapted: Any, state: Any, also: Pattern) -> dict[str, dict[str, Any
     return items
 
 
+def moments_of(state: Any) -> dict[str, Any]:
+    """What an optimizer's state keeps for each trained leaf, by path."""
+    nodes = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_node)[0]
+    return {
+        f"state of {jax.tree_util.keystr((*at, *part), simple=True, separator='/')}": x
+        for at, node in nodes
+        if is_node(node)
+        for part, x in jax.tree_util.tree_flatten_with_path(node)[0]
+    }
+
+
 def _whole(path: str, x: Any, also: Pattern) -> Any:
     """What is saved of a leaf without factors, or `None`."""
     if isinstance(x, Trained):

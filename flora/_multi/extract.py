@@ -20,6 +20,7 @@ from flora._multi.lowrank import (
 from flora._tree.arrays import compute_dtype, is_array
 from flora._tree.checks import blocks_problem, require_adapted
 from flora._tree.errors import LoraError, fail
+from flora._tree.finite import require_finite
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.matrices import matrices
 from flora._tree.paths import (
@@ -63,8 +64,8 @@ def extract(
       missing, by norm; 1 for ignored leaves that changed.
 
     Raises:
-      LoraError: the trees differ in leaves or shapes, or a frozen leaf has changed; all
-        such leaves are named.
+      LoraError: the trees differ in leaves or shapes, a frozen leaf has changed, or one
+        of the others holds NaN or infinity; all such leaves are named.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora, flora.multi
@@ -95,6 +96,10 @@ def extract(
     fail(p for path, x, _ in triples for p in variant_problems("extract", path, x))
     fail(p for path, x, _ in triples for p in blocks_problem("extract", path, x))
     fail(p for path, x, y in triples for p in _lost(path, x, y, ignore))
+    changed = {path: y for path, x, y in triples if is_node(x)}
+    bases = {path: x.value for path, x, _ in triples if isinstance(x, Trained)}
+    remedy = "Pass a model that did not diverge."
+    require_finite("extract", changed, before=bases, remedy=remedy)
     errors: dict[str, float] = {}
     made = []
     for path, x, y in triples:

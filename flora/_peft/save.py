@@ -26,9 +26,10 @@ from flora._peft.ties import Readers, save_problems, tied_slots
 from flora._peft.whole import taken
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.finite import require_finite
 from flora._tree.paths import Pattern, check_pattern, exactly, matches, named_leaves
 from flora._tree.selection import idle_entries
-from flora._tree.weight import LoraWeight, Trained, base_of
+from flora._tree.weight import LoraWeight, Trained, base_of, parts_of
 
 Slots = Mapping[str, Sequence[Slot]]
 Named = Sequence[tuple[str, Any]]
@@ -45,6 +46,7 @@ def written(
     dtype: Any,
     ignore: Pattern,
     about: Mapping[str, str | None],
+    allow_nonfinite: bool,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The content of adapter_config.json and of adapter_model.safetensors."""
     fail(
@@ -56,6 +58,7 @@ def written(
         raise LoraTypeError(f"save: dtype={dtype!r}. Write a floating dtype.")
     named = require_adapted(adapted, "save")
     fail(p for path, leaf in named for p in _problems(path, leaf))
+    require_finite("save", dict(_trained(named)), allow_nonfinite)
     paths = [path for path, _ in named]
     bare = any(isinstance(x, LoraWeight) and x.base is None for _, x in named)
     slots = (
@@ -97,7 +100,10 @@ def written(
         key = f"{owner}.base_layer.{last}" if inside else name
         tensors[f"{PREFIX}{key}"] = x
     if dtype is not None:
-        tensors = {k: x.astype(dtype) for k, x in tensors.items()}
+        with np.errstate(over="ignore"):
+            cast = {k: x.astype(dtype) for k, x in tensors.items()}
+        require_finite("save", cast, allow_nonfinite, before=tensors)
+        tensors = cast
     return config, tensors
 
 
@@ -129,12 +135,15 @@ def _problems(path: str, leaf: Any) -> Iterator[str]:
     for x in values:
         if isinstance(x, jax.ShapeDtypeStruct | Tracer) or not hasattr(x, "size"):
             yield f"save: '{path}' holds {x!r}, no array. Save outside of jax.jit."
-        elif not bool(jnp.isfinite(x).all()):
-            bad = int((~jnp.isfinite(x)).sum())
-            yield (
-                f"save: '{path}' holds {bad} of {x.size} values that are NaN or "
-                "infinite. Training went astray; nothing is written."
-            )
+
+
+def _trained(named: Named) -> Iterator[tuple[str, Any]]:
+    """What an adapter holds, each array by a name of its own."""
+    for path, leaf in named:
+        if isinstance(leaf, LoraWeight):
+            yield from ((f"{k} of {path}", x) for k, x in parts_of(leaf).items())
+        elif isinstance(leaf, Trained):
+            yield path, leaf.value
 
 
 def _lost_statistics(

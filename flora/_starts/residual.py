@@ -13,6 +13,7 @@ from flora._algebra.variants import DoRA
 from flora._tree.arrays import is_array
 from flora._tree.checks import blocks_problem, weight_problems
 from flora._tree.errors import LoraError, fail
+from flora._tree.finite import require_finite
 from flora._tree.matrices import (
     compiled,
     folded,
@@ -27,7 +28,7 @@ from flora._tree.matrices import (
 from flora._tree.paths import Pattern, check_pattern, matches, named_leaves
 from flora._tree.quantized import is_quantized
 from flora._tree.selection import idle_entries, nothing_selected
-from flora._tree.weight import LoraWeight, base_of
+from flora._tree.weight import LoraWeight, base_of, parts_of
 
 Named = list[tuple[str, Any]]
 
@@ -46,6 +47,12 @@ def selected(
     if not chosen:
         raise LoraError(f"{verb}: {nothing_selected('target', target, [*nodes])}")
     fail(p for path, w in chosen.items() for p in _value_problems(verb, path, w, dense))
+    parts = {
+        path if name == "base" else f"{name} of {path}": x
+        for path, w in chosen.items()
+        for name, x in {"base": w.base, **parts_of(w)}.items()
+    }
+    require_finite(verb, parts, remedy="Start from finite weights.")
     return chosen, named, treedef
 
 
@@ -194,6 +201,9 @@ def gradients_of(
             or isinstance(g, jax.ShapeDtypeStruct)
             or tuple(g.shape) != tuple(chosen[path].base.shape)
         )
+        gradients = {f"the gradient of {path}": g for path, g in found}
+        remedy = "Look at the loss of the plain model."
+        require_finite("lora_ga", gradients, remedy=remedy)
         yield from found
 
 

@@ -24,6 +24,10 @@ from flora._tree.paths import exactly
 Rule = Callable[..., Sequence[Any]]
 Roles = set[tuple[str, int, str]]
 
+# Of a sum and of a product with activations, which a bias and a norm's scale have.
+REPEATS_SUM = "a sum that repeats the weight"
+REPEATS_PRODUCT = "a product that repeats the weight"
+
 
 @dataclasses.dataclass(frozen=True)
 class Use:
@@ -48,6 +52,11 @@ class Use:
     tokens: int = 0
     dense: str = ""
     bytes: int = 0
+
+    @property
+    def repeats(self) -> bool:
+        """Whether activations met it element by element and are more than it."""
+        return self.dense in (REPEATS_SUM, REPEATS_PRODUCT)
 
     def __str__(self) -> str:
         where = f"'{self.primitive}' at {self.source} reads '{self.path}'"

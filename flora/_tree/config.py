@@ -21,7 +21,9 @@ from flora._tree.weight import Variant
 COPIES = ("concat", "merged", "dithered")
 FORMS = ("auto", "direct", "thin_first", "thin_last", *COPIES)
 # The fields that are `{pattern: value}`: the first that selects a leaf decides.
-PATTERN_FIELDS = ("rank_pattern", "alpha_pattern", "layouts", "form_pattern")
+PATTERN_FIELDS = (
+    "rank_pattern", "alpha_pattern", "layouts", "init_pattern", "form_pattern"
+)  # fmt: skip
 
 T = TypeVar("T")
 
@@ -69,7 +71,9 @@ class LoraConfig:
       dropout: dropout rate on the input of the low-rank path, in [0, 1).
       dtype: dtype of A and B, whatever the base's.
       init: how A and B start, one of `flora.initializers`; by default
-        A ~ N(0, 1/(3·in)), with PEFT's variance, and B = 0.
+        A ~ N(0, 1/(3·in)) and B = 0; `flora.initializers.peft()` is PEFT's start.
+      init_pattern: `{pattern: initializer}`, for leaves that start in another way; the
+        first that matches a leaf wins.
       fallback: 'error', or 'materialize' to form W + scale A B where an operation has
         no factored rule.
       form: how y = x W + scale (x A) B is computed: 'auto' chooses by device and sizes.
@@ -106,6 +110,9 @@ class LoraConfig:
     dropout: float = 0.0
     dtype: Any = jnp.float32
     init: Initializer = _GAUSSIAN
+    init_pattern: Mapping[Matcher, Initializer] = dataclasses.field(
+        default_factory=dict
+    )
     fallback: str = "error"
     form: str = "auto"
     form_pattern: Mapping[Matcher, str] = dataclasses.field(default_factory=dict)
@@ -159,11 +166,9 @@ class LoraConfig:
         for pattern, form in self.form_pattern.items():
             found += form_problems(f"form_pattern[{pattern!r}]", form)
         found += _variant_problems(self.variant)
-        if not callable(self.init):
-            found.append(
-                f"init={self.init!r}. Write one of flora.initializers, such as "
-                "flora.initializers.gaussian()."
-            )
+        found += initializer_problems("init", self.init)
+        for pattern, start in self.init_pattern.items():
+            found += initializer_problems(f"init_pattern[{pattern!r}]", start)
         if not _is_floating_dtype(self.dtype):
             found.append(
                 f"dtype={self.dtype!r}. Factors need a floating dtype, such as "
@@ -226,6 +231,16 @@ def require_config(config: Any) -> LoraConfig:
 def is_fallback(x: Any) -> bool:
     """Whether x names what to do where an operation has no factored rule."""
     return isinstance(x, str) and x in ("error", "materialize")
+
+
+def initializer_problems(name: str, start: Any) -> list[str]:
+    """What is wrong with an initializer."""
+    if callable(start):
+        return []
+    return [
+        f"{name}={start!r}. Write one of flora.initializers, such as "
+        "flora.initializers.gaussian()."
+    ]
 
 
 def form_problems(name: str, form: Any) -> list[str]:

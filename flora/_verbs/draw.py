@@ -57,20 +57,17 @@ def draw_of(
     return Draw(initializer, dtype, stack, in_, rank, out, shapes)
 
 
-def drawn(
-    root: Any, initializer: Initializer, dtype: Any, leaves: Iterable[Any]
-) -> dict[str, Pair]:
+def drawn(root: Any, dtype: Any, leaves: Iterable[Any]) -> dict[str, Pair]:
     """A and B of each leaf, lying as it does; abstract where it is abstract.
 
     Args:
       root: a key, consumed by nothing else.
-      initializer: draws one pair.
       dtype: of A and B.
-      leaves: `(path, leaf, layout, rank)` of each.
+      leaves: `(path, leaf, layout, rank, initializer)` of each.
     """
     shapes: dict[Draw, Any] = {}
     found = {}
-    for path, leaf, layout, rank in leaves:
+    for path, leaf, layout, rank, initializer in leaves:
         draw = draw_of(initializer, dtype, layout, tuple(leaf.shape), rank)
         place = _place(layout, leaf)
         if not _is_abstract((leaf, root)):

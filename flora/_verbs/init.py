@@ -9,11 +9,13 @@ import jax.numpy as jnp
 
 from flora._trace.discover import Finding, discover
 from flora._trace.interpret import remedy
-from flora._trace.stage import stage
+from flora._trace.roles import parts_in, vocabulary
+from flora._trace.stage import Staged, stage
 from flora._tree.arrays import is_array
 from flora._tree.checks import weight_problems
 from flora._tree.config import PATTERN_FIELDS, LoraConfig, require_config
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.initializers import ByKind, Initializer
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.layout import Layout
 from flora._tree.paths import entries, exactly, first, matches, named_leaves
@@ -32,9 +34,10 @@ def init(
 ) -> Any:
     """The adapted tree: targeted leaves become `LoraWeight(base, a, b)`.
 
-    ΔW = scale A B with A ~ N(0, 1/(3·in)) and B = 0, so the adapted model starts as the
-    pretrained one.  `fn(tree, *args, **kwargs)` is traced once, abstractly, to find out
-    which axes of each weight are stacked, contracted and produced; it never runs.
+    ΔW = scale A B with A ~ N(0, 1/(3·in)) and B = 0, or as `config.init` has it, so the
+    adapted model starts as the pretrained one.  `fn(tree, *args, **kwargs)` is traced
+    once, abstractly, to find out which axes of each weight are stacked, contracted and
+    produced; it never runs.
 
     Args:
       key: a typed PRNG key (`jax.random.key`), consumed.  Each leaf's draw depends on
@@ -77,17 +80,19 @@ def init(
     targets, trained = _selection(config, named)
     given = _given_layouts(config, [(p, x) for p, x in named if p in targets])
     leaves = [abstract(leaf) for _, leaf in named]
-    found = discover(
-        stage(fn, leaves, treedef, args, kwargs, verb="flora.init"),
-        leaves,
-        {i: path for i, (path, _) in enumerate(named) if path in targets},
-        given,
-    )
+    staged = stage(fn, leaves, treedef, args, kwargs, verb="flora.init")
+    followed = {i: path for i, (path, _) in enumerate(named) if path in targets}
+    found = discover(staged, leaves, followed, given)
     layouts = _layouts(config, dict(named), found)
     adapters = indices.adapters(config, named, layouts)
     root = consumed(key)
-    wanted = [(p, x, layouts[p], adapters[p].rank) for p, x in named if p in adapters]
-    factors = drawn(root, config.init, jnp.dtype(config.dtype), wanted)
+    starts = _starts(config, dict(named), layouts, found, staged, followed)
+    wanted = [
+        (p, x, layouts[p], adapters[p].rank, starts[p])
+        for p, x in named
+        if p in adapters
+    ]
+    factors = drawn(root, jnp.dtype(config.dtype), wanted)
 
     def adapt(path: str, leaf: Any) -> Any:
         if path in trained:
@@ -274,6 +279,26 @@ def _finding_problems(
             f"layouts={{{exactly(path)!r}: flora.Layout(...)}}."
         ]
     return [f"{use}. {remedy(use)}." for use in finding.dense] if strict else []
+
+
+def _starts(
+    config: LoraConfig,
+    leaves: dict[str, Any],
+    layouts: Mapping[str, Layout],
+    found: Mapping[str, Finding],
+    staged: Staged,
+    followed: Mapping[int, str],
+) -> dict[str, Initializer]:
+    """The initializer of each target, where it depends on the kind that of its kind."""
+    starts = {p: first(config.init_pattern, config.init, p, leaves[p]) for p in layouts}
+    kinds = {p: x for p, x in starts.items() if isinstance(x, ByKind)}
+    if not kinds:
+        return starts
+    parts = parts_in(staged, followed, found)
+    return starts | {
+        p: x.of(vocabulary(parts, p, found[p], layouts[p], tuple(leaves[p].shape)))
+        for p, x in kinds.items()
+    }
 
 
 def _started(root: Any, path: str, weight: LoraWeight) -> LoraWeight:

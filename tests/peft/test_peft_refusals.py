@@ -94,7 +94,7 @@ CASES = {
         {"layers.0.up.lora_A.default.weight": values(2, D)}, {},
         ["names an adapter inside"]),
     # tensors
-    "nan": ({"a": with_nan()}, {}, [A0, "1 of 8 values"]),
+    "nan": ({"a": with_nan()}, {}, [A0, "NaN or infinity in 1 of 8 places"]),
     "inf": ({"b": np.full((F, 2), np.inf, np.float32)}, {}, [B0, "12 of 12"]),
     "wide": ({"a": values(2, D + 1)}, {}, ["(2, 5)", "layers/0/up/kernel", "(4, 6)"]),
     "turned": ({"a": values(D, 2), "b": values(2, F)}, {}, ["rank 4", "gives rank 2"]),

@@ -155,7 +155,7 @@ def test_one_rank_for_all_is_no_blocks():
                 "target": "kernel",
                 "alpha_pattern": {"up/kernel": 1.0, "layers/1/up/*": 2.0},
             },
-            "alpha_pattern: all 1 leaves that 'layers/1/up/",
+            "alpha_pattern: all that 'layers/1/up/",
         ),
         (
             {

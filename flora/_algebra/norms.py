@@ -3,13 +3,15 @@
     ‖W + s A B‖² = ‖W‖² + 2 s ⟨W, A B⟩ + s² ‖A B‖²
 
 costs one product of W with A.  Where the three terms nearly cancel, float32 holds none
-of the sum's digits.  Such columns are noticed, and the columns of their weight are
-computed anew from W + s A B itself, a slab of rows at a time, with sums and products of
-two float32 numbers each: what cancels there is exact.
+of the sum's digits.  That is noticed, and the weight's norms are computed anew from the
+elements of W + s A B, a slab of rows at a time:
+
+    s A B = A₁ B₁ + (A₁ B₂ + A₂ s B)
+
+with A₁ and B₁ of so few bits that A₁ B₁ is exact, and W + A₁ B₁ is where it cancels.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +20,6 @@ import numpy as np
 from jax import lax
 
 from flora._algebra.choice import target
-from flora._algebra.dense import in_place
 from flora._tree.arrays import compute_dtype
 from flora._tree.quantized import dequantized
 from flora._tree.weight import LoraWeight
@@ -41,19 +42,21 @@ def column_norms(weight: LoraWeight) -> jax.Array:
       The norms in float32 or wider, differentiable in A and B.
 
     References: Liu et al. 2024 (DoRA). https://arxiv.org/abs/2402.09353
+      Ozaki et al. 2012 (exact products of parts). doi:10.1007/s11075-011-9478-1
     """
     square, terms = _by_products(weight)
+    square = jnp.maximum(square, 0)
     if square.dtype != jnp.float32:
-        return jnp.sqrt(jnp.maximum(square, 0))
-    held = lax.stop_gradient((weight, jnp.maximum(square, 0)))
-    todo = jnp.any(held[1] < lax.stop_gradient(terms) * _CANCELS)
+        return jnp.sqrt(square)
+    fixed, known, terms = lax.stop_gradient((weight, square, terms))
 
     # A loop of at most one step: under vmap a branch would always be taken.
     def anew(state: Any) -> Any:
-        return ~state[0], _by_slabs(held[0])
+        return ~state[0], _by_slabs(fixed)
 
-    _, exact = lax.while_loop(lambda state: state[0], anew, (todo, held[1]))
-    return jnp.sqrt(square + (exact - lax.stop_gradient(square)))
+    todo = jnp.any(known < _CANCELS * terms)
+    _, exact = lax.while_loop(lambda state: state[0], anew, (todo, known))
+    return jnp.sqrt(square + (exact - known))
 
 
 def _by_products(weight: LoraWeight) -> tuple[jax.Array, jax.Array]:
@@ -64,22 +67,23 @@ def _by_products(weight: LoraWeight) -> tuple[jax.Array, jax.Array]:
     a, b = weight.a.astype(dtype), weight.b.astype(dtype)
     rank, twin, axes = w.ndim, w.ndim + 1, [*range(w.ndim)]
     stack, in_, out = ([*group] for group in (layout.stack, layout.in_, layout.out))
-
-    def sums(*operands: Any) -> jax.Array:
-        return jnp.einsum(*operands, precision=lax.Precision.HIGHEST)
-
-    cross = sums(w, axes, a, [*stack, *in_, rank], [*stack, rank, *out])
-    cross = sums(cross, [*stack, rank, *out], b, [*stack, rank, *out], [*stack, *out])
-    gram = sums(a, [*stack, *in_, rank], a, [*stack, *in_, twin], [*stack, rank, twin])
-    half = sums(
+    cross = _sums(w, axes, a, [*stack, *in_, rank], [*stack, rank, *out])
+    cross = _sums(cross, [*stack, rank, *out], b, [*stack, rank, *out], [*stack, *out])
+    gram = _sums(a, [*stack, *in_, rank], a, [*stack, *in_, twin], [*stack, rank, twin])
+    half = _sums(
         gram, [*stack, rank, twin], b, [*stack, twin, *out], [*stack, rank, *out]
     )
-    square = sums(half, [*stack, rank, *out], b, [*stack, rank, *out], [*stack, *out])
-    whole = sums(w, axes, w, axes, [*stack, *out])
+    square = _sums(half, [*stack, rank, *out], b, [*stack, rank, *out], [*stack, *out])
+    whole = _sums(w, axes, w, axes, [*stack, *out])
     sizes = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    apart = sums(sizes, [*stack, rank], b * b, [*stack, rank, *out], [*stack, *out])
+    apart = _sums(sizes, [*stack, rank], b * b, [*stack, rank, *out], [*stack, *out])
     s = _scale(weight, len(out)).astype(dtype)
     return whole + 2 * s * cross + s * s * square, whole + s * s * apart
+
+
+def _sums(*operands: Any) -> jax.Array:
+    """An einsum, with axes given as lists of numbers."""
+    return jnp.einsum(*operands, precision=lax.Precision.HIGHEST)
 
 
 def _scale(weight: LoraWeight, ones: int) -> np.ndarray:
@@ -94,75 +98,74 @@ def _by_slabs(weight: LoraWeight) -> jax.Array:
     Each slab has rows of every device that W may be sharded over along that axis.
     """
     layout, shape = weight.layout, weight.base.shape
-    w, stack = dequantized(weight.base), len(layout.stack)
-    at = max(layout.in_, key=lambda i: shape[i])
+    stack, in_, out = ([*group] for group in (layout.stack, layout.in_, layout.out))
+    axes, rank = [*range(len(shape))], len(shape)
+    w, (first, rest) = dequantized(weight.base), _divided(weight)
+    of_a, of_b = [*stack, *in_, rank], [*stack, rank, *out]
+    at = max(in_, key=lambda i: shape[i])
     devices = target().devices
     shares = math.gcd(shape[at], devices)
     length = shape[at] // shares
     count = max(2, math.ceil(math.prod(shape) / (_SLAB * devices)))
     rows = math.ceil(length / min(count, length))
 
-    def spread(x: Any, gone: Sequence[int]) -> Any:
-        """`[rank, ...]` with W's axes, those that are gone of length 1."""
-        ones = tuple(1 if i in gone else n for i, n in enumerate(shape))
-        return jax.vmap(lambda x: in_place(x, layout, ones))(x)
-
-    def slab(x: Any, axis: int, first: Any) -> Any:
+    def slab(x: Any, axis: int, start: Any) -> Any:
         split = x.reshape(*x.shape[:axis], shares, length, *x.shape[axis + 1 :])
-        cut = lax.dynamic_slice_in_dim(split, first, rows, axis + 1)
+        cut = lax.dynamic_slice_in_dim(split, start, rows, axis + 1)
         return cut.reshape(*x.shape[:axis], shares * rows, *x.shape[axis + 1 :])
 
     def add(i: Any, total: Any) -> Any:
-        first = jnp.minimum(i * rows, length - rows)
-        x = _changed(slab(w, at, first), slab(a, at + 1, first), bs)
-        is_new = jnp.tile(first + jnp.arange(rows) >= i * rows, shares)
-        is_new = lax.expand_dims(is_new, [j for j in range(w.ndim) if j != at])
-        return total + jnp.sum(jnp.where(is_new, x * x, 0), layout.in_)
+        start = jnp.minimum(i * rows, length - rows)
+        x = slab(w, at, start).astype(jnp.float32)
+        for a, b in (first, rest):
+            x = x + _sums(slab(a, of_a.index(at), start), of_a, b, of_b, axes)
+        is_new = jnp.tile(start + jnp.arange(rows) >= i * rows, shares)
+        x = x * lax.expand_dims(is_new, [j for j in axes if j != at])
+        return total + _sums(x, axes, x, axes, [*stack, *out])
 
-    a = spread(jnp.moveaxis(weight.a.astype(jnp.float32), -1, 0), layout.out)
-    b = jnp.moveaxis(weight.b.astype(jnp.float32), stack, 0)
-    bs = [spread(x, layout.in_) for x in _scaled(b, _scale(weight, len(layout.out)))]
-    zeros = 0 * bs[0][0].sum(layout.in_)
-    total = lax.fori_loop(0, math.ceil(length / rows), add, zeros)
-    kept = sorted((*layout.stack, *layout.out))
-    return total.transpose([kept.index(i) for i in (*layout.stack, *layout.out)])
+    zeros = 0 * first[1].sum(len(stack))
+    return lax.fori_loop(0, math.ceil(length / rows), add, zeros)
 
 
-def _changed(w: Any, a: Any, bs: Any) -> Any:
-    """W + s A B, rounded once: the terms are exact and summed with what is rounded off.
+def _divided(weight: LoraWeight) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """`(A₁, B₁)` and `(A', B')` with s A B = A₁ B₁ + A' B', the former exact.
 
-    Args:
-      w: `[...]`.
-      a: `[rank, ...]`, of length 1 along the axes that A does not have.
-      bs: s B likewise, as `_scaled` divides it.
+    All sums of an output in A₁ B₁ are multiples of one power of two, below 2²⁴ times
+    it, so that float32 holds them.  A' B' is some thousand times smaller.
     """
+    layout, scale = weight.layout, _scale(weight, 1 + len(weight.layout.out))
+    n, high = len(layout.stack), _rounded_scale(scale)
+    a, b = weight.a.astype(jnp.float32), weight.b.astype(jnp.float32)
+    b1 = lax.reduce_precision(b, exponent_bits=8, mantissa_bits=11)
+    s1, s2 = (jnp.asarray(s, jnp.float32) for s in (high, scale - high))
+    product, left = s1 * b1, s1 * (b - b1) + s2 * b  # 12 bits times 12 are exact
+    largest = jnp.max(jnp.abs(a), range(n, a.ndim - 1))  # [*stack, rank]
+    unit = _power_of_two(largest) * 2**-11
+    unit = jnp.where(unit == 0, 1, unit)
 
-    def add(k: Any, state: Any) -> Any:
-        total, left = state
-        column, (first, second, third) = a[k], [b[k] for b in bs]
-        high, low = _halves(column)
-        term = high * first  # 12 bits each: exact
-        rest = (high * second + low * first) + (low * second + column * third)
-        new = total + term
-        back = new - total
-        lost = (total - (new - back)) + (term - back)  # Knuth's two-sum
-        return new, left + (lost + rest)
+    def spread(x: Any) -> Any:
+        return lax.expand_dims(x, range(n + 1, b.ndim))
 
-    w = w.astype(jnp.float32)
-    total, left = lax.fori_loop(0, a.shape[0], add, (w, 0 * w))
-    return total + left
-
-
-def _scaled(b: Any, scale: np.ndarray) -> tuple[Any, Any, Any]:
-    """S B as three numbers an element: two of 12 bits, and what is left."""
-    s = jnp.asarray(scale, jnp.float32)
-    rest = jnp.asarray(scale - np.asarray(scale, np.float32), jnp.float32)
-    (s_high, s_low), (b_high, b_low), sb = _halves(s), _halves(b), s * b
-    lost = (s_high * b_high - sb) + (s_high * b_low + s_low * b_high) + s_low * b_low
-    return *_halves(sb), lost + rest * b
+    sums = jnp.sum(spread(largest) * jnp.abs(product), n, keepdims=True)
+    a1 = _to_multiples(a, lax.expand_dims(unit, range(n, a.ndim - 1)))
+    b1 = _to_multiples(product, _power_of_two(sums) * 2**-22 / spread(unit))
+    more = [a1, a - a1], [(product - b1) + left, product + left]
+    return (a1, b1), (jnp.concatenate(more[0], -1), jnp.concatenate(more[1], n))
 
 
-def _halves(x: Any) -> tuple[Any, Any]:
-    """x as the sum of two numbers of 12 bits, so that their products are exact."""
-    high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=11)
-    return high, x - high
+def _rounded_scale(scale: np.ndarray) -> np.ndarray:
+    """To 12 bits."""
+    part, exponent = np.frexp(scale)
+    return np.ldexp(np.round(np.ldexp(part, 12)), exponent - 12)
+
+
+def _power_of_two(x: Any) -> Any:
+    """The largest that is not above x; 0 for 0."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _to_multiples(x: Any, unit: Any) -> Any:
+    """x rounded to a multiple of a power of two, of which it is at most 2²² times."""
+    shift = unit * (1.5 * 2**23)
+    return (x + shift) - shift

@@ -18,9 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
 from flora._algebra.choice import target
 from flora._tree.arrays import compute_dtype
+from flora._tree.placement import mesh_of, spec_of, specs
 from flora._tree.quantized import dequantized
 from flora._tree.weight import LoraWeight
 
@@ -44,6 +48,39 @@ def column_norms(weight: LoraWeight) -> jax.Array:
     References: Liu et al. 2024 (DoRA). https://arxiv.org/abs/2402.09353
       Ozaki et al. 2012 (exact products of parts). doi:10.1007/s11075-011-9478-1
     """
+    base, layout = weight.base, weight.layout
+    spec = spec_of(base)
+    if spec is None or not mesh_of(base).explicit_axes:
+        return _norms(weight)
+    found = tuple(specs(layout, spec, len(base.shape)).b)
+    n = len(layout.stack)
+    place = NamedSharding(mesh_of(base), Spec(*found[:n], *found[n + 1 :]))
+    run: Any = jax.sharding.auto_axes(_norms, out_sharding=place)
+    return run(weight)
+
+
+compiled_norms = jax.jit(column_norms)
+
+
+def zero_problems(path: str, norms: Any) -> list[str]:
+    """Why DoRA cannot train all outputs of a leaf, as far as its norms have values."""
+    if isinstance(norms, Tracer) or not isinstance(norms, jax.Array):
+        return []
+    if not (count := int(jax.device_get(_zeros(norms)))):
+        return []
+    return [
+        f"'{path}' has columns of zeros, for {count} of its {norms.size} outputs: DoRA "
+        "divides by their norm, and they would never train. Exclude it, or adapt it "
+        "without variant=DoRA()."
+    ]
+
+
+@jax.jit
+def _zeros(norms: jax.Array) -> jax.Array:
+    return jnp.sum(norms == 0)
+
+
+def _norms(weight: LoraWeight) -> jax.Array:
     square, terms = _by_products(weight)
     square = jnp.maximum(square, 0)
     if square.dtype != jnp.float32:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.norms import column_norms
+from flora._algebra.norms import column_norms, compiled_norms
 from flora._tree.weight import LoraWeight, Product
 
 
@@ -18,6 +18,7 @@ class DoRA:
 
     m, `extra["magnitude"]` `[*stack, *out]`, starts as the norm over W's in axes and
     trains; the norm it is divided by gets no gradient and is found without A B.
+    `flora.init` and `flora.peft.load` refuse columns of zeros.
     Dropout acts on what adapting changes, x W keeps the whole x.
 
     Example:
@@ -35,7 +36,7 @@ class DoRA:
     frozen = ()
 
     def start(self, key: Any, weight: LoraWeight) -> LoraWeight:
-        return dataclasses.replace(weight, extra={"magnitude": column_norms(weight)})
+        return dataclasses.replace(weight, extra={"magnitude": compiled_norms(weight)})
 
     def product(self, weight: LoraWeight) -> Product:
         norms = lax.stop_gradient(column_norms(weight))

@@ -142,6 +142,7 @@ def _by_slabs(weight: LoraWeight) -> jax.Array:
     at = max(in_, key=lambda i: shape[i])
     devices = target().devices
     shares = math.gcd(shape[at], devices)
+    shares = 1 if shares == shape[at] else shares
     length = shape[at] // shares
     count = max(2, math.ceil(math.prod(shape) / (_SLAB * devices)))
     rows = math.ceil(length / min(count, length))

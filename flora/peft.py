@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flora._algebra.norms import compiled_norms, zero_problems
 from flora._algebra.variants import DoRA
 from flora._peft.config import PeftConfig, read
 from flora._peft.factors import magnitude, node
@@ -220,7 +221,10 @@ def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
         stack = len(site.layout.stack)
         parts = (*found.b[:stack], *found.b[stack + 1 :])
         m = jax.device_put(m, NamedSharding(mesh_of(base), PartitionSpec(*parts)))
-    return dataclasses.replace(new, extra={"magnitude": m}, variant=DoRA())
+    new = dataclasses.replace(new, extra={"magnitude": m}, variant=DoRA())
+    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(new)):
+        fail(zero_problems(site.path, compiled_norms(new)))
+    return new
 
 
 def _placed(made: LoraWeight) -> dict[str, Any]:

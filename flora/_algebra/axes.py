@@ -45,6 +45,10 @@ class Named:
     def sizes(self) -> dict[Name, int]:
         return dict(zip(self.names, self.array.shape, strict=True))
 
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
     def astype(self, dtype: Any) -> "Named":
         return Named(self.array.astype(dtype), self.names)
 

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flora._algebra.norms import zero_problems
+from flora._algebra.variants import DoRA
 from flora._trace.discover import Finding, discover
 from flora._trace.interpret import remedy
 from flora._trace.roles import parts_in, vocabulary
@@ -116,7 +118,14 @@ def init(
             weight = _started(root, path, weight)
         return within_blocks(weight)
 
-    return treedef.unflatten([adapt(path, leaf) for path, leaf in named])
+    made = [adapt(path, leaf) for path, leaf in named]
+    fail(
+        problem
+        for (path, _), x in zip(named, made, strict=True)
+        if isinstance(x, LoraWeight) and isinstance(x.variant, DoRA)
+        for problem in zero_problems(path, x.extra["magnitude"])
+    )
+    return treedef.unflatten(made)
 
 
 def _selection(config: LoraConfig, named: Named) -> tuple[set[str], set[str]]:

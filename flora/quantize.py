@@ -250,25 +250,50 @@ def _quantized(x: Any, qtype: str, block: int, dtype: Any, donate: bool) -> Quan
     make = _maker(qtype, block, jnp.dtype(dtype or x.dtype))
     if isinstance(x, jax.ShapeDtypeStruct):
         return _lying_as(x, jax.eval_shape(make, x))
-    made = make(x)
+    made = _lying_as(x, make(x))
     if donate and isinstance(x, jax.Array) and not isinstance(x, Tracer):
         jax.block_until_ready(made)
         x.delete()
     return made
 
 
-def _lying_as(x: jax.ShapeDtypeStruct, quantized: Quantized) -> Quantized:
-    """The quantized shapes, sharded as the weight if that says how."""
-    spec = spec_of(x)
+def _lying_as(x: Any, quantized: Quantized) -> Quantized:
+    """The quantized arrays or shapes, sharded as the weight if that says how.
+
+    Inside jit the compiler sees to it.
+    """
+    spec = None if isinstance(x, Tracer) else spec_of(x)
     if spec is None:
         return quantized
+    places = places_of_parts(mesh_of(x), quantized, spec)
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return jax.device_put(quantized, places)
     return jax.tree.map(
         lambda part, place: jax.ShapeDtypeStruct(
             part.shape, part.dtype, sharding=place
         ),
         quantized,
-        places_of_parts(mesh_of(x), quantized, spec),
+        places,
     )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """W ≈ scale · level(code), with one scale a block.
+
+    Attributes:
+      qvalue: the codes, `[...]`.
+      scale: of each block, one element a block along the axis of blocks.
+      qtype: one of `QTYPES`.
+    """
+
+    qvalue: Any
+    scale: Any
+    qtype: str = dataclasses.field(metadata={"static": True})
+
+    shape = property(lambda self: self.qvalue.shape)
+    dtype = property(lambda self: self.scale.dtype)
 
 
 @functools.cache
@@ -279,24 +304,45 @@ def _maker(qtype: str, block: int, dtype: Any) -> Any:
     @jax.jit
     def make(x: jax.Array) -> Quantized:
         axis = _blocked_axis(x.shape, block)
-        others = [i for i in range(x.ndim) if i != axis]
-        values = qwix.quantize(
-            x.astype(jnp.promote_types(x.dtype, jnp.float32)),
-            qtype if qtype == "nf4" else jnp.dtype(qtype),
-            channelwise_axes=others,
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if qtype == "nf4":
+            codes, scale = _nf4(x, axis, block)
+            return Quantized(Codes(codes, scale.astype(dtype), qtype), _dequantize)
+        made = qwix.quantize(
+            x,
+            jnp.dtype(qtype),
+            channelwise_axes=[i for i in range(x.ndim) if i != axis],
             tiled_axes={axis: block},
             scale_dtype=dtype,
         )
-        return Quantized(values, _dequantize)
+        return Quantized(Codes(made.qvalue, made.scale, qtype), _dequantize)
 
     return make
 
 
-def _dequantize(values: Any) -> jax.Array:
-    if values.qtype != "nf4":
-        return importlib.import_module("qwix").dequantize(values)
+def _nf4(x: jax.Array, axis: int, block: int) -> tuple[jax.Array, jax.Array]:
+    """Codes of the nearest levels, and the scales of the blocks.
+
+    As qwix has them, but element by element, so that they lie where x does.
+    """
+    blocks = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
+    scale = jnp.max(jnp.abs(blocks), axis + 1, keepdims=True)
+    small = jnp.sqrt(jnp.finfo(scale.dtype).tiny)
+    scale = jnp.where(scale < small, jnp.ones_like(scale), scale)
+    unit = blocks / scale
+    code, least = jnp.zeros(unit.shape, jnp.uint4), jnp.abs(_NF4[0] - unit)
+    for k, level in enumerate(_NF4[1:], 1):
+        far = jnp.abs(level - unit)
+        code = jnp.where(far < least, jnp.uint4(k), code)
+        least = jnp.minimum(far, least)
+    return code.reshape(x.shape), scale.squeeze(axis + 1)
+
+
+def _dequantize(values: Codes) -> jax.Array:
+    codes, dtype = values.qvalue, values.scale.dtype
     # A table that every element looks up is slow on TPU; choosing by bits fuses.
-    levels = _looked_up(values.qvalue, _NF4).astype(values.scale.dtype)
+    nf4 = values.qtype == "nf4"
+    levels = _looked_up(codes, _NF4).astype(dtype) if nf4 else codes.astype(dtype)
     blocks: list[int] = []
     for size, count in zip(levels.shape, values.scale.shape, strict=True):
         blocks += [count, size // count]

@@ -1,4 +1,4 @@
-"""What other libraries ask of an adapted tree, and JAX's own checks of how it is used."""
+"""What other libraries ask of adapted trees, and what JAX checks of their use."""
 
 import jax
 import jax.numpy as jnp

@@ -319,9 +319,16 @@ def test_reports_and_trees_that_are_adapted_already(x64):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("qtype", QTYPES)
 def test_what_is_opened_is_what_qwix_opens(qtype, dtype):
-    w = quantize(array(3, 128, 16, dtype=dtype), qtype, target="*")
+    x = array(3, 128, 16, dtype=dtype)
+    w = quantize(x, qtype, target="*")
     assert w.dtype == w.dense().dtype == dtype
-    assert np.array_equal(w.dense(), qwix.dequantize(w.values))
+    kind = qtype if qtype == "nf4" else jnp.dtype(qtype)
+    theirs = qwix.quantize(
+        x.astype(jnp.float32), kind, channelwise_axes=(0, 2), tiled_axes={1: 64},
+        scale_dtype=dtype,
+    )  # fmt: skip
+    assert np.array_equal(w.values.qvalue, theirs.qvalue)
+    assert np.array_equal(w.dense(), qwix.dequantize(theirs))
     codes = {int(x) for x in np.unique(np.asarray(w.values.qvalue, np.float32))}
     assert qtype != "nf4" or codes == set(range(16))
 

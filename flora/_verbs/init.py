@@ -17,6 +17,7 @@ from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.layout import Layout
 from flora._tree.paths import matches, named_leaves, nothing_selected
+from flora._tree.placement import placed_as_base
 from flora._tree.quantized import abstract, is_quantized
 from flora._tree.weight import LoraWeight, Trained, is_node
 from flora._verbs.draw import drawn, kind_of
@@ -278,4 +279,4 @@ def _started(root: Any, path: str, weight: LoraWeight) -> LoraWeight:
     else:
         made = start(root, weight)
     fail(weight_problems(path, made))
-    return made
+    return placed_as_base(made)

@@ -13,7 +13,6 @@ References: Dettmers et al. 2023 (QLoRA). https://arxiv.org/abs/2305.14314
 import dataclasses
 import functools
 import importlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from flora._tree.errors import LoraError, fail
 from flora._tree.matrices import folded, nearest
 from flora._tree.paths import Pattern, matches, named_leaves, nothing_selected
 from flora._tree.placement import mesh_of, places_of_parts, spec_of
-from flora._tree.quantized import Quantized, is_quantized
+from flora._tree.quantized import LEVELS, Codes, Quantized, is_quantized, of_codes
 from flora._tree.weight import LoraWeight, Trained
 
 __all__ = ["QTYPES", "Quantized", "dequantize", "loftq", "quantize"]
@@ -277,25 +276,6 @@ def _lying_as(x: Any, quantized: Quantized) -> Quantized:
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Codes:
-    """W ≈ scale · level(code), with one scale a block.
-
-    Attributes:
-      qvalue: the codes, `[...]`.
-      scale: of each block, one element a block along the axis of blocks.
-      qtype: one of `QTYPES`.
-    """
-
-    qvalue: Any
-    scale: Any
-    qtype: str = dataclasses.field(metadata={"static": True})
-
-    shape = property(lambda self: self.qvalue.shape)
-    dtype = property(lambda self: self.scale.dtype)
-
-
 @functools.cache
 def _maker(qtype: str, block: int, dtype: Any) -> Any:
     """Quantizes an array; compiled once for leaves of one shape and place."""
@@ -303,11 +283,11 @@ def _maker(qtype: str, block: int, dtype: Any) -> Any:
 
     @jax.jit
     def make(x: jax.Array) -> Quantized:
-        axis = _blocked_axis(x.shape, block)
+        axis: Any = _blocked_axis(x.shape, block)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if qtype == "nf4":
             codes, scale = _nf4(x, axis, block)
-            return Quantized(Codes(codes, scale.astype(dtype), qtype), _dequantize)
+            return Quantized(Codes(codes, scale.astype(dtype), qtype), of_codes)
         made = qwix.quantize(
             x,
             jnp.dtype(qtype),
@@ -315,7 +295,7 @@ def _maker(qtype: str, block: int, dtype: Any) -> Any:
             tiled_axes={axis: block},
             scale_dtype=dtype,
         )
-        return Quantized(Codes(made.qvalue, made.scale, qtype), _dequantize)
+        return Quantized(Codes(made.qvalue, made.scale, qtype), of_codes)
 
     return make
 
@@ -330,43 +310,9 @@ def _nf4(x: jax.Array, axis: int, block: int) -> tuple[jax.Array, jax.Array]:
     small = jnp.sqrt(jnp.finfo(scale.dtype).tiny)
     scale = jnp.where(scale < small, jnp.ones_like(scale), scale)
     unit = blocks / scale
-    code, least = jnp.zeros(unit.shape, jnp.uint4), jnp.abs(_NF4[0] - unit)
-    for k, level in enumerate(_NF4[1:], 1):
+    code, least = jnp.zeros(unit.shape, jnp.uint4), jnp.abs(LEVELS[0] - unit)
+    for k, level in enumerate(LEVELS[1:], 1):
         far = jnp.abs(level - unit)
         code = jnp.where(far < least, jnp.uint4(k), code)
         least = jnp.minimum(far, least)
     return code.reshape(x.shape), scale.squeeze(axis + 1)
-
-
-def _dequantize(values: Codes) -> jax.Array:
-    codes, dtype = values.qvalue, values.scale.dtype
-    # A table that every element looks up is slow on TPU; choosing by bits fuses.
-    nf4 = values.qtype == "nf4"
-    levels = _looked_up(codes, _NF4).astype(dtype) if nf4 else codes.astype(dtype)
-    blocks: list[int] = []
-    for size, count in zip(levels.shape, values.scale.shape, strict=True):
-        blocks += [count, size // count]
-    scale = values.scale.reshape([n for c in values.scale.shape for n in (c, 1)])
-    return (levels.reshape(blocks) * scale).reshape(levels.shape)
-
-
-# The levels of NF4, by the code that qwix stores: Dettmers et al. 2023, appendix E.
-_NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-
-
-def _looked_up(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
-    """`levels[codes]` of 16 levels, by the four bits of each code."""
-    codes = codes.astype(jnp.int32)
-    found: list[Any] = [jnp.float32(x) for x in levels]
-    for bit in range(4):
-        odd = (codes >> bit) & 1 == 1
-        found = [
-            jnp.where(odd, hi, lo)
-            for lo, hi in zip(found[::2], found[1::2], strict=True)
-        ]
-    return found[0]

@@ -118,5 +118,5 @@ def _deferred(fn: Callable, values: Sequence[Any], output: int, x: Any) -> Any:
         return fn([*rest[:at], kind.frozen(base), *rest[at:]])
 
     deferred = Deferred(run, output, w.base.dequantize)
-    values = _Operands(w.base.values, [flat[i] for i in arrays])
-    return dataclasses.replace(x, base=Quantized(values, deferred))
+    operands = _Operands(w.base.values, [flat[i] for i in arrays])
+    return dataclasses.replace(x, base=Quantized(operands, deferred))

@@ -12,6 +12,7 @@ References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
 """
 
 from flora import initializers, variants
+from flora._files import nodes as _nodes  # noqa: F401
 from flora._files.adapter import load, save
 from flora._tree.blocks import Block
 from flora._tree.config import LoraConfig

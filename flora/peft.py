@@ -48,7 +48,7 @@ from flora._tree.layout import Layout
 from flora._tree.paths import Pattern, named_leaves
 from flora._tree.placement import mesh_of, spec_of, specs
 from flora._tree.quantized import abstract, is_quantized
-from flora._tree.weight import LoraWeight, Trained, base_of
+from flora._tree.weight import LoraWeight, Trained, base_of, uniform
 
 __all__ = ["Module", "Names", "load", "match_names", "save"]
 
@@ -223,7 +223,7 @@ def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
         m = jax.device_put(m, NamedSharding(mesh_of(base), PartitionSpec(*parts)))
     new = dataclasses.replace(new, extra={"magnitude": m}, variant=DoRA())
     if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(new)):
-        fail(zero_problems(site.path, compiled_norms(new)))
+        fail(zero_problems(site.path, new, compiled_norms(uniform(new))))
     return new
 
 

@@ -13,7 +13,7 @@ References: Dettmers et al. 2023 (QLoRA). https://arxiv.org/abs/2305.14314
 import dataclasses
 import functools
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ from flora._tree.paths import (
     named_leaves,
 )
 from flora._tree.placement import mesh_of, places_of_parts, spec_of
-from flora._tree.quantized import Quantized, is_quantized
+from flora._tree.quantized import LEVELS, Codes, Quantized, is_quantized, of_codes
 from flora._tree.selection import idle_entries, nothing_selected
 from flora._tree.weight import LoraWeight, Trained
 
@@ -297,24 +297,30 @@ def _quantized(x: Any, qtype: str, block: int, dtype: Any, donate: bool) -> Quan
     make = _maker(qtype, block, jnp.dtype(dtype or x.dtype))
     if isinstance(x, jax.ShapeDtypeStruct):
         return _lying_as(x, jax.eval_shape(make, x))
-    made = make(x)
+    made = _lying_as(x, make(x))
     if donate and isinstance(x, jax.Array) and not isinstance(x, Tracer):
         jax.block_until_ready(made)
         x.delete()
     return made
 
 
-def _lying_as(x: jax.ShapeDtypeStruct, quantized: Quantized) -> Quantized:
-    """The quantized shapes, sharded as the weight if that says how."""
-    spec = spec_of(x)
+def _lying_as(x: Any, quantized: Quantized) -> Quantized:
+    """The quantized arrays or shapes, sharded as the weight if that says how.
+
+    Inside jit the compiler sees to it.
+    """
+    spec = None if isinstance(x, Tracer) else spec_of(x)
     if spec is None:
         return quantized
+    places = places_of_parts(mesh_of(x), quantized, spec)
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return jax.device_put(quantized, places)
     return jax.tree.map(
         lambda part, place: jax.ShapeDtypeStruct(
             part.shape, part.dtype, sharding=place
         ),
         quantized,
-        places_of_parts(mesh_of(x), quantized, spec),
+        places,
     )
 
 
@@ -325,49 +331,36 @@ def _maker(qtype: str, block: int, dtype: Any) -> Any:
 
     @jax.jit
     def make(x: jax.Array) -> Quantized:
-        axis = _blocked_axis(x.shape, block)
-        others = [i for i in range(x.ndim) if i != axis]
-        values = qwix.quantize(
-            x.astype(jnp.promote_types(x.dtype, jnp.float32)),
-            qtype if qtype == "nf4" else jnp.dtype(qtype),
-            channelwise_axes=others,
+        axis: Any = _blocked_axis(x.shape, block)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if qtype == "nf4":
+            codes, scale = _nf4(x, axis, block)
+            return Quantized(Codes(codes, scale.astype(dtype), qtype), of_codes)
+        made = qwix.quantize(
+            x,
+            jnp.dtype(qtype),
+            channelwise_axes=[i for i in range(x.ndim) if i != axis],
             tiled_axes={axis: block},
             scale_dtype=dtype,
         )
-        return Quantized(values, _dequantize)
+        return Quantized(Codes(made.qvalue, made.scale, qtype), of_codes)
 
     return make
 
 
-def _dequantize(values: Any) -> jax.Array:
-    if values.qtype != "nf4":
-        return importlib.import_module("qwix").dequantize(values)
-    # A table that every element looks up is slow on TPU; choosing by bits fuses.
-    levels = _looked_up(values.qvalue, _NF4).astype(values.scale.dtype)
-    blocks: list[int] = []
-    for size, count in zip(levels.shape, values.scale.shape, strict=True):
-        blocks += [count, size // count]
-    scale = values.scale.reshape([n for c in values.scale.shape for n in (c, 1)])
-    return (levels.reshape(blocks) * scale).reshape(levels.shape)
+def _nf4(x: jax.Array, axis: int, block: int) -> tuple[jax.Array, jax.Array]:
+    """Codes of the nearest levels, and the scales of the blocks.
 
-
-# The levels of NF4, by the code that qwix stores: Dettmers et al. 2023, appendix E.
-_NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-
-
-def _looked_up(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
-    """`levels[codes]` of 16 levels, by the four bits of each code."""
-    codes = codes.astype(jnp.int32)
-    found: list[Any] = [jnp.float32(x) for x in levels]
-    for bit in range(4):
-        odd = (codes >> bit) & 1 == 1
-        found = [
-            jnp.where(odd, hi, lo)
-            for lo, hi in zip(found[::2], found[1::2], strict=True)
-        ]
-    return found[0]
+    As qwix has them, but element by element, so that they lie where x does.
+    """
+    blocks = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
+    scale = jnp.max(jnp.abs(blocks), axis + 1, keepdims=True)
+    small = jnp.sqrt(jnp.finfo(scale.dtype).tiny)
+    scale = jnp.where(scale < small, jnp.ones_like(scale), scale)
+    unit = blocks / scale
+    code, least = jnp.zeros(unit.shape, jnp.uint4), jnp.abs(LEVELS[0] - unit)
+    for k, level in enumerate(LEVELS[1:], 1):
+        far = jnp.abs(level - unit)
+        code = jnp.where(far < least, jnp.uint4(k), code)
+        least = jnp.minimum(far, least)
+    return code.reshape(x.shape), scale.squeeze(axis + 1)

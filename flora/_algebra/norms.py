@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from flora._algebra.choice import target
 from flora._tree.arrays import compute_dtype
+from flora._tree.blocks import covered
 from flora._tree.placement import mesh_of, spec_of, specs
 from flora._tree.quantized import dequantized
 from flora._tree.weight import LoraWeight
@@ -62,8 +63,11 @@ def column_norms(weight: LoraWeight) -> jax.Array:
 compiled_norms = jax.jit(column_norms)
 
 
-def zero_problems(path: str, norms: Any) -> list[str]:
+def zero_problems(path: str, weight: LoraWeight, norms: Any) -> list[str]:
     """Why DoRA cannot train all outputs of a leaf, as far as its norms have values."""
+    if weight.blocks and not isinstance(norms, jax.ShapeDtypeStruct):
+        stack, _, out = weight.layout.sizes(weight.base.shape)
+        norms = jnp.where(covered(weight.blocks, stack, out), norms, 1)
     if isinstance(norms, Tracer) or not isinstance(norms, jax.Array):
         return []
     if not (count := int(jax.device_get(_zeros(norms)))):

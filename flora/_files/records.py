@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -139,3 +140,33 @@ def text_of(value: Any) -> str:
         return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
     fields = ", ".join(f"{k}={text_of(x)}" for k, x in value["fields"].items())
     return f"{value['class'].rpartition(':')[2]}({fields})"
+
+
+def static_as_json(settings: Mapping[str, Any]) -> bytes:
+    """What is static about a node, for `static_of_json`."""
+    written = {name: _encoded(value) for name, value in settings.items()}
+    for text in (t for x in written.values() for t in _foreign(x)):
+        raise LoraError(
+            f"export: {text} cannot be written, because it is not flora's. Export the "
+            "function on flora.merge(tree), or on the arrays alone."
+        )
+    return json.dumps(written).encode()
+
+
+def static_of_json(text: bytes) -> dict[str, Any]:
+    """What `static_as_json` wrote; makes nothing but dataclasses of flora's."""
+    try:
+        return {name: decoded(x) for name, x in json.loads(bytes(text)).items()}
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        if isinstance(error, LoraError):
+            raise
+        raise LoraError(
+            f"export: {bytes(text[:60])!r} does not describe a node of flora "
+            f"{__version__}. Export the function anew."
+        ) from error

@@ -50,7 +50,7 @@ def stage(
     in_rest = [
         i for i, x in enumerate(rest) if isinstance(x, jax.Array | jax.ShapeDtypeStruct)
     ]
-    outs: dict[str, Any] = {}
+    outs: dict[str, Any] = {}  # no tracer outlives the trace in it
 
     def flat(tree_arrays: list[Any], rest_arrays: list[Any]) -> list[Any]:
         tree = treedef.unflatten(filled(leaves, in_tree, tree_arrays))
@@ -62,15 +62,14 @@ def stage(
             note_call(error, how, fn, args, kwargs)
             raise
         found, outs["def"] = jax.tree_util.tree_flatten_with_path(result)
-        outs["all"] = [x for _, x in found]
         outs["at"] = [i for i, (_, x) in enumerate(found) if isinstance(x, jax.Array)]
         outs["paths"] = [jax.tree_util.keystr(p) for p, _ in found]
-        return [outs["all"][i] for i in outs["at"]]
+        outs["static"] = [None if isinstance(x, jax.Array) else x for _, x in found]
+        return [found[i][1] for i in outs["at"]]
 
     arrays = [rest[i] for i in in_rest]
     jaxpr = jax.make_jaxpr(flat)([leaves[i] for i in in_tree], arrays)
-    at, out_def = outs["at"], outs["def"]
-    static = [None if i in set(at) else x for i, x in enumerate(outs["all"])]
+    at, out_def, static = outs["at"], outs["def"], outs["static"]
 
     def finish(values: Sequence[Any]) -> Any:
         return out_def.unflatten(filled(static, at, values))

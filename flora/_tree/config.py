@@ -118,6 +118,10 @@ class LoraConfig:
     form_pattern: Mapping[Matcher, str] = dataclasses.field(default_factory=dict)
     variant: Variant | None = None
 
+    def __hash__(self) -> int:
+        # Of the plain numbers: the patterns' dicts have none, and need not.
+        return hash((self.rank, self.alpha, self.dropout, self.fallback, self.form))
+
     def __post_init__(self) -> None:
         for name in ("target", "exclude", "train"):
             check_pattern(name, getattr(self, name))

@@ -1,6 +1,8 @@
 """The initializers of `flora.initializers`: how A and B start."""
 
 import dataclasses
+import functools
+import inspect
 import math
 import numbers
 from collections.abc import Callable
@@ -15,10 +17,38 @@ Shape = tuple[int, ...]
 Initializer = Callable[[Any, Shape, Shape, Any], tuple[jax.Array, jax.Array]]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """An initializer that compares, prints and pickles as the call that made it."""
+
+    build: Any
+    args: tuple[Any, ...]
+
+    def __call__(
+        self, key: Any, a: Shape, b: Shape, dtype: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        return self.build.__wrapped__(*self.args)(key, a, b, dtype)
+
+    def __repr__(self) -> str:
+        return f"{self.build.__name__}({', '.join(map(repr, self.args))})"
+
+
+def _as_made(build: Callable[..., Initializer]) -> Callable[..., Initializer]:
+    @functools.wraps(build)
+    def made(*args: Any, **kwargs: Any) -> Initializer:
+        build(*args, **kwargs)  # which checks them
+        bound = inspect.signature(build).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return _Made(made, bound.args)
+
+    return made
+
+
 # What libraries choose for in · Var(A).
 VARIANCES = {"peft": 1 / 3, "loralib": 1 / 3, "qwix": 2.0}
 
 
+@_as_made
 def gaussian(variance: float | str = 1 / 3) -> Initializer:
     """A ~ N(0, variance/in), B = 0: training starts at the pretrained model.
 
@@ -38,6 +68,7 @@ def gaussian(variance: float | str = 1 / 3) -> Initializer:
     return init
 
 
+@_as_made
 def uniform(variance: float | str = 1 / 3) -> Initializer:
     """A ~ U(−√(3·variance/in), √(3·variance/in)), B = 0: as PEFT and loralib draw.
 
@@ -64,6 +95,7 @@ def uniform(variance: float | str = 1 / 3) -> Initializer:
     return init
 
 
+@_as_made
 def by_rank(variance: float = 1.0) -> Initializer:
     """A ~ N(0, variance/rank²), B = 0: PEFT's `init_lora_weights="gaussian"`.
 
@@ -81,6 +113,7 @@ def by_rank(variance: float = 1.0) -> Initializer:
     return init
 
 
+@_as_made
 def orthogonal(variance: float = 1 / 200) -> Initializer:
     """A and B random and A B = 0: both train from the first step on.
 
@@ -114,7 +147,8 @@ def orthogonal(variance: float = 1 / 200) -> Initializer:
     return init
 
 
-def embedding(variance: float = 1.0, *, vocabulary: str = "in") -> Initializer:
+@_as_made
+def embedding(variance: float = 1.0, vocabulary: str = "in") -> Initializer:
     """Zeros in the vocabulary's factor, N(0, variance) in the other: PEFT's embeddings.
 
     A = 0, B ~ N(0, variance) of a table whose rows are looked up, whatever its rank and
@@ -215,6 +249,7 @@ def _normal_both(
     return _normal(key_a, a, 1.0, dtype), _normal(key_b, b, 1.0, dtype)
 
 
+@_as_made
 def a_zero(variance: float = 1 / 3) -> Initializer:
     """A = 0, B ~ N(0, variance/rank): the reversed start, for study.
 
@@ -228,6 +263,7 @@ def a_zero(variance: float = 1 / 3) -> Initializer:
     return init
 
 
+@_as_made
 def both_random(variance: float = 1 / 3) -> Initializer:
     """A and B random: training does not start at the pretrained model.  For study."""
     variance = _variance(variance)
@@ -242,6 +278,7 @@ def both_random(variance: float = 1 / 3) -> Initializer:
     return init
 
 
+@_as_made
 def both_zero() -> Initializer:
     """A = B = 0: no gradient ever reaches either.  For study."""
 

@@ -53,8 +53,22 @@ class Variant(Protocol):
         ...
 
 
+class _Listed:
+    """What lists of parameters ask for: W's own, as far as it has them."""
+
+    shape = property(lambda self: base_of(self).shape)
+    dtype = property(lambda self: base_of(self).dtype)
+    ndim = property(lambda self: len(self.shape))
+    size = property(lambda self: math.prod(self.shape))
+    sharding = property(lambda self: base_of(self).sharding)
+
+    def __float__(self) -> float:
+        """Of a statistic of W, found in every array of the node."""
+        return float(base_of(self))
+
+
 @dataclasses.dataclass(frozen=True)
-class LoraWeight:
+class LoraWeight(_Listed):
     """A frozen weight and its low-rank factors: W + scale A B.
 
     A pytree node.  It does not validate, so that it can hold `None`, labels, gradients,
@@ -78,6 +92,7 @@ class LoraWeight:
       blocks: the adapters that A and B hold where they are not one: with ranks and
         scales of their own, in place of `rank` and `alpha`, for each index of the stack
         or for some out features.
+      shape, dtype, ndim, size, sharding: of W; an adapter has none of them.
 
     References: Hu et al. 2021, eq. 3. https://arxiv.org/abs/2106.09685
       Kalajdzievski 2023 (rank-stabilized). https://arxiv.org/abs/2312.03732
@@ -154,10 +169,13 @@ jax.tree_util.register_dataclass(
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class Trained(_Listed):
     """Marks a leaf that trains whole (`LoraConfig.train`)."""
 
     value: Any
+
+    def __repr__(self) -> str:
+        return f"Trained({shown(self.value)})"
 
 
 jax.tree_util.register_dataclass(Trained, data_fields=["value"], meta_fields=[])

@@ -71,7 +71,8 @@ def drawn(root: Any, dtype: Any, leaves: Iterable[Any]) -> dict[str, Pair]:
         draw = draw_of(initializer, dtype, layout, tuple(leaf.shape), rank)
         place = _place(layout, leaf)
         if not _is_abstract((leaf, root)):
-            found[path] = _at(root, path, draw, place, isinstance(leaf, Tracer))
+            traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(leaf))
+            found[path] = _at(root, path, draw, place, traced)
             continue
         if draw not in shapes:
             salt = np.uint32(0)

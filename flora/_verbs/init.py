@@ -21,6 +21,7 @@ from flora._tree.initializers import ByKind, Initializer
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.layout import Layout
 from flora._tree.paths import entries, exactly, first, matches, named_leaves
+from flora._tree.placement import placed_as_base
 from flora._tree.quantized import abstract, is_quantized
 from flora._tree.selection import idle_entries, idle_keys, nothing_selected, shown
 from flora._tree.weight import LoraWeight, Trained, is_node, within_blocks
@@ -123,7 +124,7 @@ def init(
         problem
         for (path, _), x in zip(named, made, strict=True)
         if isinstance(x, LoraWeight) and isinstance(x.variant, DoRA)
-        for problem in zero_problems(path, x.extra["magnitude"])
+        for problem in zero_problems(path, x, x.extra["magnitude"])
     )
     return treedef.unflatten(made)
 
@@ -326,4 +327,4 @@ def _started(root: Any, path: str, weight: LoraWeight) -> LoraWeight:
     else:
         made = start(root, weight)
     fail(weight_problems(path, made))
-    return made
+    return placed_as_base(made)

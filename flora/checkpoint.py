@@ -237,7 +237,7 @@ class Checkpointer:
         if check_base:
             base = base_leaves(adapted, self._also)
             absent = [p for path, x in base.items() for p in no_values(path, x)]
-            problems += absent or base_problems(saved["base"], fingerprint(base))
+            problems += absent or base_problems(saved["base"], base)
         fail(f"Step {step}: {p}" for p in problems)
         tree, state = filled(adapted, state, self._read(step, items))
         return Restored(tree, state, step)

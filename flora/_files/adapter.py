@@ -89,7 +89,7 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
         "flora": __version__,
         "leaves": records,
         "base": fingerprint(frozen),
-        "arrays": fingerprint(arrays),
+        "arrays": fingerprint(arrays, signed_zeros=True),
     }
     text = json.dumps(record)
     if jax.process_index() == 0:
@@ -131,7 +131,7 @@ def load(path: str | os.PathLike[str], base: Any, *, check_base: bool = True) ->
         frozen = {p: given[p] for p in saved if saved[p]["kind"] in ("lora", "frozen")}
         absent = [f"{p} Or write check_base=False." for q, x in frozen.items()
                   for p in no_values(q, x)]  # fmt: skip
-        problems = absent or base_problems(record["base"], fingerprint(frozen))
+        problems = absent or base_problems(record["base"], frozen)
         fail(f"{path}: {p}" for p in problems)
     arrays = _verified(file, record["arrays"])
     filled = [_filled(p, x, saved.get(p), arrays) for p, x in named]
@@ -244,7 +244,7 @@ def _verified(file: File, saved: Mapping[str, str]) -> dict[str, np.ndarray]:
     if missing := sorted({*saved} ^ {*file.infos}):
         _damaged(file.path, f"{', '.join(map(repr, missing[:3]))} came or went")
     arrays = {name: np.array(file.array(name)) for name in saved}
-    found = fingerprint(arrays)
+    found = fingerprint(arrays, signed_zeros=True)
     if changed := [name for name in saved if found[name] != saved[name]]:
         _damaged(file.path, f"{', '.join(map(repr, changed[:3]))} changed")
     fail(f"{file.path}: {p}" for k, x in arrays.items() for p in _not_finite(k, x))

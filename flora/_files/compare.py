@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from flora._files.fingerprint import fingerprint
 from flora._files.items import described
 from flora._files.records import decoded, layout_of, record_of, text_of
 from flora._tree.errors import LoraTypeError
@@ -143,16 +144,43 @@ def _arguments(layout: Layout) -> str:
     return ", ".join(f"{k}=({','.join(map(str, axes))},)" for k, axes in named if axes)
 
 
-def base_problems(saved: dict[str, str], given: dict[str, str]) -> list[str]:
-    """One line for each leaf of the base whose fingerprint is another."""
+def base_problems(saved: dict[str, str], base: Mapping[str, Any]) -> list[str]:
+    """One line for each leaf of a base whose fingerprint is not the saved one."""
+    given = fingerprint(base)
     return [
         f"'{path}': the checkpoint was trained on a base of "
         f"{saved.get(path, 'no such leaf')}; the given base has "
         f"{given.get(path, 'no such leaf')}. Load the weights that it was trained on, "
-        "or write check_base=False to put it on others."
-        for path in _both(saved, given)
-        if saved.get(path) != given.get(path)
+        "or write check_base=False to put it on others. If these are the ones, an "
+        "optimizer without flora.optimizer moved them while it trained."
+        for path in differing(saved, given, base)
     ]
+
+
+def moved_problems(
+    saved: dict[str, str], given: dict[str, str], base: Mapping[str, Any]
+) -> list[str]:
+    """One line for each leaf of a base that changed since it was saved last."""
+    return [
+        f"'{path}' is frozen and was {saved.get(path, 'no such leaf')} at the step "
+        f"saved before; now it is {given.get(path, 'no such leaf')}, and the adapter "
+        "fits that alone. Wrap the optimizer, flora.optimizer(tx, adapted), and apply "
+        "its updates with flora.apply_updates; name what training changes without a "
+        "gradient in also=; or write check_base=False, after flora.recipes.restart too."
+        for path in differing(saved, given, base)
+    ]
+
+
+def differing(
+    saved: dict[str, str], given: dict[str, str], base: Mapping[str, Any]
+) -> list[str]:
+    """The leaves of a base, whose fingerprints are given, that are not the saved ones.
+
+    Older files tell -0.0 from 0.0: there the same bits are the same base, too.
+    """
+    paths = [p for p in _both(saved, given) if saved.get(p) != given.get(p)]
+    exact = fingerprint(base, signed_zeros=True) if paths else {}
+    return [p for p in paths if p not in saved or saved[p] != exact.get(p)]
 
 
 def state_problems(saved: Any, given: Any, step: int) -> list[str]:

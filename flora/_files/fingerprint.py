@@ -117,6 +117,8 @@ def _negative_zero(dtype: Any) -> tuple[int, ...] | None:
     if not jnp.issubdtype(dtype, jnp.inexact):
         return None
     real = jnp.finfo(dtype).dtype
+    if real.itemsize > 8:
+        return None
     bits = np.array(-0.0).astype(real).view(f"u{real.itemsize}")
     # Some float8 have one zero alone, and their NaN where others have -0.0.
     if bits != 1 << (bits_of(real) - 1):
@@ -170,7 +172,8 @@ def _hash(
     x = jax.device_put(x, jax.memory.Space.Device)  # from the host's memory, if there
     words = x if x.dtype == jnp.uint32 and x.ndim else _words(x)
     if zero is not None:  # a number is one word or two, a complex one two numbers
-        numbers = words.reshape(*words.shape[:-1], -1, len(zero))
+        count = words.shape[-1] // len(zero)
+        numbers = words.reshape(*words.shape[:-1], count, len(zero))
         is_zero = (numbers == np.array(zero, np.uint32)).all(-1, keepdims=True)
         words = jnp.where(is_zero, 0, numbers).astype(jnp.uint32).reshape(words.shape)
     axes = range(words.ndim)

@@ -1,4 +1,4 @@
-"""Training only the adapter: mask, optimizer, value_and_grad."""
+"""Training only the adapter: mask, optimizer, eval_params, value_and_grad."""
 
 import dataclasses
 from collections.abc import Callable

@@ -42,7 +42,8 @@ class LoraConfig:
       train: leaves that train whole, without factors: heads, norms, biases.
       rank_stabilized: scale = alpha/√rank (rsLoRA).
       dropout: dropout rate on the input of the low-rank path, in [0, 1).
-      dtype: dtype of A and B, whatever the base's.
+      dtype: dtype of A and B, whatever the base's.  In float16, train them with
+        `flora.optimizer`, which computes in float32.
       init: how A and B start, one of `flora.initializers`; by default
         A ~ N(0, 1/(3·in)), with PEFT's variance, and B = 0.
       fallback: 'error', or 'materialize' to form W + scale A B where an operation has

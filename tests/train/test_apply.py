@@ -64,9 +64,8 @@ def test_compiled_frozen_leaves_are_handed_on():
 @pytest.mark.parametrize("tx", [
     lambda own: optax.chain(own, optax.scale(-1.0)),
     lambda own: optax.chain(own, optax.add_decayed_weights(0.1)),
-    lambda own: optax.chain(own, optax.add_noise(0.1, 0.5, 0)),
     lambda own: optax.chain(own, optax.ema(0.9)),
-], ids=["scaled", "decay", "noise", "ema"])  # fmt: skip
+], ids=["scaled", "decay", "ema"])  # fmt: skip
 def test_what_stands_after_the_optimizer_moves_no_base(tx):
     tx = tx(flora.optimizer(optax.adamw(1e-2), ADAPTED))
     tree, state = ADAPTED, tx.init(ADAPTED)
@@ -191,7 +190,7 @@ def test_a_whole_nnx_state_with_keys_and_counts():
         return flora.apply_updates(tree, updates), state, value
 
     tree, opt_state, losses = adapted, tx.init(adapted), []
-    for _ in range(20):
+    for _ in range(9):
         tree, opt_state, value = step(tree, opt_state)
         losses.append(value)
     assert losses[-1] < 0.9 * losses[0]

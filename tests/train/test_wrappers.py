@@ -8,7 +8,9 @@ import pytest
 from optax import contrib
 
 import flora
+import flora.multi
 import flora.optim
+import flora.recipes
 from tests.support import contract
 from tests.support.adapters import ADAPTED, GRADS, f32, unchanged
 
@@ -183,6 +185,28 @@ def test_float16_trains_as_float32_does(tx):
     for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(adapted), strict=True):
         assert x.dtype == y.dtype == jnp.float16
         assert np.isfinite(x).all()
+
+
+def test_float16_in_groups_and_in_runs_at_once():
+    adapted, loss = half(jnp.float16)
+    grads, (base, adapter) = (
+        flora.value_and_grad(loss)(adapted)[1],
+        flora.split(adapted),
+    )
+    groups = {"*": "all"}
+    for tx in (
+        flora.recipes.partition({"all": optax.adam(1e-2)}, groups, adapter),
+        flora.recipes.lora_fa(optax.adam(1e-2)),
+    ):
+        got, state = steps(tx, adapter, [grads] * 2, flora.apply_updates)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((got, state)))
+    runs = flora.multi.start([adapter] * 2, optax.adam, jnp.array([1e-2, 1e-3]))
+    runs, losses = flora.multi.train_step(loss, optax.adam)(base, runs)
+    runs, again = flora.multi.train_step(loss, optax.adam)(base, runs)
+    assert (again < losses).all()
+    for each in flora.multi.finish(runs):
+        assert {x.dtype.name for x in jax.tree.leaves(each)} == {"float16"}
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(each))
 
 
 def test_what_the_transformation_sees_of_float16_and_of_bfloat16():

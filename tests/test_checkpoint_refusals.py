@@ -121,6 +121,7 @@ def test_a_base_that_moves_while_training_is_noticed(saver, tmp_path):
                  "Wrap the optimizer, flora.optimizer(tx, adapted)"):  # fmt: skip
         assert part in str(error.value)
     saver.save(1, contract.randomized(adapted))
+    saver.close()
     with Checkpointer(tmp_path / "checkpoints") as another:  # in a later process
         with pytest.raises(flora.LoraError, match="at the step saved before"):
             another.save(2, moved(adapted))
@@ -128,7 +129,7 @@ def test_a_base_that_moves_while_training_is_noticed(saver, tmp_path):
         another.save(3, moved(adapted))
         restored = another.restore(moved(adapted), step=1, check_base=False).adapted
         another.save(4, restored)
-        assert another.steps() == (1, 2, 3, 4)[-3:]
+        assert another.steps() == (2, 3, 4)
 
 
 def test_a_base_whose_zeros_changed_their_sign_is_the_same(saver):

@@ -87,7 +87,7 @@ def train(tx: Any, steps: int, d: int) -> dict[str, float]:
     state, count, losses = tx.init(adapted), jnp.int32(0), []
     compiled: list[str] = []
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
         compiled.extend([event] * (event == COMPILED))
 
     monitoring.register_event_duration_secs_listener(listen)

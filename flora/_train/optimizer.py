@@ -93,7 +93,7 @@ def optimizer(
 
     It stands outermost: wrappers (`optax.MultiSteps`, `schedule_free`, `partition`) and
     the links of a chain go into `tx`.  Around it, and after it in a chain, they would
-    keep copies of the base, unless all of them are given the adapter alone.
+    keep copies of the base, and are refused, unless all is given the adapter alone.
 
     Leaves whose dtype has a narrower range than float32 (float16, float8) are float32
     inside `tx`, and so are their moments: in float16 Adam's eps of 1e-8 is zero, and
@@ -114,10 +114,10 @@ def optimizer(
       XLA's additions flush subnormal numbers to zero.)
 
     Raises:
-      LoraError: the tree is not adapted; at `init`, an optax transformation around it
-        keeps copies of the whole tree, or `tx` is `optax.lookahead`; at `update`,
-        gradients and parameters have other structures, a leaf that trains has no
-        gradient, or an extra argument is a function of parameters.
+      LoraError: the tree is not adapted; at `init` or `update`, a transformation of
+        optax's around it keeps copies of the whole tree, or `tx` is `optax.lookahead`;
+        at `update`, gradients and parameters have other structures, a leaf that trains
+        has no gradient, or an extra argument is a function of parameters.
     """
     if not hasattr(tx, "init") or not hasattr(tx, "update"):
         raise LoraTypeError(
@@ -141,8 +141,8 @@ def optimizer(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         refuse_functions(extra)
         grads = updates if params is None else _aligned(updates, params)
-        if grads is not updates and _has_base(params) and not _has_base(updates):
-            require_outermost(BRANCHES)
+        alone = params is not None and not _has_base(updates) and _has_base(params)
+        require_outermost(BRANCHES if alone else ())
         shown = None if params is None else _trained_alone(params)
         new, state = inner.update(_trained_alone(grads), state, shown, **extra)
         like = grads if params is None else params
@@ -153,8 +153,10 @@ def optimizer(
 
 def _has_base(tree: Any) -> bool:
     """Whether a tree holds frozen arrays, or gradients of them."""
-    frozen = map_parts(lambda _, part, x: part == FROZEN, tree)
-    return any(jax.tree.leaves(frozen))
+    leaves = (
+        x.base if isinstance(x, LoraWeight) else x for _, x in named_leaves(tree)[0]
+    )
+    return any(not isinstance(x, Trained) and jax.tree.leaves(x) for x in leaves)
 
 
 def _aligned(grads: Any, params: Any) -> Any:

@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, fail
+from flora._tree.weight import LoraWeight, is_node
 
 # What of optax cannot stand around `optimizer` on a whole tree: these keep copies of
 # it, or hold a mask of all leaves against gradients of the adapter alone;
@@ -20,7 +22,7 @@ BRANCHES = ("apply_if_finite", "conditionally_mask", "conditionally_transform")
 
 
 def require_outermost(names: tuple[str, ...]) -> None:
-    """Raises where one of these functions of optax is calling.
+    """Raises where one of these functions of optax is calling, or one with a base.
 
     A transformation is not told what stands around it; the stack alone knows.
     """
@@ -28,7 +30,9 @@ def require_outermost(names: tuple[str, ...]) -> None:
     while frame is not None:
         name = frame.f_code.co_qualname.partition(".")[0]
         module = frame.f_globals.get("__name__", "")
-        if name in names and module.partition(".")[0] == "optax":
+        if module.partition(".")[0] == "optax" and (
+            name in names or _holds_base(frame.f_locals.get("state"))
+        ):
             around = name
         frame = frame.f_back
     if around:
@@ -38,6 +42,14 @@ def require_outermost(names: tuple[str, ...]) -> None:
             f"flora.optimizer({around}(...), adapted), or give all of it the adapter "
             "alone: base, adapter = flora.split(adapted)."
         )
+
+
+def _holds_base(state: Any) -> bool:
+    """Whether an optimizer's state has arrays for a base, such as an EMA of it."""
+    return any(
+        isinstance(x, LoraWeight) and any(map(np.ndim, jax.tree.leaves(x.base)))
+        for x in jax.tree.leaves(state, is_leaf=is_node)
+    )
 
 
 def refuse_lookahead(state: Any) -> None:

@@ -64,8 +64,7 @@ def test_compiled_frozen_leaves_are_handed_on():
 @pytest.mark.parametrize("tx", [
     lambda own: optax.chain(own, optax.scale(-1.0)),
     lambda own: optax.chain(own, optax.add_decayed_weights(0.1)),
-    lambda own: optax.chain(own, optax.ema(0.9)),
-], ids=["scaled", "decay", "ema"])  # fmt: skip
+], ids=["scaled", "decay"])  # fmt: skip
 def test_what_stands_after_the_optimizer_moves_no_base(tx):
     tx = tx(flora.optimizer(optax.adamw(1e-2), ADAPTED))
     tree, state = ADAPTED, tx.init(ADAPTED)

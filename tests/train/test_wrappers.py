@@ -11,6 +11,7 @@ import flora
 import flora.multi
 import flora.optim
 import flora.recipes
+from flora.variants import VeRA
 from tests.support import contract
 from tests.support.adapters import ADAPTED, GRADS, f32, unchanged
 
@@ -75,6 +76,8 @@ def test_inside_they_take_the_steps_that_they_take_on_the_adapter(name):
 
 AROUND = {
     "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
+    "chain": lambda tx: optax.chain(optax.clip(1.0), tx, optax.ema(0.9)),
+    "named_chain": lambda tx: optax.named_chain(("one", tx), ("two", optax.trace(0.9))),
     "schedule_free": lambda tx: contrib.schedule_free(tx, 1e-2),
     "mechanize": contrib.mechanize,
     "sam": lambda tx: contrib.sam(tx, optax.sgd(0.1)),
@@ -100,6 +103,28 @@ def test_around_it_they_are_refused_on_the_tree_and_run_on_the_adapter(name):
     assert not SHAPES & {tuple(sorted(x.shape)) for x in jax.tree.leaves(state)}
     want, _ = steps(AROUND[name](ADAMW), ADAPTER, ADAPTER_GRADS, optax.apply_updates)
     contract.close(got, want, 1e-6)
+
+
+def test_what_keeps_no_copy_of_the_base_stands_around_it():
+    tx = optax.chain(optax.zero_nans(), flora.optimizer(ADAMW, ADAPTED))
+    got, _ = steps(tx, ADAPTED, ADAPTER_GRADS, flora.apply_updates)
+    want, _ = steps(ADAMW, ADAPTER, ADAPTER_GRADS, optax.apply_updates)
+    contract.close(flora.split(got)[1], want, 1e-6)
+
+
+def test_an_adapter_with_frozen_parts_is_no_tree_with_a_base():
+    fn = flora.lora(lambda p, x: jnp.sum((x @ p["kernel"]) ** 2))
+    params, x = {"kernel": f32(7, 5)}, f32(3, 7)
+    adapted = contract.adapt(fn, params, x, variant=VeRA())
+    adapter = flora.split(adapted)[1]
+    grads = [flora.value_and_grad(fn)(adapted, x)[1]] * 2
+    tx = optax.apply_if_finite(flora.optimizer(optax.sgd(0.1), adapter), 2)
+    got, _ = steps(optax.MultiSteps(tx, 2), adapter, grads, flora.apply_updates)
+    assert got["kernel"].a is adapter["kernel"].a
+    assert any(
+        not np.array_equal(got["kernel"].extra[k], adapter["kernel"].extra[k])
+        for k in got["kernel"].extra
+    )
 
 
 def test_lookahead_and_flattened_trees_are_refused():

@@ -131,7 +131,8 @@ def optimizer(
     )
 
     def init(params: Any) -> Any:
-        require_adapted(params, "optimizer")
+        if jax.tree.leaves(params):  # optax.tree_map_params passes none
+            require_adapted(params, "optimizer")
         if _has_base(params):
             require_outermost(COPIES)
         state = inner.init(params)

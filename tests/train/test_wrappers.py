@@ -105,6 +105,13 @@ def test_around_it_they_are_refused_on_the_tree_and_run_on_the_adapter(name):
     contract.close(got, want, 1e-6)
 
 
+def test_states_can_be_mapped_over():
+    own = flora.optimizer(ADAMW, ADAPTED)
+    state = optax.tree_map_params(own, jnp.zeros_like, own.init(ADAPTED))
+    moments = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert len(moments) == 2 * len(jax.tree.leaves(ADAPTER))
+
+
 def test_what_keeps_no_copy_of_the_base_stands_around_it():
     tx = optax.chain(optax.zero_nans(), flora.optimizer(ADAMW, ADAPTED))
     got, _ = steps(tx, ADAPTED, ADAPTER_GRADS, flora.apply_updates)

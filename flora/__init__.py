@@ -27,7 +27,7 @@ from flora._verbs.lora import lora
 from flora._verbs.merge import merge
 from flora._verbs.split import join, split
 from flora._verbs.summary import summary
-from flora.optim import mask, optimizer, value_and_grad
+from flora.optim import apply_updates, mask, optimizer, value_and_grad
 
 __all__ = [
     "Block",
@@ -36,6 +36,7 @@ __all__ = [
     "LoraError",
     "LoraWeight",
     "Trained",
+    "apply_updates",
     "coverage",
     "init",
     "initializers",

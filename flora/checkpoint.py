@@ -26,6 +26,7 @@ from flora._files.compare import (
     description,
     json_of,
     leaf_problems,
+    moved_problems,
     some,
     state_problems,
 )
@@ -116,6 +117,8 @@ class Checkpointer:
         self._max_to_keep, self._also = max_to_keep, also
         self._manager: ocp.CheckpointManager | None = None
         self._writes = False
+        # Fingerprints of the base as it was last; None: those of the latest step.
+        self._base: dict[str, str] | None = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -140,6 +143,7 @@ class Checkpointer:
         *,
         metadata: Mapping[str, Any] | None = None,
         allow_nonfinite: bool = False,
+        check_base: bool = True,
     ) -> None:
         """Saves a step; returns once its arrays are copied, and writes meanwhile.
 
@@ -149,7 +153,10 @@ class Checkpointer:
         loss is at the start.
 
         The arrays can be donated or changed afterwards.  A save that is still under way
-        is waited for first, and what it raised is raised here.
+        is waited for first, and what it raised is raised here.  A base that is not the
+        one of the step before is refused: an optimizer without `flora.optimizer` moves
+        it, and the adapter then fits no base that is kept anywhere.  Saved as step 0,
+        before training, the start is what all later steps are compared with.
 
         Args:
           step: a number above those saved.
@@ -157,15 +164,20 @@ class Checkpointer:
           state: the optimizer's state: any tree of arrays and Python numbers.
           metadata: anything that JSON holds, for `Checkpointer.metadata`.
           allow_nonfinite: True to save NaN and infinity all the same.
+          check_base: False where the base changed on purpose, as it does in
+            `flora.recipes.restart`.
 
         Raises:
           LoraError: the step is saved or passed already, the directory holds
-            checkpoints of others, or a leaf cannot be saved or holds NaN or infinity.
+            checkpoints of others, the base changed, or a leaf cannot be saved or holds
+            NaN or infinity.
         """
         _require_step(step)
         record, items = _snapshot(adapted, state, self._also, allow_nonfinite)
         manager = self._open(writes=True)
         self._require_new(int(step), manager)
+        if check_base:
+            self._require_same_base(adapted, record["base"], manager)
         record |= {"step": int(step), "metadata": json_of(metadata)}
         args = {k: ocp.args.PyTreeSave(v) for k, v in items.items() if v}
         manager.save(
@@ -173,6 +185,7 @@ class Checkpointer:
             args=ocp.args.Composite(flora=ocp.args.JsonSave(record), **args),
             force=True,
         )
+        self._base = record["base"]
         _empty_trash(manager)
 
     def wait(self) -> None:
@@ -250,9 +263,10 @@ class Checkpointer:
             base = base_leaves(adapted, also)
             absent = [p for path, x in base.items() for p in no_values(path, x)]
             free = {p for p, x in named_leaves(adapted)[0] if not is_node(x)}
-            problems += absent or base_problems(saved["base"], fingerprint(base), free)
+            problems += absent or base_problems(saved["base"], base, free)
         fail(f"Step {step}: {p}" for p in problems)
         tree, state = filled(adapted, state, self._read(step, items))
+        self._base = saved["base"] if check_base else {}
         return Restored(tree, state, step)
 
     # --- Orbax ---------------------------------------------------------------------
@@ -287,6 +301,16 @@ class Checkpointer:
                 "Steps go up. Write to another directory, or take back the later ones "
                 "with Checkpointer.delete(step)."
             )
+
+    def _require_same_base(
+        self, adapted: Any, given: dict[str, str], manager: ocp.CheckpointManager
+    ) -> None:
+        """Raises where a frozen leaf is not what it was at the step before."""
+        if self._base is None and manager.latest_step() is not None:
+            self._base = self._record(self._choose(None))["base"]
+        if self._base:
+            base = base_leaves(adapted, self._also)
+            fail(f"save: {p}" for p in moved_problems(self._base, given, base))
 
     def _choose(self, step: int | None) -> int:
         """The step, or the latest; raises unless it is there."""

@@ -29,6 +29,7 @@ from flora._train.groups import (
     times,
 )
 from flora._train.optimizer import FROZEN, freeze, map_parts
+from flora._train.wrappers import widened
 from flora._tree.arrays import compute_dtype, is_array
 from flora._tree.checks import blocks_problem, require_adapted, weight_problems
 from flora._tree.config import LoraConfig
@@ -142,7 +143,7 @@ def lora_fa(
         return FROZEN if part in ("a", FROZEN) else "train"
 
     inner = optax.multi_transform(
-        {"train": tx, FROZEN: freeze()}, lambda tree: map_parts(label, tree)
+        {"train": widened(tx), FROZEN: freeze()}, lambda tree: map_parts(label, tree)
     )
 
     def init(params: Any) -> Any:

@@ -100,7 +100,7 @@ def save(
         "flora": __version__,
         "leaves": records,
         "base": fingerprint(frozen),
-        "arrays": fingerprint(arrays),
+        "arrays": fingerprint(arrays, signed_zeros=True),
     }
     text = json.dumps(record)
     if jax.process_index() == 0:
@@ -151,7 +151,7 @@ def load(
         absent = [f"{p} Or write check_base=False." for q, x in frozen.items()
                   for p in no_values(q, x)]  # fmt: skip
         free = {p for p in frozen if saved[p]["kind"] == "frozen"}
-        problems = absent or base_problems(record["base"], fingerprint(frozen), free)
+        problems = absent or base_problems(record["base"], frozen, free)
         fail(f"{path}: {p}" for p in problems)
     arrays = _verified(file, record["arrays"])
     require_finite(str(path), arrays, allow_nonfinite)
@@ -256,7 +256,7 @@ def _verified(file: File, saved: Mapping[str, str]) -> dict[str, np.ndarray]:
     if missing := sorted({*saved} ^ {*file.infos}):
         _damaged(file.path, f"{', '.join(map(repr, missing[:3]))} came or went")
     arrays = {name: np.array(file.array(name)) for name in saved}
-    found = fingerprint(arrays)
+    found = fingerprint(arrays, signed_zeros=True)
     if changed := [name for name in saved if found[name] != saved[name]]:
         _damaged(file.path, f"{', '.join(map(repr, changed[:3]))} changed")
     fail(

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from flora._algebra import variants
+from flora._files.fingerprint import fingerprint
 from flora._files.items import described
 from flora._files.records import decoded, layout_of, record_of, text_of
 from flora._tree.errors import LoraTypeError
@@ -156,25 +157,55 @@ def _arguments(layout: Layout) -> str:
 
 
 def base_problems(
-    saved: dict[str, str], given: dict[str, str], free: Collection[str]
+    saved: dict[str, str], base: Mapping[str, Any], free: Collection[str]
 ) -> list[str]:
-    """One line for each leaf of the base whose fingerprint is another.
+    """One line for each leaf of a base whose fingerprint is not the saved one.
 
     Args:
       saved: the fingerprints when it was saved.
-      given: those of the given base.
+      base: the given base.
       free: the leaves without factors, which training may have changed by other means.
     """
+    given = fingerprint(base)
     return [
         f"'{path}': the checkpoint was trained on a base of "
         f"{saved.get(path, 'no such leaf')}; the given base has "
         f"{given.get(path, 'no such leaf')}. Load the weights that it was trained on, "
         "or write check_base=False to put it on others."
-        + f" If training changed it, save with also={exactly(path)!r}."
-        * (path in free)
-        for path in _both(saved, given)
-        if saved.get(path) != given.get(path)
+        + (
+            f" If training changed it, save with also={exactly(path)!r}."
+            if path in free
+            else " If these are the ones, an optimizer without flora.optimizer moved "
+            "them while it trained."
+        )
+        for path in differing(saved, given, base)
     ]
+
+
+def moved_problems(
+    saved: dict[str, str], given: dict[str, str], base: Mapping[str, Any]
+) -> list[str]:
+    """One line for each leaf of a base that changed since it was saved last."""
+    return [
+        f"'{path}' is frozen and was {saved.get(path, 'no such leaf')} at the step "
+        f"saved before; now it is {given.get(path, 'no such leaf')}, and the adapter "
+        "fits that alone. Wrap the optimizer, flora.optimizer(tx, adapted), and apply "
+        "its updates with flora.apply_updates; name what training changes without a "
+        "gradient in also=; or write check_base=False, after flora.recipes.restart too."
+        for path in differing(saved, given, base)
+    ]
+
+
+def differing(
+    saved: dict[str, str], given: dict[str, str], base: Mapping[str, Any]
+) -> list[str]:
+    """The leaves of a base, whose fingerprints are given, that are not the saved ones.
+
+    Older files tell -0.0 from 0.0: there the same bits are the same base, too.
+    """
+    paths = [p for p in _both(saved, given) if saved.get(p) != given.get(p)]
+    exact = fingerprint(base, signed_zeros=True) if paths else {}
+    return [p for p in paths if p not in saved or saved[p] != exact.get(p)]
 
 
 def state_problems(saved: Any, given: Any, step: int) -> list[str]:

@@ -13,6 +13,7 @@ import optax
 from jax.core import Tracer
 
 from flora._train.optimizer import FROZEN, freeze, map_parts
+from flora._train.wrappers import widened
 from flora._tree.arrays import is_array
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraTypeError, fail
@@ -92,7 +93,8 @@ def partition(
 
         return map_parts(label, tree)
 
-    return optax.multi_transform({**transforms, FROZEN: freeze()}, labels)
+    wide = {group: widened(tx) for group, tx in transforms.items()}
+    return optax.multi_transform({**wide, FROZEN: freeze()}, labels)
 
 
 def scale_rates(rates: Where, adapted: Any) -> optax.GradientTransformation:

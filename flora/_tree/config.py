@@ -69,7 +69,8 @@ class LoraConfig:
       train: leaves that train whole, without factors: heads, norms, biases.
       rank_stabilized: scale = alpha/√rank (rsLoRA).
       dropout: dropout rate on the input of the low-rank path, in [0, 1).
-      dtype: dtype of A and B, whatever the base's.
+      dtype: dtype of A and B, whatever the base's.  In float16, train them with
+        `flora.optimizer`, which computes in float32.
       init: how A and B start, one of `flora.initializers`; by default
         A ~ N(0, 1/(3·in)) and B = 0; `flora.initializers.peft()` is PEFT's start.
       init_pattern: `{pattern: initializer}`, for leaves that start in another way; the

@@ -19,7 +19,7 @@ def chosen(glob, path="layers/attn/kernel", stack=(4,)):
 
 
 @pytest.mark.parametrize(
-    "glob, indices",
+    ("glob", "indices"),
     [
         ("layers/1/attn/kernel", [[1]]),
         ("layers/1/*", [[1]]),
@@ -44,7 +44,7 @@ def test_numbers_of_two_digits():
 
 
 @pytest.mark.parametrize(
-    "glob, indices",
+    ("glob", "indices"),
     [
         ("layers/1/experts/0/kernel", [[1, 0]]),
         ("layers/*/experts/1/kernel", [[0, 1], [1, 1], [2, 1], [3, 1]]),

@@ -142,7 +142,7 @@ def test_one_rank_for_all_is_no_blocks():
 
 
 @pytest.mark.parametrize(
-    "config, message",
+    ("config", "message"),
     [
         ({"target": "layers/7/*"}, r"target: 'layers/7/\*' names no index"),
         ({"target": "kernel", "exclude": "layers/3/*"}, "exclude: 'layers/3/"),

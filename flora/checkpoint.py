@@ -10,14 +10,17 @@ A, B, leaves that train whole and the optimizer's state are saved; of the base o
 fingerprint.
 """
 
+import functools
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from flora._files.atomic import steadily
 from flora._files.compare import (
     FORMAT,
     FORMATS,
@@ -47,6 +50,7 @@ from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.paths import Pattern, check_pattern
 from flora._tree.version import __version__
 
+T = TypeVar("T")
 _TRASH = "deleted"  # steps are renamed into it, which is atomic, and then removed
 
 
@@ -182,7 +186,7 @@ class Checkpointer:
 
     def metadata(self, step: int | None = None) -> Any:
         """What `save` was given as `metadata`; of the latest step unless told."""
-        return self._record(self._choose(step))["metadata"]
+        return self._of_step(step, lambda step: self._record(step)["metadata"])
 
     def delete(self, step: int) -> None:
         """Removes a step, such as one to go back behind.
@@ -226,7 +230,13 @@ class Checkpointer:
             is named.
         """
         require_adapted(adapted, "restore")
-        step = self._choose(step)
+        return self._of_step(
+            step, lambda step: self._restored(step, adapted, state, check_base)
+        )
+
+    def _restored(
+        self, step: int, adapted: Any, state: Any, check_base: bool
+    ) -> Restored:
         saved = self._record(step)
         items = items_of(adapted, state, self._also)
         given = description(adapted, items, self._also)
@@ -290,6 +300,22 @@ class Checkpointer:
             f"{self._directory} has {wanted}: it holds {holds}. Pass the directory "
             "that Checkpointer(directory).save wrote to, and one of its steps."
         )
+
+    def _of_step(self, step: int | None, read: Callable[[int], T]) -> T:
+        """What `read` gives of a step that stays in its place meanwhile.
+
+        Another process that saves may remove the latest step as it is read: then there
+        is a later one.
+        """
+        tries = 20
+        while True:
+            tries, chosen = tries - 1, self._choose(step)
+            where = pathlib.Path(self._directory, str(chosen))
+            try:
+                return steadily([where], functools.partial(read, chosen))
+            except LoraError:
+                if not tries or step is not None or chosen in self.steps():
+                    raise
 
     def _record(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays."""

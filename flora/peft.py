@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flora._algebra.variants import DoRA
+from flora._files.atomic import steadily
 from flora._peft.config import PeftConfig, read
 from flora._peft.factors import magnitude, node
 from flora._peft.file import CONFIG, WEIGHTS, directory, read_tensors, write
@@ -107,8 +108,11 @@ def load(
         raise LoraTypeError(
             f"flora.peft.load: dtype={dtype!r}. Write a floating dtype."
         )
-    config = read(folder)
-    content = _in_dtype(sort_out(read_tensors(folder), config, folder), dtype)
+    config, tensors = steadily(
+        (folder / CONFIG, folder / WEIGHTS),
+        lambda: (read(folder), read_tensors(folder)),
+    )
+    content = _in_dtype(sort_out(tensors, config, folder), dtype)
     given = expected_layouts(leaves)
     uses = (
         {} if fn is None else _followed(fn, named, treedef, args, kwargs or {}, given)

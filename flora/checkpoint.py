@@ -10,6 +10,7 @@ A, B, leaves that train whole and the optimizer's state are saved; of the base o
 fingerprint.
 """
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -177,7 +178,7 @@ class Checkpointer:
         """The steps on disk, in order; waits for the save under way."""
         self.wait()
         manager = self._open(writes=False)
-        manager.reload()
+        _listed(manager.reload)
         return tuple(sorted(map(int, manager.all_steps())))
 
     def latest(self) -> int | None:
@@ -272,7 +273,9 @@ class Checkpointer:
             single_host_load_and_broadcast=True,
             todelete_subdir=_TRASH,
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._manager = _listed(
+            lambda: ocp.CheckpointManager(self._directory, options=options)
+        )
         self._writes = writes
         return self._manager
 
@@ -375,6 +378,14 @@ class Checkpointer:
             f"Step {step} of {self._directory} cannot be read: {what} If its files are "
             f"damaged, pass another step of {others}."
         )
+
+
+def _listed(read: Callable[[], T]) -> T:
+    """What lists the steps, once more if another process removed one meanwhile."""
+    for _ in range(20):
+        with contextlib.suppress(FileNotFoundError):
+            return read()
+    return read()
 
 
 def _is_ours(manager: ocp.CheckpointManager, step: int) -> bool:

@@ -9,7 +9,6 @@ arrays, its alphas, its step.  What does not is a mix.
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -18,6 +17,7 @@ import pathlib
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,9 +35,8 @@ import numpy as np
 import flora
 import flora.hf
 import flora.peft
-from flora._files.safetensors import read, write
+from flora._files.safetensors import read
 from flora._peft import file as peft_file
-from flora.checkpoint import Checkpointer
 
 SHAPE, RANK = (64, 96), 8
 
@@ -49,7 +48,9 @@ class Mix(Exception):
 def one(found):
     """The one version that all of it is of."""
     versions = {float(v) for x in found for v in np.unique(np.asarray(x))}
-    if len(versions) != 1:
+    if not versions:
+        raise ValueError("there is nothing")
+    if len(versions) > 1:
         raise Mix(f"versions {sorted(versions)[:5]}")
     return int(versions.pop())
 
@@ -144,6 +145,8 @@ SAVERS = {}
 
 
 def save_step(folder, n):
+    from flora.checkpoint import Checkpointer  # Orbax takes long to import
+
     if folder not in SAVERS:
         SAVERS[folder] = Checkpointer(folder / "steps", max_to_keep=2)
     SAVERS[folder].save(n, adapted(n, 8), {"count": n, "mu": np.full(SHAPE, n)})
@@ -151,6 +154,8 @@ def save_step(folder, n):
 
 
 def load_step(folder):
+    from flora.checkpoint import Checkpointer
+
     state = {"count": 0, "mu": np.zeros(SHAPE, int)}
     with Checkpointer(folder / "steps") as checkpointer:
         tree, state, step = checkpointer.restore(adapted(0, 8), state)
@@ -350,24 +355,50 @@ def write_peft(folder, n):
     )
 
 
-def write_file(folder, n):
-    write(folder / "x", {k: np.full(SHAPE, n) for k in "ab"}, {"format": "pt"})
-
-
-STEPS = {"peft": write_peft, "hf": save_hf, "file": write_file}
+STEPS = {"peft": write_peft, "hf": save_hf}
 
 
 def steps(job):
     """Kills a save of each pair `(old, new)` of versions at each of its steps."""
     out, save = pathlib.Path(job["out"]), STEPS[job["case"]]
     for old, new in job["pairs"]:
-        start = out / f"{old}"
+        start = out / "old"
         start.mkdir()
         if old is not None:
-            forked_save = forked(save, start, old)
-            os.waitpid(forked_save, 0)
+            os.waitpid(forked(save, start, old), 0)
         at_each_step(lambda folder, n=new: save(folder, n), start, out / f"{old}-{new}")
         shutil.rmtree(start)
+
+
+def killed_at_each_step(out, case, pairs):
+    """`{(old, new): a folder for each step before which a kill came}`; the last: none.
+
+    A process of its own does it: here JAX has started, which forks do not survive.
+    """
+    job = json.dumps({"out": str(out), "case": case, "pairs": pairs})
+    command = [sys.executable, __file__, "--steps", job]
+    subprocess.run(command, check=True, timeout=600)
+    return {
+        pair: sorted(
+            (out / f"{pair[0]}-{pair[1]}").iterdir(), key=lambda p: int(p.name)
+        )
+        for pair in map(tuple, pairs)
+    }
+
+
+def check_turn(load, folders, old, new, *, refused=0):
+    """The old version up to some step, and the new one from there on.
+
+    refused: after how many steps between them there is neither.
+    """
+    found = [outcome(load, folder) for folder in folders]
+    assert not [wrong for _, wrong in found if wrong.startswith("mix")]
+    versions = [n for n, _ in found]
+    before, after = versions.count(old), versions.count(new)
+    between = len(found) - before - after
+    assert before > 0 < after
+    assert between <= (refused if old is not None else 0)
+    assert versions == [old] * before + [None] * between + [new] * after
 
 
 # --- The figures ----------------------------------------------------------------------

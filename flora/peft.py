@@ -337,10 +337,12 @@ def save(
     task_type: str | None = None,
     dtype: Any = None,
 ) -> None:
-    """Writes the adapter as PEFT does, in one step: the files are complete or absent.
+    """Writes the adapter as PEFT does: whatever stops it leaves the old one or the new.
 
     The config names every module in full, with its rank and alpha where they differ.
-    Other files in the directory stay.
+    Other files in the directory stay, as do links and modes.  `load` sees one of the
+    two at any time.  PEFT, which opens both files one after the other, refuses the
+    directory where a save was stopped between them: a note lies there for the config.
 
     Args:
       dir: the directory; it is made if it does not exist.

@@ -44,7 +44,8 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
     the call, and the first one writes.
 
     Args:
-      path: where to, such as 'adapter.safetensors'; a file of that name is replaced.
+      path: where to, such as 'adapter.safetensors'; a file of that name is replaced,
+        and keeps its mode.  A link is followed.
       adapted: the adapted tree, base and all, with values.
       also: a pattern of frozen leaves that training changed all the same, such as
         `batch_stats/*`.  They are saved whole, and are no part of the base.

@@ -127,6 +127,8 @@ def _lock(file: int, how: int) -> bool:
 def alone(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """The folder itself, made if need be; other savers wait, where it can be locked."""
     folder = pathlib.Path(os.path.realpath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise LoraError(f"{folder} is a file; expected a directory to save into.")
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield folder

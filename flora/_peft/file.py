@@ -146,8 +146,6 @@ def write(
     there; so whatever stops the process leaves the old adapter or the new one.
     """
     text = (json.dumps(config, indent=2, allow_nan=False) + "\n").encode()
-    if folder.exists() and not folder.is_dir():
-        raise LoraError(f"{folder} is a file; expected a directory to save into.")
     with (
         alone(folder) as folder,
         staged(folder / WEIGHTS, chunks(tensors, {"format": "pt"})) as weights,

@@ -10,14 +10,18 @@ A, B, leaves that train whole and the optimizer's state are saved; of the base o
 fingerprint.
 """
 
+import contextlib
+import functools
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from flora._files.atomic import steadily
 from flora._files.compare import (
     FORMAT,
     FORMATS,
@@ -52,6 +56,7 @@ from flora._tree.paths import Pattern, check_pattern, named_leaves
 from flora._tree.version import __version__
 from flora._tree.weight import is_node
 
+T = TypeVar("T")
 _TRASH = "deleted"  # steps are renamed into it, which is atomic, and then removed
 
 
@@ -197,7 +202,7 @@ class Checkpointer:
         """The steps on disk, in order; waits for the save under way."""
         self.wait()
         manager = self._open(writes=False)
-        manager.reload()
+        _listed(manager.reload)
         return tuple(sorted(map(int, manager.all_steps())))
 
     def latest(self) -> int | None:
@@ -206,7 +211,7 @@ class Checkpointer:
 
     def metadata(self, step: int | None = None) -> Any:
         """What `save` was given as `metadata`; of the latest step unless told."""
-        return self._record(self._choose(step))["metadata"]
+        return self._of_step(step, lambda step: self._record(step)["metadata"])
 
     def delete(self, step: int) -> None:
         """Removes a step, such as one to go back behind.
@@ -250,7 +255,13 @@ class Checkpointer:
             is named.
         """
         require_adapted(adapted, "restore")
-        step = self._choose(step)
+        return self._of_step(
+            step, lambda step: self._restored(step, adapted, state, check_base)
+        )
+
+    def _restored(
+        self, step: int, adapted: Any, state: Any, check_base: bool
+    ) -> Restored:
         saved = self._record(step)
         also = saved_too(self._also, adapted, known=saved["leaves"])
         items = items_of(adapted, state, also)
@@ -289,7 +300,9 @@ class Checkpointer:
             single_host_load_and_broadcast=True,
             todelete_subdir=_TRASH,
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._manager = _listed(
+            lambda: ocp.CheckpointManager(self._directory, options=options)
+        )
         self._writes = writes
         return self._manager
 
@@ -327,6 +340,22 @@ class Checkpointer:
             f"{self._directory} has {wanted}: it holds {holds}. Pass the directory "
             "that Checkpointer(directory).save wrote to, and one of its steps."
         )
+
+    def _of_step(self, step: int | None, read: Callable[[int], T]) -> T:
+        """What `read` gives of a step that stays in its place meanwhile.
+
+        Another process that saves may remove the latest step as it is read: then there
+        is a later one.
+        """
+        tries = 20
+        while True:
+            tries, chosen = tries - 1, self._choose(step)
+            where = pathlib.Path(self._directory, str(chosen))
+            try:
+                return steadily([where], functools.partial(read, chosen))
+            except LoraError:
+                if not tries or step is not None or chosen in self.steps():
+                    raise
 
     def _record(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays."""
@@ -386,6 +415,14 @@ class Checkpointer:
             f"Step {step} of {self._directory} cannot be read: {what} If its files are "
             f"damaged, pass another step of {others}."
         )
+
+
+def _listed(read: Callable[[], T]) -> T:
+    """What lists the steps, once more if another process removed one meanwhile."""
+    for _ in range(20):
+        with contextlib.suppress(FileNotFoundError):
+            return read()
+    return read()
 
 
 def _is_ours(manager: ocp.CheckpointManager, step: int) -> bool:

@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flora._algebra.norms import compiled_norms, zero_problems
 from flora._algebra.variants import DoRA
+from flora._files.atomic import steadily
 from flora._peft.config import PeftConfig, read
 from flora._peft.factors import magnitude, node
 from flora._peft.file import CONFIG, WEIGHTS, directory, read_tensors, write
@@ -111,8 +112,10 @@ def load(
         raise LoraTypeError(
             f"flora.peft.load: dtype={dtype!r}. Write a floating dtype."
         )
-    config = read(folder)
-    tensors = read_tensors(folder)
+    config, tensors = steadily(
+        (folder / CONFIG, folder / WEIGHTS),
+        lambda: (read(folder), read_tensors(folder)),
+    )
     content = _in_dtype(sort_out(tensors, config, folder), dtype)
     require_finite(f"{folder / WEIGHTS}", tensors, allow_nonfinite)
     given = expected_layouts(leaves)
@@ -327,10 +330,12 @@ def save(
     ignore: Pattern = (),
     allow_nonfinite: bool = False,
 ) -> None:
-    """Writes the adapter as PEFT does, in one step: the files are complete or absent.
+    """Writes the adapter as PEFT does: whatever stops it leaves the old one or the new.
 
     The config names every module in full, with its rank and alpha where they differ.
-    Other files in the directory stay.
+    Other files in the directory stay, as do links and modes.  `load` sees one of the
+    two at any time.  PEFT, which opens both files one after the other, refuses the
+    directory where a save was stopped between them: a note lies there for the config.
 
     Args:
       dir: the directory; it is made if it does not exist.

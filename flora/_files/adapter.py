@@ -52,7 +52,8 @@ def save(
     the first one writes.
 
     Args:
-      path: where to, such as 'adapter.safetensors'; a file of that name is replaced.
+      path: where to, such as 'adapter.safetensors'; a file of that name is replaced,
+        and keeps its mode.  A link is followed.
       adapted: the adapted tree, base and all, with values.
       also: a pattern of other frozen leaves that training changed all the same, such
         as `counters/*`.  They are saved whole, and are no part of the base.  What is

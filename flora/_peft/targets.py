@@ -5,10 +5,11 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flora._peft.config import HEADS, PeftConfig, pattern_of
+from flora._peft.config import HEADS, PeftConfig
 from flora._peft.file import CONFIG, WEIGHTS
 from flora._peft.keys import PREFIX, Content
 from flora._peft.names import split_name
+from flora._tree.errors import LoraError
 
 
 def covers(name: str, target: str) -> bool:
@@ -26,15 +27,18 @@ def selects(config: PeftConfig, module: str) -> bool:
     """Whether PEFT would adapt a module of that path."""
     excluded = config.exclude_modules
     if isinstance(excluded, str):
-        if re.fullmatch(excluded, module):
+        if config.regex("exclude_modules", excluded).fullmatch(module):
             return False
     elif any(end in excluded for end in ends(module)):
         return False
-    if any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in config.modules_to_save):
+    saved = config.modules_to_save
+    if any(config.regex("modules_to_save", m).match(module) for m in saved):
         return False
     targets = config.target_modules or frozenset()
     if isinstance(targets, str):
-        return is_all_linear(config) or bool(re.fullmatch(targets, module))
+        return is_all_linear(config) or config.regex(
+            "target_modules", targets
+        ).fullmatch(module)
     if module in targets:
         return True
     return any(e in targets for e in ends(module)) and _in_layers(config, module)
@@ -54,14 +58,27 @@ def _in_layers(config: PeftConfig, module: str) -> bool:
 
 def layer_of(config: PeftConfig, module: str) -> int | None:
     """The index of a module's layer, by the rules of `layers_pattern`."""
-    found = None
     if not config.layers_pattern:
         found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)
+        return int(found["idx"]) if found else None
+    starts = [0, *(m.end() for m in re.finditer(r"\.", module))]
     for pattern in config.layers_pattern:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module)
-        if found:
-            break
-    return int(found["idx"]) if found else None
+        regex = config.regex("layers_pattern", pattern)
+        for start in starts:
+            ends = regex.ends(module, start)
+            found = {
+                int(m[1])
+                for m in re.finditer(r"(?<=\.)(\d+)\.", module)
+                if ends >> m.start() & 1
+            }
+            if len(found) > 1:
+                raise LoraError(
+                    f"layers_pattern {pattern!r} finds the layers {sorted(found)} in "
+                    f"'{module}'. Write the name of the list of layers alone."
+                )
+            if found:
+                return found.pop()
+    return None
 
 
 def target_problems(
@@ -105,7 +122,7 @@ def target_problems(
             "PEFT would leave it untrained. Is the adapter one of another base?"
         )
     layers = {layer_of(config, module) for module in held}
-    for index in config.layers_to_transform:
+    for index in sorted(config.layers_to_transform):
         if index not in layers:
             yield (
                 f"{here}: layers_to_transform has {index}, but no adapted module lies "
@@ -115,9 +132,10 @@ def target_problems(
     adapted = [lora.site for lora in content.loras]
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)
-        used = {pattern_of(patterns, site) for site in adapted}
-        for key in patterns:
-            if key not in used and not any(pattern_of([key], s) for s in adapted):
+        known = config.ranks if field == "rank_pattern" else config.alphas
+        used = {n for site in adapted for n in known.all(site)}
+        for n, key in enumerate(patterns):
+            if n not in used:
                 yield (
                     f"{here}: {field} has '{key}', which matches none of the "
                     f"{len(adapted)} adapted modules{_near(key, adapted)}. PEFT would "

@@ -65,7 +65,7 @@ CASES = {
     "alpha_pattern typo": (
         {}, {"alpha_pattern": {"layers.2.up": 2}}, ["alpha_pattern", "'layers.2.up'"]),
     "rank_pattern text": ({}, {"rank_pattern": {"up": "2"}}, ["rank_pattern is"]),
-    "bad regex": ({}, {"alpha_pattern": {"up(": 2}}, ["alpha_pattern is"]),
+    "bad regex": ({}, {"alpha_pattern": {"up(": 2}}, ["alpha_pattern has"]),
     "unknown start": ({}, {"init_lora_weights": "magic"}, ["'magic'", "expected true"]),
     "random start": (
         {}, {"init_lora_weights": "pissa_niter_4"},

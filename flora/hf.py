@@ -9,7 +9,6 @@ file.
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -33,6 +32,7 @@ from flora._files.safetensors import (
 )
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.nearest import Nearest
 from flora._tree.paths import Pattern, check_pattern, matches, named_leaves
 from flora._tree.weight import is_node
 
@@ -321,13 +321,13 @@ def _problems(
     """One line for each tensor that is missing, unexpected, or another one."""
     wanted = {name for t in tensors.values() for name in t.names}
     spare = [k for k in files if k not in wanted and not matches(unused, k, files[k])]
+    near = Nearest(spare)
     for path, leaf in leaves.items():
         expected = tensors[path].source(tuple(leaf.shape))
         for name in tensors[path].names:
             where = f"for '{path}', {describe(leaf)}"
             if name not in files:
-                near = difflib.get_close_matches(name, spare, 1, 0.6)
-                closest = f" Closest: '{near[0]}'." if near else ""
+                closest = f" Closest: '{hit[0]}'." if (hit := near.to(name)) else ""
                 yield (
                     f"no file holds '{name}'; expected one of shape {expected} {where}."
                     f"{closest}"

@@ -1,6 +1,5 @@
 """PEFT's rules for what a config selects, and what a file must then hold."""
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from flora._peft.file import CONFIG, WEIGHTS
 from flora._peft.keys import PREFIX, Content
 from flora._peft.names import split_name
 from flora._tree.errors import LoraError
+from flora._tree.nearest import Nearest
 
 
 def covers(name: str, target: str) -> bool:
@@ -132,13 +132,14 @@ def target_problems(
     adapted = [lora.site for lora in content.loras]
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)
+        near = Nearest(adapted, 0.5, ".")
         known = config.ranks if field == "rank_pattern" else config.alphas
         used = {n for site in adapted for n in known.all(site)}
         for n, key in enumerate(patterns):
             if n not in used:
                 yield (
                     f"{here}: {field} has '{key}', which matches none of the "
-                    f"{len(adapted)} adapted modules{_near(key, adapted)}. PEFT would "
+                    f"{len(adapted)} adapted modules{_near(key, near)}. PEFT would "
                     "use the default. Correct or remove it."
                 )
 
@@ -155,12 +156,12 @@ def _names_that_match_nothing(
         ("target_modules", targets, universe),
         ("target_parameters", config.target_parameters, parameters),
     ):
-        known = {end for m in among for end in ends(m)}
+        known, near = {end for m in among for end in ends(m)}, Nearest(among, 0.5, ".")
         for name in sorted(names):
             if name not in known:
                 yield (
                     f"{here}: {field} has '{name}', which matches none of the "
-                    f"{len(among)} names in the base{_near(name, among)}. PEFT would "
+                    f"{len(among)} names in the base{_near(name, near)}. PEFT would "
                     "pass over it. Correct or remove it."
                 )
 
@@ -245,12 +246,6 @@ def listed(names: object, most: int = 4) -> str:
     return f"[{some}{', …' if len(names) > most else ''}]"
 
 
-def _near(name: str, among: Sequence[str]) -> str:
-    tails = {}
-    for path in among:
-        parts = path.split(".")
-        for n in range(1, len(parts) + 1):
-            tails.setdefault(".".join(parts[-n:]), path)
-    found = [tails[t] for t in difflib.get_close_matches(name, tails, 3, 0.5)]
-    found = list(dict.fromkeys(found))
+def _near(name: str, among: Nearest) -> str:
+    found = among.to(name, 3)
     return f" (closest: {', '.join(map(repr, found))})" if found else ""

@@ -1,6 +1,5 @@
 """Target patterns: from '/'-joined paths to leaves."""
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ import jax
 from jax.tree_util import GetAttrKey
 
 from flora._tree.errors import LoraError, LoraTypeError
+from flora._tree.nearest import Nearest
 from flora._tree.weight import is_leaf
 
 Matcher = str | re.Pattern[str] | Callable[[str, Any], bool]
@@ -93,9 +93,4 @@ def nothing_selected(name: str, pattern: Any, paths: Sequence[str]) -> str:
 
 def _nearest(text: str, paths: Sequence[str]) -> list[str]:
     plain = re.sub(r"[\*\.\\\^\$\?\+]+", "", text).strip("/")
-    tails = {}
-    for path in paths:
-        parts = path.split("/")
-        for n in range(1, len(parts) + 1):
-            tails.setdefault("/".join(parts[-n:]), path)
-    return [tails[t] for t in difflib.get_close_matches(plain, tails, 6, 0.4)]
+    return Nearest(paths, 0.4, "/").to(plain, 6)

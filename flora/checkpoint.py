@@ -20,12 +20,13 @@ import orbax.checkpoint as ocp
 
 from flora._files.compare import (
     FORMAT,
-    FORMATS,
     base_problems,
+    checksum,
     compared,
     description,
     json_of,
     leaf_problems,
+    record_problems,
     some,
     state_problems,
 )
@@ -42,10 +43,10 @@ from flora._files.items import (
     unlike,
     unsavable,
 )
+from flora._files.parsed import of_later
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.paths import Pattern, check_pattern
-from flora._tree.version import __version__
 
 _TRASH = "deleted"  # steps are renamed into it, which is atomic, and then removed
 
@@ -156,6 +157,7 @@ class Checkpointer:
         manager = self._open(writes=True)
         self._require_new(int(step), manager)
         record |= {"step": int(step), "metadata": json_of(metadata)}
+        record |= {"sha256": checksum(record)}
         args = {k: ocp.args.PyTreeSave(v) for k, v in items.items() if v}
         manager.save(
             int(step),
@@ -239,7 +241,7 @@ class Checkpointer:
             absent = [p for path, x in base.items() for p in no_values(path, x)]
             problems += absent or base_problems(saved["base"], fingerprint(base))
         fail(f"Step {step}: {p}" for p in problems)
-        tree, state = filled(adapted, state, self._read(step, items))
+        tree, state = filled(adapted, state, self._read(step, items, saved))
         return Restored(tree, state, step)
 
     # --- Orbax ---------------------------------------------------------------------
@@ -298,15 +300,18 @@ class Checkpointer:
             raise LoraError(_not_ours(manager, step))
         args = ocp.args.Composite(flora=ocp.args.JsonRestore())
         record = self._orbax_restore(step, args)["flora"]
-        if record.get("format") not in FORMATS:
-            raise LoraError(
-                f"Step {step} of {self._directory} was written by flora "
-                f"{record.get('flora')} in format {record.get('format')}; flora "
-                f"{__version__} reads formats 1 to {FORMAT}. Install that version."
-            )
+        if isinstance(record, dict) and (later := of_later(record, FORMAT)):
+            raise LoraError(f"Step {step} of {self._directory} {later}")
+        wrong = record_problems(record)
+        if not wrong and record.get("sha256", found := checksum(record)) != found:
+            wrong = "its checksum is another"
+        if wrong:
+            raise LoraError(self._unreadable(step, f"its record is damaged: {wrong}."))
         return record
 
-    def _read(self, step: int, items: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _read(
+        self, step: int, items: dict[str, dict[str, Any]], saved: dict[str, Any]
+    ) -> dict[str, Any]:
         """The arrays of each item, as the given leaves look."""
         wanted = {
             item: {k: x for k, x in leaves.items() if not is_empty(x)}
@@ -325,6 +330,14 @@ class Checkpointer:
             self._unreadable(step, f"'{item}' differs from its record in {p}")
             for item in args
             for p in unlike(read[item], wanted[item])
+        )
+        values = saved.get("values", {})  # those of before had none
+        fail(
+            self._unreadable(step, f"'{item}' of '{path}' has changed.")
+            for item in args
+            if item in values
+            for path, was in fingerprint(read[item]).items()
+            if was != values[item].get(path)
         )
         return {
             item: {
@@ -383,10 +396,13 @@ def _snapshot(adapted: Any, state: Any, also: Pattern) -> tuple[dict, dict]:
         for p in unsavable(path if item == "whole" else f"{item} of {path}", x)
     )
     record = description(adapted, items, also)
-    record |= {"base": fingerprint(base_leaves(adapted, also))}
     arrays = {
         item: {k: copied(x) for k, x in leaves.items() if not is_empty(x)}
         for item, leaves in items.items()
+    }
+    record |= {
+        "base": fingerprint(base_leaves(adapted, also)),
+        "values": {item: fingerprint(leaves) for item, leaves in arrays.items()},
     }
     return record, arrays
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from flora._files.fingerprint import describe, no_values, same_names
 from flora._files.items import sharding_of
+from flora._files.parsed import misfit, parsed
 from flora._files.safetensors import (
     File,
     checked_path,
@@ -218,9 +219,6 @@ def _no_path(verb: str, path: Any) -> str:
     )
 
 
-_NO_INDEX = (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError)
-
-
 def _files(path: pathlib.Path) -> dict[str, File]:
     """`{name of a tensor: the file that holds it}`."""
     if path.is_dir():
@@ -232,10 +230,12 @@ def _files(path: pathlib.Path) -> dict[str, File]:
         file = read(path)
         return dict.fromkeys(file.infos, file)
     try:
-        index = json.loads(path.read_bytes())
-        where = {key: str(name) for key, name in index["weight_map"].items()}
-    except _NO_INDEX as error:
-        raise LoraError(f"{path} is no index: {error!r}. Download it again.") from error
+        index = parsed(path.read_bytes())
+    except ValueError as error:
+        raise LoraError(f"{path} is no index: {error}. Download it again.") from error
+    if wrong := misfit(index, {"weight_map": {str: str}}):
+        raise LoraError(f"{path} is no index: {wrong}. Download it again.")
+    where = index["weight_map"]
     names = sorted({*where.values()})
     fail(f"{path} names the file {n!r}, outside of its folder."
          for n in names if pathlib.PurePath(n).name != n)  # fmt: skip

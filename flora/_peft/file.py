@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from flora._files.parsed import parsed
 from flora._files.safetensors import NAMES, Damaged, checked_path, read, replace
 from flora._files.safetensors import write as write_tensors
 from flora._tree.errors import LoraError, fail
@@ -20,6 +21,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 
+_MOST = 10_000_000  # bytes of a config, which may name each module three times
+_LONGEST = 1_000  # characters of a key
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -37,9 +40,14 @@ def read_json(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise LoraError(_no_config(folder))
+    if (size := path.stat().st_size) > _MOST:
+        raise LoraError(
+            f"{path}: has {size:,} bytes; expected at most {_MOST:,}. Copy the file "
+            "anew."
+        )
     try:
-        found = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
+        found = parsed(path.read_bytes())
+    except ValueError as error:
         raise LoraError(
             f"{path}: not valid JSON: {error}. Expected the JSON object that PEFT's "
             "save_pretrained writes. Copy the file anew."
@@ -49,15 +57,6 @@ def read_json(folder: Path) -> dict[str, Any]:
             f"{path}: holds a JSON {type(found).__name__}; expected an object such as "
             '{"peft_type": "LORA", "r": 8, ...}. Copy the file anew.'
         )
-    return found
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        raise ValueError(f"the key {twice[0]!r} is there twice")
     return found
 
 
@@ -93,6 +92,12 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         file = read(path)
     except Damaged as error:
         raise LoraError(_not_read(path, error)) from error
+    fail(
+        f"{path}: {key!r} is a name of {len(key):,} characters; expected printable "
+        f"ones, at most {_LONGEST:,}. Save the adapter with PEFT's save_pretrained."
+        for key in file.infos
+        if len(key) > _LONGEST or not key.isprintable()
+    )
     fail(
         _other_dtype(path, key, NAMES[info.dtype])
         for key, info in file.infos.items()

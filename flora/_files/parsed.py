@@ -62,7 +62,7 @@ def misfit(given: Any, form: Any, at: str = "") -> str:
         tried = [misfit(value, one, at) for one in form]
         return "" if "" in tried else tried[-1]
     kind: Any = form if isinstance(form, type) else type(form)
-    is_flag = isinstance(value, bool) and kind not in (bool, object)
+    is_flag = type(given) is bool and kind not in (bool, object)
     if not isinstance(value, kind) or is_flag:
         return f"{at or 'it'} is {value!r}, not {_KINDS[kind]}"
     inside: list[tuple[str, Any, Any]] = []

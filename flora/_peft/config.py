@@ -314,7 +314,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "an index or a list of them",
     ),
     "layers_pattern": (
-        lambda x: not x or _is_name(x) or _NAMES(x),
+        _optional(_NAMES, _is_name, lambda x: isinstance(x, str) and x == ""),
         "a name or a list of names",
     ),
     "lora_dropout": (

@@ -196,6 +196,8 @@ def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, dict
             key = jax.random.fold_in(root, n)
             adapter, state, loss, _ = step(job.base, adapter, state, batch, key)
             losses[n] = float(loss)
+            if not np.isfinite(losses[n]):
+                raise SystemExit(diverged(job, checkpointer, n, losses[n]))
             if job.held_out and (n % args.eval_every == 0 or n == last):
                 held_out[n] = evaluate(job.base, adapter, job.held_out, args.batch)
             if n % args.save_every == 0 or n == last:
@@ -220,6 +222,21 @@ def resumed(job: Job, checkpointer: Checkpointer, adapter: Any, state: Any) -> A
     tree, state, began = checkpointer.restore(flora.join(job.base, adapter), state)
     CONSOLE.print(f"going on after step {began}")
     return flora.split(tree)[1], state, began
+
+
+def diverged(job: Job, checkpointer: Checkpointer, step: int, loss: float) -> str:
+    """What to say of a loss that is no number; the last good adapter is written."""
+    last = checkpointer.latest()
+    kept = "No checkpoint was saved before."
+    if last is not None:
+        path = job.out / "adapter.safetensors"
+        like = flora.load(job.out / "start.safetensors", job.base)
+        flora.save(path, checkpointer.restore(like).adapted)
+        kept = f"The adapter of step {last}, saved before, is in {path}."
+    return (
+        f"step {step}: the loss is {loss}. {kept} Write a lower --learning-rate or "
+        "--clip, or --dtype float32, and another --out."
+    )
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -254,6 +271,8 @@ def progress(steps: int) -> tuple[Progress, Any]:
         if held_out:
             words += f"  held out {[*held_out.values()][-1]:.3f}"
         bar.update(task, completed=step, description=words)
+        if not CONSOLE.is_terminal and (step in held_out or step == steps):
+            print(words, flush=True)  # a log shows no bar
 
     return bar, report
 

@@ -29,6 +29,7 @@ from flora._files.safetensors import (
     no_dtype,
     read,
     replace,
+    unwritable_name,
     write,
 )
 from flora._tree.arrays import is_array
@@ -239,6 +240,8 @@ def _files(path: pathlib.Path) -> dict[str, File]:
     names = sorted({*where.values()})
     fail(f"{path} names the file {n!r}, outside of its folder."
          for n in names if pathlib.PurePath(n).name != n)  # fmt: skip
+    fail(f"{path} names {n!r}, which is no name of a file. Download it again."
+         for n in names if unwritable_name(n) or len(n.encode()) > 255)  # fmt: skip
     fail(f"{path} names {n}, which is not there. Download it too."
          for n in names if not (path.parent / n).is_file())  # fmt: skip
     files = {n: read(path.parent / n) for n in names}

@@ -1,7 +1,7 @@
 """PEFT's rules for what a config selects, and what a file must then hold."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from flora._peft.config import HEADS, PeftConfig
@@ -10,11 +10,6 @@ from flora._peft.keys import PREFIX, Content
 from flora._peft.names import split_name
 from flora._tree.errors import LoraError
 from flora._tree.nearest import Nearest
-
-
-def covers(name: str, target: str) -> bool:
-    """Whether a name is the target, or ends with it from a dot on."""
-    return name == target or name.endswith(f".{target}")
 
 
 def ends(name: str) -> list[str]:
@@ -176,9 +171,11 @@ def whole_problems(
     here, file = folder / CONFIG, folder / WEIGHTS
     adapted = {lora.module for lora in content.loras}
     held = {plain(name) for name in content.whole}
+    holds = _Holders(config.modules_to_save)
+    in_base, in_file = holds.by_entry(parameters), holds.by_entry(sorted(held))
     for entry in config.modules_to_save:
-        wanted = [p for p in parameters if _in_module(p, entry)]
-        if not any(_in_module(name, entry) for name in held):
+        wanted = in_base.get(entry, [])
+        if entry not in in_file:
             heads = config.task_type in ("SEQ_CLS", "TOKEN_CLS") and entry in HEADS
             if heads and not wanted:
                 continue
@@ -198,7 +195,7 @@ def whole_problems(
                     )
     for name in sorted(content.whole):
         clean = plain(name)
-        if any(_in_module(clean, entry) for entry in config.modules_to_save):
+        if holds.of(clean):
             continue
         owner, parameter = split_name(clean)
         bias = parameter == "bias" and config.bias != "none"
@@ -227,14 +224,28 @@ def plain(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
-def _in_module(name: str, entry: str) -> bool:
-    """Whether PEFT saves a parameter for an entry of `modules_to_save`."""
-    module = split_name(name)[0]
-    while module:
-        if module.endswith(entry):
-            return True
-        module = split_name(module)[0]
-    return False
+class _Holders:
+    """Entries of `modules_to_save`: PEFT saves what lies in modules that end so."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self._entries = {*entries}
+        self._lengths = {len(entry) for entry in self._entries}
+
+    def of(self, name: str) -> set[str]:
+        """The entries for which PEFT saves a parameter."""
+        found, module = set(), split_name(name)[0]
+        while module:
+            found |= {module[-n:] for n in self._lengths} & self._entries
+            module = split_name(module)[0]
+        return found
+
+    def by_entry(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """For each entry the parameters that are saved for it."""
+        found: dict[str, list[str]] = {}
+        for name in names:
+            for entry in self.of(name):
+                found.setdefault(entry, []).append(name)
+        return found
 
 
 def listed(names: object, most: int = 4) -> str:

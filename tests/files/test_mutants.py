@@ -1,4 +1,4 @@
-"""A few hundred mutants of the files that flora reads; `fuzz_files.py` makes thousands."""
+"""Mutants of the files that flora reads: some hundred; `fuzz_files.py` has more."""
 
 import pytest
 

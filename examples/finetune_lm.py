@@ -194,9 +194,9 @@ def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, dict
         for n in range(began + 1, last + 1):
             batch = put(batch_of(job.rows, n - 1, shape, args.seed), job.mesh)
             key = jax.random.fold_in(root, n)
-            adapter, state, loss, _ = step(job.base, adapter, state, batch, key)
+            adapter, state, loss, norm = step(job.base, adapter, state, batch, key)
             losses[n] = float(loss)
-            if not np.isfinite(losses[n]):
+            if not np.isfinite([losses[n], float(norm)]).all():
                 raise SystemExit(diverged(job, checkpointer, n, losses[n]))
             if job.held_out and (n % args.eval_every == 0 or n == last):
                 held_out[n] = evaluate(job.base, adapter, job.held_out, args.batch)
@@ -225,16 +225,21 @@ def resumed(job: Job, checkpointer: Checkpointer, adapter: Any, state: Any) -> A
 
 
 def diverged(job: Job, checkpointer: Checkpointer, step: int, loss: float) -> str:
-    """What to say of a loss that is no number; the last good adapter is written."""
-    last = checkpointer.latest()
-    kept = "No checkpoint was saved before."
-    if last is not None:
-        path = job.out / "adapter.safetensors"
-        like = flora.load(job.out / "start.safetensors", job.base)
-        flora.save(path, checkpointer.restore(like).adapted)
-        kept = f"The adapter of step {last}, saved before, is in {path}."
+    """What to say of a loss or a gradient that is no number.
+
+    The last adapter that is known to give a loss is written: the one before this step,
+    or the one before that if it is the loss that is none.
+    """
+    good = step - 1 if np.isfinite(loss) else step - 2
+    path, last = job.out / "adapter.safetensors", job.out / "start.safetensors"
+    saved = [n for n in checkpointer.steps() if n <= good]
+    if saved:
+        like = flora.load(last, job.base)
+        flora.save(path, checkpointer.restore(like, step=saved[-1]).adapted)
+    kept = f"of step {saved[-1]} is in {path}" if saved else f"as it began is in {last}"
+    what = f"the loss is {loss}" if good < step - 1 else "the gradient is not finite"
     return (
-        f"step {step}: the loss is {loss}. {kept} Write a lower --learning-rate or "
+        f"step {step}: {what}. The adapter {kept}. Write a lower --learning-rate or "
         "--clip, or --dtype float32, and another --out."
     )
 
@@ -263,7 +268,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def progress(steps: int) -> tuple[Progress, Any]:
     """A bar, and the function that moves it."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=CONSOLE)
+    bar = Progress(*columns, console=CONSOLE, disable=not CONSOLE.is_terminal)
     task = bar.add_task("", total=steps)
 
     def report(step: int, loss: float, held_out: dict[int, float], rate: Any) -> None:

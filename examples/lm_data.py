@@ -260,6 +260,7 @@ def read_examples(path: str | os.PathLike[str], text: Text) -> list[Example]:
             continue
         try:
             parsed = json.loads(line)
+            json.dumps(parsed, ensure_ascii=False).encode()  # no half of a character
             if not isinstance(parsed, dict):
                 raise LoraError(f"a {type(parsed).__name__}; expected an object.")
             found.append(text.example(parsed))

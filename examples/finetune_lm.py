@@ -194,8 +194,10 @@ def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, dict
         for n in range(began + 1, last + 1):
             batch = put(batch_of(job.rows, n - 1, shape, args.seed), job.mesh)
             key = jax.random.fold_in(root, n)
-            adapter, state, loss, _ = step(job.base, adapter, state, batch, key)
+            adapter, state, loss, norm = step(job.base, adapter, state, batch, key)
             losses[n] = float(loss)
+            if not np.isfinite([losses[n], float(norm)]).all():
+                raise SystemExit(diverged(job, checkpointer, n, losses[n]))
             if job.held_out and (n % args.eval_every == 0 or n == last):
                 held_out[n] = evaluate(job.base, adapter, job.held_out, args.batch)
             if n % args.save_every == 0 or n == last:
@@ -222,6 +224,26 @@ def resumed(job: Job, checkpointer: Checkpointer, adapter: Any, state: Any) -> A
     return flora.split(tree)[1], state, began
 
 
+def diverged(job: Job, checkpointer: Checkpointer, step: int, loss: float) -> str:
+    """What to say of a loss or a gradient that is no number.
+
+    The last adapter that is known to give a loss is written: the one before this step,
+    or the one before that if it is the loss that is none.
+    """
+    good = step - 1 if np.isfinite(loss) else step - 2
+    path, last = job.out / "adapter.safetensors", job.out / "start.safetensors"
+    saved = [n for n in checkpointer.steps() if n <= good]
+    if saved:
+        like = flora.load(last, job.base)
+        flora.save(path, checkpointer.restore(like, step=saved[-1]).adapted)
+    kept = f"of step {saved[-1]} is in {path}" if saved else f"as it began is in {last}"
+    what = f"the loss is {loss}" if good < step - 1 else "the gradient is not finite"
+    return (
+        f"step {step}: {what}. The adapter {kept}. Write a lower --learning-rate or "
+        "--clip, or --dtype float32, and another --out."
+    )
+
+
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The options that decide what a step does."""
     free = (
@@ -246,7 +268,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def progress(steps: int) -> tuple[Progress, Any]:
     """A bar, and the function that moves it."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=CONSOLE)
+    bar = Progress(*columns, console=CONSOLE, disable=not CONSOLE.is_terminal)
     task = bar.add_task("", total=steps)
 
     def report(step: int, loss: float, held_out: dict[int, float], rate: Any) -> None:
@@ -254,6 +276,8 @@ def progress(steps: int) -> tuple[Progress, Any]:
         if held_out:
             words += f"  held out {[*held_out.values()][-1]:.3f}"
         bar.update(task, completed=step, description=words)
+        if not CONSOLE.is_terminal and (step in held_out or step == steps):
+            print(words, flush=True)  # a log shows no bar
 
     return bar, report
 

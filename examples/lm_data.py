@@ -12,22 +12,77 @@ examples share a row, and a token sees only its own example.
     weights    whether that is trained on             0 1 0 | 1 1 1 0 | 0
 """
 
+import atexit
 import bisect
 import dataclasses
 import functools
 import json
 import os
 import pathlib
-import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import lm_template
 import numpy as np
-from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from flora import LoraError
+
 ARRAYS = ("ids", "segments", "positions", "targets", "weights")
+
+
+class ChatTemplate:
+    """A template, and the process that renders it."""
+
+    def __init__(self, template: str) -> None:
+        self._template = template
+        self._process: subprocess.Popen | None = None
+
+    def render(
+        self, messages: Sequence[Any], *, prompt: bool, special: Mapping[str, str]
+    ) -> str:
+        """The chat as text.
+
+        Raises:
+          LoraError: the template fails, refuses the chat, or takes too much.
+        """
+        asked = {"messages": list(messages), "prompt": prompt, "special": dict(special)}
+        said = self._answer(json.dumps(asked)) or self._stopped()
+        found = json.loads(said)
+        if "error" in found:
+            raise LoraError(f"the chat template {found['error']}")
+        return found["text"]
+
+    def _answer(self, line: str) -> str:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", lm_template.__file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                encoding="utf-8",
+            )
+            atexit.register(self._process.kill)
+            line = json.dumps(self._template) + "\n" + line
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        try:
+            stdin.write(line + "\n")
+            stdin.flush()
+            return stdout.readline()
+        except BrokenPipeError:
+            return ""
+
+    def _stopped(self) -> str:
+        assert self._process is not None
+        self._process.kill()
+        self._process.communicate()
+        self._process = None
+        return json.dumps(
+            {"error": f"takes more than {lm_template.SECONDS} s or too much memory."}
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,26 +114,37 @@ class Text:
         """Reads tokenizer.json, tokenizer_config.json, config.json and the template."""
         folder = pathlib.Path(folder)
         if not (folder / "tokenizer.json").is_file():
-            raise ValueError(
+            raise LoraError(
                 f"{folder} has no tokenizer.json. Save a fast tokenizer there."
             )
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # what the package raises has no class of its own
+            raise LoraError(
+                f"{folder}/tokenizer.json cannot be read: {error}. Download it again."
+            ) from error
         settings, template = _json(folder / "tokenizer_config.json"), None
         if (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text()
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         found = template or settings.get("chat_template")
         if isinstance(found, list):  # several, by name
-            found = {x["name"]: x["template"] for x in found}.get("default")
+            named = [x for x in found if isinstance(x, dict)]
+            found = {x.get("name"): x.get("template") for x in named}.get("default")
+        if found is not None and not isinstance(found, str):
+            raise LoraError(f"{folder}: chat_template is {found!r}; expected text.")
         special = {
-            k: x["content"] if isinstance(x, dict) else x
+            k: text
             for k, x in settings.items()
-            if k.endswith("_token") and isinstance(x, str | dict)
+            if k.endswith("_token")
+            and isinstance(text := x.get("content") if isinstance(x, dict) else x, str)
         }
         ends = _json(folder / "generation_config.json").get("eos_token_id")
         ends = (
             _json(folder / "config.json").get("eos_token_id") if ends is None else ends
         )
         stop = [*ends] if isinstance(ends, list) else [] if ends is None else [ends]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in stop):
+            raise LoraError(f"{folder}: eos_token_id is {ends!r}; expected tokens.")
         end = tokenizer.token_to_id(special.get("eos_token", ""))
         stop += [end] if end is not None and end not in stop else []
         return cls(tokenizer, found, special, tuple(stop))
@@ -86,16 +152,12 @@ class Text:
     def render(self, messages: Sequence[Any], *, prompt: bool = False) -> str:
         """The chat as text; with `prompt`, up to where the assistant answers."""
         if self.template is None:
-            raise ValueError(
+            raise LoraError(
                 "the checkpoint has no chat template. Put chat_template.jinja beside "
                 "its tokenizer.json, or write lines of 'prompt' and 'completion'."
             )
-        try:
-            return _compiled(self.template).render(
-                messages=messages, add_generation_prompt=prompt, **self.special
-            )
-        except TemplateError as error:
-            raise ValueError(f"the chat template fails: {error}") from error
+        template = _template(self.template)
+        return template.render(messages, prompt=prompt, special=self.special)
 
     def chat_prompt(self, messages: Sequence[Any]) -> list[int]:
         """The tokens after which the assistant answers."""
@@ -118,7 +180,7 @@ class Text:
             return self._ended(text, [(start, len(text))])
         if isinstance(line.get("text"), str):
             return self._ended(line["text"], [(0, len(line["text"]))])
-        raise ValueError(
+        raise LoraError(
             f"keys {', '.join(map(repr, line)) or 'none'}; expected 'messages', "
             "'prompt' and 'completion', or 'text'."
         )
@@ -131,7 +193,7 @@ class Text:
             before = self.render(messages[:i], prompt=True)
             after = self.render(messages[: i + 1])
             if not (after.startswith(before) and text.startswith(after)):
-                raise ValueError(
+                raise LoraError(
                     f"the chat template writes turn {i} otherwise once others follow, "
                     "so that what to train on is unknown. Split the chat after it."
                 )
@@ -157,25 +219,19 @@ class Text:
         return Example(tuple(found.ids), trained)
 
 
-@functools.cache
-def _compiled(template: str) -> Template:
-    """The template in a sandbox, with what HF's templates use."""
-
-    def stop(message: str) -> None:
-        raise ValueError(f"the chat template refuses the chat: {message}")
-
-    jinja = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    jinja.globals["raise_exception"] = stop
-    jinja.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "sort_keys": False}
-    # Marks around what an assistant says; `_chat` finds that in any template.
-    plain = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", template)
-    return jinja.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", plain))
+_template = functools.cache(ChatTemplate)  # one process for each
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise LoraError(f"{path} is no JSON: {error}. Download it again.") from error
+    if not isinstance(found, dict):
+        raise LoraError(f"{path} holds {found!r}, no object. Download it again.")
+    return found
 
 
 def _messages(given: Any) -> list[Mapping[str, Any]]:
@@ -184,7 +240,7 @@ def _messages(given: Any) -> list[Mapping[str, Any]]:
         for x in given
     )
     if not whole or not any(x["role"] == "assistant" for x in given):
-        raise ValueError(
+        raise LoraError(
             "'messages' is no list of {'role', 'content'} in which an assistant speaks."
         )
     return given
@@ -197,19 +253,21 @@ def read_examples(path: str | os.PathLike[str], text: Text) -> list[Example]:
       ValueError: a line is none of the three kinds; the message names the line.
     """
     found = []
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    # Lines end at b"\n" alone: JSON has other ends of lines, as U+2028, in its texts.
+    lines = pathlib.Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             parsed = json.loads(line)
+            json.dumps(parsed, ensure_ascii=False).encode()  # no half of a character
             if not isinstance(parsed, dict):
-                raise ValueError(f"a {type(parsed).__name__}; expected an object.")
+                raise LoraError(f"a {type(parsed).__name__}; expected an object.")
             found.append(text.example(parsed))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise LoraError(f"{path}, line {number}: {error}") from error
     if not any(any(x.trained[1:]) for x in found):
-        raise ValueError(
+        raise LoraError(
             f"{path}: none of {len(found)} examples has a token to train on."
         )
     return found

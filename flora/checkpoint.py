@@ -24,13 +24,14 @@ import orbax.checkpoint as ocp
 from flora._files.atomic import steadily
 from flora._files.compare import (
     FORMAT,
-    FORMATS,
     base_problems,
+    checksum,
     compared,
     description,
     json_of,
     leaf_problems,
     moved_problems,
+    record_problems,
     some,
     state_problems,
 )
@@ -49,11 +50,11 @@ from flora._files.items import (
     unlike,
     unsavable,
 )
+from flora._files.parsed import of_later
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.finite import require_finite
 from flora._tree.paths import Pattern, check_pattern, named_leaves
-from flora._tree.version import __version__
 from flora._tree.weight import is_node
 
 T = TypeVar("T")
@@ -184,6 +185,7 @@ class Checkpointer:
         if check_base:
             self._require_same_base(adapted, record["base"], manager)
         record |= {"step": int(step), "metadata": json_of(metadata)}
+        record |= {"sha256": checksum(record)}
         args = {k: ocp.args.PyTreeSave(v) for k, v in items.items() if v}
         manager.save(
             int(step),
@@ -276,7 +278,7 @@ class Checkpointer:
             free = {p for p, x in named_leaves(adapted)[0] if not is_node(x)}
             problems += absent or base_problems(saved["base"], base, free)
         fail(f"Step {step}: {p}" for p in problems)
-        tree, state = filled(adapted, state, self._read(step, items))
+        tree, state = filled(adapted, state, self._read(step, items, saved))
         self._base = saved["base"] if check_base else {}
         return Restored(tree, state, step)
 
@@ -364,15 +366,18 @@ class Checkpointer:
             raise LoraError(_not_ours(manager, step))
         args = ocp.args.Composite(flora=ocp.args.JsonRestore())
         record = self._orbax_restore(step, args)["flora"]
-        if record.get("format") not in FORMATS:
-            raise LoraError(
-                f"Step {step} of {self._directory} was written by flora "
-                f"{record.get('flora')} in format {record.get('format')}; flora "
-                f"{__version__} reads formats 1 to {FORMAT}. Install that version."
-            )
+        if isinstance(record, dict) and (later := of_later(record, FORMAT)):
+            raise LoraError(f"Step {step} of {self._directory} {later}")
+        wrong = record_problems(record)
+        if not wrong and record.get("sha256", found := checksum(record)) != found:
+            wrong = "its checksum is another"
+        if wrong:
+            raise LoraError(self._unreadable(step, f"its record is damaged: {wrong}."))
         return record
 
-    def _read(self, step: int, items: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _read(
+        self, step: int, items: dict[str, dict[str, Any]], saved: dict[str, Any]
+    ) -> dict[str, Any]:
         """The arrays of each item, as the given leaves look."""
         wanted = {
             item: {k: x for k, x in leaves.items() if not is_empty(x)}
@@ -391,6 +396,14 @@ class Checkpointer:
             self._unreadable(step, f"'{item}' differs from its record in {p}")
             for item in args
             for p in unlike(read[item], wanted[item])
+        )
+        values = saved.get("values", {})  # those of before had none
+        fail(
+            self._unreadable(step, f"'{item}' of '{path}' has changed.")
+            for item in args
+            if item in values
+            for path, was in fingerprint(read[item]).items()
+            if was != values[item].get(path)
         )
         return {
             item: {
@@ -467,10 +480,13 @@ def _snapshot(
     }
     require_finite("save", trained | moments_of(state), allow_nonfinite)
     record = description(adapted, items, also)
-    record |= {"base": fingerprint(base_leaves(adapted, also))}
     arrays = {
         item: {k: copied(x) for k, x in leaves.items() if not is_empty(x)}
         for item, leaves in items.items()
+    }
+    record |= {
+        "base": fingerprint(base_leaves(adapted, also)),
+        "values": {item: fingerprint(leaves) for item, leaves in arrays.items()},
     }
     return record, arrays
 

@@ -10,7 +10,6 @@ file.
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -27,12 +26,21 @@ import numpy as np
 from flora._files.atomic import alone, replace, steadily, sync
 from flora._files.fingerprint import describe, no_values, same_names
 from flora._files.items import sharding_of
-from flora._files.safetensors import File, checked_path, no_dtype, read, write
+from flora._files.parsed import misfit, parsed
+from flora._files.safetensors import (
+    File,
+    checked_path,
+    no_dtype,
+    read,
+    unwritable_name,
+    write,
+)
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.finite import require_finite
+from flora._tree.nearest import Nearest
 from flora._tree.paths import Pattern, check_pattern, matches, named_leaves
-from flora._tree.selection import alone
+from flora._tree.selection import alone as glob_of
 from flora._tree.weight import is_node
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -228,9 +236,11 @@ def _weights(folder: pathlib.Path) -> tuple[set[str], set[str]]:
     """The files of weights in the folder, and those among them that its index names."""
     names = {path.name for path in folder.iterdir() if not path.is_dir()}
     index: set[str] = set()
-    with contextlib.suppress(*_NO_INDEX):
-        where = json.loads((folder / _INDEX).read_bytes())["weight_map"]
-        index = {name for name in where.values() if name.endswith(".safetensors")}
+    with contextlib.suppress(OSError, ValueError):
+        found = parsed((folder / _INDEX).read_bytes())
+        if not misfit(found, {"weight_map": {str: str}}):
+            values = found["weight_map"].values()
+            index = {name for name in values if name.endswith(".safetensors")}
     shards = {name for name in names if name == _ONE or _SHARD.fullmatch(name)}
     return shards | (index & names), index
 
@@ -249,9 +259,6 @@ def _no_path(verb: str, path: Any) -> str:
     )
 
 
-_NO_INDEX = (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError)
-
-
 def _files(path: pathlib.Path) -> dict[str, File]:
     """`{name of a tensor: the file that holds it}`."""
     if path.is_dir():
@@ -263,13 +270,17 @@ def _files(path: pathlib.Path) -> dict[str, File]:
         file = read(path)
         return dict.fromkeys(file.infos, file)
     try:
-        index = json.loads(path.read_bytes())
-        where = {key: str(name) for key, name in index["weight_map"].items()}
-    except _NO_INDEX as error:
-        raise LoraError(f"{path} is no index: {error!r}. Download it again.") from error
+        index = parsed(path.read_bytes())
+    except ValueError as error:
+        raise LoraError(f"{path} is no index: {error}. Download it again.") from error
+    if wrong := misfit(index, {"weight_map": {str: str}}):
+        raise LoraError(f"{path} is no index: {wrong}. Download it again.")
+    where = index["weight_map"]
     names = sorted({*where.values()})
     fail(f"{path} names the file {n!r}, outside of its folder."
          for n in names if pathlib.PurePath(n).name != n)  # fmt: skip
+    fail(f"{path} names {n!r}, which is no name of a file. Download it again."
+         for n in names if unwritable_name(n) or len(n.encode()) > 255)  # fmt: skip
     fail(f"{path} names {n}, which is not there. Download it too."
          for n in names if not (path.parent / n).is_file())  # fmt: skip
     files = {n: read(path.parent / n) for n in names}
@@ -352,13 +363,13 @@ def _problems(
     """One line for each tensor that is missing, unexpected, or another one."""
     wanted = {name for t in tensors.values() for name in t.names}
     spare = [k for k in files if k not in wanted and not matches(unused, k, files[k])]
+    near = Nearest(spare)
     for path, leaf in leaves.items():
         expected = tensors[path].source(tuple(leaf.shape))
         for name in tensors[path].names:
             where = f"for '{path}', {describe(leaf)}"
             if name not in files:
-                near = difflib.get_close_matches(name, spare, 1, 0.6)
-                closest = f" Closest: '{near[0]}'." if near else ""
+                closest = f" Closest: '{hit[0]}'." if (hit := near.to(name)) else ""
                 yield (
                     f"no file holds '{name}'; expected one of shape {expected} {where}."
                     f"{closest}"
@@ -379,7 +390,7 @@ def _problems(
     for name in spare:
         yield (
             f"{files[name].path.name}: '{name}', {files[name].infos[name]}, is for no "
-            f"leaf of the model. Write unused={alone(name, spare)} to leave it."
+            f"leaf of the model. Write unused={glob_of(name, spare)} to leave it."
         )
 
 

@@ -11,7 +11,6 @@ except the factors themselves.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.nearest import Nearest
 from flora._tree.paths import named_leaves, path_of
 from flora._tree.placement import (
     names,
@@ -193,34 +193,30 @@ def _looked_up(
         for path, x in by_path.items()
         if x is not None and not isinstance(x, Spec | NamedSharding)
     )
-    found, problems, used = {}, [], set()
+    found, problems, used, near = {}, [], set(), Nearest(by_path)
     for path in paths:
         parts = path.split("/")
         around = ["/".join(parts[:i]) for i in range(len(parts), -1, -1)]
         hit = next((p for p in around if p in by_path), None)
         if hit is None:
-            problems.append(
-                f"like has no sharding for '{path}'.{_nearest(path, by_path)}"
-            )
+            problems.append(f"like has no sharding for '{path}'.{_nearest(path, near)}")
         else:
             x = by_path[hit]
             used.add(hit)
             found[path] = (x.spec if isinstance(x, NamedSharding) else x) or Spec()
     fail(problems)
+    near, words = Nearest(paths), [path.split("/") for path in paths]
+    around = {"/".join(x[:i]) for x in words for i in range(len(x) + 1)}
     fail(
-        f"like: '{path}' is no leaf or module of the tree.{_nearest(path, paths)}"
+        f"like: '{path}' is no leaf or module of the tree.{_nearest(path, near)}"
         for path in by_path
-        if complete and path not in used and not _around(path, paths)
+        if complete and path not in used and path not in around
     )
     return found
 
 
-def _around(path: str, paths: Sequence[str]) -> bool:
-    return any(x == path or x.startswith(f"{path}/") for x in paths)
-
-
-def _nearest(path: str, paths: Any) -> str:
-    close = difflib.get_close_matches(path, paths, 1)
+def _nearest(path: str, near: Nearest) -> str:
+    close = near.to(path)
     return f" Closest: '{close[0]}'." if close else ""
 
 

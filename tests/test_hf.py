@@ -202,7 +202,7 @@ def test_files_that_are_not_there_or_not_whole_are_refused(folder):
     index.write_text(text.replace("model-2.safetensors", "../model-2.safetensors"))
     refused(folder, like(), TENSORS, "outside of its folder")
     index.write_text("{}")
-    refused(folder, like(), TENSORS, "is no index: KeyError('weight_map')")
+    refused(folder, like(), TENSORS, "is no index: it lacks 'weight_map'")
     for text in ("[]", '{"weight_map": []}', "[" * 100_000):
         index.write_text(text)
         refused(folder, like(), TENSORS, "is no index: ")
@@ -434,6 +434,25 @@ def test_other_configs_are_refused_by_name():
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"vocab_size": 0}, "vocab_size=0; expected an int of 1 or more"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0; expected"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0; expected"),
+        ({"num_key_value_heads": 3}, "is no multiple of 3 key-value heads"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000; expected"),
+        ({"hidden_size": 10**400}, "hidden_size=1000"),
+        ({"hidden_size": "64"}, "hidden_size='64'"),
+        ({"hidden_size": True}, "hidden_size=True"),
+        ({"head_dim": 3}, "head_dim=3; rotary positions need an even one"),
+        ({"head_dim": 0}, "head_dim=0; expected"),
+        ({"sliding_window": -1}, "sliding_window=-1; expected"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan; expected a number"),
+        ({"rope_theta": 0}, "rope_theta=0; expected a number above 0"),
+        ({"rope_theta": [1]}, "rope_theta=.1.; expected a number above 0"),
+        ({"rope_scaling": {"type": "linear"}}, "factor=None; expected a number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0; expected"),
+        ({"rope_scaling": "linear"}, "low|factor=None|rope type"),
+        ({"rope_scaling": {"type": ["x"]}}, "rope type .'x'.; this decoder has"),
+        ({"attention_bias": "no"}, "attention_bias='no'; expected true or false"),
     ):
         with pytest.raises(ValueError, match=message):
             LlamaConfig.from_hf(SMALL | change)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 import flora.hf
+from flora import LoraError
 from flora.hf import Tensor
 from flora.peft import Module
 from language_models.llama import Llama
@@ -98,8 +99,14 @@ def read_config(folder: str | os.PathLike[str]) -> LlamaConfig:
     """The config of a checkpoint's folder."""
     path = pathlib.Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path} is not there. Pass the folder of an HF checkpoint.")
-    return LlamaConfig.from_hf(json.loads(path.read_text()))
+        raise LoraError(f"{path} is not there. Pass the folder of an HF checkpoint.")
+    try:
+        given = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise LoraError(f"{path} is no JSON: {error}. Download it again.") from error
+    if not isinstance(given, dict):
+        raise LoraError(f"{path} holds {given!r}, no object. Download it again.")
+    return LlamaConfig.from_hf(given)
 
 
 def load(

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from flora import LoraError
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 ROPES = ("default", "linear", "llama3")
@@ -41,16 +43,21 @@ class LlamaConfig:
         """The config of a parsed config.json.
 
         Raises:
-          ValueError: it asks for something that this decoder does not do.
+          LoraError: it asks for something that this decoder does not do.
         """
         kind = given.get("model_type")
-        rope = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
+        rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+        rope = dict(rope) if isinstance(rope, dict) else {"rope_type": rope}
         rope_type = rope.pop("rope_type", rope.pop("type", "default"))
-        problems = [*_refused(given, kind, rope_type)]
-        if problems:
-            raise ValueError("config.json: " + " ".join(problems))
         theta = rope.pop("rope_theta", given.get("rope_theta", 10000.0))
-        heads, bias = given["num_attention_heads"], given.get("attention_bias", False)
+        problems = [
+            *_refused(given, kind, rope_type),
+            *_size_problems(given),
+            *_number_problems({**rope, "rope_theta": theta}, given, rope_type),
+        ]
+        if problems:
+            raise LoraError("config.json: " + " ".join(problems))
+        heads, bias = given["num_attention_heads"], given.get("attention_bias") or False
         window = given.get("sliding_window") if kind == "mistral" else None
         return cls(
             **{k: given[k] for k in _SIZES},
@@ -59,10 +66,10 @@ class LlamaConfig:
             rms_norm_eps=given.get("rms_norm_eps", 1e-6),
             rope_theta=float(theta),
             rope=tuple(sorted(rope.items())) if rope_type != "default" else (),
-            tie_word_embeddings=given.get("tie_word_embeddings", False),
+            tie_word_embeddings=given.get("tie_word_embeddings") or False,
             qkv_bias=bias or kind == "qwen2",
             o_bias=bias and kind != "qwen2",
-            mlp_bias=given.get("mlp_bias", False),
+            mlp_bias=given.get("mlp_bias") or False,
             qk_norm=kind == "qwen3",
             sliding_window=window,
         )
@@ -77,12 +84,61 @@ _SIZES = (
 )
 
 
-def _refused(given: Mapping[str, Any], kind: Any, rope_type: str):
+# No decoder of today comes near: a size of more is a mistake, or meant to fill memory.
+_MOST = {"num_hidden_layers": 10_000, "num_attention_heads": 100_000}
+
+
+def _size_problems(given: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes that are none, or that do not fit each other."""
+    optional = ("num_key_value_heads", "head_dim", "sliding_window")
+    sizes = {k: given[k] for k in _SIZES if k in given}
+    sizes |= {k: x for k in optional if (x := given.get(k)) is not None}
+    bad = {
+        k: x
+        for k, x in sizes.items()
+        if type(x) is not int or not 0 < x <= _MOST.get(k, 2**31 - 1)
+    }
+    yield from (f"{k}={x!r}; expected an int of 1 or more." for k, x in bad.items())
+    if bad or len(sizes) < len(_SIZES):
+        return
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    groups, width = sizes.get("num_key_value_heads", heads), sizes.get("head_dim")
+    if heads % groups:
+        yield f"num_attention_heads={heads} is no multiple of {groups} key-value heads."
+    if width is None and hidden % heads:
+        yield f"hidden_size={hidden} is no multiple of num_attention_heads={heads}."
+    elif (width or hidden // heads) % 2:
+        yield f"head_dim={width or hidden // heads}; rotary positions need an even one."
+
+
+def _number_problems(
+    rope: Mapping[str, Any], given: Mapping[str, Any], rope_type: Any
+) -> Iterator[str]:
+    """Numbers of the norms and of the rotary positions."""
+    numbers = {"rms_norm_eps": given.get("rms_norm_eps", 1e-6)}
+    numbers |= {"rope_theta": rope["rope_theta"]}
+    more = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if rope_type in ("linear", "llama3"):
+        names = ("factor", *(more if rope_type == "llama3" else ()))
+        numbers |= {name: rope.get(name) for name in names}
+    for name, x in numbers.items():
+        number = isinstance(x, int | float) and not isinstance(x, bool)
+        if not number or not 0 < x < 3.4e38:
+            yield f"{name}={x!r}; expected a number above 0."
+            return
+    if rope_type == "llama3" and not rope[more[0]] < rope[more[1]]:
+        yield f"low_freq_factor={rope[more[0]]} is not below high_freq_factor."
+    for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+        if not isinstance(given.get(name, False), bool | None):
+            yield f"{name}={given[name]!r}; expected true or false."
+
+
+def _refused(given: Mapping[str, Any], kind: Any, rope_type: Any) -> Iterator[str]:
     if kind not in FAMILY:
         yield f"model_type={kind!r}; this decoder is one of {', '.join(FAMILY)}."
     if missing := [k for k in _SIZES if k not in given]:
         yield f"{', '.join(missing)} missing."
-    if rope_type not in ROPES:
+    if not isinstance(rope_type, str) or rope_type not in ROPES:
         yield f"rope type {rope_type!r}; this decoder has {', '.join(ROPES)}."
     if given.get("hidden_act", "silu") not in ("silu", "swish"):
         yield f"hidden_act={given['hidden_act']!r}; this decoder has 'silu'."

@@ -16,13 +16,22 @@ from jax.sharding import NamedSharding
 from flora._files.compare import base_problems
 from flora._files.fingerprint import fingerprint, no_values, same_names
 from flora._files.items import base_leaves, placed, saved_too
+from flora._files.parsed import install, misfit, of_later, parsed
 from flora._files.records import (
     foreign_settings,
     record_of,
+    record_problem,
     unknown_settings,
     weight_of,
 )
-from flora._files.safetensors import File, checked_path, no_dtype, read, write
+from flora._files.safetensors import (
+    File,
+    checked_path,
+    no_dtype,
+    read,
+    unwritable_name,
+    write,
+)
 from flora._tree.arrays import is_array
 from flora._tree.checks import require_adapted, weight_problems
 from flora._tree.errors import LoraError, fail
@@ -155,6 +164,9 @@ def load(
         problems = absent or base_problems(record["base"], frozen, free)
         fail(f"{path}: {p}" for p in problems)
     arrays = _verified(file, record["arrays"])
+    for p, x in saved.items():
+        if f"whole/{p}" in arrays and arrays[f"whole/{p}"].shape != (*x["shape"],):
+            _damaged(path, f"'whole/{p}' is not of the shape {x['shape']}")
     require_finite(str(path), arrays, allow_nonfinite)
     filled = [_filled(p, x, saved.get(p), arrays) for p, x in named]
     fail(f"{path}: {p}" for (q, _), x in zip(named, filled, strict=True)
@@ -197,6 +209,8 @@ def _arrays(path: str, leaf: Any, also: Pattern) -> dict[str, Any]:
 def _unwritable(name: str, x: Any) -> list[str]:
     if not is_array(x):
         return [f"'{name}' is a {type(x).__qualname__}; expected an array."]
+    if unwritable_name(name):
+        return [f"{name!r} is no name for a file. Rename the leaf."]
     if problems := no_values(name, x):
         return problems
     return no_dtype(name, x.dtype)
@@ -211,7 +225,7 @@ def _on_host(x: Any) -> np.ndarray:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 # --- What is read ---------------------------------------------------------------------
@@ -227,22 +241,49 @@ def _opened(path: pathlib.Path) -> tuple[File, dict[str, Any]]:
             f"{', '.join(map(repr, file.metadata)) or 'no metadata'}, no 'flora'. "
             "Files of PEFT are for flora.peft.load, base weights for flora.hf.load."
         )
-    if _digest(text) != file.metadata.get("flora_sha256"):
+    whole = _digest(text) == file.metadata.get("flora_sha256")
+    try:
+        record = parsed(text)
+    except ValueError:
+        record = None
+    if isinstance(record, dict) and (later := of_later(record, _FORMAT)):
+        other = "" if whole else " Or it is damaged: its checksum is another."
+        raise LoraError(f"{path} {later}{other}")
+    if not whole or record is None:
         _damaged(path, "its header was changed")
-    record = json.loads(text)
-    if record["format"] != _FORMAT:
-        raise LoraError(
-            f"{path} was written by flora {record['flora']} in format "
-            f"{record['format']}; flora {__version__} reads format {_FORMAT}. Install "
-            "that version."
-        )
-    if lacking := unknown_settings(record["leaves"]):
+    if lacking := unknown_settings(record):
         raise LoraError(
             f"{path} was written by flora {record['flora']} with the settings "
             f"{', '.join(lacking)}, which flora {__version__} lacks. "
-            "Install that version."
+            f"{install(record['flora'])}"
         )
+    wrong = misfit(record, _RECORD) or next(
+        (e for p, x in record["leaves"].items() if (e := record_problem(p, x))), ""
+    )
+    if not wrong and record["format"] != _FORMAT:
+        wrong = f"its format is {record['format']}"
+    wanted = (
+        {n for p, x in record["leaves"].items() for n in _names(p, x)}
+        if not wrong
+        else set()
+    )
+    if wrong or wanted != {*record["arrays"]}:
+        _damaged(path, wrong or "its arrays are others than its leaves need")
     return file, record
+
+
+_RECORD = {
+    "format": int, "flora": str, "leaves": {str: dict}, "base": {str: str},
+    "arrays": {str: str},
+}  # fmt: skip
+
+
+def _names(path: str, record: Mapping[str, Any]) -> list[str]:
+    """What the arrays of a leaf are called in the file."""
+    if record["kind"] == "lora":
+        extra = (f"extra/{name}" for name in record["extra"])
+        return [f"{part}/{path}" for part in ("a", "b", *extra)]
+    return [] if record["kind"] == "frozen" else [f"whole/{path}"]
 
 
 def _damaged(path: pathlib.Path, what: str) -> NoReturn:

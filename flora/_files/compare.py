@@ -1,5 +1,6 @@
 """What a checkpoint says of a tree and a state, and where two of them differ."""
 
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -7,7 +8,14 @@ from typing import Any
 from flora._algebra import variants
 from flora._files.fingerprint import fingerprint
 from flora._files.items import described
-from flora._files.records import decoded, layout_of, record_of, text_of
+from flora._files.parsed import misfit
+from flora._files.records import (
+    decoded,
+    layout_of,
+    record_of,
+    record_problem,
+    text_of,
+)
 from flora._tree.errors import LoraTypeError
 from flora._tree.layout import Layout
 from flora._tree.paths import Pattern, exactly, named_leaves
@@ -41,6 +49,54 @@ def json_of(metadata: Any) -> Any:
             f"save: metadata={metadata!r} is not for JSON: {error}. Write dicts, "
             "lists, strings, numbers, bools and None."
         ) from error
+
+
+def record_problems(record: Any) -> str:
+    """What keeps a checkpoint's record from being read, whoever wrote it; or ''."""
+    if wrong := misfit(record, _RECORD):
+        return wrong
+    if record["format"] not in FORMATS:
+        return f"its format is {record['format']}"
+    if record["format"] == 1:
+        return _problem_of_format_1(record["leaves"])
+    values = {"values": {str: {str: str}}} if "values" in record else {}
+    if wrong := misfit(record, _RECORD_2 | values):
+        return wrong
+    arrays, leaves = record["arrays"], record["leaves"]
+    if wrong := next((e for p, x in leaves.items() if (e := record_problem(p, x))), ""):
+        return wrong
+    for path, x in leaves.items():
+        lora = x["kind"] == "lora"
+        wanted = [("a", path), ("b", path)] if lora else [("whole", path)]
+        wanted += [("extra", f"{path}/{name}") for name in x.get("extra", ())]
+        if any(path not in arrays[item] for item, path in wanted):
+            return f"it does not say what the arrays of '{path}' are"
+    return ""
+
+
+_RECORD = {
+    "format": int, "flora": str, "leaves": {str: dict}, "base": {str: str},
+    "state": ({str: str}, type(None)), "metadata": object,
+}  # fmt: skip
+_RECORD_2 = {"arrays": {k: {str: str} for k in ("a", "b", "extra", "whole")}}
+
+
+def _problem_of_format_1(leaves: Mapping[str, Any]) -> str:
+    for path, x in leaves.items():
+        try:
+            _of_format_1({path: x})
+        except (TypeError, ValueError, AttributeError):
+            return f"leaves.{path}.layout is {x['layout']!r}"
+        if "rank" in x and misfit(x, {"a": str, "b": str, "alpha": (int, float)}):
+            return f"leaves.{path} is {x!r}"
+    return ""
+
+
+def checksum(record: Mapping[str, Any]) -> str:
+    """Of all that a record says but this."""
+    said = {k: x for k, x in record.items() if k != "sha256"}
+    text = json.dumps(said, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def compared(description: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

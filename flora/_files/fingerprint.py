@@ -1,5 +1,6 @@
 """A content hash of each leaf of a base, computed where the leaf lies."""
 
+import collections
 import functools
 import hashlib
 import math
@@ -89,12 +90,8 @@ def no_values(path: str, x: Any) -> list[str]:
 
 def same_names(paths: list[str]) -> list[str]:
     """Two leaves of one name, which could not be told apart."""
-    twice = sorted({p for p in paths if paths.count(p) > 1}) if _repeat(paths) else []
+    twice = sorted(p for p, n in collections.Counter(paths).items() if n > 1)
     return [f"Two leaves are named '{p}'. Rename one of them." for p in twice]
-
-
-def _repeat(paths: list[str]) -> bool:
-    return len(set(paths)) < len(paths)
 
 
 def _sums(path: str, x: Any, signed_zeros: bool) -> tuple[Any, Any]:

@@ -4,13 +4,16 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from flora._algebra import variants
+from flora._files.parsed import misfit
 from flora._tree.blocks import Block
+from flora._tree.config import form_problems, is_fallback
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
 from flora._tree.paths import Pattern, matches
@@ -51,12 +54,64 @@ def weight_of(
 ) -> LoraWeight:
     """The node that a record tells of, with its arrays."""
     settings: dict[str, Any] = {k: decoded(x) for k, x in record["settings"].items()}
+    if settings["variant"] is not None and not hasattr(settings["variant"], "product"):
+        raise LoraError(
+            f"The file has {settings['variant']!r} as a variant; it is none."
+        )
     return LoraWeight(base, a, b, extra=extra, layout=layout_of(record), **settings)
 
 
-def unknown_settings(records: Mapping[str, Any]) -> list[str]:
-    """The settings in the records that this version's nodes lack."""
-    names = {name for x in records.values() for name in x.get("settings", {})}
+_LORA = {
+    "shape": [int],
+    "extra": [str],
+    "layout": {"stack": [int], "in": [int], "out": [int]},
+    "settings": {
+        "rank": int,
+        "alpha": object,
+        "rank_stabilized": bool,
+        "dropout": (int, float),
+        "fallback": str,
+        "form": str,
+        "variant": (dict, type(None)),
+    },
+}
+
+
+def record_problem(path: str, record: Mapping[str, Any]) -> str:
+    """What is wrong with the record of a leaf, whoever wrote it; or ''."""
+    at, kind = f"leaves.{path}", record.get("kind")
+    if kind in ("trained", "also", "frozen"):
+        return misfit(record, {"shape": [int]}, at)
+    if kind != "lora":
+        return f"{at} is of kind {kind!r}"
+    if wrong := misfit(record, _LORA, at):
+        return wrong
+    own = record["settings"].items()
+    settings = {k: decoded(x) for k, x in own if k != "variant"}
+    good = {
+        "rank": 0 < settings["rank"] < 2**31,
+        "alpha": _is_finite(settings["alpha"]),
+        "dropout": 0 <= settings["dropout"] < 1,
+        "fallback": is_fallback(settings["fallback"]),
+        "form": not form_problems("form", settings["form"]),
+    }
+    bad = next((k for k, fits in good.items() if not fits), "")
+    return bad and f"{at}.settings.{bad} is {record['settings'][bad]!r}"
+
+
+def _is_finite(x: Any) -> bool:
+    if isinstance(x, tuple):
+        return all(map(_is_finite, x))
+    number = isinstance(x, int | float) and not isinstance(x, bool)
+    return number and abs(x) <= 3.4e38
+
+
+def unknown_settings(record: Any) -> list[str]:
+    """The settings in a file's record that this version's nodes lack."""
+    if misfit(record, {"flora": str, "leaves": {str: dict}}):
+        return []
+    found = [x.get("settings") for x in record["leaves"].values()]
+    names = {name for x in found if isinstance(x, dict) for name in x}
     return sorted(names - {f.name for f in dataclasses.fields(LoraWeight)})
 
 
@@ -103,22 +158,26 @@ def _foreign(value: Any) -> Iterator[str]:
 
 def decoded(value: Any) -> Any:
     """The setting that `_encoded` wrote."""
-    if not isinstance(value, dict):
-        return value
-    if "tuple" in value:
+    if isinstance(value, dict) and isinstance(value.get("tuple"), list):
         return tuple(map(decoded, value["tuple"]))
-    module, _, name = value.get("class", "").partition(":")
+    if not isinstance(value, dict | list):
+        return value
+    name = value.get("class") if isinstance(value, dict) else None
+    fields = value.get("fields", {}) if isinstance(value, dict) else {}
     found = None
-    if module.split(".")[0] == "flora":
-        with contextlib.suppress(ModuleNotFoundError):
-            found = getattr(importlib.import_module(module), name, None)
-    fields = {k: decoded(x) for k, x in value.get("fields", {}).items()}
-    if not _is_dataclass(found) or not fields.keys() <= _names(found):
-        raise LoraError(
-            f"The file needs {value.get('class') or text_of(value)}, which flora "
-            f"{__version__} lacks. Install the version that wrote it."
-        )
-    return found(**fields)
+    if isinstance(name, str) and (at := _CLASS.fullmatch(name)):
+        with contextlib.suppress(ImportError):
+            found = getattr(importlib.import_module(at[1]), at[2], None)
+    if _is_dataclass(found) and isinstance(fields, dict) and {*fields} <= _names(found):
+        with contextlib.suppress(TypeError, ValueError):  # it refuses the fields
+            return found(**{k: decoded(x) for k, x in fields.items()})
+    raise LoraError(
+        f"The file needs {name or text_of(value)}, which flora {__version__} lacks. "
+        "Install the version that wrote it."
+    )
+
+
+_CLASS = re.compile(r"(flora(?:\.\w+)*):(\w+)", re.ASCII)
 
 
 def _is_dataclass(x: Any) -> TypeGuard[type[Any]]:
@@ -133,13 +192,16 @@ def text_of(value: Any) -> str:
     """How an encoded setting prints: 'DoRA()'."""
     if not isinstance(value, dict):
         return repr(value)
-    if "repr" in value:
+    if isinstance(value.get("repr"), str):
         return value["repr"]
-    if "tuple" in value:
+    if isinstance(value.get("tuple"), list):
         items = [text_of(x) for x in value["tuple"]]
         return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
-    fields = ", ".join(f"{k}={text_of(x)}" for k, x in value["fields"].items())
-    return f"{value['class'].rpartition(':')[2]}({fields})"
+    name, fields = value.get("class"), value.get("fields")
+    if not isinstance(name, str) or not isinstance(fields, dict):
+        return repr(value)
+    shown = ", ".join(f"{k}={text_of(x)}" for k, x in fields.items())
+    return f"{name.rpartition(':')[2]}({shown})"
 
 
 def static_as_json(settings: Mapping[str, Any]) -> bytes:

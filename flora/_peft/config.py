@@ -1,13 +1,14 @@
 """adapter_config.json: the fields that change the computation; ranks by pattern."""
 
 import dataclasses
+import functools
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from flora._peft.file import CONFIG, read_json
+from flora._peft.regex import Invalid, Patterns, Regex, Steps
 from flora._tree.errors import LoraError, fail
 
 Names = str | frozenset[str]
@@ -63,7 +64,7 @@ class PeftConfig:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
-    layers_to_transform: tuple[int, ...] = ()
+    layers_to_transform: frozenset[int] = frozenset()
     layers_pattern: tuple[str, ...] = ()
     lora_dropout: float = 0.0
     bias: str = "none"
@@ -92,14 +93,39 @@ class PeftConfig:
         plain = name.endswith(heads) and not any(word in name for word in words)
         return not self.gives_words and (self.task_type in WORDLESS or plain)
 
+    @functools.cached_property
+    def _steps(self) -> Steps:
+        return Steps()
+
+    @functools.cached_property
+    def _regexes(self) -> dict[tuple[str, str], Regex]:
+        return {}
+
+    def regex(self, field: str, entry: str) -> Regex:
+        """An entry of a field, compiled with what PEFT writes around it."""
+        if (field, entry) not in self._regexes:
+            made = _regex(field, entry, self._steps)
+            self._regexes[field, entry] = made
+        return self._regexes[field, entry]
+
+    @functools.cached_property
+    def ranks(self) -> Patterns:
+        """The keys of `rank_pattern`."""
+        return Patterns("rank_pattern", self.rank_pattern, self._steps)
+
+    @functools.cached_property
+    def alphas(self) -> Patterns:
+        """The keys of `alpha_pattern`."""
+        return Patterns("alpha_pattern", self.alpha_pattern, self._steps)
+
     def rank(self, module: str) -> int:
         """The rank of one module."""
-        key = pattern_of(self.rank_pattern, module)
+        key = self.ranks.first(module)
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha(self, module: str) -> float:
         """The alpha of one module."""
-        key = pattern_of(self.alpha_pattern, module)
+        key = self.alphas.first(module)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     def scale(self, module: str) -> float:
@@ -115,12 +141,17 @@ class PeftConfig:
         return start if start in RESIDUAL_STARTS else ""
 
 
-def pattern_of(patterns: Iterable[str], module: str) -> str | None:
-    """The first of the keys, in their order, that covers the end of a module's path."""
-    for key in patterns:
-        if re.match(rf"(.*\.)?({key})$", module):
-            return key
-    return None
+_AROUND = {
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "layers_pattern": r"({})\.",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+}
+
+
+def _regex(field: str, entry: str, steps: Steps | None = None) -> Regex:
+    text = _AROUND.get(field, "{}").replace("{}", entry)
+    return Regex(text, f"{field} {entry!r}", steps)
 
 
 def read(folder: Path) -> PeftConfig:
@@ -139,7 +170,7 @@ def parse(raw: Mapping[str, Any], path: Path) -> PeftConfig:
     for name in ("layers_to_transform", "layers_pattern"):
         if isinstance(given.get(name), int | str):
             given[name] = [given[name]] if given[name] != "" else []
-    sets = ("target_modules", "exclude_modules")
+    sets = ("target_modules", "exclude_modules", "layers_to_transform")
     given |= {
         k: frozenset(v) for k, v in given.items() if k in sets and isinstance(v, list)
     }
@@ -176,6 +207,7 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
             "target_modules and target_parameters are both empty; expected the names "
             "of the adapted modules. Write them in."
         )
+    yield from _regex_problems(raw)
     yield from _start_problems(raw.get("init_lora_weights", True))
     known = {field.name for field in dataclasses.fields(PeftConfig)} | _METADATA
     for name, value in raw.items():
@@ -189,6 +221,23 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
                 f"{name} is {value!r}, a field that flora does not know and that may "
                 "change the computation. Remove it if it does not."
             )
+
+
+def _regex_problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    for field in ("target_modules", "exclude_modules", *_AROUND):
+        given = raw.get(field)
+        good = field not in _CHECKS or _CHECKS[field][0](given)
+        alone = isinstance(given, str) and given != ""
+        if not given or not good or (field.endswith("t_modules") and not alone):
+            continue
+        for entry in [given] if isinstance(given, str) else given:
+            try:
+                _regex(field, entry)
+            except Invalid as error:
+                yield (
+                    f"{field} has {entry!r}, which is no regular expression, or none "
+                    f"that flora matches: {error}. Correct it, or write the names."
+                )
 
 
 def _start_problems(start: Any) -> Iterator[str]:
@@ -212,27 +261,25 @@ def _start_problems(start: Any) -> Iterator[str]:
 
 
 def _is_number(x: Any) -> bool:
-    return (
-        isinstance(x, int | float)
-        and not isinstance(x, bool)
-        and math.isfinite(float(x))
-    )
+    """Whether float32 holds it."""
+    number = isinstance(x, int | float) and not isinstance(x, bool)
+    return number and abs(x) <= 3.4e38
 
 
 def _is_alpha(x: Any) -> bool:
-    return _is_number(x) and x > 0
+    return _is_number(x) and x > 1e-38
 
 
 def _is_rank(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x > 0
+    return isinstance(x, int) and not isinstance(x, bool) and 0 < x < 2**31
 
 
 def _is_index(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+    return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31
 
 
 def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda x: isinstance(x, list) and all(map(good, x))
+    return lambda x: isinstance(x, list) and len(x) <= _MOST and all(map(good, x))
 
 
 def _dict_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -240,22 +287,18 @@ def _dict_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
         x is None
         or (
             isinstance(x, dict)
-            and all(map(_is_regex, x))
+            and len(x) <= _MOST
+            and all(map(_is_name, x))
             and all(map(good, x.values()))
         )
     )
 
 
-def _is_regex(x: Any) -> bool:
-    try:
-        re.compile(f"({x})")
-    except (re.error, RecursionError):
-        return False
-    return isinstance(x, str) and bool(x)
+_MOST = 100_000  # entries of one field
 
 
 def _is_name(x: Any) -> bool:
-    return isinstance(x, str) and bool(x)
+    return isinstance(x, str) and x != "" and x.isprintable()
 
 
 def _is_flag(x: Any) -> bool:
@@ -271,8 +314,8 @@ _FLAG = (_is_flag, "true or false")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "an int of at least 1"),
     "lora_alpha": (_is_alpha, "a finite number above 0"),
-    "target_modules": (_optional(_NAMES, _is_regex), "a list of names or one regex"),
-    "exclude_modules": (_optional(_NAMES, _is_regex), "a list of names or one regex"),
+    "target_modules": (_optional(_NAMES, _is_name), "a list of names or one regex"),
+    "exclude_modules": (_optional(_NAMES, _is_name), "a list of names or one regex"),
     "target_parameters": (_optional(_NAMES), "a list of names"),
     "rank_pattern": (_dict_of(_is_rank), "an object {regex: int of at least 1}"),
     "alpha_pattern": (_dict_of(_is_alpha), "an object {regex: finite number above 0}"),
@@ -282,7 +325,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "an index or a list of them",
     ),
     "layers_pattern": (
-        lambda x: not x or _is_regex(x) or _NAMES(x),
+        _optional(_NAMES, _is_name, lambda x: isinstance(x, str) and x == ""),
         "a name or a list of names",
     ),
     "lora_dropout": (

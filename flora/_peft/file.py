@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from flora._files.atomic import Staged, alone, replace, staged
+from flora._files.parsed import parsed
 from flora._files.safetensors import NAMES, Damaged, checked_path, chunks, read
 from flora._tree.errors import LoraError, fail
 
@@ -16,6 +17,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 
+_MOST = 10_000_000  # bytes of a config, which may name each module three times
+_LONGEST = 1_000  # characters of a key
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -33,9 +36,14 @@ def read_json(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise LoraError(_no_config(folder))
+    if (size := path.stat().st_size) > _MOST:
+        raise LoraError(
+            f"{path}: has {size:,} bytes; expected at most {_MOST:,}. Copy the file "
+            "anew."
+        )
     try:
-        found = json.loads(_config(folder), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
+        found = parsed(_config(folder))
+    except ValueError as error:
         raise LoraError(
             f"{path}: not valid JSON: {error}. Expected the JSON object that PEFT's "
             "save_pretrained writes. Copy the file anew."
@@ -61,15 +69,6 @@ def _config(folder: Path) -> bytes:
             f"{path}: flora.peft.save was stopped as it replaced this adapter, and "
             f"{WEIGHTS} has changed since. Save the adapter anew."
         )
-    return found
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        raise ValueError(f"the key {twice[0]!r} is there twice")
     return found
 
 
@@ -105,6 +104,12 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         file = read(path)
     except Damaged as error:
         raise LoraError(_not_read(path, error)) from error
+    fail(
+        f"{path}: {key!r} is a name of {len(key):,} characters; expected printable "
+        f"ones, at most {_LONGEST:,}. Save the adapter with PEFT's save_pretrained."
+        for key in file.infos
+        if len(key) > _LONGEST or not key.isprintable()
+    )
     fail(
         _other_dtype(path, key, NAMES[info.dtype])
         for key, info in file.infos.items()

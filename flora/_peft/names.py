@@ -26,6 +26,8 @@ PARAMETERS = {
 }
 _COLLECTIONS = ("params", "batch_stats")
 _HOLE = re.compile(r"\{([^{}]*)\}")
+_INDEX = "0|[1-9][0-9]{0,8}"  # `00` and other scripts' digits are names
+_NUMBERS = 8  # of one name, that may be indices
 Words = tuple[str, ...]
 KINDS = ("", "linear", "conv", "embedding")
 
@@ -113,7 +115,7 @@ class Slot:
         for hole in _HOLE.finditer(self.name):
             options = hole[1].split("|") if "|" in hole[1] else None
             choices.append(options)
-            some = "|".join(map(re.escape, options)) if options else r"\d+"
+            some = "|".join(map(re.escape, options)) if options else _INDEX
             pattern += re.escape(self.name[end : hole.start()]) + f"({some})"
             end = hole.end()
         found = re.fullmatch(pattern + re.escape(self.name[end:]), name)
@@ -178,7 +180,7 @@ def _words(path: str) -> list[str]:
 
 def _unjoined(word: str) -> str:
     """'layers_0' as 'layers.0'."""
-    return re.sub(r"_(\d+)$", r".\1", word)
+    return re.sub(r"_([0-9]+)$", r".\1", word)
 
 
 def default_slots(paths: Iterable[str]) -> list[Slot]:
@@ -255,7 +257,7 @@ def _forms(name: str, shift: tuple[int, int]) -> Iterator[tuple[tuple[str, ...],
     head, body = raw[: shift[0]], raw[shift[0] :]
     if not body:
         return
-    numbers = [i for i, w in enumerate(body) if w.isdigit()]
+    numbers = [i for i, w in enumerate(body) if re.fullmatch(_INDEX, w)][:_NUMBERS]
     pairs = [(i, j) for i in numbers for j in numbers if i < j]
     for removed in [(), *((i,) for i in numbers), *pairs]:
         kept = [w for i, w in enumerate(body) if i not in removed]

@@ -10,27 +10,31 @@ from flora._peft.factors import Piece
 from flora._peft.keys import Content, Lora
 from flora._peft.layouts import layouts, leaf_word
 from flora._peft.names import Finder, Slot
-from flora._peft.targets import covers
+from flora._peft.targets import ends
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
+
+_NESTED = 5  # adapters of one module, all orders of which are tried
 
 
 def with_parameters(content: Content, config: PeftConfig, file: Path) -> Content:
     """Which modules have raw parameters adapted: those that no name selects."""
     if not config.target_parameters:
         return content
-    words = {e.rpartition(".")[2]: None for e in config.target_parameters}
+    words: dict[str, list[str]] = {}  # the parameters, by what ends their module
+    for entry in dict.fromkeys(config.target_parameters):
+        module, _, word = entry.rpartition(".")
+        words.setdefault(module, []).append(word)
 
     def known(lora: Lora) -> Lora:
-        hits = [
-            w
-            for w in words
-            if any(covers(f"{lora.module}.{w}", e) for e in config.target_parameters)
-        ]
+        held = [w for end in ("", *ends(lora.module)) for w in words.get(end, ())]
+        hits = sorted({*held}, key=order.__getitem__)
         if not hits:
             return lora
         return dataclasses.replace(lora, raw=True, parameter="|".join(hits))
 
+    names = dict.fromkeys(e.rpartition(".")[2] for e in config.target_parameters)
+    order = {word: n for n, word in enumerate(names)}
     return dataclasses.replace(content, loras=tuple(map(known, content.loras)))
 
 
@@ -57,6 +61,11 @@ def in_order(
         inner_first = sorted(loras, key=lambda x: -x.depth)
         words = inner_first[0].parameter.split("|")
         held = [w for w in words if finder.all(f"{module}.{w}")]
+        if len(loras) > _NESTED:
+            raise LoraError(
+                f"{file}: '{module}' has adapters of {len(loras)} parameters, one in "
+                f"the other; expected at most {_NESTED}. Save the adapter anew."
+            )
         if len(held) < len(loras):
             raise LoraError(
                 f"{file}: '{module}' has adapters of {len(loras)} parameters; of "

@@ -1,18 +1,14 @@
 """PEFT's rules for what a config selects, and what a file must then hold."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from flora._peft.config import HEADS, PeftConfig
 from flora._peft.file import CONFIG, WEIGHTS
 from flora._peft.keys import PREFIX, Content
 from flora._peft.names import split_name
-
-
-def covers(name: str, target: str) -> bool:
-    """Whether a name is the target, or ends with it from a dot on."""
-    return name == target or name.endswith(f".{target}")
+from flora._tree.errors import LoraError
 
 
 def ends(name: str) -> list[str]:
@@ -25,15 +21,18 @@ def selects(config: PeftConfig, module: str) -> bool:
     """Whether PEFT would adapt a module of that path."""
     excluded = config.exclude_modules
     if isinstance(excluded, str):
-        if re.fullmatch(excluded, module):
+        if config.regex("exclude_modules", excluded).fullmatch(module):
             return False
     elif any(end in excluded for end in ends(module)):
         return False
-    if any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in config.modules_to_save):
+    saved = config.modules_to_save
+    if any(config.regex("modules_to_save", m).match(module) for m in saved):
         return False
     targets = config.target_modules or frozenset()
     if isinstance(targets, str):
-        return is_all_linear(config) or bool(re.fullmatch(targets, module))
+        return is_all_linear(config) or config.regex(
+            "target_modules", targets
+        ).fullmatch(module)
     if module in targets:
         return True
     return any(e in targets for e in ends(module)) and _in_layers(config, module)
@@ -53,14 +52,27 @@ def _in_layers(config: PeftConfig, module: str) -> bool:
 
 def layer_of(config: PeftConfig, module: str) -> int | None:
     """The index of a module's layer, by the rules of `layers_pattern`."""
-    found = None
     if not config.layers_pattern:
         found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)
+        return int(found["idx"]) if found else None
+    starts = [0, *(m.end() for m in re.finditer(r"\.", module))]
     for pattern in config.layers_pattern:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module)
-        if found:
-            break
-    return int(found["idx"]) if found else None
+        regex = config.regex("layers_pattern", pattern)
+        for start in starts:
+            ends = regex.ends(module, start)
+            found = {
+                int(m[1])
+                for m in re.finditer(r"(?<=\.)(\d+)\.", module)
+                if ends >> m.start() & 1
+            }
+            if len(found) > 1:
+                raise LoraError(
+                    f"layers_pattern {pattern!r} finds the layers {sorted(found)} in "
+                    f"'{module}'. Write the name of the list of layers alone."
+                )
+            if found:
+                return found.pop()
+    return None
 
 
 def target_problems(
@@ -115,9 +127,11 @@ def whole_problems(
     here, file = folder / CONFIG, folder / WEIGHTS
     adapted = {lora.module for lora in content.loras}
     held = {plain(name) for name in content.whole}
+    holds = _Holders(config.modules_to_save)
+    in_base, in_file = holds.by_entry(parameters), holds.by_entry(sorted(held))
     for entry in config.modules_to_save:
-        wanted = [p for p in parameters if _in_module(p, entry)]
-        if not any(_in_module(name, entry) for name in held):
+        wanted = in_base.get(entry, [])
+        if entry not in in_file:
             heads = config.task_type in ("SEQ_CLS", "TOKEN_CLS") and entry in HEADS
             if heads and not wanted:
                 continue
@@ -137,7 +151,7 @@ def whole_problems(
                     )
     for name in sorted(content.whole):
         clean = plain(name)
-        if any(_in_module(clean, entry) for entry in config.modules_to_save):
+        if holds.of(clean):
             continue
         owner, parameter = split_name(clean)
         bias = parameter == "bias" and config.bias != "none"
@@ -166,14 +180,28 @@ def plain(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
-def _in_module(name: str, entry: str) -> bool:
-    """Whether PEFT saves a parameter for an entry of `modules_to_save`."""
-    module = split_name(name)[0]
-    while module:
-        if module.endswith(entry):
-            return True
-        module = split_name(module)[0]
-    return False
+class _Holders:
+    """Entries of `modules_to_save`: PEFT saves what lies in modules that end so."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self._entries = {*entries}
+        self._lengths = {len(entry) for entry in self._entries}
+
+    def of(self, name: str) -> set[str]:
+        """The entries for which PEFT saves a parameter."""
+        found, module = set(), split_name(name)[0]
+        while module:
+            found |= {module[-n:] for n in self._lengths} & self._entries
+            module = split_name(module)[0]
+        return found
+
+    def by_entry(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """For each entry the parameters that are saved for it."""
+        found: dict[str, list[str]] = {}
+        for name in names:
+            for entry in self.of(name):
+                found.setdefault(entry, []).append(name)
+        return found
 
 
 def listed(names: object, most: int = 4) -> str:

@@ -1,10 +1,27 @@
 """The errors that flora raises: what was passed, what was expected, what to write."""
 
+import itertools
+import re
 from collections.abc import Iterable
+
+_ONE, _LIST = 2_000, 4_000  # characters of a message at most
+# What a terminal obeys, what turns text round or ends a line, and halves of characters.
+_UNSHOWN = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"
+    "\ud800-\udfff]"
+)
+_WORD = re.compile(r"\S{300,}")
 
 
 class LoraError(ValueError):
-    """A call that flora cannot serve.  The message names leaf, reason and remedy."""
+    """A call that flora cannot serve.  The message names leaf, reason and remedy.
+
+    What a file says is quoted in it: control characters are escaped, and what is very
+    long is shortened in its middle.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(_shortened(_shown(str(message)), _LIST))
 
 
 class LoraTypeError(LoraError, TypeError):
@@ -17,14 +34,37 @@ class Unfactorable(Exception):
 
 def fail(problems: Iterable[str], error: type[LoraError] = LoraError) -> None:
     """Raises one error that lists every problem; returns if there is none."""
-    problems = list(problems)
-    if not problems:
+    rest = iter(problems)
+    first = [_shortened(_shown(p), _ONE) for p in itertools.islice(rest, 20)]
+    count = len(first) + sum(1 for _ in rest)
+    if not first:
         return
-    if len(problems) == 1:
-        raise error(problems[0])
-    shown = "\n".join(f"  - {p}" for p in problems[:20])
-    more = "" if len(problems) <= 20 else f"\n  - and {len(problems) - 20} more"
-    raise error(f"{len(problems)} problems:\n{shown}{more}")
+    if count == 1:
+        raise error(first[0])
+    text, shown = "", 0
+    for problem in first:
+        if shown and len(text) + len(problem) > _LIST - 100:
+            break
+        text, shown = f"{text}\n  - {problem}", shown + 1
+    more = "" if shown == count else f"\n  - and {count - shown} more"
+    raise error(f"{count} problems:{text}{more}")
+
+
+def _shown(text: str) -> str:
+    return _UNSHOWN.sub(lambda m: ascii(m[0])[1:-1], text)
+
+
+def _shortened(text: str, most: int) -> str:
+    """The text with at most so many characters, and no word of more than 300."""
+    text = _WORD.sub(lambda m: _cut(m[0], 200), text)
+    return _cut(text, most)
+
+
+def _cut(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    head, tail = most * 3 // 4 - 25, most // 4 - 25
+    return f"{text[:head]} … {len(text) - head - tail:,} more … {text[-tail:]}"
 
 
 def human_bytes(count: float) -> str:

@@ -1,17 +1,16 @@
 """Patterns that select nothing: which of them, and what would match instead."""
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flora._tree.indices import Indexed
+from flora._tree.nearest import Nearest
 from flora._tree.paths import Pattern, entries, exactly, matches
 
 Named = Sequence[tuple[str, Any]]
 
 _HINTS = 5  # so many idle entries get a search for what is near
-_TAILS = 2000  # above so many names, only one of layers that are alike is compared
 _WEIGHTS = ("kernel", "embedding", "weight", "w")
 
 
@@ -118,17 +117,7 @@ def alone(path: str, paths: Sequence[str]) -> str:
 
 def _nearest(text: str, paths: Sequence[str]) -> list[str]:
     plain = re.sub(r"[\*\.\\\^\$\?\+]+", "", text[:200]).strip("/")
-    tails: dict[str, str] = {}
-    shapes: set[str] = set()
-    for path in paths:
-        shape = re.sub(r"\d+", "0", path)  # of many layers one will do
-        if shape in shapes and len(tails) > _TAILS:
-            continue
-        shapes.add(shape)
-        parts = path.split("/")
-        for n in range(1, len(parts) + 1):
-            tails.setdefault("/".join(parts[-n:]), path)
-    return [tails[t] for t in difflib.get_close_matches(plain, tails, 6, 0.4)]
+    return Nearest(paths, 0.4, "/").to(plain, 6)
 
 
 # --- As PEFT and PyTorch write it -----------------------------------------------------

@@ -1,7 +1,11 @@
 """examples/finetune_lm.py: what it trains on, and that a run does what it says."""
 
 import json
+import pathlib
+import time
+import types
 
+import chex
 import finetune_lm
 import jax
 import jax.numpy as jnp
@@ -184,6 +188,54 @@ def test_lines_that_make_no_sense_are_named(text, tmp_path):
         read_examples(tmp_path / "x", text)
 
 
+def test_a_line_ends_at_a_newline_alone(text, tmp_path):
+    said = ["one\u2028two", "three\u2029\x85\x0b\x0cfour", "five\rsix"]
+    lines = [json.dumps({"text": x}, ensure_ascii=False) for x in said]
+    (tmp_path / "x").write_bytes("\r\n".join(lines).encode())
+    found = read_examples(tmp_path / "x", text)
+    assert found == [text.example({"text": x}) for x in said]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[" * 100_000, "line 1: "),
+        (b'{"text": ' + b"9" * 9_999 + b"}", "line 1: Exceeds"),
+        (b'{"text": "\xff"}', "line 1: 'utf-8' codec"),
+        (b'{"text": "\\ud800"}', "line 1: .*surrogates"),
+    ],
+)
+def test_lines_of_anything_are_named(text, tmp_path, line, message):
+    (tmp_path / "x").write_bytes(line)
+    with pytest.raises(flora.LoraError, match=message) as caught:
+        read_examples(tmp_path / "x", text)
+    assert len(str(caught.value)) < 4_000
+
+
+BOMBS = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'a' * 10**11 }}",
+    "{{ 9**(9**(9**9)) }}",
+    "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}"
+    "{% endfor %}",
+    "{{ '%999999999999d' % 1 }}",
+    "{{ range(10**9) }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ " + "(" * 9_999 + "1" + ")" * 9_999 + " }}",
+]
+
+
+@pytest.mark.parametrize("template", BOMBS, ids=range(len(BOMBS)))
+def test_a_template_takes_neither_all_the_time_nor_all_memory(text, template):
+    bomb = Text(text.tokenizer, template, text.special, text.stop)
+    began = time.monotonic()
+    with pytest.raises(flora.LoraError, match=r"the chat template (fails|takes more)"):
+        bomb.render([{"role": "user", "content": "x"}])
+    assert time.monotonic() - began < 20  # and the start of a process
+    plain = Text(text.tokenizer, "{{ messages[0].content }}é", text.special, text.stop)
+    assert plain.render([{"role": "user", "content": "\u2028"}]) == "\u2028é"
+
+
 def test_templates_that_hide_what_was_said_are_refused(text, tmp_path):
     def with_template(template):
         return Text(text.tokenizer, template, text.special, text.stop)
@@ -352,6 +404,42 @@ def test_a_run_in_small_and_one_that_was_interrupted(
     assert Text.read(tmp_path / "whole" / "merged").template == lm_tiny.TEMPLATE
     with Checkpointer(tmp_path / "half" / "checkpoints") as checkpointer:
         assert checkpointer.steps() == (2, 4)
+
+
+def test_a_run_whose_loss_is_no_number_stops(checkpoint, tmp_path, monkeypatch, capsys):
+    """The adapter before a loss of NaN gives it: the one before that is kept."""
+    real, before = finetune_lm.step_function, {}
+
+    def made(*args, **kwargs):
+        step, count = real(*args, **kwargs), iter(range(1, 99))
+
+        def failing(*args):
+            n = next(count)
+            before[n - 1] = jax.tree.map(np.asarray, args[1])
+            adapter, state, loss, norm = step(*args)
+            return adapter, state, loss * np.nan if n == 4 else loss, norm
+
+        return failing
+
+    monkeypatch.setattr(finetune_lm, "step_function", made)
+    with pytest.raises(SystemExit, match=r"step 4: the loss is nan.* of step 2 is in"):
+        run(checkpoint, tmp_path)
+    said = [x for x in capsys.readouterr().out.split("\n") if x.startswith("step ")]
+    assert [x.split()[1] for x in said] == ["2"]  # a line at each evaluation
+    base = hf_llama.load(checkpoint, Llama(hf_llama.read_config(checkpoint)))
+    again = flora.load(tmp_path / "adapter.safetensors", base)
+    chex.assert_trees_all_equal(flora.split(again)[1], before[2])
+
+
+def test_without_a_good_checkpoint_the_start_is_named():
+    job = types.SimpleNamespace(out=pathlib.Path("run"))
+    saved = types.SimpleNamespace(steps=lambda: (2,))
+    for step, loss, what in (
+        (3, np.nan, "step 3: the loss is nan"),
+        (2, 1.0, "step 2: the gradient is not finite"),
+    ):
+        text = finetune_lm.diverged(job, saved, step, loss)
+        assert text.startswith(f"{what}. The adapter as it began is in run/start")
 
 
 @pytest.mark.slow

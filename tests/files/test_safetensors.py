@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -130,3 +132,83 @@ def test_a_file_that_is_replaced_meanwhile_is_read_as_it_was(tmp_path, monkeypat
 
     monkeypatch.setattr(safetensors, "_parsed", late)
     assert read(path).array("x").tolist() == [0, 1, 2, 3, 4]
+
+
+# --- Headers of any kind --------------------------------------------------------------
+
+
+def entry(shape, start, stop, dtype="U8"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+def written(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "why"),
+    [
+        ({"x": entry([4], 0, 4), "y": entry([4], 0, 4)}, "'y' starts at byte 0 ins"),
+        ({"x": entry([5], 0, 5), "y": entry([4], 4, 8)}, "'y' starts at byte 4 ins"),
+        ({"x": entry([3], 0, 3), "y": entry([4], 4, 8)}, "'y' starts at byte 4 ins"),
+        ({"x": entry([4], 4, 8)}, "'x' starts at byte 4 instead of 0"),
+        ({"x": entry([4], 0, 4)}, "its arrays take 4 bytes, and 8 are there"),
+        ({"x": entry([9], 0, 9)}, "its arrays take 9 bytes, and 8 are there"),
+        ({"x": entry([8], 8, 0)}, "was given -8 bytes"),
+        ({"x": entry([8], -8, 0)}, "its header has {"),
+        ({"x": entry([True, 8], 0, 8)}, "its header has {"),
+        ({"x": entry([8.0], 0, 8)}, "its header has {"),
+        ({"x": entry(["8"], 0, 8)}, "its header has {"),
+        ({"x": entry([0, 10**4000], 0, 0)}, "its header has {"),
+        ({"x": entry([0] + [2**40] * 9, 0, 0)}, "its header has {"),
+        ({"x": entry([1] * 33 + [8], 0, 8)}, "its header has {"),
+        ({"x": [1, 2]}, "its header has [1, 2] for 'x'"),
+        ({"x\x1b[2J": entry([8], 0, 8)}, r"'x\x1b[2J' is no name of an array"),
+        ({"\ud800": entry([8], 0, 8)}, r"'\ud800' is no name of an array"),
+        (b'{"x": 1, "x": 2}', "the key 'x' is there twice"),
+        (b'{"x": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+        (b'{"x":' * 20_000 + b"1" + b"}" * 20_000, "no JSON of tensors"),
+        (b'{"x": ' + b"[" * 40 + b"]" * 40 + b"}", "for 'x'"),
+        (b'{"__metadata__": {"a": 1}}', "no dict of text"),
+        (b"\xff\xfe", "no JSON"),
+        (b"[]", "is a list, no dict"),
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path, header, why):
+    path = written(tmp_path / "x", header, bytes(8))
+    with pytest.raises(flora.LoraError) as caught:
+        read(path)
+    assert why in str(caught.value)
+    assert len(str(caught.value)) < 2_100
+
+
+@pytest.mark.parametrize("claimed", [10**8, 30_000_000, 2**63, 9])
+def test_headers_of_any_length_are_refused_at_once(tmp_path, claimed):
+    """No memory is taken for what the file claims or, unread, holds."""
+    path = tmp_path / "x"
+    with path.open("wb") as file:
+        file.write(claimed.to_bytes(8, "little") + b"{")
+        file.truncate(16 if claimed in (9, 2**63) else 8 + claimed)
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF)
+    with pytest.raises(flora.LoraError, match=r"its header (would end|has \d)"):
+        read(path)
+    assert time.process_time() - began < 0.2
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_maxrss - before.ru_maxrss < 10_000  # KiB
+
+
+@pytest.mark.parametrize("piece", [b"[],", b'"a":{},', b"[[1]],"])
+def test_headers_full_of_brackets_are_not_parsed(tmp_path, piece):
+    path = written(tmp_path / "x", b'{"x":[' + piece * (20_000_000 // len(piece)))
+    began = time.process_time()
+    with pytest.raises(flora.LoraError, match="no JSON of tensors"):
+        read(path)
+    assert time.process_time() - began < 1
+
+
+def test_a_header_of_many_tensors_is_read(tmp_path):
+    header = {f"layers.{i}.up.weight": entry([1], i, i + 1) for i in range(50_000)}
+    file = read(written(tmp_path / "x", header, bytes(50_000)))
+    assert len(file.infos) == 50_000

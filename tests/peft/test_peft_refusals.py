@@ -60,7 +60,7 @@ CASES = {
     "regex too little": (
         {}, {"target_modules": r".*\.0\.up"}, ["layers.1.up' is adapted"]),
     "rank_pattern text": ({}, {"rank_pattern": {"up": "2"}}, ["rank_pattern is"]),
-    "bad regex": ({}, {"alpha_pattern": {"up(": 2}}, ["alpha_pattern is"]),
+    "bad regex": ({}, {"alpha_pattern": {"up(": 2}}, ["alpha_pattern has"]),
     "unknown start": ({}, {"init_lora_weights": "magic"}, ["'magic'", "expected true"]),
     "random start": (
         {}, {"init_lora_weights": "pissa_niter_4"},

@@ -35,6 +35,22 @@ def test_twenty_problems_are_shown(count, more):
     assert lines[21:] == ([f"  - and {more} more"] if more else [])
 
 
+def test_messages_are_bounded_and_show_no_control_characters():
+    assert message(["a" * 10**6 + " end"]).startswith("a" * 100)
+    assert message(["a" * 10**6 + " end"]).endswith(
+        "999,850 more … " + "a" * 25 + " end"
+    )
+    for many in (["word " * 10**5 + "end"], [f"{i} " * 400 for i in range(99)]):
+        text = message(many)
+        assert 1_900 < len(text) <= 4_000
+        assert text.endswith((" end", f"and {99 - text.count('  - ') + 1} more"))
+    assert message(["\x1b[2J \ud800 \u202e \u2028 é\n\x00"]) == (
+        r"\x1b[2J \ud800 \u202e \u2028 é" + "\n" + r"\x00"
+    )
+    assert str(LoraError("x\r")) == r"x\r"
+    assert len(str(LoraError("x " * 9_999))) <= 4_000
+
+
 def test_errors_can_be_caught_as_what_python_would_raise():
     with pytest.raises(TypeError, match="wrong kind"):
         fail(["wrong kind"], LoraTypeError)

@@ -127,6 +127,20 @@ def is_bound(name, node, function):
     )
 
 
+def places(tree):
+    """`{line: place}`: the function and the line in it, which outlive other edits."""
+    found = {}
+    for parent in ast.walk(tree):
+        for node in (
+            parent.body if isinstance(parent, ast.Module | ast.ClassDef) else ()
+        ):
+            if isinstance(node, ast.FunctionDef):
+                name = f"{getattr(parent, 'name', '')}.{node.name}"
+                for line in range(node.lineno, node.end_lineno + 1):
+                    found[line] = f"{name}:{line - node.lineno}"
+    return found
+
+
 class Mutant:
     """One change to one module."""
 
@@ -278,6 +292,7 @@ def profile(session):
     """Which lines of the engine each test reaches, and how long it takes."""
     monitoring, tests, reached = sys.monitoring, {}, set()
     modules = {str(ROOT / module): module for module in MODULES}
+    at = {m: places(ast.parse((ROOT / m).read_text())) for m in MODULES}
 
     def reach(code, line):
         if code.co_filename in modules:
@@ -297,7 +312,8 @@ def profile(session):
             continue
         lines = {}
         for module, line in sorted(reached):
-            lines.setdefault(module, []).append(line)
+            if line in at[module]:
+                lines.setdefault(module, []).append(at[module][line])
         tests[name] = {"seconds": time.process_time() - start, "lines": lines}
         if i % 20 == 0:
             print(i, len(session.items), flush=True)
@@ -314,11 +330,18 @@ def profiles():
 
 def chosen(mutant, reached, kills, limit):
     """The tests that reach a mutant, those likely to notice first."""
-    for line in mutant.lines:
-        at = (mutant.module, line)
+    for place in mutant.places:
+        at = (mutant.module, place)
         if found := [name for name, test in reached.items() if at in test["lines"]]:
             break
-    found.sort(key=lambda t: (reached[t]["seconds"] + 0.1) / (1 + kills[t]))
+    own = f"test_{pathlib.Path(mutant.module).name}"
+    refused = [t for t in found if "require" in mutant.key and "refus" in t]
+
+    def cost(t):
+        likely = (1 + kills[t]) * (4 if own in t else 1) * (20 if t in refused else 1)
+        return (reached[t]["seconds"] + 0.1) / likely
+
+    found.sort(key=cost)
     total, tests = 0, []
     for name in found:
         total += reached[name]["seconds"]
@@ -406,12 +429,14 @@ def run(modules, limit, jobs, only):
     todo = []
     for module in modules:
         tree, found = mutants(module)
+        at = places(tree)
         for mutant in found:
             before = results.get(mutant.key, {})
             done = before.get("status") == "noticed" or before.get("limit", 0) >= limit
             done = done and before.get("status") != "untried"
             done = done and before.get("source") == mutant.source
             if only in mutant.key and (only or not done) and mutant.key not in reasons:
+                mutant.places = [at.get(line, "") for line in mutant.lines]
                 todo.append((mutant, tree))
     todo.sort(key=lambda pair: pair[0].order)  # guards, then all others at random
     print(len(todo), "to try")

@@ -68,6 +68,14 @@ def outer(w, x):
 
 outer.defvjp(lambda w, x: (x, w), lambda w, g: (w, g))
 
+@jax.custom_jvp
+def product(w, x):
+    return x @ w
+
+
+product.defjvp(lambda primals, tangents: jax.jvp(
+    lambda w, x: x @ w, primals, tangents))  # fmt: skip
+
 # what is said, weights, and what is done with them and x, [3, 4]
 REFUSED = [
     # structure
@@ -116,6 +124,9 @@ REFUSED = [
     ("a lookup along out axes",
         {"w": weight(MATRIX, 4, 5, variant=Between())}, lambda p, x: p["w"][:, 1:3][
             :, jnp.array([0, 1])]),
+    ("a lookup along out axes",
+        {"w": weight(MATRIX, 4, 5, variant=Between())}, lambda p, x: jax.vmap(
+            lambda i: lax.dynamic_slice(p["w"], (i, 0), (1, 2)))(jnp.array([2, 0]))),
     ("a lookup that repeats the weight",
         {"w": weight(MATRIX, 4, 5)}, lambda p, x: windows(p["w"], (3,), (1, 5))),
     ("an index that repeats the weight",
@@ -196,6 +207,13 @@ REFUSED = [
         lambda p, x: lax.fori_loop(0, 2, lambda i, c: p["w"], x)),
     ("a placement of a change to a weight",
         {"w": weight(MATRIX, 4, 5)}, lambda p, x: placed(p["w"], x)),
+    ("a function with a derivative of its own, of a weight whose outputs are scaled",
+        {"w": weight(MATRIX, 4, 5, variant=DORA)}, lambda p, x: product(p["w"], x)),
+    ("a function with a derivative of its own, of a weight whose variant acts",
+        {"w": weight(MATRIX, 4, 5, variant=Between())},
+        lambda p, x: product(p["w"], x)),
+    ("dropout in a function with a derivative of its own",
+        {"w": weight(MATRIX, 4, 5, dropout=0.5)}, lambda p, x: product(p["w"], x)),
     ("a weight as a gradient",
         {"w": weight(MATRIX, 3, 4)}, lambda p, x: outer(p["w"], x)),
 ]  # fmt: skip

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import flora
-from flora._algebra.forms import stochastically_rounded
+from flora._algebra.axes import Named
+from flora._algebra.forms import Spec, alike, stochastically_rounded
 from flora._trace.compat import P
 from flora._tree.config import COPIES, FORMS
 from tests.support.contract import (
@@ -213,3 +214,20 @@ def test_transposed_weights_and_loops(x64, form):
     close_to_merged(fn, adapted, ids)
     if form not in COPIES:
         assert dense_arrays_of_step(fn, adapted, ids) == []
+
+
+def test_what_makes_products_of_one_x_alike():
+    p = Named(jnp.ones((5, 2)), ("x1", "rank"))
+    one = Spec("direct", "concat", ("x0", "1"), jnp.float32), p
+    assert alike(one, (Spec("concat", "direct", ("x0", "2"), jnp.float32), p))
+    others = [
+        (Spec("direct", "concat", ("x0", "1"), jnp.bfloat16), p),
+        (Spec("direct", "concat", ("x0", "1"), jnp.float32, "highest"), p),
+        (one[0], p.renamed({"x1": "x2"})),
+    ]
+    for other in others:
+        assert not alike(one, other)
+    for form in ("merged", "dithered"):
+        for pair in ((form, "direct"), ("direct", form)):
+            copied = Spec(*pair, ("x0", "1"), jnp.float32), p
+            assert not alike(copied, copied)

@@ -68,6 +68,7 @@ def outer(w, x):
 
 outer.defvjp(lambda w, x: (x, w), lambda w, g: (w, g))
 
+
 @jax.custom_jvp
 def product(w, x):
     return x @ w

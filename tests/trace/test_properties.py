@@ -35,6 +35,13 @@ BLOCKS = {
     "normed": lambda p, x: jnp.sin(
         x @ (p["u"] / jnp.linalg.norm(p["u"], axis=0)))[:, :4],
     "one of a stack": lambda p, x: x @ p["s"][1] @ p["t"][lax.rem(5, 3)],
+    "joined layers": lambda p, x: lax.scan(
+        lambda x, w: (jnp.sin(x @ w[0] @ w[1]), None), x, tuple(
+            jnp.concatenate([p[k][::2], -p[k][:1]]) for k in "st"))[0],
+    "stacked": lambda p, x: jnp.einsum(
+        "bd,gdf->bgf", x, jnp.stack([p["u"], p["v"].T])).sum(1) @ p["v"],
+    "sums": lambda p, x: x @ p["u"] @ p["v"] * p["u"].sum(1) + p["s"].sum((1, 2))[
+        1] * (x @ p["s"][0])[:, :4],
 }  # fmt: skip
 SHAPES = {"u": (4, 5), "v": (5, 4), "q": (4, 2, 3), "o": (2, 3, 4), "e": (7, 4),
           "c": (3, 1, 2), "s": (3, 4, 5), "t": (3, 5, 4)}  # fmt: skip

@@ -104,9 +104,8 @@ def _change(operation: Operation, w: Factored, indices: Any) -> Any:
     a, present = on_hidden(w, a), {*a.names, *b.names}
     if {*places.indices} - present:
         raise Unfactorable("a lookup that repeats the weight")
-    if jnp.issubdtype(aval.dtype, jnp.inexact):
-        b = Named(widened(b.array) * w.settings.scale, b.names)
-        a, b = a.astype(aval.dtype), b.astype(aval.dtype)
+    b = Named(widened(b.array) * w.settings.scale, b.names)
+    a, b = a.astype(aval.dtype), b.astype(aval.dtype)
     y = contract(a, b, [n for n in _result(at, places) if n in present])
     return y.array.reshape(aval.shape)
 

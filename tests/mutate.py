@@ -237,6 +237,8 @@ class Session:
         signal.signal(signal.SIGALRM, out_of_time)
         retraced()
         for name in names:
+            if name not in self.items:
+                continue
             item, self.failed = self.items[name], ""
             item._initrequest()
             signal.alarm(seconds)
@@ -282,7 +284,7 @@ def run_pytest(tests, work):
     sys.dont_write_bytecode = True
     import pytest
 
-    quiet = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:terminal"]
+    quiet = ["-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:terminal"]
     usual = ("addopts=--import-mode=importlib -m 'not slow and not third_party and not "
              "tpu_compiler and not peft'")  # fmt: skip
     return pytest.main([*quiet, "-o", usual, *tests], plugins=[Session(work)])

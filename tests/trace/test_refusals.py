@@ -220,7 +220,9 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("reason", "tree", "fn"), REFUSED)
+@pytest.mark.parametrize(
+    ("reason", "tree", "fn"), REFUSED, ids=[reason for reason, *_ in REFUSED]
+)
 def test_what_has_no_factored_form_is_refused(reason, tree, fn):
     x = array(3, 4, dtype=F32)
 

@@ -193,6 +193,7 @@ def test_rounding_at_random_is_exact_on_the_grid_and_unbiased_off_it():
     chex.assert_trees_all_equal(stochastically_rounded(wide, jnp.bfloat16), on_grid)
     rounded = stochastically_rounded(odd, jnp.bfloat16)[:5]
     np.testing.assert_array_equal(np.asarray(rounded, np.float32), odd[:5])
+    assert stochastically_rounded(wide, jnp.float16).dtype == jnp.float16
     x = jnp.full((512, 512), 1 + 0.3 * 2.0**-7, jnp.float32)
     got = np.asarray(stochastically_rounded(x, jnp.bfloat16), np.float64)
     assert set(np.unique(got)) == {1, 1 + 2.0**-7}

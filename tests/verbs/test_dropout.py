@@ -209,6 +209,8 @@ def test_integer_activations_are_dropped_too():
 
 STACKS = {
     "indexed": lambda p, x: jnp.einsum("ni,nio->no", x, p["w"][jnp.array([2, 0, 2])]),
+    "looked up": lambda p, x: jnp.einsum("ni,nio->no", x, jnp.take(
+        p["w"], jnp.array([2, 0, 2]), axis=0, mode="fill")),
     "indexed, joined": lambda p, x: jnp.einsum(
         "ni,nio->no", x, jnp.concatenate([p["w"], p["w"]])[jnp.array([5, 0, 1])]),
     "joined": lambda p, x: jnp.einsum(

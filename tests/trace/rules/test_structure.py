@@ -35,10 +35,12 @@ VIEWS = {
     "scaled by a traced scalar": lambda w: w * jnp.sqrt(jnp.float64(2)),
     "scaled by columns": lambda w: w * jnp.arange(1.0, 11.0),
     "scaled by rows": lambda w: w / jnp.arange(1.0, 7.0)[:, None],
+    "scaled by halves": lambda w: (
+        w.reshape(6, 2, 5) * jnp.arange(1.0, 3.0)[:, None]).reshape(6, 10),
     "device_put": lambda w: jax.device_put(w, jax.devices("cpu")[0]),
     "device_put of several": lambda w: jax.device_put((w, jnp.ones(3)))[0],
     "chunk of out": lambda w: w.reshape(6, 2, 5)[:, 1],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VIEWS)

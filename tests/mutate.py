@@ -230,20 +230,20 @@ class Session:
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
-            self.failed = report.nodeid
+            self.failed, self.why = report.nodeid, report.longreprtext
 
     def notices(self, names, seconds):
         """The first test that fails, or ''."""
-        signal.signal(signal.SIGALRM, out_of_time)
+        signal.signal(signal.SIGPROF, out_of_time)
         retraced()
         for name in names:
             if name not in self.items:
                 continue
             item, self.failed = self.items[name], ""
             item._initrequest()
-            signal.alarm(seconds)
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # of this process alone
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             if self.failed:
                 return name
         return ""
@@ -415,7 +415,7 @@ def work(todo, reached, limit):
             if len(since) == 40 or (mutant, tree) == todo[-1]:
                 killers = sorted({found for _, found in since})
                 if wrong := session.notices(killers, 60):
-                    print("\nfails without a change:", wrong)
+                    print("\nfails without a change:", wrong, session.why)
                     for one, _ in since:
                         write(one, status="untried")
                     os._exit(3)

@@ -232,3 +232,28 @@ def test_what_makes_products_of_one_x_alike():
         for pair in ((form, "direct"), ("direct", form)):
             copied = Spec(*pair, ("x0", "1"), jnp.float32), p
             assert not alike(copied, copied)
+
+
+def test_fences_stand_where_the_forms_say():
+    """What each form writes first, and what no pass may share with the other."""
+
+    def fences(fn, *args):
+        found = equations(jax.make_jaxpr(fn)(*args))
+        return sum(e.primitive is P.optimization_barrier for e in found)
+
+    def fn(params, x):
+        return x @ params["w"]
+
+    x, params = jnp.ones((3, 5)), {"w": jnp.ones((5, 4))}
+    base, adapter = flora.split(adapt(fn, params, x))
+    # x, then what the form writes first; dy, the same for dx, and in copies W.
+    wanted = {"thin_first": (2, 2), "thin_last": (2, 2), "concat": (1, 2),
+              "merged": (2, 3), "dithered": (2, 3)}  # fmt: skip
+    for form, (forward, backward) in wanted.items():
+
+        def loss(adapter, x, form=form):
+            return flora.lora(fn, form=form)(flora.join(base, adapter), x).sum()
+
+        assert fences(loss, adapter, x) == forward
+        both = fences(jax.grad(loss, (0, 1)), adapter, x)
+        assert both == forward + backward

@@ -61,17 +61,13 @@ def stop_gradient(ctx: Context, eqn: Eqn, w: Factored) -> list[Factored]:
 
 
 def optimization_barrier(ctx: Context, eqn: Eqn, *values: Any) -> list[Any]:
-    """Factors apart: beside them a frozen base would be differentiated too."""
+    """Each factor apart: beside it all that it passes with would be differentiated."""
     bases = [x.base if isinstance(x, Factored) else x for x in values]
-    factors = [x.factors if isinstance(x, Factored) else {} for x in values]
-    fenced = zip(
-        lax.optimization_barrier(bases), lax.optimization_barrier(factors), strict=True
-    )
     return [
-        dataclasses.replace(x, base=base, factors=own)
+        x.on_factors(lax.optimization_barrier, base=base)
         if isinstance(x, Factored)
         else base
-        for x, (base, own) in zip(values, fenced, strict=True)
+        for x, base in zip(values, lax.optimization_barrier(bases), strict=True)
     ]
 
 

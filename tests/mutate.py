@@ -253,6 +253,9 @@ def out_of_time(*_):
     raise TimeoutError
 
 
+ORIGINALS = []
+
+
 def retraced():
     """JAX forgets what it has traced of the functions that are jitted at import."""
     import jax
@@ -264,9 +267,11 @@ def retraced():
     def fresh(fn):
         return types.FunctionType(fn.__code__, fn.__globals__, fn.__name__)
 
-    once = fresh(product._once.__wrapped__)
+    if not ORIGINALS:
+        ORIGINALS[:] = product._once.__wrapped__, forms.products.__wrapped__
+    once, products = map(fresh, ORIGINALS)
     product._once = jax.jit(once, static_argnums=0, inline=INLINE)
-    products = jax.custom_vjp(fresh(forms.products.__wrapped__), nondiff_argnums=(0,))
+    products = jax.custom_vjp(products, nondiff_argnums=(0,))
     products.defvjp(forms._forward, forms._backward)
     dot._products = jax.jit(products, static_argnums=0, inline=INLINE)
 

@@ -10,7 +10,7 @@ import pytest
 
 import flora
 from flora._algebra.axes import Named
-from flora._algebra.forms import Spec, alike, stochastically_rounded
+from flora._algebra.forms import Spec, alike, products, stochastically_rounded
 from flora._trace.compat import P
 from flora._tree.config import COPIES, FORMS
 from tests.support.contract import (
@@ -257,3 +257,31 @@ def test_fences_stand_where_the_forms_say():
         assert fences(loss, adapter, x) == forward
         both = fences(jax.grad(loss, (0, 1)), adapter, x)
         assert both == forward + backward
+
+
+@pytest.mark.parametrize("backward", EXACT[1:])
+@pytest.mark.parametrize("forward", EXACT[1:])
+def test_both_passes_of_products_of_one_x(x64, forward, backward):
+    """Each pass in a form of its own, as `cheapest` chooses on TPUs."""
+    x = Named(array(3, 5), ("t", "i"))
+    ws, ps, qs = (
+        tuple(Named(array(*s, seed=seed + k), names) for k, s in enumerate(shapes))
+        for seed, names, shapes in (
+            (1, ("i", "o"), [(5, 4), (5, 4)]),
+            (3, ("i", "rank"), [(5, 2), (5, 3)]),
+            (5, ("rank", "o"), [(2, 4), (3, 4)]),
+        )
+    )
+    each = (Spec(forward, backward, ("t", "o"), x.array.dtype),) * 2
+
+    def run(x, ps, qs):
+        return scalar(products(each, x, ws, ps, qs))
+
+    def direct(x, ps, qs):
+        trios = zip(ws, ps, qs, strict=True)
+        return scalar([x.array @ (w.array + p.array @ q.array) for w, p, q in trios])
+
+    def slopes(x, ps, qs):
+        return [jax.grad(f, (0, 1, 2))(x, ps, qs) for f in (run, direct)]
+
+    close(*jax.jit(slopes)(x, ps, qs))

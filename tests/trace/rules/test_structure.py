@@ -35,7 +35,6 @@ VIEWS = {
     "scaled by a traced scalar": lambda w: w * jnp.sqrt(jnp.float64(2)),
     "scaled by columns": lambda w: w * jnp.arange(1.0, 11.0),
     "scaled by rows": lambda w: w / jnp.arange(1.0, 7.0)[:, None],
-    "scaled by a mask": lambda w: w * np.tile(np.arange(6)[:, None] % 2, 10),
     "scaled by halves": lambda w: (
         w.reshape(6, 2, 5) * jnp.arange(1.0, 3.0)[:, None]).reshape(6, 10),
     "device_put": lambda w: jax.device_put(w, jax.devices("cpu")[0]),

@@ -104,7 +104,7 @@ def _thin_last(s: Sum) -> Any:
 
 def _concat(s: Sum) -> Any:
     """[x | z] [W ; Q]: one product of longer operands."""
-    summed = [n for n in s.x.names if n in s.w.names and n not in s.spec.y]
+    summed = [n for n in s.x.names if n not in s.spec.y]
     if len(summed) != 1:
         return _thin_last(s)
     (axis,) = summed

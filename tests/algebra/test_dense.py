@@ -11,7 +11,9 @@ import flora
 from flora._algebra.dense import delta, in_place, materialize
 from flora._tree.errors import Unfactorable
 from flora._tree.weight import Product
+from flora.quantize import Quantized
 from tests.support.contract import array, close
+from tests.support.quantized import Scaled, dense_of
 
 LAYOUTS = {
     "dense": ((5, 4), flora.Layout()),
@@ -78,6 +80,16 @@ def test_scaled_columns(x64, name):
     whole = (np.asarray(w.base) + change(w)) * c
     close(materialize(w), jnp.asarray(whole))
     close(delta(w), jnp.asarray(whole - np.asarray(w.base)))
+
+
+def test_scaled_columns_of_a_quantized_weight():
+    quantized = Quantized(
+        Scaled(jnp.ones((5, 4), jnp.int8), jnp.full((1, 4), 2.0)), dense_of
+    )
+    w = weight("dense", jnp.float32, variant=Made(scaled=True))
+    w = dataclasses.replace(w, base=quantized, extra={"c": 2 * jnp.ones(4)})
+    close(materialize(w), jnp.float32(2 * (2 + change(w))))
+    close(delta(w), jnp.float32(2 * (2 + change(w)) - 2))
 
 
 @pytest.mark.parametrize("factors", [jnp.bfloat16, jnp.float32])

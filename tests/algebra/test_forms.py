@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import flora
-from flora._algebra.forms import stochastically_rounded
+from flora._algebra.axes import Named
+from flora._algebra.forms import Spec, alike, products, stochastically_rounded
 from flora._trace.compat import P
 from flora._tree.config import COPIES, FORMS
 from tests.support.contract import (
@@ -192,6 +193,7 @@ def test_rounding_at_random_is_exact_on_the_grid_and_unbiased_off_it():
     chex.assert_trees_all_equal(stochastically_rounded(wide, jnp.bfloat16), on_grid)
     rounded = stochastically_rounded(odd, jnp.bfloat16)[:5]
     np.testing.assert_array_equal(np.asarray(rounded, np.float32), odd[:5])
+    assert stochastically_rounded(wide, jnp.float16).dtype == jnp.float16
     x = jnp.full((512, 512), 1 + 0.3 * 2.0**-7, jnp.float32)
     got = np.asarray(stochastically_rounded(x, jnp.bfloat16), np.float64)
     assert set(np.unique(got)) == {1, 1 + 2.0**-7}
@@ -213,3 +215,73 @@ def test_transposed_weights_and_loops(x64, form):
     close_to_merged(fn, adapted, ids)
     if form not in COPIES:
         assert dense_arrays_of_step(fn, adapted, ids) == []
+
+
+def test_what_makes_products_of_one_x_alike():
+    p = Named(jnp.ones((5, 2)), ("x1", "rank"))
+    one = Spec("direct", "concat", ("x0", "1"), jnp.float32), p
+    assert alike(one, (Spec("concat", "direct", ("x0", "2"), jnp.float32), p))
+    others = [
+        (Spec("direct", "concat", ("x0", "1"), jnp.bfloat16), p),
+        (Spec("direct", "concat", ("x0", "1"), jnp.float32, "highest"), p),
+        (one[0], p.renamed({"x1": "x2"})),
+    ]
+    for other in others:
+        assert not alike(one, other)
+    for form in ("merged", "dithered"):
+        for pair in ((form, "direct"), ("direct", form)):
+            copied = Spec(*pair, ("x0", "1"), jnp.float32), p
+            assert not alike(copied, copied)
+
+
+def test_fences_stand_where_the_forms_say():
+    """What each form writes first, and what no pass may share with the other."""
+
+    def fences(fn, *args):
+        found = equations(jax.make_jaxpr(fn)(*args))
+        return sum(e.primitive is P.optimization_barrier for e in found)
+
+    def fn(params, x):
+        return x @ params["w"]
+
+    x, params = jnp.ones((3, 5)), {"w": jnp.ones((5, 4))}
+    base, adapter = flora.split(adapt(fn, params, x))
+    # x, then what the form writes first; dy, the same for dx, and in copies W.
+    wanted = {"thin_first": (2, 2), "thin_last": (2, 2), "concat": (1, 2),
+              "merged": (2, 3), "dithered": (2, 3)}  # fmt: skip
+    for form, (forward, backward) in wanted.items():
+
+        def loss(adapter, x, form=form):
+            return flora.lora(fn, form=form)(flora.join(base, adapter), x).sum()
+
+        assert fences(loss, adapter, x) == forward
+        both = fences(jax.grad(loss, (0, 1)), adapter, x)
+        assert both == forward + backward
+
+
+@pytest.mark.parametrize("backward", EXACT[1:])
+@pytest.mark.parametrize("forward", EXACT[1:])
+def test_both_passes_of_products_of_one_x(x64, forward, backward):
+    """Each pass in a form of its own, as `cheapest` chooses on TPUs."""
+    x = Named(array(3, 5), ("t", "i"))
+    ws, ps, qs = (
+        tuple(Named(array(*s, seed=seed + k), names) for k, s in enumerate(shapes))
+        for seed, names, shapes in (
+            (1, ("i", "o"), [(5, 4), (5, 4)]),
+            (3, ("i", "rank"), [(5, 2), (5, 3)]),
+            (5, ("rank", "o"), [(2, 4), (3, 4)]),
+        )
+    )
+    each = (Spec(forward, backward, ("t", "o"), x.array.dtype),) * 2
+
+    def run(x, ps, qs):
+        return scalar(products(each, x, ws, ps, qs))
+
+    def direct(x, ps, qs):
+        trios = zip(ws, ps, qs, strict=True)
+        return scalar([x.array @ (w.array + p.array @ q.array) for w, p, q in trios])
+
+    def slopes(x, ps, qs):
+        return [jax.grad(f, (0, 1, 2))(x, ps, qs) for f in (run, direct)]
+
+    close(*jax.jit(slopes)(x, ps, qs))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import flora
 from flora._tree.quantized import dequantized
@@ -42,6 +43,7 @@ def scanned(p, x):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["s"])[0]
 
 
+MESH = Mesh(np.array(jax.devices("cpu")[:1]), ("x",))
 FUNCTIONS = {
     "product": lambda p, x: x @ p["w"],
     "reshaped first": lambda p, x: x[:, :5] @ p["w"].T.reshape(5, 7)[:, ::-1] * 2,
@@ -55,6 +57,8 @@ FUNCTIONS = {
     "scan": scanned,
     "one of a stack": lambda p, x: x @ p["s"][1],
     "jit and remat": lambda p, x: jax.jit(jax.checkpoint(lambda w: x @ w))(p["w"]),
+    "jit with shardings": lambda p, x: jax.jit(
+        lambda w: x @ w, in_shardings=NamedSharding(MESH, PartitionSpec("x")))(p["w"]),
 }  # fmt: skip
 EVERY = {
     "w": quantized(7, 5),

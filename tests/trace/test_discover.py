@@ -87,6 +87,23 @@ def test_a_table_is_indexed_along_its_in_axis_and_a_tied_head_decides():
     assert {use.primitive for use in finding.uses} == {"gather", "dot_general"}
 
 
+INDEXED = {
+    "slice": lambda w, x: x @ lax.slice_in_dim(w, 1, 2).reshape(7, 5),
+    "squeeze": lambda w, x: x @ lax.squeeze(lax.slice_in_dim(w, 1, 2), (0,)),
+    "dynamic_slice": lambda w, x: x @ lax.dynamic_index_in_dim(w, x.size, 0, False),
+    "split": lambda w, x: x @ lax.split(w, [1, 3])[0].reshape(7, 5),
+    "gather": lambda w, x: x @ jnp.take(w, x.astype(int)[0, :2], 0, mode="clip"),
+    "scan": lambda w, x: lax.scan(lambda c, w: (c, x @ w), 0, w),
+}
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_an_index_suggests_a_stack_and_binds_nothing(name):
+    uses = of(INDEXED[name], (4, 7, 5), x(3, 7)).uses
+    said = {use.primitive: use.roles for use in uses if not use.binding}
+    assert said[name] == ((0, "stack"),)
+
+
 def test_rows_that_a_function_returns_are_a_use_too():
     finding = of(lambda w, i: lax.dynamic_index_in_dim(w, i, 0, False), (9, 7), 3)
     assert finding.layout == Layout()

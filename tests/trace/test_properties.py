@@ -1,6 +1,8 @@
 """Programs, lookups and dtypes that Hypothesis draws, against the merged oracle."""
 
 import dataclasses
+import functools
+import math
 
 import hypothesis.strategies as st
 import jax
@@ -33,6 +35,13 @@ BLOCKS = {
     "normed": lambda p, x: jnp.sin(
         x @ (p["u"] / jnp.linalg.norm(p["u"], axis=0)))[:, :4],
     "one of a stack": lambda p, x: x @ p["s"][1] @ p["t"][lax.rem(5, 3)],
+    "joined layers": lambda p, x: lax.scan(
+        lambda x, w: (jnp.sin(x @ w[0] @ w[1]), None), x, tuple(
+            jnp.concatenate([p[k][::2], -p[k][:1]]) for k in "st"))[0],
+    "stacked": lambda p, x: jnp.einsum(
+        "bd,gdf->bgf", x, jnp.stack([p["u"], p["v"].T])).sum(1) @ p["v"],
+    "sums": lambda p, x: x @ p["u"] @ p["v"] * p["u"].sum(1) + p["s"].sum((1, 2))[
+        1] * (x @ p["s"][0])[:, :4],
 }  # fmt: skip
 SHAPES = {"u": (4, 5), "v": (5, 4), "q": (4, 2, 3), "o": (2, 3, 4), "e": (7, 4),
           "c": (3, 1, 2), "s": (3, 4, 5), "t": (3, 5, 4)}  # fmt: skip
@@ -152,6 +161,91 @@ def test_any_program_in_forward_mode(program):
         contract.close(*both(adapter, direction, x), 1e-10)
         (at_start, _), (plain, _) = both(flora.split(start)[1], direction, x)
         contract.close(at_start, plain, contract.COMPILED)
+
+
+def wave(w, k):
+    """A factor that varies along axis k."""
+    shape = [n if i == k else 1 for i, n in enumerate(w.shape)]
+    return jnp.cos(jnp.arange(w.shape[k], dtype=w.dtype)).reshape(shape)
+
+
+def indexed(w, k, i):
+    return w[(*[slice(None)] * k, i)]
+
+
+# What becomes of a weight w along axis k, beside another v of which the same became.
+STEPS = {
+    "sum": lambda w, v, k: w.sum(k),
+    "centre": lambda w, v, k: w - w.mean(k, keepdims=True),
+    "join": lambda w, v, k: jnp.concatenate([w, 2 * v], k),
+    "join an array": lambda w, v, k: jnp.concatenate([jnp.ones(w.shape), w], k),
+    "stack": lambda w, v, k: jnp.stack([w, -v], k),
+    "add": lambda w, v, k: w - 2 * v,
+    "add a part": lambda w, v, k: w + lax.slice_in_dim(v, 0, 1, axis=k),
+    "repeat": lambda w, v, k: jnp.repeat(w, 2, k),
+    "broadcast": lambda w, v, k: jnp.stack([w, w], k),
+    "tile": lambda w, v, k: jnp.tile(w, [1 + (i == k) for i in range(w.ndim)]),
+    "pad": lambda w, v, k: jnp.pad(w, [(i == k, 0) for i in range(w.ndim)]),
+    "scale": lambda w, v, k: w * wave(w, k),
+    "one": lambda w, v, k: indexed(w, k, w.shape[k] // 2),
+    "some": lambda w, v, k: indexed(w, k, np.array([w.shape[k] - 1, 0])),
+    "table": lambda w, v, k: indexed(w, k, np.array([[w.shape[k] - 1], [0]])),
+    "cut": lambda w, v, k: lax.slice_in_dim(w, 0, w.shape[k], 2, k),
+    "reverse": lambda w, v, k: jnp.flip(w, k),
+    "move": lambda w, v, k: jnp.moveaxis(w, k, 0),
+    "flatten": lambda w, v, k: w.reshape(*w.shape[:k], -1),
+}
+LAYOUTS = [((0,), (1,), (2,)), ((1,), (2,), (0,)), ((), (0, 1), (2,)),
+           ((), (0,), (1, 2)), ((0, 2), (1,), (3,))]  # fmt: skip
+
+
+@st.composite
+def stacks(draw):
+    """A layout, steps, a role in a product for each axis, and a variant."""
+    layout = flora.Layout(*draw(st.sampled_from(LAYOUTS)))
+    shape, steps = (3, 4, 5, 2)[: len(layout.order)], []
+    for _ in range(draw(st.integers(1, 3))):
+        if 0 < len(shape) < 5:
+            name, k = draw(st.sampled_from(sorted(STEPS))), draw(st.integers(0, 4))
+            step = functools.partial(STEPS[name], k=k % len(shape))
+            like = jax.ShapeDtypeStruct(shape, jnp.float32)
+            shape = jax.eval_shape(step, like, like).shape
+            steps.append(step)
+    roles = [draw(st.sampled_from(["in", "out", "batch"])) for _ in shape]
+    return layout, steps, roles, draw(st.sampled_from([None, flora.variants.DoRA()]))
+
+
+@properties(60, case=stacks())
+def test_any_reduction_join_and_repeat_of_a_stack(case):
+    """Its numbers are right, or it is refused."""
+    layout, steps, roles, variant = case
+
+    def fn(p, x):
+        w, v = p["w"], p["v"]
+        for step in steps:
+            w, v = step(w, v), step(v, w)
+        labels = [*range(w.ndim)]
+        met = [i for i in labels if roles[i] != "out"]
+        out = [i for i in labels if roles[i] != "in"]
+        x = jnp.sin(x + jnp.arange(math.prod(w.shape[i] for i in met)))
+        x = x.reshape([2, *(w.shape[i] for i in met)])
+        return [jnp.einsum(x, [9, *met], u, labels, [9, *out]) for u in (w, v)]
+
+    with jax.enable_x64(True):
+        shape, x = (3, 4, 5, 2)[: len(layout.order)], array(2, 1)
+        params = {"w": array(*shape), "v": array(*shape, seed=1)}
+        try:
+            tree = contract.adapt(
+                fn, params, x, layouts=dict.fromkeys(params, layout), variant=variant,
+                dtype=jnp.float64,
+            )  # fmt: skip
+            tree = contract.randomized(tree)
+            got, want = jax.jit(
+                lambda t: (flora.lora(fn)(t, x), fn(flora.merge(t), x))
+            )(tree)
+        except flora.LoraError:
+            return
+        contract.close(got, want, 1e-11)
 
 
 @st.composite

@@ -56,6 +56,9 @@ FUNCTIONS = {
     "values of the stream itself": (
         lambda p, x: jax.nn.softmax(x @ p["q"] @ (x @ p["k"]).T) @ x @ p["up"], X,
         {"q", "k", "up"}, {"up"}),
+    "values of the stream, and the stream": (
+        lambda p, x: (lambda y: (jax.nn.softmax(y @ p["q"] @ (y @ p["k"]).T) @ y + y)
+        @ p["head"])(mlp(p, x)), X, {"q", "k", "down"}, {"head"}),
     "a gate is no attention": (
         lambda p, x: (jax.nn.sigmoid(x @ p["up"]) * (x @ p["up"])) @ p["down"], X,
         set(), {"down"}),

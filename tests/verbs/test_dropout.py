@@ -205,3 +205,36 @@ def test_integer_activations_are_dropped_too():
     kept = y * (1 - RATE)  # a whole number of inputs
     np.testing.assert_allclose(kept, np.round(kept), atol=1e-4)
     assert 10 < kept.min() < kept.max() < 40
+
+
+STACKS = {
+    "indexed": lambda p, x: jnp.einsum("ni,nio->no", x, p["w"][jnp.array([2, 0, 2])]),
+    "looked up": lambda p, x: jnp.einsum("ni,nio->no", x, jnp.take(
+        p["w"], jnp.array([2, 0, 2]), axis=0, mode="fill")),
+    "indexed, joined": lambda p, x: jnp.einsum(
+        "ni,nio->no", x, jnp.concatenate([p["w"], p["w"]])[jnp.array([5, 0, 1])]),
+    "joined": lambda p, x: jnp.einsum(
+        "ni,eio->eno", x, jnp.concatenate([p["w"], p["w"][:1]])),
+    "joined, by a loop": lambda p, x: lax.scan(
+        lambda _, w: (0, x @ w), 0, jnp.concatenate([p["w"], p["w"]]))[1],
+    "of two": lambda p, x: jnp.einsum("ni,eio->eno", x, jnp.stack([p["u"], p["v"]])),
+    "of two, by a loop": lambda p, x: lax.scan(
+        lambda _, w: (0, x @ w), 0, jnp.stack([p["u"], p["v"]]))[1],
+    "turned": lambda p, x: jnp.einsum(
+        "ni,ioe->eno", x, jnp.concatenate([p["w"], p["w"]]).transpose(1, 2, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_inputs_of_stacks_are_dropped_one_by_one(name):
+    def weight(*stack):
+        eye = jnp.broadcast_to(jnp.eye(4), (*stack, 4, 4))
+        keys = jax.random.split(jax.random.key(len(stack)), stack)
+        layout = flora.Layout((0,), (1,), (2,)) if stack else flora.Layout()
+        return flora.LoraWeight(
+            0 * eye, eye, eye, keys, layout=layout, rank=4, alpha=4.0, dropout=0.5
+        )
+
+    tree = {"w": weight(3), "u": weight(), "v": weight()}
+    y = flora.lora(STACKS[name])(tree, jnp.ones((3, 4)))
+    assert {*y.ravel().tolist()} == {0.0, 2.0}

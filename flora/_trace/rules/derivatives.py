@@ -12,7 +12,6 @@ from flora._algebra.axes import (
     RANK,
     Factored,
     Named,
-    fused,
     require_linear,
     require_no_output_scale,
 )
@@ -154,7 +153,7 @@ def _cotangent(x: Any, g: Any) -> list[Any]:
         return [g]
 
     def inner(factors: Any) -> Any:
-        w = fused(dataclasses.replace(x, factors=factors))
+        w = dataclasses.replace(x, factors=factors)
         sizes = sizes_of(w)
         dw = g.astype(w.a.array.dtype).reshape([*sizes.values()])
         kept = [n for n in sizes if n in w.b.names] + [RANK]

@@ -58,7 +58,7 @@ def _product(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> Any:
     if w.factors and isinstance(x, Factored) and not x.factors:
         x = x.base  # a weight without factors is an array like any other
     if isinstance(x, Factored):
-        if w.output_scale is not None:
+        if w.output_scale is not None or x.output_scale is not None:
             what = "a product of two weights, of which one has scaled outputs"
             raise Unfactorable(what)
         terms = []

@@ -110,10 +110,9 @@ def _change(operation: Operation, w: Factored, indices: Any) -> Any:
     a, present = on_hidden(w, a), {*a.names, *b.names}
     if {*places.indices} - present:
         raise Unfactorable("a lookup that repeats the weight")
-    if jnp.issubdtype(aval.dtype, jnp.inexact):
-        b = Named(widened(b.array) * w.settings.scale, b.names)
-        dtype = sum_dtype(aval.dtype)
-        a, b = a.astype(dtype), b.astype(dtype)
+    b = Named(widened(b.array) * w.settings.scale, b.names)
+    dtype = sum_dtype(aval.dtype)
+    a, b = a.astype(dtype), b.astype(dtype)
     y = contract(a, b, [n for n in _result(at, places) if n in present])
     return y.array.reshape(aval.shape)
 

@@ -61,17 +61,13 @@ def stop_gradient(ctx: Context, eqn: Eqn, w: Factored) -> list[Factored]:
 
 
 def optimization_barrier(ctx: Context, eqn: Eqn, *values: Any) -> list[Any]:
-    """Factors apart: beside them a frozen base would be differentiated too."""
+    """Each factor apart: beside it all that it passes with would be differentiated."""
     bases = [x.base if isinstance(x, Factored) else x for x in values]
-    factors = [x.factors if isinstance(x, Factored) else {} for x in values]
-    fenced = zip(
-        lax.optimization_barrier(bases), lax.optimization_barrier(factors), strict=True
-    )
     return [
-        dataclasses.replace(x, base=base, factors=own)
+        x.on_factors(lax.optimization_barrier, base=base)
         if isinstance(x, Factored)
         else base
-        for x, (base, own) in zip(values, fenced, strict=True)
+        for x, base in zip(values, lax.optimization_barrier(bases), strict=True)
     ]
 
 
@@ -80,9 +76,7 @@ def transpose(ctx: Context, eqn: Eqn, w: Factored) -> list[Factored]:
     return [dataclasses.replace(w, base=_base(eqn, w), axes=axes)]
 
 
-def reshape(ctx: Context, eqn: Eqn, w: Factored, *dynamic: Any) -> list[Factored]:
-    if dynamic:
-        raise Unfactorable("a reshape of dynamic shape")
+def reshape(ctx: Context, eqn: Eqn, w: Factored) -> list[Factored]:
     order = eqn.params["dimensions"] or range(len(w.axes))
     turned = dataclasses.replace(w, axes=tuple(w.axes[i] for i in order))
     return [reshaped(turned, _base(eqn, w), eqn.params["new_sizes"])]
@@ -123,13 +117,9 @@ def reduce_sum(ctx: Context, eqn: Eqn, w: Factored) -> list[Factored]:
     return [w.on_factors(lambda f: f.summed(names), axes=axes, reduced=True)]
 
 
-def broadcast_in_dim(
-    ctx: Context, eqn: Eqn, w: Factored, *dynamic: Any
-) -> list[Factored]:
+def broadcast_in_dim(ctx: Context, eqn: Eqn, w: Factored) -> list[Factored]:
     """Axes of size 1 come in; a longer one repeats B, as an out axis would."""
     shape, at = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    if dynamic:
-        raise Unfactorable("a broadcast of dynamic shape")
     axes: list[tuple[Axis, ...]] = [()] * len(shape)
     for i, axis in zip(at, w.axes, strict=True):
         axes[i] = axis
@@ -211,8 +201,6 @@ def dynamic_slice(ctx: Context, eqn: Eqn, w: Any, *starts: Any) -> list[Factored
     if not isinstance(w, Factored):
         raise Unfactorable("a weight as an index")
     sizes = eqn.params["slice_sizes"]
-    if len(starts) != len(sizes):
-        raise Unfactorable("a slice of dynamic shape")
 
     def take(start: Any, size: int) -> Callable[[Any, int], Any]:
         return lambda x, at: lax.dynamic_slice_in_dim(x, start, size, axis=at)

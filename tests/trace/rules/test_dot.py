@@ -7,8 +7,11 @@ import pytest
 from jax import lax
 
 import flora
+from flora._algebra.choice import Sizes
+from flora._trace.rules import dot
 from tests.support import contract
 from tests.support.contract import array, properties
+from tests.support.named import factored
 from tests.support.variant_cases import Between
 
 
@@ -225,3 +228,69 @@ def test_a_function_between_needs_x_to_meet_one_factor(spec):
     )  # fmt: skip
     with pytest.raises(flora.LoraError, match="both in and out axes, or over neither"):
         flora.lora(fn)(tree, jnp.ones(shape))
+
+
+@jax.custom_jvp
+def own(w, x):
+    return x @ w
+
+
+own.defjvp(lambda primals, tangents: jax.jvp(
+    lambda w, x: x @ w, primals, tangents))  # fmt: skip
+
+ACROSS = flora.Layout((), (0,), (1, 2))
+# name -> the product, the shapes of w and x, and what is set
+FORMLESS = {
+    "dropout": (lambda p, x: x @ p["w"], (5, 4), (3, 5), {"dropout": 0.5}),
+    "scaled outputs": (
+        lambda p, x: x @ p["w"], (5, 4), (3, 5), {"variant": flora.variants.DoRA()}),
+    "a function between": (
+        lambda p, x: x @ p["w"], (5, 4), (3, 5), {"variant": Between()}),
+    "a change alone": (lambda p, x: own(p["w"], x), (5, 4), (3, 5), {}),
+    "complex": (lambda p, x: abs(x @ (p["w"] * (1 + 2j))), (5, 4), (3, 5), {}),
+    "narrow": (
+        lambda p, x: lax.dot(x.astype(jnp.float8_e4m3fn), p["w"].astype(
+            jnp.float8_e4m3fn), preferred_element_type=jnp.float32),
+        (5, 4), (3, 5), {}),
+    "part of the outputs": (
+        lambda p, x: jnp.einsum("bj,ijk->bik", x, p["w"]), (5, 4, 3), (2, 4),
+        {"layouts": {"w": ACROSS}}),
+    "all of the inputs and more": (
+        lambda p, x: jnp.einsum("bij,ijk->bk", x, p["w"]), (5, 4, 3), (2, 5, 4),
+        {"layouts": {"w": ACROSS}}),
+    "a stack that is summed": (
+        lambda p, x: jnp.einsum("bsi,sio->bo", x, p["w"]), (3, 5, 4), (2, 3, 5),
+        {"layouts": {"w": flora.Layout((0,), (1,), (2,))}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMLESS)
+def test_what_no_form_is_for_is_computed_directly(name):
+    fn, shape, of_x, settings = FORMLESS[name]
+    x = array(*of_x, dtype=jnp.float32)
+    w = array(*shape, seed=1, dtype=jnp.float32)
+    tree = contract.adapt(fn, {"w": w}, x, **settings)
+    base, adapter = flora.split(contract.randomized(tree))
+
+    @jax.jit
+    def slopes(adapter):
+        def loss(adapter, form):
+            tree = flora.join(base, adapter)
+            if "dropout" in settings:
+                tree = flora.with_dropout(tree, jax.random.key(0))
+            return contract.scalar(flora.lora(fn, form=form)(tree, x))
+
+        return [jax.grad(loss)(adapter, form) for form in ("direct", "concat")]
+
+    contract.close(*slopes(adapter))
+
+
+def test_what_a_product_counts():
+    fn = lambda x, w: jnp.einsum("sbti,sio->sbto", x, w)  # noqa: E731
+    x = jnp.ones((2, 3, 4, 5))
+    axes = [[("0", 2, "stack")], [("1", 5, "in")], [("2", 6, "out")]]
+    w = factored(axes, dtype=jnp.float32)
+    (eqn,) = jax.make_jaxpr(fn)(x, w.base).eqns[:1]
+    side = int(eqn.invars[1].aval.shape == w.shape)
+    met = dot._meeting(eqn, x, w, side)
+    assert dot._counts(met) == Sizes(tokens=12, in_=5, out=6, rank=2)

@@ -6,6 +6,7 @@ from jax import lax
 import flora
 from tests.support import contract
 from tests.support.contract import array
+from tests.support.variant_cases import Between
 
 IDS = [[3, 1, 4], [1, 5, 9]]
 
@@ -51,17 +52,33 @@ LOOKUPS = {
     "row and column": lambda p, ids: p["w"][ids, ids % 7],
     "one row": lambda p, ids: p["w"][ids[0, 0]],
     "transposed": lambda p, ids: p["w"].T[:, ids],
-}
+    "windows": lambda p, ids: jax.vmap(
+        lambda i: lax.dynamic_slice(p["w"], (i, 1), (2, 3)))(ids[0]),
+}  # fmt: skip
 
 
+@pytest.mark.parametrize("variant", [None, flora.variants.DoRA()])
 @pytest.mark.parametrize("name", LOOKUPS)
-def test_other_lookups(x64, name):
+def test_other_lookups(x64, name, variant):
     fn = LOOKUPS[name]
     rows = (1,) if name == "along axis 1" else (0,)
     layout = flora.Layout((), rows, (1 - rows[0],))
-    settings = {"layouts": {"w": layout}, "dtype": jnp.float64}
-    adapted = contract.adapt(fn, {"w": array(12, 7)}, jnp.array(IDS), **settings)
-    contract.close_to_merged(fn, contract.randomized(adapted), jnp.array(IDS))
+    settings = {"layouts": {"w": layout}, "dtype": jnp.float64, "variant": variant}
+    ids = jnp.array(IDS)
+    tree = contract.randomized(contract.adapt(fn, {"w": array(12, 7)}, ids, **settings))
+    if variant is None:
+        contract.close_to_merged(fn, tree, ids)
+    else:
+        contract.close(flora.lora(fn)(tree, ids), fn(flora.merge(tree), ids))
+
+
+def test_a_function_between_a_and_b_acts_on_the_rows_of_a(x64):
+    params, ids = {"embedding": array(11, 7)}, jnp.array(IDS)
+    settings = {"variant": Between(), "dtype": jnp.float64}
+    tree = contract.adapt(take(), params, ids, **settings)
+    w = (tree := contract.randomized(tree))["embedding"]
+    want = w.base[ids] + w.scale * jax.nn.softmax(w.a[ids]) @ w.b
+    contract.close(flora.lora(take())(tree, ids), 2 * want)
 
 
 def test_tied_embedding_keeps_the_layout_of_attend(x64):
@@ -210,3 +227,21 @@ def test_a_stack_indexed_along_two_axes_at_once_is_refused():
     x = array(3, 5, dtype=jnp.float32)
     with pytest.raises(flora.LoraError, match="indexed along several axes at once"):
         contract.adapt(fn, params, x, i, i)
+
+
+def test_rows_that_are_repeated_are_a_lookup():
+    def fn(p, x, i):
+        row = lax.dynamic_slice(p["w"], (i, 0), (1, 5))
+        return x @ jnp.broadcast_to(row, (3, 5)).T
+
+    every = {"w": jnp.ones((6, 5))}
+    report = flora.coverage(fn, every, jnp.ones((2, 5)), jnp.asarray(2))
+    assert report["w"].layout == flora.Layout((), (0,), (1,))
+
+
+def test_only_what_has_the_indexed_axis_is_gathered():
+    params, ids = {"embedding": jnp.ones((11, 7))}, jnp.array(IDS)
+    adapted = contract.adapt(take("clip"), params, ids)
+    jaxpr = jax.make_jaxpr(flora.lora(take("clip")))(adapted, ids)
+    found = [e for e in contract.equations(jaxpr) if e.primitive is contract.P.gather]
+    assert [e.invars[0].aval.shape for e in found] == [(11, 7), (11, 2)]

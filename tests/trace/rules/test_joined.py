@@ -105,6 +105,9 @@ CONCATENATIONS = {
         [p["u"], jnp.ones((6, 3)), p["v"]], 1),
     "stacked": lambda p, x: jnp.einsum(
         "ebi,eio->bo", jnp.stack([x, -x]), jnp.stack([p["u"], p["t"]])),
+    "stacked beside more that are not adapted": lambda p, x: jnp.einsum(
+        "ebi,eio->bo", jnp.stack([x, -x, 2 * x]),
+        jnp.concatenate([p["u"][None], jnp.ones((2, 6, 10))])),
     "views of one": lambda p, x: x @ jnp.concatenate([p["u"][:, 5:], p["u"][:, :5]], 1),
 }  # fmt: skip
 

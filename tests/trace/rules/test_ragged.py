@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
@@ -5,6 +6,7 @@ from jax import lax
 import flora
 from tests.support import contract
 from tests.support.contract import array
+from tests.support.variant_cases import Between
 
 SIZES = jnp.array([2, 0, 3, 1])
 
@@ -111,3 +113,31 @@ def test_dispatch_by_one_hot_einsums(x64):
     assert adapted["up"].layout == flora.Layout((0,), (1,), (2,))
     # Combined, experts are summed over: each has an A of its own, and all share B.
     assert adapted["down"].layout == flora.Layout((), (0, 1), (2,))
+
+
+def test_a_function_between_a_and_b_acts_on_each_token(x64):
+    def fn(p, x):
+        return lax.ragged_dot(x, p["w"], SIZES)
+
+    x = array(6, 7)
+    tree = contract.adapt(
+        fn, {"w": array(4, 7, 5)}, x, variant=Between(), dtype=jnp.float64
+    )
+    w = (tree := contract.randomized(tree))["w"]
+    z = jax.nn.softmax(lax.ragged_dot(x, w.a, SIZES))
+    want = fn({"w": w.base}, x) + w.scale * lax.ragged_dot(z, w.b, SIZES)
+    contract.close(flora.lora(fn)(tree, x), want)
+
+
+def test_scaled_outputs_are_those_of_each_token_s_expert(x64):
+    def fn(p, x):
+        return lax.ragged_dot(x, p["w"], SIZES)
+
+    for layout in (flora.Layout((0,), (1,), (2,)), flora.Layout((), (0, 1), (2,))):
+        tree = contract.adapt(
+            fn, {"w": array(4, 7, 5)}, array(6, 7), variant=flora.variants.DoRA(),
+            dtype=jnp.float64, layouts={"w": layout},
+        )  # fmt: skip
+        tree = contract.randomized(tree)
+        want = fn(flora.merge(tree), array(6, 7))
+        contract.close(flora.lora(fn)(tree, array(6, 7)), want)

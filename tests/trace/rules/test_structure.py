@@ -35,10 +35,12 @@ VIEWS = {
     "scaled by a traced scalar": lambda w: w * jnp.sqrt(jnp.float64(2)),
     "scaled by columns": lambda w: w * jnp.arange(1.0, 11.0),
     "scaled by rows": lambda w: w / jnp.arange(1.0, 7.0)[:, None],
+    "scaled by halves": lambda w: (
+        w.reshape(6, 2, 5) * jnp.arange(1.0, 3.0)[:, None]).reshape(6, 10),
     "device_put": lambda w: jax.device_put(w, jax.devices("cpu")[0]),
     "device_put of several": lambda w: jax.device_put((w, jnp.ones(3)))[0],
     "chunk of out": lambda w: w.reshape(6, 2, 5)[:, 1],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -51,6 +53,23 @@ def test_contract_of_views(x64, name):
     own = (P.mul, P.div, P.neg, P.reduce_precision, P.device_put)
     adapted = contract.check(fn, params, x, dtype=jnp.float64, views=own, **loose)
     assert adapted["w"].layout == flora.Layout((), (0,), (1,))
+
+
+def test_views_of_a_change_alone(x64):
+    """Inside a derivative of the user's own dW is one, with no W beside it."""
+    views = {k: f for k, f in VIEWS.items() if "device_put" not in k and k != "cast"}
+    views["split"] = lambda w: lax.split(w, [4, 6], 1)[1]
+    views["padded"] = lambda w: jnp.pad(w, ((0, 0), (1, 2)))
+    views["joined"] = lambda w: jnp.concatenate([w, -w], 1)
+
+    def every(w, x):
+        return {name: x @ view(w) for name, view in views.items()}
+
+    own = jax.custom_jvp(every)
+    own.defjvp(lambda primals, tangents: jax.jvp(every, primals, tangents))
+    params, x = {"w": array(6, 10)}, array(5, 6, seed=1)
+    tree = contract.adapt(lambda p, x: x @ p["w"], params, x, dtype=jnp.float64)
+    contract.close_to_merged(lambda p, x: own(p["w"], x), contract.randomized(tree), x)
 
 
 def test_stop_gradient_stops_the_factors_too(x64):

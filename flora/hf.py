@@ -34,7 +34,7 @@ from flora._tree.paths import Pattern, check_pattern, matches, named_leaves
 from flora._tree.weight import is_node
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_UNREADABLE = OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError
+_NO_JSON = OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError
 _SHARD = re.compile(r"model-([0-9a-f]{8}-)?\d{5}-of-\d{5}\.safetensors")
 
 
@@ -223,7 +223,7 @@ def _weights(folder: pathlib.Path) -> tuple[set[str], set[str]]:
     """The files of weights in the folder, and those among them that its index names."""
     names = {path.name for path in folder.iterdir() if not path.is_dir()}
     index: set[str] = set()
-    with contextlib.suppress(*_UNREADABLE):
+    with contextlib.suppress(*_NO_JSON):
         where = json.loads((folder / _INDEX).read_bytes())["weight_map"]
         index = {name for name in where.values() if name.endswith(".safetensors")}
     shards = {name for name in names if name == _ONE or _SHARD.fullmatch(name)}

@@ -111,7 +111,7 @@ def test_what_keeps_an_adapter_refuses_what_is_not_finite(tmp_path, name, value)
         keep(tmp_path, adapt(), allow_nonfinite="yes")
 
 
-@pytest.mark.parametrize("name", [*KEEPERS.keys() - {"restart"}])
+@pytest.mark.parametrize("name", sorted(KEEPERS.keys() - {"restart"}))
 def test_leaves_that_train_whole_are_looked_at_too(tmp_path, name):
     keep, _ = KEEPERS[name]
     adapted = adapt()

@@ -73,9 +73,10 @@ def load(
         adapted already, its nodes' layouts are used and its factors replaced.
       names: which module lies in which leaf, where HF's convention does not say:
         `{leaf pattern: module}`, where `{i}` in both stands for what varies, and in the
-        module alone for what is stacked in the leaf.  A module is a dotted path, a
-        `Module`, or a list of those that share the leaf's out features.  Or a callable
-        path -> module, or what `match_names` returned.
+        module alone for what is stacked in the leaf.  A pattern is the end of a path,
+        or a whole path after a '/'; the first that matches a leaf decides.  A module is
+        a dotted path, a `Module`, or a list of those that share the leaf's out
+        features.  Or a callable path -> module, or what `match_names` returned.
       fn: the function that the tree will run in; it is traced on `args` and `kwargs`
         to find each leaf's layout instead of inferring it from sizes and names.
       args: the other positional arguments of one call of `fn`.

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -131,7 +132,7 @@ def arms(
         alpha=2 * sizes.rank,
         dtype=dtype,
         target="*",
-        exclude=["*norm*", "router"],
+        exclude=re.compile(r".*norm.*|router"),
     )
     key = jax.random.key(0)
     adapted = flora.init(key, config, case.loss, case.params, case.x)

@@ -323,7 +323,8 @@ def _structure_problems(
             continue
         kind = saved.get(path, {}).get("kind")
         whole = kind in ("trained", "also")
-        if given.get(path) is None and (whole or path not in saved):
+        replaced = whole and path in given  # whatever is there, or None
+        if given.get(path) is None and (replaced or path not in saved):
             continue
         free = kind == "frozen" and given.get(path) is not None
         if free and not check_base:

@@ -31,19 +31,26 @@ def idle_keys(name: str, patterns: Mapping[Any, Any], named: Named) -> list[str]
 
     The first that selects a leaf decides; a later one can so be left without any.
     """
-    hits = {key: [p for p, x in named if matches(key, p, x)] for key in patterns}
-    problems, taken = [], {}
-    for key in patterns:
-        problems += idle_entries(name, key, named)
-        for entry in entries(key):
-            hit = [p for p, x in named if matches(entry, p, x)]
-            if hit and all(p in taken for p in hit):
-                by = {taken[p] for p in hit}
-                earlier = [other for other in patterns if other in by]
-                more = all({*hits[other]} - {*hit} for other in earlier)
-                problems.append(shadowed(name, entry, earlier, more=more))
-        if not isinstance(key, Indexed):  # the others' indices are left
-            taken = dict.fromkeys(hits[key], key) | taken
+    hits = [
+        (key, entry, [p for p, x in named if matches(entry, p, x)])
+        for key in patterns
+        for entry in entries(key)
+    ]
+    chosen: dict[Any, set[str]] = {}
+    for key, _, hit in hits:
+        chosen.setdefault(key, set()).update(hit)
+    problems, taken, paths = [], {}, [p for p, _ in named]
+    for key, entry, hit in hits:
+        if not hit:
+            hints = len(problems) < _HINTS
+            problems.append(nothing_selected(name, entry, paths, hints=hints))
+        elif all(taken.get(p, key) is not key for p in hit):
+            by = {taken[p] for p in hit}
+            earlier = [other for other in chosen if other in by]
+            more = all(chosen[other] - {*hit} for other in earlier)
+            problems.append(shadowed(name, entry, earlier, more=more))
+        if not isinstance(entry, Indexed):  # the others' indices are left
+            taken = dict.fromkeys(hit, key) | taken
     return problems
 
 

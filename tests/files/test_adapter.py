@@ -123,6 +123,14 @@ def test_other_leaves_that_changed_are_named_with_a_remedy_that_works(tmp_path):
         save(tmp_path / "x", adapted, also="kernel")
 
 
+def test_a_leaf_that_is_not_there_is_not_passed_over(tmp_path, path):
+    tree = params()
+    tree["first"]["bias"] = None  # it trains whole: whatever is there is replaced
+    assert isinstance(load(path, tree)["first"]["bias"], flora.Trained)
+    del tree["first"]["bias"]
+    refused(path, tree, "'first/bias'", "the given base has no such leaf")
+
+
 def test_batch_statistics_of_an_nnx_state_are_saved(tmp_path):
     class Net(nnx.Module):
         def __init__(self):

@@ -462,7 +462,7 @@ def test_batch_statistics_are_never_lost_silently(tmp_path):
 
 def test_statistics_of_a_module_that_trains_whole_are_saved(tmp_path):
     fn, tree, stats = normed()
-    config = flora.LoraConfig(rank=2, train="bn/[sb]*", exclude=())
+    config = flora.LoraConfig(rank=2, train="bn/[sb]*")
     adapted = flora.init(jax.random.key(0), config, fn, tree, jnp.ones((2, 4)))
     later = adapted | {"batch_stats": stats(1.0)}
     flora.peft.save(tmp_path / "x", later)

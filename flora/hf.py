@@ -44,7 +44,6 @@ from flora._tree.selection import alone as glob_of
 from flora._tree.weight import is_node
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_NO_JSON = OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError
 _SHARD = re.compile(r"model-([0-9a-f]{8}-)?\d{5}-of-\d{5}\.safetensors")
 
 

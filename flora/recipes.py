@@ -239,7 +239,7 @@ def restart(
     (`flora.monitor.merge_error` measures it).  Keep W in float32 to restart often.
 
     Args:
-      key: a typed PRNG key, consumed; another one each time.
+      key: a PRNG key, consumed; another one each time.
       tx: the optimizer that `state` belongs to.
       state: what `tx.init` and `tx.update` returned, of the adapted tree or of its
         adapter.

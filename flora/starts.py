@@ -84,7 +84,7 @@ def pissa(
         are.
       method: 'svd', which is exact, or 'randomized', whose time is linear in the rank.
       niter: how many power iterations the randomized method makes.
-      key: a typed PRNG key for the randomized method; it is consumed.
+      key: a PRNG key for the randomized method; it is consumed.
       donate: whether to delete each base as soon as its leaf is done, so that no more
         than one leaf is ever held twice.
 

@@ -83,7 +83,7 @@ def combine(
       rank: of the result.
       density: the share of elements that stay, in (0, 1], for the dense methods.
       sign: how to vote on signs: 'total' (by the sum) or 'frequency' (by the count).
-      key: a typed PRNG key for "dare_..."; it is consumed.  A leaf's draw depends only
+      key: a PRNG key for "dare_..."; it is consumed.  A leaf's draw depends only
         on the key and its path.
       base: the plain tree, for leaves that train whole: v = v₀ + Σ w_i (v_i - v₀), or
         voted on.  Not needed where the weights of a sum add up to 1.

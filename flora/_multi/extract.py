@@ -55,7 +55,7 @@ def extract(
         get factors, with which layout and rank.  Leaves of `train=` take W' as it is.
       finetuned: the plain tree of the trained model.
       svd: 'exact', or 'randomized' for large leaves whose change is nearly of low rank.
-      key: a typed PRNG key for 'randomized', consumed.
+      key: a PRNG key for 'randomized', consumed.
       ignore: a pattern (see `LoraConfig`) of frozen leaves that may have changed; their
         changes are lost.
 

@@ -68,7 +68,7 @@ def eva(
     tied embedding a lookup counts as one input of each direction.
 
     Args:
-      key: a typed PRNG key for the first directions and for estimating traces; it is
+      key: a PRNG key for the first directions and for estimating traces; it is
         consumed.
       adapted: an adapted tree of arrays; its bases may be quantized.  A and B are
         replaced, so the model becomes that of the bases.

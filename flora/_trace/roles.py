@@ -341,7 +341,7 @@ def _product(parts: Parts, eqn: Any, ins: list[Flow]) -> Flow:
         parts.feeding |= activation.last
         if activation.attended:
             parts.attention |= weights
-        if activation.kind is Kind.PICK:
+        if activation.kind is Kind.PICK and eqn.primitive is P.dot_general:
             return _looked_up(parts, weights, _contracted(eqn))
         parts.multiplied |= weights
         return Flow(last=frozenset(Visit(path, looked_up=False) for path in weights))
@@ -361,9 +361,7 @@ def _token(parts: Parts, x: Flow) -> Flow:
 
 
 def _contracted(eqn: Any) -> int:
-    """Over how many numbers each element of a product sums; 0 if it is no dot."""
-    if eqn.primitive is not P.dot_general:
-        return 0
+    """Over how many numbers each element of a product sums."""
     (lhs, _), _ = eqn.params["dimension_numbers"]
     return math.prod(eqn.invars[0].aval.shape[i] for i in lhs)
 

@@ -9,19 +9,21 @@ from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.paths import named_leaves
-from flora._tree.weight import LoraWeight
+from flora._tree.weight import LoraWeight, is_leaf
 
 
 def with_dropout(adapted: Any, key: Any) -> Any:
     """The same tree with dropout keys attached, for one training step.
 
     y = x W + scale (dropout(x) A) B.  Masks differ per leaf, per stacked layer, per
-    step of an inner loop and per use.  Without keys a call is evaluation.  Rows that an
-    embedding looks up are not dropped.
+    step of an inner loop and per use.  Rows that an embedding looks up are not dropped.
+    Without keys a call is evaluation; its gradients for A and B are an error, as a step
+    that forgot its keys would train without dropout.
 
     Args:
       adapted: an adapted tree whose config has `dropout > 0`.
-      key: a typed PRNG key, consumed; another one each step.
+      key: a PRNG key, consumed; another one each step; `None` for no dropout
+        on purpose, as in gradients of an evaluation.
 
     Returns:
       The tree, sharing all arrays.  Attach keys inside the loss: `jax.grad` does not
@@ -30,8 +32,10 @@ def with_dropout(adapted: Any, key: Any) -> Any:
     Raises:
       LoraError: the tree is not adapted, or no leaf has a dropout rate.
     """
-    require_key(key, "with_dropout")
     named = require_adapted(adapted, "with_dropout")
+    if key is None:
+        return jax.tree.map(_undropped, adapted, is_leaf=is_leaf)
+    require_key(key, "with_dropout")
     if not any(isinstance(x, LoraWeight) and x.dropout for _, x in named):
         raise LoraError(
             "with_dropout: no leaf has a dropout rate. Write "
@@ -48,3 +52,9 @@ def with_dropout(adapted: Any, key: Any) -> Any:
         return dataclasses.replace(leaf, key=jax.random.split(own, stack))
 
     return treedef.unflatten([attach(path, leaf) for path, leaf in named])
+
+
+def _undropped(leaf: Any) -> Any:
+    if not isinstance(leaf, LoraWeight):
+        return leaf
+    return dataclasses.replace(leaf, dropout=0.0, key=None)

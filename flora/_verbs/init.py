@@ -43,8 +43,8 @@ def init(
     produced; it never runs.
 
     Args:
-      key: a typed PRNG key (`jax.random.key`), consumed.  Each leaf's draw depends on
-        the key and the leaf's path only.
+      key: a PRNG key, of `jax.random.key` or `PRNGKey`, consumed.  Each leaf's draw
+        depends on the key and the leaf's path only.
       config: what to adapt and how.
       fn: the function that the adapted tree will run in, such as `model.apply`.
       tree: its parameter tree: Linen variables, an NNX state, any pytree.  Arrays,

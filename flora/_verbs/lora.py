@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -43,6 +44,9 @@ def lora(
     gradients are zero.  Call the result inside `jax.jit`; outside, each call traces
     anew.
 
+    Without dropout keys (`flora.with_dropout`) a call is evaluation, and to
+    differentiate one by the factors of a leaf that has a dropout rate is an error.
+
     Args:
       fn: any function of a parameter tree first: `model.apply`, an NNX state's merge
         and call, a loss.  Its other arguments can be anything.
@@ -56,7 +60,8 @@ def lora(
 
     Raises:
       LoraError: an operation reads an adapted weight and has no factored rule, or the
-        tree's factors do not fit its weights, or `fn` returns a changed weight.
+        tree's factors do not fit its weights, or `fn` returns a changed weight; or,
+        once it is differentiated, dropout is configured and no keys are attached.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora
@@ -90,7 +95,8 @@ def lora(
                 note_call(error, "flora.lora, on a plain tree,", fn, args, kwargs)
                 raise
         fail(p for path, leaf in named for p in weight_problems(path, leaf))
-        values = [_value(path, leaf, fallback, form) for path, leaf in named]
+        keyless = _keyless(named)
+        values = [_value(path, leaf, fallback, form, keyless) for path, leaf in named]
         plain = [abstract(x.base) if isinstance(x, Factored) else x for x in values]
         staged = stage(fn, plain, treedef, args, kwargs, verb="flora.lora")
         inputs = [
@@ -112,15 +118,46 @@ def lora(
     return run_on_adapted
 
 
-def _value(path: str, leaf: Any, fallback: str | None, form: str | None) -> Any:
+def _keyless(named: list[tuple[str, Any]]) -> str:
+    """What is wrong with training leaves that have a rate and no keys; '' if none."""
+    rates = {
+        path: leaf.dropout
+        for path, leaf in named
+        if isinstance(leaf, LoraWeight) and leaf.dropout and leaf.key is None
+    }
+    if not rates:
+        return ""
+    path, more = next(iter(rates)), len(rates) - 1
+    return (
+        f"'{path}'{f' and {more} more' if more else ''} trains without its dropout of "
+        f"{rates[path]:g}: no keys are attached, and a call without is evaluation. "
+        "Write flora.with_dropout(adapted, key) inside the loss, with another key each "
+        "step, or flora.with_dropout(adapted, None) there to train without."
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _evaluated(why: str, x: Any) -> Any:
+    """The identity, which is not to be differentiated."""
+    return x
+
+
+@_evaluated.defjvp
+def _differentiated(why: str, primals: Any, tangents: Any) -> Any:
+    raise LoraError(why)
+
+
+def _value(
+    path: str, leaf: Any, fallback: str | None, form: str | None, keyless: str = ""
+) -> Any:
     """What enters the interpreter for a leaf.  All but factors and `Trained` freeze."""
     if isinstance(leaf, Trained):
         return leaf.value
     if isinstance(leaf, LoraWeight):
         trained = trained_parts(leaf)
-        leaf = on_parts(
-            lambda name, x: x if name in trained else lax.stop_gradient(x), leaf
-        )
+        if keyless and leaf.dropout and leaf.key is None:
+            trained = {name: _evaluated(keyless, x) for name, x in trained.items()}
+        leaf = on_parts(lambda name, x: trained.get(name, lax.stop_gradient(x)), leaf)
         leaf = dataclasses.replace(
             leaf,
             base=lax.stop_gradient(leaf.base),

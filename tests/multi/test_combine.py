@@ -204,7 +204,7 @@ def test_what_combine_refuses():
     refused(r"lie in \(0, 1\]", method="ties", density=1.5)
     refused("sign='majority'", sign="majority")
     refused("a vote has no place", method="ties", density=0.5, weights=[1.0, -1.0])
-    refused("expected a typed PRNG key", method="dare_ties", density=0.5)
+    refused("expected a PRNG key", method="dare_ties", density=0.5)
     refused("draws nothing", key=jax.random.key(0))
     refused("rank=0", rank=0)
     refused(r"'w' has ranks \[1, 2\]", method="peft_linear")
@@ -296,7 +296,7 @@ def test_what_extract_refuses(x64):
     )
     refused(r"other leaves: \['v'\]", tuned | {"v": jnp.ones(3)})
     refused("svd='fast'", svd="fast")
-    refused("expected a typed PRNG key", svd="randomized")
+    refused("expected a PRNG key", svd="randomized")
     refused("draws nothing", key=jax.random.key(0))
     with pytest.raises(flora.LoraError, match="none of the tree's 4 leaves is adapted"):
         flora.multi.extract(base, tuned)

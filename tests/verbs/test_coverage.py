@@ -282,6 +282,19 @@ def test_what_is_multiplied_by_other_numbers_is_none(name):
     assert found == LAST | {"table": {"linear"}}
 
 
+def test_a_convolution_of_one_hot_rows_is_one():
+    """As of DNA: PyTorch has a Conv1d there, too."""
+
+    def fn(p, ids):
+        x = jax.nn.one_hot(ids, 11)
+        dims = ("NWC", "WIO", "NWC")
+        y = lax.conv_general_dilated(x, p["conv"], (1,), "SAME", dimension_numbers=dims)
+        return y @ p["head"]
+
+    found = roles_of(fn, tree_of(conv=(3, 11, 8), head=(8, 7)), IDS)
+    assert found == {"conv": {"conv"}, "head": {"linear", "head"}}
+
+
 def test_tied_embeddings_by_one_hot():
     def fn(p, ids):
         x = jnp.tanh(jax.nn.one_hot(ids, 11) @ p["table"] @ p["mid"])

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -168,8 +169,8 @@ def test_no_rate_and_bad_keys_are_refused():
     with pytest.raises(flora.LoraError, match="none of the tree's 1 leaves is adapted"):
         flora.with_dropout(params, jax.random.key(0))
     adapted = adapted_with_dropout(dense, params, x)
-    with pytest.raises(TypeError, match="expected a typed PRNG key"):
-        flora.with_dropout(adapted, jnp.zeros(2, jnp.uint32))
+    with pytest.raises(TypeError, match="expected a PRNG key"):
+        flora.with_dropout(adapted, jnp.zeros(3, jnp.uint32))
     with pytest.raises(TypeError, match="expected one key"):
         flora.with_dropout(adapted, jax.random.split(jax.random.key(0)))
 
@@ -238,3 +239,66 @@ def test_inputs_of_stacks_are_dropped_one_by_one(name):
     tree = {"w": weight(3), "u": weight(), "v": weight()}
     y = flora.lora(STACKS[name])(tree, jnp.ones((3, 4)))
     assert {*y.ravel().tolist()} == {0.0, 2.0}
+
+
+def of_adapter(base, apply, *, attach=lambda tree: tree):
+    return lambda adapter, x: apply(attach(flora.join(base, adapter)), x).sum()
+
+
+# What differentiates a loss by the adapter, or runs it in another loop.
+DIFFERENTIATED = {
+    "grad": jax.grad,
+    "jitted": lambda f: jax.jit(jax.grad(f)),
+    "of a jitted loss": lambda f: jax.grad(jax.jit(f)),
+    "of a checkpoint": lambda f: jax.grad(jax.checkpoint(f)),
+    "in a scan": lambda f: jax.grad(
+        lambda t, x: jax.lax.map(lambda x: f(t, x), x[:, None]).sum()),
+    "mapped": lambda f: jax.vmap(jax.grad(f), (None, 0)),
+    "forward": lambda f: lambda t, x: jax.jvp(lambda t: f(t, x), (t,), (t,)),
+    "of B alone": lambda f: lambda t, x: jax.grad(
+        lambda b: f({"w": dataclasses.replace(t["w"], b=b)}, x))(t["w"].b),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_a_step_that_forgot_its_keys_is_an_error(name):
+    params, x = {"w": jnp.ones((7, 5))}, jnp.ones((3, 7))
+    adapted = adapted_with_dropout(dense, params, x)
+    base, adapter = flora.split(adapted)
+    apply, step = flora.lora(dense, form="direct"), DIFFERENTIATED[name]
+    with pytest.raises(
+        flora.LoraError, match=r"'w' trains without its dropout of 0.4: no keys are"
+    ):
+        step(of_adapter(base, apply))(adapter, x)
+    for key in (jax.random.key(0), None):  # None: on purpose
+        attach = functools.partial(flora.with_dropout, key=key)
+        step(of_adapter(base, apply, attach=attach))(adapter, x)
+    rateless = flora.with_dropout(adapted, None)
+    assert (rateless["w"].dropout, rateless["w"].key) == (0.0, None)
+    step(of_adapter(base, apply))(flora.split(rateless)[1], x)
+
+
+def test_an_evaluation_needs_no_keys():
+    params, x = {"w": jnp.ones((7, 5))}, jnp.ones((3, 7))
+    base, adapter = flora.split(adapted_with_dropout(dense, params, x))
+    loss = of_adapter(base, flora.lora(dense))
+    want = loss(adapter, x)
+    contract.close(jax.jit(loss)(adapter, x), want)
+    contract.close(jax.vmap(loss, (None, 0))(adapter, x[:, None]).sum(), want)
+    # By the inputs, as for a saliency map.
+    for by_x in (jax.grad(loss, 1), jax.grad(jax.jit(loss), 1)):
+        assert by_x(adapter, x).shape == x.shape
+    plain = jax.grad(lambda t: dense(flora.merge(flora.join(base, t)), x).sum())
+    assert plain(adapter)["w"].a.shape == adapter["w"].a.shape
+    with pytest.raises(flora.LoraError, match="trains without its dropout"):
+        flora.value_and_grad(lambda t: flora.lora(dense)(t, x).sum())(
+            flora.join(base, adapter)
+        )
+
+
+def test_all_leaves_without_keys_are_counted():
+    params, x = {"u": jnp.ones((7, 5)), "w": jnp.ones((5, 4))}, jnp.ones((3, 7))
+    fn = lambda p, x: x @ p["u"] @ p["w"]  # noqa: E731
+    adapted = contract.adapt(fn, params, x, dropout=0.25)
+    with pytest.raises(flora.LoraError, match="'u' and 1 more trains without its"):
+        jax.grad(lambda t: flora.lora(fn)(t, x).sum())(adapted)

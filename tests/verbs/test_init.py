@@ -207,9 +207,9 @@ BAD_CALLS = {
         p=only(kernel=W), f=lambda p, x: (x @ p["kernel"], p["kernel"].T)),
     "'kernel' has no one layout: 'add' at test_init.py": lambda: init(
         p=only(kernel=W), f=lambda p, x: x + p["kernel"].sum()),
-    "key is a uint32[2] array; expected a typed PRNG key. Write jax.random.key(0)":
-        lambda: flora.init(np.zeros(2, np.uint32), flora.LoraConfig(), fn, params(), X),
-    "key is a int; expected a typed": lambda: flora.init(
+    "key is a uint32[3] array; expected a PRNG key. Write jax.random.key(0)":
+        lambda: flora.init(np.zeros(3, np.uint32), flora.LoraConfig(), fn, params(), X),
+    "key is a int; expected a PRNG": lambda: flora.init(
         0, flora.LoraConfig(), fn, params(), X),
     "key has shape (2,); expected one key": lambda: flora.init(
         jax.random.split(jax.random.key(0)), flora.LoraConfig(), fn, params(), X),

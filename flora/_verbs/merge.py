@@ -10,6 +10,8 @@ from flora._tree.errors import LoraError, Unfactorable, fail
 from flora._tree.paths import named_leaves
 from flora._tree.weight import LoraWeight, Trained
 
+_materialized = jax.jit(materialize)  # no constant goes to the device on its own
+
 
 def merge(adapted: Any) -> Any:
     """The plain tree with W + scale A B in each adapted leaf's place, to ship.
@@ -38,7 +40,7 @@ def merge(adapted: Any) -> Any:
         if isinstance(leaf.base, jax.ShapeDtypeStruct):
             return leaf.base
         try:
-            return materialize(leaf)
+            return _materialized(leaf)
         except Unfactorable as reason:
             raise LoraError(f"merge: '{path}': {reason}. Ship the adapter.") from None
 

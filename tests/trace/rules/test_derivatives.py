@@ -153,7 +153,11 @@ def test_a_dense_gradient_is_reported_with_its_bytes():
 
     small = {"w": jnp.ones((7, 7)), "v": jnp.ones((7, 10))}
     whole, x = (lambda p, x: head(x @ p["w"], p["v"])), jnp.ones((3, 7))
-    for fn, size in ((whole, 7 * 10 * 4), (jax.jit(whole), 7 * 10 * 4), (scanned, 7 * 2 * 4)):
+    for fn, size in (
+        (whole, 7 * 10 * 4),
+        (jax.jit(whole), 7 * 10 * 4),
+        (scanned, 7 * 2 * 4),
+    ):
         for p in (small, contract.adapt(fn, small, x)):
             report = flora.coverage(fn, p, x)
             assert report["v"].status == "factored"

@@ -417,7 +417,7 @@ def _made(files: Mapping[str, File], leaf: Any, tensor: Tensor) -> jax.Array:
 
     sharding = sharding_of(leaf)
     if sharding is None:
-        return jnp.asarray(part((slice(None),) * len(shape)))
+        return jax.device_put(part((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, sharding, part)
 
 

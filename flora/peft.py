@@ -218,7 +218,7 @@ def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
     if not config.use_dora:
         return new
     m = magnitude(site.layout, base.shape, site.pieces, site.beside)
-    m = jnp.asarray(m)
+    m = jax.device_put(m)
     spec = spec_of(base)
     if spec is not None:
         found = specs(site.layout, spec, len(base.shape))
@@ -235,7 +235,7 @@ def _placed(made: LoraWeight) -> dict[str, Any]:
     """The factors as JAX arrays, sharded as the weight is."""
     spec = spec_of(made.base)
     if spec is None:
-        return {"a": jnp.asarray(made.a), "b": jnp.asarray(made.b)}
+        return jax.device_put({"a": made.a, "b": made.b})
     found, mesh = specs(made.layout, spec, len(made.base.shape)), mesh_of(made.base)
     return {
         "a": jax.device_put(made.a, NamedSharding(mesh, found.a)),

@@ -6,12 +6,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax import lax
 
 import flora
 import flora.quantize
-from tests.support.contract import array
+from tests.support.contract import P, array, equations
 
 X = array(2, 8, dtype=jnp.float32)
 MATRIX = {"w": array(8, 8, seed=1, dtype=jnp.float32) / 3}
@@ -93,3 +94,60 @@ def test_trees_reports_and_errors_are_copied_and_pickled():
         flora.merge(MATRIX)
     again = pickle.loads(pickle.dumps(error.value))
     assert (type(again), str(again)) == (type(error.value), str(error.value))
+
+
+@pytest.mark.parametrize("form", ["direct", "thin_last", "concat"])
+def test_profiles_name_the_low_rank_products(form):
+    def fn(p, x):
+        with jax.named_scope("head"):
+            return x @ p["w"]
+
+    def loss(tree, x):
+        return jnp.sum(flora.lora(fn)(tree, x) ** 2)
+
+    config, x = flora.LoraConfig(rank=2, target="w", form=form), jnp.ones((3, 8))
+    tree = flora.init(jax.random.key(0), config, fn, MATRIX, x)
+    jaxpr = jax.make_jaxpr(flora.value_and_grad(loss))(tree, x)
+    products = [e for e in equations(jaxpr) if e.primitive is P.dot_general]
+    found = []
+    for e in products:
+        name = str(e.source_info.name_stack)
+        shapes = [v.aval.shape for v in (*e.invars, *e.outvars)]
+        assert "head" in name
+        assert ("lora" in name) == any(2 in shape for shape in shapes)
+        found.append("lora" in name)
+    assert set(found) == {True, False}
+
+
+def test_no_constant_goes_to_the_device_unasked(tmp_path):
+    """Under `jax.transfer_guard`, as far as JAX itself does without."""
+    fn, path, key = (
+        (lambda p, x: x @ p["w"] * p["s"]),
+        tmp_path / "a",
+        jax.random.key(0),
+    )
+    params = MATRIX | {"s": jnp.ones(8)}
+    with jax.transfer_guard("disallow"):
+        for variant in (None, flora.variants.DoRA(), flora.variants.VeRA()):
+            config = flora.LoraConfig(
+                rank=2, target="w", train="s", dropout=0.1, variant=variant
+            )
+            tree = flora.init(key, config, fn, params, X)
+            tx = flora.optimizer(optax.adamw(1e-3), tree)
+
+            @jax.jit
+            def step(tree, key, x, tx=tx):
+                keyed = flora.with_dropout(tree, key)
+                grads = flora.value_and_grad(lambda t: flora.lora(fn)(t, x).sum())(
+                    keyed
+                )
+                updates, _ = tx.update(grads[1], tx.init(tree), tree)
+                return optax.apply_updates(tree, updates)
+
+            tree = step(tree, key, X)
+            flora.with_dropout(tree, key)
+            flora.merge(tree)
+            flora.join(*flora.split(tree))
+            flora.save(path, tree)
+            flora.load(path, params)
+            str(flora.summary(tree)), str(flora.coverage(fn, tree, X))

@@ -42,8 +42,9 @@ def _low_rank(weight: LoraWeight, product: Product) -> jax.Array:
     stack, in_, out = layout.matrix(shape)
     a, b = product.a, product.b
     dtype = compute_dtype(a.dtype, b.dtype, weight.base.dtype)
-    a = a.astype(dtype).reshape(stack, in_, -1)
-    b = b.astype(dtype).reshape(stack, -1, out)
+    rank = a.shape[-1]  # a stack may be of size 0, so no -1
+    a = a.astype(dtype).reshape(stack, in_, rank)
+    b = b.astype(dtype).reshape(stack, rank, out)
     dims = (((2,), (1,)), ((0,), (0,)))
     ab = lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST)
     return scale_of(weight) * in_place(ab, layout, shape)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._algebra.axes import RANK, Name, Named
-from flora._algebra.low_rank import Names, contract
+from flora._algebra.low_rank import SCOPE, Names, contract
 from flora._tree.config import COPIES
 
 Arrays = Sequence[Named]
@@ -77,7 +77,8 @@ class Sum(NamedTuple):
     def change(self) -> Any:
         """Z Q."""
         q = self.q.astype(self.z.array.dtype)
-        return self.spec.times(self.z, q, self.spec.y, self.spec.dtype).array
+        with jax.named_scope(SCOPE):
+            return self.spec.times(self.z, q, self.spec.y, self.spec.dtype).array
 
     def weight(self) -> Any:
         """W + P Q, in float32 or wider."""
@@ -211,7 +212,8 @@ def _forward(
 ) -> tuple[Sequence[Any], Any]:
     x = lax.optimization_barrier(x)  # written once: W, P and dP read it
     p = _joined([p.astype(x.array.dtype) for p in ps])
-    z = each[0].times(x, p, _hidden(x, p, qs))
+    with jax.named_scope(SCOPE):
+        z = each[0].times(x, p, _hidden(x, p, qs))
     ys = []
     for spec, w, part, own, q in zip(each, ws, _parts(z, qs), ps, qs, strict=True):
         scope = jax.named_scope(spec.scope) if spec.scope else contextlib.nullcontext()
@@ -238,18 +240,20 @@ def _backward(
         for spec, dy in zip(each, dys, strict=True)
     ]
     thin = [dy.astype(dtype) for dy in dys]
-    gs = [
-        spec.times(dy, q.astype(dtype), _hidden(dy, q, ps))
-        for spec, dy, q in zip(each, thin, qs, strict=True)
-    ]
+    with jax.named_scope(SCOPE):
+        gs = [
+            spec.times(dy, q.astype(dtype), _hidden(dy, q, ps))
+            for spec, dy, q in zip(each, thin, qs, strict=True)
+        ]
     g, p = _joined(gs), _joined(ps)
     backs = [dataclasses.replace(one, y=x.names, dtype=dtype) for one in each]
     dx = _summed(backs, dys, ws, g, qs[0], p)
-    dp = each[0].times(x, g, p.names, ps[0].array.dtype)
-    dqs = [
-        spec.times(part, dy, q.names, q.array.dtype)
-        for spec, part, dy, q in zip(each, _parts(z, qs), thin, qs, strict=True)
-    ]
+    with jax.named_scope(SCOPE):
+        dp = each[0].times(x, g, p.names, ps[0].array.dtype)
+        dqs = [
+            spec.times(part, dy, q.names, q.array.dtype)
+            for spec, part, dy, q in zip(each, _parts(z, qs), thin, qs, strict=True)
+        ]
     return Named(dx, x.names), None, tuple(_parts(dp, qs)), tuple(dqs)
 
 

@@ -32,6 +32,8 @@ from flora._tree.quantized import dequantized
 
 Names = Sequence[Name]
 
+SCOPE = "lora"  # what profiles call the low-rank products, within the base's own names
+
 
 def sizes_of(u: Named | Factored) -> dict[Name, int]:
     """The length along each name of an operand."""

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
@@ -353,7 +352,7 @@ def _filled(
         return leaf
     if record["kind"] != "lora":
         value = arrays[f"whole/{path}"]
-        value = jnp.asarray(value) if leaf is None else placed(leaf, value)
+        value = jax.device_put(value) if leaf is None else placed(leaf, value)
         return Trained(value) if record["kind"] == "trained" else value
     extra = {k: arrays[f"extra/{k}/{path}"] for k in record["extra"]} or None
     a, b = arrays[f"a/{path}"], arrays[f"b/{path}"]
@@ -364,7 +363,7 @@ def _laid(weight: LoraWeight) -> LoraWeight:
     """Each part where the weight lies, as `flora.init` would lay it."""
     spec, mesh = spec_of(weight.base), mesh_of(weight.base)
     if spec is None:
-        return on_parts(lambda _, x: jnp.asarray(x), weight)
+        return on_parts(lambda _, x: jax.device_put(x), weight)
     found = specs(weight.layout, spec, len(weight.base.shape))
 
     def lay(name: str, x: np.ndarray) -> jax.Array:

@@ -21,6 +21,7 @@ from flora._tree.paths import named_leaves, path_of
 from flora._tree.quantized import is_quantized
 
 
+@jax.transfer_guard_host_to_device("allow")  # what is hashed goes to the device
 def fingerprint(base: Any, *, signed_zeros: bool = False) -> dict[str, str]:
     """`{path: 'float32[4,3] 0123456789abcdef'}`, of every bit of every leaf.
 

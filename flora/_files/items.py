@@ -209,9 +209,8 @@ def placed(x: Any, value: Any) -> Any:
         return value if isinstance(x, np.ndarray) else value[()]
     if not isinstance(value, jax.Array):
         value, sharding = value.item() if _is_weak(x) else value, sharding_of(x)
-        value = (
-            jnp.asarray(value) if sharding is None else jax.device_put(value, sharding)
-        )
+        weak = sharding is None and not isinstance(value, np.ndarray)
+        value = jnp.asarray(value) if weak else jax.device_put(value, sharding)
     if _is_key(x) and not _is_key(value):
         impl = jax.random.key_impl(jnp.zeros((), x.dtype))
         return jax.random.wrap_key_data(value, impl=impl)

@@ -41,7 +41,8 @@ class Use:
       binding: whether the roles bind; indexing only suggests 'stack'.
       tokens: how many vectors the weight multiplies there.
       dense: why there is no factored form; '' where there is one.
-      bytes: what forming the dense weight there costs, in bytes.
+      bytes: what forming the dense weight there costs, in bytes, or the gradient.
+      gradient: why its gradient there is an array of W's shape; '' where it is none.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Use:
     tokens: int = 0
     dense: str = ""
     bytes: int = 0
+    gradient: str = ""
 
     @property
     def repeats(self) -> bool:
@@ -128,10 +130,15 @@ class Context:
         for path in w.settings.paths:
             self.log.setdefault(Use(path, eqn.primitive.name, source, **what))
 
+    def note_gradient(self, w: Factored, eqn: Eqn, reason: str) -> None:
+        """Records a use whose gradient is formed, although the product is not."""
+        if self.claims:
+            size = _bytes_of(w)
+            self.note(w, eqn, binding=False, gradient=reason, bytes=size)
+
     def dense(self, w: Factored, eqn: Eqn, reason: str) -> Any:
         """The dense weight, where that is allowed or only being recorded."""
-        itemsize = 4 if w.base is None else w.base.dtype.itemsize
-        size = math.prod(w.shape) * itemsize
+        size = _bytes_of(w)
         if self.log is not None:
             self.note(w, eqn, dense=reason, bytes=size)
         elif w.settings.fallback != "materialize":
@@ -139,6 +146,11 @@ class Context:
             use = Use(w.settings.path, eqn.primitive.name, self.line(eqn), **what)
             raise LoraError(f"{use}. {remedy(use)}.")
         return densified(w)
+
+
+def _bytes_of(w: Factored) -> int:
+    """Bytes of an array of the weight's shape."""
+    return math.prod(w.shape) * (4 if w.base is None else w.base.dtype.itemsize)
 
 
 def sources_as(role: str, pieces: Iterable[Axis]) -> Roles:

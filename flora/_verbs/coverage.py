@@ -79,6 +79,11 @@ class LeafCoverage:
         _, in_, out = self._sizes()
         return (in_ + out) / max(in_ * out, 1)
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of dW where a function with a derivative of its own forms it, or 0."""
+        return max((use.bytes for use in self.uses if use.gradient), default=0)
+
     def _sizes(self) -> tuple[int, int, int]:
         return self.layout.matrix(self.shape) if self.layout else (0, 0, 0)
 
@@ -177,6 +182,8 @@ class Coverage:
         counts = ", ".join(f"{n} {s}" for s, n in found.items() if n or s != "integer")
         factored = [r for r in self.rows if r.status == "factored"]
         total = sum(r.rank_parameters for r in factored)
+        formed = sum(r.gradient_bytes > 0 for r in factored)
+        counts += f"; {formed} with a dense gradient" if formed else ""
         return table(
             f"{counts}; all that can be factored: {total:,} parameters a rank",
             (
@@ -200,18 +207,19 @@ class Coverage:
 
 def _cells(row: LeafCoverage) -> tuple[str, ...]:
     factored, dense = row.status == "factored", row.status == "dense"
-    size = max((u.bytes for u in row.uses), default=0)
+    size = max((u.bytes for u in row.uses if dense or u.gradient), default=0)
+    formed = factored and row.gradient_bytes
     return (
         row.path,
         str(row.shape),
-        row.status,
+        row.status + (", dense gradient" if formed else ""),
         ", ".join(row.roles),
         str(row.layout or ""),
         _read_by(row),
         _full_rank(row) if factored else "",
         f"{row.rank_parameters:,}" if factored else "",
         f"+{100 * row.rank_flops:.2f} %" if factored else "",
-        human_bytes(size) if dense and size else "",
+        human_bytes(size) if (dense or formed) and size else "",
     )
 
 
@@ -222,13 +230,13 @@ def _full_rank(row: LeafCoverage) -> str:
 
 
 def _read_by(row: LeafCoverage) -> str:
-    uses = [u for u in row.uses if u.binding]
+    uses = [u for u in row.uses if u.binding or u.gradient]
     if row.status == "dense":
         uses = [u for u in row.uses if u.dense] or uses
+    reasons = (u.gradient or (u.dense if row.status == "dense" else "") for u in uses)
     lines = dict.fromkeys(
-        f"{u.primitive} at {u.source}"
-        + (f" ({u.dense})" if u.dense and row.status == "dense" else "")
-        for u in uses
+        f"{u.primitive} at {u.source}" + (f" ({reason})" if reason else "")
+        for u, reason in zip(uses, reasons, strict=True)
     )
     return "\n".join([*lines, *([row.reason] if row.reason else [])])
 
@@ -252,7 +260,9 @@ def coverage(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Coverage:
       (read by an operation that has no factored rule) with operation, source line and
       bytes, 'unused' ones, 'vector's (norms, biases, tables of positions, stacked or
       not), which `LoraConfig.train` can train whole, and 'integer's (int8 weights and
-      other arrays of integers), which can do neither.
+      other arrays of integers), which can do neither.  A factored leaf that a function
+      with a custom VJP reads has a 'dense gradient': the function's own backward pass
+      returns dW, whose bytes are listed; dA and dB are found from it.
       `.all_linear`, `.all_but_head`, `.attention` and `.select(...)` choose targets by
       role.
 

@@ -123,7 +123,9 @@ def _cast(draw: Draw, root: Any, salt: Any) -> Pair:
 
 def _at(root: Any, path: str, draw: Draw, place: Any, traced: bool) -> Pair:
     """The draw of one leaf; a tracer's lies only where its mesh has explicit axes."""
-    salt = np.uint32(path_salt(path))
+    salt: Any = np.uint32(path_salt(path))
+    if not isinstance(root, Tracer):
+        salt = jax.device_put(salt)  # as `jax.transfer_guard` wants it said
     if traced and place:
         return jax.sharding.reshard(_compiled(None)(draw, root, salt), place)
     return _compiled(place)(draw, root, salt)

@@ -42,6 +42,11 @@ def with_dropout(adapted: Any, key: Any) -> Any:
             "flora.LoraConfig(dropout=0.1, ...) at init."
         )
     _, treedef = named_leaves(adapted)
+    with jax.transfer_guard_host_to_device("allow"):  # of the numbers folded in
+        return treedef.unflatten(_keyed(key, named))
+
+
+def _keyed(key: Any, named: list[tuple[str, Any]]) -> list[Any]:
     root = jax.random.fold_in(consumed(key), path_salt("dropout"))
 
     def attach(path: str, leaf: Any) -> Any:
@@ -51,7 +56,7 @@ def with_dropout(adapted: Any, key: Any) -> Any:
         own = jax.random.fold_in(root, path_salt(path))
         return dataclasses.replace(leaf, key=jax.random.split(own, stack))
 
-    return treedef.unflatten([attach(path, leaf) for path, leaf in named])
+    return [attach(path, leaf) for path, leaf in named]
 
 
 def _undropped(leaf: Any) -> Any:

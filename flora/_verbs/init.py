@@ -324,7 +324,8 @@ def _started(root: Any, path: str, weight: LoraWeight) -> LoraWeight:
     ):
         made = jax.eval_shape(start, root, weight)
         made = dataclasses.replace(made, base=weight.base, a=weight.a, b=weight.b)
-    else:
-        made = start(root, weight)
+    else:  # its constants go to the device
+        with jax.transfer_guard_host_to_device("allow"):
+            made = start(root, weight)
     fail(weight_problems(path, made))
     return placed_as_base(made)

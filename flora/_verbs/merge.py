@@ -11,6 +11,8 @@ from flora._tree.finite import require_finite
 from flora._tree.paths import named_leaves
 from flora._tree.weight import LoraWeight, Trained, is_node
 
+_materialized = jax.jit(materialize)  # no constant goes to the device on its own
+
 
 def merge(adapted: Any, *, allow_nonfinite: bool = False) -> Any:
     """The plain tree with W + scale A B in each adapted leaf's place, to ship.
@@ -45,7 +47,7 @@ def merge(adapted: Any, *, allow_nonfinite: bool = False) -> Any:
         if isinstance(leaf.base, jax.ShapeDtypeStruct):
             return leaf.base
         try:
-            return materialize(leaf)
+            return _materialized(leaf)
         except Unfactorable as reason:
             raise LoraError(f"merge: '{path}': {reason}. Ship the adapter.") from None
 

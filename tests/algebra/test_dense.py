@@ -146,6 +146,14 @@ def test_shapes_and_derivatives():
     )
 
 
+def test_a_stack_of_size_0_is_formed():
+    w = flora.LoraWeight(
+        jnp.ones((0, 4, 3)), jnp.ones((0, 4, 2)), jnp.ones((0, 2, 3)),
+        layout=flora.Layout((0,), (1,), (2,)), rank=2,
+    )  # fmt: skip
+    assert delta(w).shape == materialize(w).shape == (0, 4, 3)
+
+
 def test_in_place():
     layout = flora.Layout((2,), (3, 0), (1,))
     x = jnp.arange(5 * 7 * 3 * 2.0).reshape(3, 2, 5, 7)

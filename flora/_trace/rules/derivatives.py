@@ -17,7 +17,7 @@ from flora._algebra.axes import (
 )
 from flora._algebra.low_rank import contract, sizes_of
 from flora._trace import compat
-from flora._trace.compat import Eqn
+from flora._trace.compat import Eqn, P
 from flora._trace.interpret import Context, densify, interpret
 from flora._trace.rules.control import keyed
 from flora._trace.stage import filled
@@ -30,6 +30,10 @@ def _computing(rule: Callable) -> Callable:
     @functools.wraps(rule)
     def run(ctx: Context, eqn: Eqn, *args: Any) -> Any:
         if ctx.log is not None:
+            if eqn.primitive is P.custom_vjp_call:  # dA and dB are found from its dW
+                for x in args:
+                    if isinstance(x, Factored) and not (x.indexed or x.reduced):
+                        ctx.note_gradient(x, eqn, "its own derivative forms dW")
             return interpret(ctx, eqn.params["call_jaxpr"], args)
         if keyed(args):
             raise Unfactorable("dropout in a function with a derivative of its own")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from flora._algebra.axes import Factored, Named, Sizes
-from flora._algebra.low_rank import drop, with_output_scale
+from flora._algebra.low_rank import SCOPE, drop, with_output_scale
 from flora._trace.compat import INLINE, Eqn, eval_eqn
 from flora._trace.interpret import Context
 
@@ -45,7 +45,8 @@ class Operation:
 @functools.partial(jax.jit, static_argnums=0, inline=INLINE)
 def _once(operation: Operation, w: Factored, *rest: Any) -> Any:
     y = None if w.base is None else operation.base(w.base, *rest)
-    change = operation.change(operation, w, *rest)
+    with jax.named_scope(SCOPE):
+        change = operation.change(operation, w, *rest)
     y = change if y is None else y + change
     return y.astype(operation.eqn.outvars[0].aval.dtype)
 

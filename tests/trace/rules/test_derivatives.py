@@ -128,7 +128,56 @@ def test_the_layout_is_what_the_function_computes(wrap):
         lambda p, x: own(x, p["w"]), {"w": jnp.ones((7, 5))}, jnp.ones((3, 7))
     )
     assert report["w"].layout == flora.Layout()
-    assert [use.primitive for use in report["w"].uses] == ["dot_general"]
+    read = [use.primitive for use in report["w"].uses if use.binding]
+    assert read == ["dot_general"]
+
+
+def test_a_dense_gradient_is_reported_with_its_bytes():
+    """A linear layer and its loss in one, of which the backward pass returns dW."""
+
+    @jax.custom_vjp
+    def head(x, w):
+        return jnp.square(x @ w).sum()
+
+    head.defvjp(
+        lambda x, w: (head(x, w), (x, w)),
+        lambda saved, g: (2 * g * saved[0] @ saved[1] @ saved[1].T,
+                          2 * g * saved[0].T @ (saved[0] @ saved[1])),
+    )  # fmt: skip
+
+    def scanned(p, x):
+        def part(total, w):
+            return total + head(x @ p["w"], w.T), None
+
+        return jax.lax.scan(part, 0.0, p["v"].T.reshape(5, 2, 7))[0]
+
+    small = {"w": jnp.ones((7, 7)), "v": jnp.ones((7, 10))}
+    whole, x = (lambda p, x: head(x @ p["w"], p["v"])), jnp.ones((3, 7))
+    for fn, size in (
+        (whole, 7 * 10 * 4),
+        (jax.jit(whole), 7 * 10 * 4),
+        (scanned, 7 * 2 * 4),
+    ):
+        for p in (small, contract.adapt(fn, small, x)):
+            report = flora.coverage(fn, p, x)
+            assert report["v"].status == "factored"
+            assert (report["v"].gradient_bytes, report["w"].gradient_bytes) == (size, 0)
+            (use,) = (use for use in report["v"].uses if use.gradient)
+            assert use.source.startswith("test_derivatives.py:")
+    text = str(flora.coverage(whole, small, x))
+    assert "1 with a dense gradient" in text
+    row = next(line for line in text.split("\n") if "dense gradient " in line)
+    for part in (" v ", "custom_vjp_call at test_derivatives.py:", "280 B"):
+        assert part in row
+
+
+@pytest.mark.parametrize("wrap", [jax.custom_jvp, None])
+def test_other_gradients_are_low_rank(wrap):
+    own = times(wrap) if wrap else jnp.matmul
+    fn = lambda p, x: own(x, p["w"])  # noqa: E731
+    report = flora.coverage(fn, {"w": jnp.ones((7, 5))}, jnp.ones((3, 7)))
+    assert report["w"].gradient_bytes == 0
+    assert "dense gradient" not in str(report)
 
 
 @BOTH

@@ -27,7 +27,9 @@ def half(name, a, b, x):
     with jax.enable_x64(True):
         fn, params, args = case(name)
         params = jax.tree.map(lambda w: (w * 1e-3).astype(HALF), params)
-        args = [v if is_index(v) else (v * x).astype(HALF) for v in args]
+        args = [
+            v.astype(jnp.int32) if is_index(v) else (v * x).astype(HALF) for v in args
+        ]
     made = adapt(fn, params, *args)["w"]
     a, b = (
         size * array(*part.shape, seed=seed, dtype=jnp.float32)

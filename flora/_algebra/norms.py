@@ -38,7 +38,7 @@ def column_norms(weight: LoraWeight) -> jax.Array:
     """‖W + scale A B‖ over the in axes, `[*stack, *out]`, without A B.
 
     In float32 within 1e-4 of the norm of every column that is at least a thousandth of
-    W's; usually within 1e-6.
+    W's, as long as scale ‖A‖ ‖B‖ is not a thousand times W's; usually within 1e-6.
 
     Args:
       weight: its variant and `extra` are not read.

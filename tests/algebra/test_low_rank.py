@@ -207,6 +207,7 @@ def test_where_x_meets_both_factors_the_longer_axis_goes_first(sizes, first):
         (jnp.int8, jnp.float32, 1e-5), (jnp.int32, jnp.int32, None),
         (jnp.bfloat16, jnp.bfloat16, 2e-2), (jnp.bfloat16, jnp.float32, 2e-2),
         (jnp.float8_e4m3fn, jnp.float32, 1e-5), (jnp.float32, jnp.float32, 1e-5),
+        (jnp.float16, jnp.float16, 1e-3), (jnp.float16, jnp.float32, 1e-5),
     ],
 )  # fmt: skip
 def test_dtypes_of_activations(x, dtype, tolerance):
@@ -246,9 +247,11 @@ def test_the_scale_acts_in_float32():
 
 def test_which_dtype_computes():
     f32, bf16, f8, c64 = jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, jnp.complex64
+    f16 = jnp.float16
     for x, y, want in [
         (bf16, f32, bf16), (jnp.int8, bf16, bf16), (f8, bf16, bf16), (f8, f8, f32),
-        (jnp.int8, jnp.int32, f32), (c64, f32, c64),
+        (jnp.int8, jnp.int32, f32), (c64, f32, c64), (f16, f16, f32), (f8, f16, f32),
+        (f32, f16, f32), (bf16, f16, bf16),
     ]:  # fmt: skip
         assert compute_dtype_of(x, y) == want
     half, ints = jnp.ones(2, bf16), jnp.ones(2, jnp.int32)

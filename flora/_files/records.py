@@ -53,7 +53,7 @@ def weight_of(
     settings: dict[str, Any] = {k: decoded(x) for k, x in record["settings"].items()}
     if settings["variant"] is not None and not hasattr(settings["variant"], "product"):
         raise LoraError(
-            f"The file has {settings['variant']!r} as a variant; it is none."
+            f"The file has {settings['variant']!r} in the place of a variant."
         )
     return LoraWeight(base, a, b, extra=extra, layout=layout_of(record), **settings)
 

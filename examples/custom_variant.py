@@ -61,7 +61,7 @@ def main(steps: int = 200) -> dict[str, Any]:
 
         value, grads = flora.value_and_grad(loss)(adapted)
         updates, state = tx.update(grads, state, adapted)
-        return optax.apply_updates(adapted, updates), state, value
+        return flora.apply_updates(adapted, updates), state, value
 
     state, losses = tx.init(adapted), []
     for _ in range(steps):

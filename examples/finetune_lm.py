@@ -330,13 +330,22 @@ def export(job: Job, adapted: Any) -> None:
     if not job.args.merge:
         return
     folder, source = job.out / "merged", pathlib.Path(job.args.checkpoint)
+    beside = [  # config, tokenizer, template
+        path
+        for path in source.iterdir()
+        if path.suffix in (".json", ".jinja", ".txt") and "safetensors" not in path.name
+    ]
+    if not all(_same(path, folder / path.name) for path in beside):
+        (folder / "config.json").unlink(missing_ok=True)  # without it, no model
     flora.hf.save(folder, flora.merge(adapted), hf_llama.tensors(config))
-    for path in source.iterdir():  # config, tokenizer, template
-        if (
-            path.suffix in (".json", ".jinja", ".txt")
-            and "safetensors" not in path.name
-        ):
-            shutil.copy(path, folder / path.name)
+    for path in sorted(beside, key=lambda path: path.name == "config.json"):
+        new = folder / f".{path.name}.new"
+        shutil.copy(path, new)
+        new.replace(folder / path.name)
+
+
+def _same(one: pathlib.Path, other: pathlib.Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
 
 
 def main(argv: Sequence[str] | None = None) -> Results:

@@ -12,7 +12,9 @@ References: Hu et al. 2021. https://arxiv.org/abs/2106.09685
 """
 
 from flora import initializers, variants
+from flora._files import nodes as _nodes  # noqa: F401
 from flora._files.adapter import load, save
+from flora._tree.blocks import Block
 from flora._tree.config import LoraConfig
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
@@ -25,14 +27,16 @@ from flora._verbs.lora import lora
 from flora._verbs.merge import merge
 from flora._verbs.split import join, split
 from flora._verbs.summary import summary
-from flora.optim import mask, optimizer, value_and_grad
+from flora.optim import apply_updates, mask, optimizer, value_and_grad
 
 __all__ = [
+    "Block",
     "Layout",
     "LoraConfig",
     "LoraError",
     "LoraWeight",
     "Trained",
+    "apply_updates",
     "coverage",
     "init",
     "initializers",

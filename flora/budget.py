@@ -53,6 +53,7 @@ from flora._starts.components import (
     within_budget,
 )
 from flora._tree.arrays import compute_dtype
+from flora._tree.checks import blocks_problem
 from flora._tree.errors import LoraError, fail
 from flora._tree.matrices import compiled, place_of, stacked
 from flora._tree.weight import LoraWeight
@@ -155,6 +156,7 @@ def patterns(adapted: Any) -> dict[str, dict[str, Any]]:
       `rank_pattern` writes them, for `LoraConfig(..., **patterns(adapted))`.
     """
     nodes = nodes_of("patterns", adapted)
+    fail(p for path, w in nodes.items() for p in blocks_problem("patterns", path, w))
     return {
         "rank_pattern": by_path({path: w.rank for path, w in nodes.items()}),
         "alpha_pattern": by_path({path: w.alpha for path, w in nodes.items()}),

@@ -10,14 +10,18 @@ A, B, leaves that train whole and the optimizer's state are saved; of the base o
 fingerprint.
 """
 
+import contextlib
+import functools
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from flora._files.atomic import steadily
 from flora._files.compare import (
     FORMAT,
     base_problems,
@@ -26,6 +30,7 @@ from flora._files.compare import (
     description,
     json_of,
     leaf_problems,
+    moved_problems,
     record_problems,
     some,
     state_problems,
@@ -38,7 +43,9 @@ from flora._files.items import (
     is_empty,
     is_sharded,
     items_of,
+    moments_of,
     placed,
+    saved_too,
     sharding_of,
     unlike,
     unsavable,
@@ -46,8 +53,11 @@ from flora._files.items import (
 from flora._files.parsed import of_later
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
-from flora._tree.paths import Pattern, check_pattern
+from flora._tree.finite import require_finite
+from flora._tree.paths import Pattern, check_pattern, named_leaves
+from flora._tree.weight import is_node
 
+T = TypeVar("T")
 _TRASH = "deleted"  # steps are renamed into it, which is atomic, and then removed
 
 
@@ -60,7 +70,7 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-    """Saves and restores A, B, `Trained` leaves and the optimizer's state.
+    """Saves and restores A, B, `Trained` leaves, batch statistics and the state.
 
     The base is never written; a fingerprint of it is.  A step appears under its name
     once it is complete, by one rename, so that whatever kills a process leaves the
@@ -71,8 +81,8 @@ class Checkpointer:
       directory: where the steps lie: a local path, or a URL that Orbax knows, such as
         `gs://bucket/run1`.  Made by the first `save`.
       max_to_keep: how many of the latest steps stay, `None` for all.
-      also: a pattern of frozen leaves that training changes all the same, such as
-        `batch_stats/*`.  They are saved whole, and are no part of the base.
+      also: a pattern of other frozen leaves that training changes all the same.  They
+        are saved whole, and are no part of the base.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, flora, flora.checkpoint
@@ -113,6 +123,8 @@ class Checkpointer:
         self._max_to_keep, self._also = max_to_keep, also
         self._manager: ocp.CheckpointManager | None = None
         self._writes = False
+        # Fingerprints of the base as it was last; None: those of the latest step.
+        self._base: dict[str, str] | None = None
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -136,26 +148,42 @@ class Checkpointer:
         state: Any = None,
         *,
         metadata: Mapping[str, Any] | None = None,
+        allow_nonfinite: bool = False,
+        check_base: bool = True,
     ) -> None:
         """Saves a step; returns once its arrays are copied, and writes meanwhile.
 
+        A run that diverged is refused, or its steps would rotate the good ones away:
+        NaN and infinity in A, B, leaves that train whole, those of `also`, and what the
+        optimizer keeps for each of them.  Its other numbers may be infinite, as a best
+        loss is at the start.
+
         The arrays can be donated or changed afterwards.  A save that is still under way
-        is waited for first, and what it raised is raised here.
+        is waited for first, and what it raised is raised here.  A base that is not the
+        one of the step before is refused: an optimizer without `flora.optimizer` moves
+        it, and the adapter then fits no base that is kept anywhere.  Saved as step 0,
+        before training, the start is what all later steps are compared with.
 
         Args:
           step: a number above those saved.
           adapted: the adapted tree, base and all.
           state: the optimizer's state: any tree of arrays and Python numbers.
           metadata: anything that JSON holds, for `Checkpointer.metadata`.
+          allow_nonfinite: True to save NaN and infinity all the same.
+          check_base: False where the base changed on purpose, as it does in
+            `flora.recipes.restart`.
 
         Raises:
           LoraError: the step is saved or passed already, the directory holds
-            checkpoints of others, or a leaf cannot be saved.
+            checkpoints of others, the base changed, or a leaf cannot be saved or holds
+            NaN or infinity.
         """
         _require_step(step)
-        record, items = _snapshot(adapted, state, self._also)
+        record, items = _snapshot(adapted, state, self._also, allow_nonfinite)
         manager = self._open(writes=True)
         self._require_new(int(step), manager)
+        if check_base:
+            self._require_same_base(adapted, record["base"], manager)
         record |= {"step": int(step), "metadata": json_of(metadata)}
         record |= {"sha256": checksum(record)}
         args = {k: ocp.args.PyTreeSave(v) for k, v in items.items() if v}
@@ -164,6 +192,7 @@ class Checkpointer:
             args=ocp.args.Composite(flora=ocp.args.JsonSave(record), **args),
             force=True,
         )
+        self._base = record["base"]
         _empty_trash(manager)
 
     def wait(self) -> None:
@@ -175,7 +204,7 @@ class Checkpointer:
         """The steps on disk, in order; waits for the save under way."""
         self.wait()
         manager = self._open(writes=False)
-        manager.reload()
+        _listed(manager.reload)
         return tuple(sorted(map(int, manager.all_steps())))
 
     def latest(self) -> int | None:
@@ -184,7 +213,7 @@ class Checkpointer:
 
     def metadata(self, step: int | None = None) -> Any:
         """What `save` was given as `metadata`; of the latest step unless told."""
-        return self._record(self._choose(step))["metadata"]
+        return self._of_step(step, lambda step: self._record(step)["metadata"])
 
     def delete(self, step: int) -> None:
         """Removes a step, such as one to go back behind.
@@ -228,20 +257,29 @@ class Checkpointer:
             is named.
         """
         require_adapted(adapted, "restore")
-        step = self._choose(step)
+        return self._of_step(
+            step, lambda step: self._restored(step, adapted, state, check_base)
+        )
+
+    def _restored(
+        self, step: int, adapted: Any, state: Any, check_base: bool
+    ) -> Restored:
         saved = self._record(step)
-        items = items_of(adapted, state, self._also)
-        given = description(adapted, items, self._also)
+        also = saved_too(self._also, adapted, known=saved["leaves"])
+        items = items_of(adapted, state, also)
+        given = description(adapted, items, also)
         problems = [
             *leaf_problems(compared(saved), compared(given)),
             *state_problems(saved["state"], given["state"], step),
         ]
         if check_base:
-            base = base_leaves(adapted, self._also)
+            base = base_leaves(adapted, also)
             absent = [p for path, x in base.items() for p in no_values(path, x)]
-            problems += absent or base_problems(saved["base"], fingerprint(base))
+            free = {p for p, x in named_leaves(adapted)[0] if not is_node(x)}
+            problems += absent or base_problems(saved["base"], base, free)
         fail(f"Step {step}: {p}" for p in problems)
         tree, state = filled(adapted, state, self._read(step, items, saved))
+        self._base = saved["base"] if check_base else {}
         return Restored(tree, state, step)
 
     # --- Orbax ---------------------------------------------------------------------
@@ -264,7 +302,15 @@ class Checkpointer:
             single_host_load_and_broadcast=True,
             todelete_subdir=_TRASH,
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        try:
+            self._manager = _listed(
+                lambda: ocp.CheckpointManager(self._directory, options=options)
+            )
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise LoraError(
+                f"{self._directory} cannot be read by Orbax: {error} If files of a "
+                "step are damaged, remove that step."
+            ) from error
         self._writes = writes
         return self._manager
 
@@ -276,6 +322,16 @@ class Checkpointer:
                 "Steps go up. Write to another directory, or take back the later ones "
                 "with Checkpointer.delete(step)."
             )
+
+    def _require_same_base(
+        self, adapted: Any, given: dict[str, str], manager: ocp.CheckpointManager
+    ) -> None:
+        """Raises where a frozen leaf is not what it was at the step before."""
+        if self._base is None and manager.latest_step() is not None:
+            self._base = self._record(self._choose(None))["base"]
+        if self._base:
+            base = base_leaves(adapted, self._also)
+            fail(f"save: {p}" for p in moved_problems(self._base, given, base))
 
     def _choose(self, step: int | None) -> int:
         """The step, or the latest; raises unless it is there."""
@@ -292,6 +348,22 @@ class Checkpointer:
             f"{self._directory} has {wanted}: it holds {holds}. Pass the directory "
             "that Checkpointer(directory).save wrote to, and one of its steps."
         )
+
+    def _of_step(self, step: int | None, read: Callable[[int], T]) -> T:
+        """What `read` gives of a step that stays in its place meanwhile.
+
+        Another process that saves may remove the latest step as it is read: then there
+        is a later one.
+        """
+        tries = 20
+        while True:
+            tries, chosen = tries - 1, self._choose(step)
+            where = pathlib.Path(self._directory, str(chosen))
+            try:
+                return steadily([where], functools.partial(read, chosen))
+            except LoraError:
+                if not tries or step is not None or chosen in self.steps():
+                    raise
 
     def _record(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays."""
@@ -364,6 +436,14 @@ class Checkpointer:
         )
 
 
+def _listed(read: Callable[[], T]) -> T:
+    """What lists the steps, once more if another process removed one meanwhile."""
+    for _ in range(20):
+        with contextlib.suppress(FileNotFoundError):
+            return read()
+    return read()
+
+
 def _is_ours(manager: ocp.CheckpointManager, step: int) -> bool:
     return (manager.directory / str(step) / "flora").exists()
 
@@ -385,9 +465,12 @@ def _empty_trash(manager: ocp.CheckpointManager) -> None:
 # --- What is saved -------------------------------------------------------------------
 
 
-def _snapshot(adapted: Any, state: Any, also: Pattern) -> tuple[dict, dict]:
+def _snapshot(
+    adapted: Any, state: Any, also: Pattern, allow_nonfinite: bool
+) -> tuple[dict, dict]:
     """What JSON keeps, and copies or arrays for Orbax."""
     require_adapted(adapted, "save")
+    also = saved_too(also, adapted)
     items = items_of(adapted, state, also)
     fail(
         p
@@ -395,6 +478,13 @@ def _snapshot(adapted: Any, state: Any, also: Pattern) -> tuple[dict, dict]:
         for path, x in leaves.items()
         for p in unsavable(path if item == "whole" else f"{item} of {path}", x)
     )
+    trained = {
+        path if item == "whole" else f"{item} of {path}": x
+        for item, leaves in items.items()
+        if item != "state"
+        for path, x in leaves.items()
+    }
+    require_finite("save", trained | moments_of(state), allow_nonfinite)
     record = description(adapted, items, also)
     arrays = {
         item: {k: copied(x) for k, x in leaves.items() if not is_empty(x)}

@@ -8,11 +8,14 @@ No file is read whole: each device's part of a leaf comes straight out of the ma
 file.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
+import re
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora._files.atomic import alone, replace, steadily, sync
 from flora._files.fingerprint import describe, no_values, same_names
 from flora._files.items import sharding_of
 from flora._files.parsed import misfit, parsed
@@ -28,17 +32,19 @@ from flora._files.safetensors import (
     checked_path,
     no_dtype,
     read,
-    replace,
     unwritable_name,
     write,
 )
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.finite import require_finite
 from flora._tree.nearest import Nearest
 from flora._tree.paths import Pattern, check_pattern, matches, named_leaves
+from flora._tree.selection import alone as glob_of
 from flora._tree.weight import is_node
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"model-([0-9a-f]{8}-)?\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +111,8 @@ def load(
         arrays.  Each leaf gets its shape, dtype and sharding; floating values are cast.
       tensors: `{path of a leaf: Tensor(...)}`, for every leaf.
       unused: a pattern of tensors in the checkpoint that no leaf needs, such as
-        `*.rotary_emb.inv_freq`.
+        `*.rotary_emb.inv_freq`; one list may serve several checkpoints, so its entries
+        need not match.
 
     Returns:
       A tree of the structure of `like`.
@@ -124,7 +131,8 @@ def load(
     """
     check_pattern("unused", unused)
     path = checked_path(path, _no_path("load", path))
-    files = _files(path)
+    watched = [path / _INDEX, path / _ONE] if path.is_dir() else [path]
+    files = steadily(watched, lambda: _files(path))
     named, treedef = named_leaves(like)
     leaves = _checked("like", named, tensors)
     fail(f"{path}: {p}" for p in _problems(files, leaves, tensors, unused))
@@ -138,20 +146,24 @@ def save(
     tensors: Mapping[str, Tensor],
     *,
     shard_bytes: int = 5 * 10**9,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes a plain tree, such as what `flora.merge` returns, as a checkpoint.
 
-    Weights that the folder held before are removed once the new ones count.
+    A reader, and whatever stops the process, sees the weights of before or the new
+    ones: shards have names of their own, the index makes them count, and what the
+    folder held before, an interrupted save's too, is removed after that.
 
     Args:
       path: the folder; `config.json` and the tokenizer are the caller's to put there.
       tree: arrays with values.
       tensors: as for `load`.
       shard_bytes: no shard is larger, unless one tensor is.
+      allow_nonfinite: True to write NaN and infinity too, such as a mask of -inf.
 
     Raises:
-      LoraError: the tree is adapted, a leaf has no values or no entry in `tensors`, or
-        its dtype is none of the format's.
+      LoraError: the tree is adapted, a leaf has no values or no entry in `tensors`,
+        holds NaN or infinity, or its dtype is none of the format's.
     """
     folder = checked_path(path, _no_path("save", path))
     if (
@@ -163,6 +175,7 @@ def save(
     leaves = _checked("tree", named_leaves(tree)[0], tensors)
     fail(f"save: {p}" for k, x in leaves.items()
          for p in no_values(k, x) or no_dtype(k, x.dtype))  # fmt: skip
+    require_finite("save", leaves, allow_nonfinite)
     shards: list[dict[str, tuple[str, int]]] = [{}]
     size = total = 0
     for leaf, x in leaves.items():
@@ -180,30 +193,55 @@ def save(
 def _write(
     folder: pathlib.Path, shards: list[dict], leaves: Any, tensors: Any, total: int
 ) -> None:
-    """The shards, one in memory at a time, and last the index that makes them count."""
-    names = [
-        f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))
-    ]
-    names = [_ONE] if len(shards) == 1 else names
-    for name, shard in zip(names, shards, strict=True):
-        arrays = {k: _taken(leaves[p], tensors[p], i) for k, (p, i) in shard.items()}
-        write(folder / name, arrays, {"format": "pt"})
-    if len(shards) == 1:
-        (folder / _INDEX).unlink(missing_ok=True)
-        _forget(folder, names)
-        return
-    where = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    text = json.dumps(index, indent=2).encode()
-    replace(folder / _INDEX, lambda: iter([text]))
-    _forget(folder, names)
+    """The shards, one in memory at a time, and last the index that makes them count.
+
+    No file that the present index names is written over: either index finds its own.
+    """
+    with alone(folder) as folder:
+        before, named = _weights(folder)
+        run = f"{secrets.token_hex(4)}-" if before or named else ""
+        names = [
+            f"model-{run}{i + 1:05}-of-{len(shards):05}.safetensors"
+            for i in range(len(shards))
+        ]
+        if len(shards) == 1 and _ONE not in named:
+            names = [_ONE]
+        try:
+            for name, shard in zip(names, shards, strict=True):
+                arrays = {
+                    k: _taken(leaves[p], tensors[p], i) for k, (p, i) in shard.items()
+                }
+                write(folder / name, arrays, {"format": "pt"})
+        except BaseException:
+            _remove(folder, {*names} - before)
+            raise
+        if names == [_ONE]:
+            (folder / _INDEX).unlink(missing_ok=True)
+            sync(folder)
+        else:
+            pairs = zip(names, shards, strict=True)
+            where = {k: name for name, shard in pairs for k in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            text = json.dumps(index, indent=2).encode()
+            replace(folder / _INDEX, lambda: [text])
+        _remove(folder, before - {*names})
 
 
-def _forget(folder: pathlib.Path, names: list[str]) -> None:
-    """Removes weights that were there before."""
-    for path in (folder / _ONE, *folder.glob("model-?????-of-?????.safetensors")):
-        if path.name not in names:
-            path.unlink(missing_ok=True)
+def _remove(folder: pathlib.Path, names: set[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _weights(folder: pathlib.Path) -> tuple[set[str], set[str]]:
+    """The files of weights in the folder, and those among them that its index names."""
+    names = {path.name for path in folder.iterdir() if not path.is_dir()}
+    index: set[str] = set()
+    with contextlib.suppress(OSError, ValueError):
+        found = parsed((folder / _INDEX).read_bytes())
+        where = {} if misfit(found, {"weight_map": {str: str}}) else found["weight_map"]
+        index = {name for name in where.values() if name.endswith(".safetensors")}
+    shards = {name for name in names if name == _ONE or _SHARD.fullmatch(name)}
+    return shards | (index & names), index
 
 
 def _taken(leaf: Any, tensor: Tensor, i: int) -> np.ndarray:
@@ -251,7 +289,7 @@ def _files(path: pathlib.Path) -> dict[str, File]:
         for key, n in where.items()
         if key not in files[n].infos
     )
-    return {key: file for file in files.values() for key in file.infos}
+    return {key: files[n] for key, n in where.items()}  # the index rules
 
 
 def _no_weights(path: pathlib.Path) -> str:
@@ -348,10 +386,11 @@ def _problems(
                     f"{files[name].path.name}: '{name}' is {info.dtype}; expected a "
                     f"floating dtype {where}."
                 )
-    for name in spare:
+    for n, name in enumerate(spare):
+        own = glob_of(name, spare) if n < 20 else repr(name)  # no more are shown
         yield (
             f"{files[name].path.name}: '{name}', {files[name].infos[name]}, is for no "
-            f"leaf of the model. Write unused='{name}' to leave it."
+            f"leaf of the model. Write unused={own} to leave it."
         )
 
 

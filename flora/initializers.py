@@ -11,6 +11,10 @@ models.  In flora's names:
     qwix                        uniform("qwix")       2/in, 2.45 times the std of PEFT
     PEFT's "gaussian"           by_rank()             1/rank², independent of in
     PEFT's "orthogonal"         orthogonal()          1/200, of A and of B
+    PEFT's embeddings           embedding()           A = 0 and 1, of B
+
+`peft()` is PEFT's start for every kind of leaf, embeddings too: with it a learning rate
+found with PEFT is one for the same start.
 """
 
 from flora._tree.initializers import (
@@ -20,8 +24,10 @@ from flora._tree.initializers import (
     both_random,
     both_zero,
     by_rank,
+    embedding,
     gaussian,
     orthogonal,
+    peft,
     uniform,
 )
 
@@ -32,7 +38,9 @@ __all__ = [
     "both_random",
     "both_zero",
     "by_rank",
+    "embedding",
     "gaussian",
     "orthogonal",
+    "peft",
     "uniform",
 ]

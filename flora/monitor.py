@@ -74,11 +74,12 @@ def reference(adapted: Any, k: int = 8) -> dict[str, Subspace]:
     factors = _with_bases(adapted, "reference")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise LoraTypeError(f"reference: k={k!r}. Write an int of at least 1.")
+    sizes = {path: x.layout.matrix(x.base.shape)[1:] for path, x in factors.items()}
+    smallest = min(map(min, sizes.values()))
     fail(
         f"reference: '{path}' is a matrix of {in_}×{out}; k={k} is above "
-        f"{min(in_, out)}. Lower k."
-        for path, x in factors.items()
-        for _, in_, out in [x.layout.matrix(x.base.shape)]
+        f"{min(in_, out)}. Write k={smallest}."
+        for path, (in_, out) in sizes.items()
         if k > min(in_, out)
     )
     return {path: _subspace(x, k) for path, x in factors.items()}

@@ -13,7 +13,7 @@ References: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flora._algebra.norms import compiled_norms, zero_problems
 from flora._algebra.variants import DoRA
+from flora._files.atomic import steadily
 from flora._peft.config import PeftConfig, read
 from flora._peft.factors import magnitude, node
 from flora._peft.file import CONFIG, WEIGHTS, directory, read_tensors, write
@@ -42,11 +44,12 @@ from flora._trace.discover import Finding, discover
 from flora._trace.stage import stage
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.finite import require_finite
 from flora._tree.layout import Layout
-from flora._tree.paths import named_leaves
+from flora._tree.paths import Pattern, named_leaves
 from flora._tree.placement import mesh_of, spec_of, specs
 from flora._tree.quantized import abstract, is_quantized
-from flora._tree.weight import LoraWeight, Trained, base_of
+from flora._tree.weight import LoraWeight, Trained, base_of, uniform
 
 __all__ = ["Module", "Names", "load", "match_names", "save"]
 
@@ -60,6 +63,7 @@ def load(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     dtype: Any = None,
+    allow_nonfinite: bool = False,
 ) -> Any:
     """The tree with PEFT's adapter in it, ready to run and to train on.
 
@@ -77,6 +81,7 @@ def load(
       args: the other positional arguments of one call of `fn`.
       kwargs: its keyword arguments.
       dtype: of the factors; by default float32, or float64 where the file has it.
+      allow_nonfinite: True to take NaN and infinity too.
 
     Returns:
       The tree with `LoraWeight`s, and `Trained` leaves for `modules_to_save` and
@@ -107,18 +112,19 @@ def load(
         raise LoraTypeError(
             f"flora.peft.load: dtype={dtype!r}. Write a floating dtype."
         )
-    config = read(folder)
-    content = _in_dtype(sort_out(read_tensors(folder), config, folder), dtype)
+    config, tensors = steadily(
+        (folder / CONFIG, folder / WEIGHTS),
+        lambda: (read(folder), read_tensors(folder)),
+    )
+    content = _in_dtype(sort_out(tensors, config, folder), dtype)
+    require_finite(f"{folder / WEIGHTS}", tensors, allow_nonfinite)
     given = expected_layouts(leaves)
     uses = (
         {} if fn is None else _followed(fn, named, treedef, args, kwargs or {}, given)
     )
     given |= {path: f.layout for path, f in uses.items() if f.layout is not None}
-    found = assign(
-        folder, config, content, leaves, names, given, followed=fn is not None
-    )
-    if not config.ensure_weight_tying:
-        fail(_untied(uses, found, folder))
+    readers = None if fn is None else {p: _readers(f) for p, f in uses.items()}
+    found = assign(folder, config, content, leaves, names, given, readers=readers)
     fail(coverage_problems(leaves, found, folder / WEIGHTS))
     new = {path: _node(site, config, folder) for path, site in found.adapted.items()}
     fail(_base_problems(found, leaves, folder))
@@ -180,29 +186,14 @@ def _followed(
         for i, (path, _) in enumerate(named)
         if is_array(leaves[i]) and len(leaves[i].shape) > 1
     }
-    return discover(stage(fn, leaves, treedef, args, kwargs), leaves, paths, given)
+    staged = stage(fn, leaves, treedef, args, kwargs, verb="flora.peft")
+    return discover(staged, leaves, paths, given)
 
 
 def _readers(finding: Finding) -> set[str]:
     """The kinds of PyTorch modules that would read a leaf as the function does."""
     kinds = {"gather": "embedding", "conv_general_dilated": "conv"}
     return {kinds.get(use.primitive, "linear") for use in finding.uses if use.binding}
-
-
-def _untied(
-    uses: Mapping[str, Finding], found: Assignment, folder: Any
-) -> Iterator[str]:
-    """Embeddings that the function also multiplies by, where PEFT has no adapter."""
-    for path, site in found.adapted.items():
-        kinds = _readers(uses[path]) if path in uses else set()
-        lora = site.pieces[0].lora
-        if lora.kind == "embedding" and {"embedding", "linear"} <= kinds:
-            yield (
-                f"{folder / CONFIG}: '{lora.module}' is adapted as an embedding alone, "
-                f"but the function also multiplies by '{path}' (tied weights). PEFT "
-                "leaves that product as it was. Train with ensure_weight_tying=True, "
-                "or untie the weights in the tree."
-            )
 
 
 def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
@@ -233,7 +224,10 @@ def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
         stack = len(site.layout.stack)
         parts = (*found.b[:stack], *found.b[stack + 1 :])
         m = jax.device_put(m, NamedSharding(mesh_of(base), PartitionSpec(*parts)))
-    return dataclasses.replace(new, extra={"magnitude": m}, variant=DoRA())
+    new = dataclasses.replace(new, extra={"magnitude": m}, variant=DoRA())
+    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(new)):
+        fail(zero_problems(site.path, new, compiled_norms(uniform(new))))
+    return new
 
 
 def _placed(made: LoraWeight) -> dict[str, Any]:
@@ -327,16 +321,21 @@ def save(
     fn: Callable | None = None,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
+    tied: Mapping[str, Any] | None = None,
     base: Any = None,
     serving: bool = False,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
     dtype: Any = None,
+    ignore: Pattern = (),
+    allow_nonfinite: bool = False,
 ) -> None:
-    """Writes the adapter as PEFT does, in one step: the files are complete or absent.
+    """Writes the adapter as PEFT does: whatever stops it leaves the old one or the new.
 
     The config names every module in full, with its rank and alpha where they differ.
-    Other files in the directory stay.
+    Other files in the directory stay, as do links and modes.  `load` sees one of the
+    two at any time.  PEFT, which opens both files one after the other, refuses the
+    directory where a save was stopped between them: a note lies there for the config.
 
     Args:
       dir: the directory; it is made if it does not exist.
@@ -344,10 +343,14 @@ def save(
       names: as for `load`.  Adapters of several raw parameters of one module are nested
         in the order of the names.
       fn: the function that the tree runs in, traced on `args` and `kwargs` to tell
-        convolutions and embeddings from linear layers.  Without it a kernel with three
-        in axes, or with two in a module called something with 'conv', is one.
+        convolutions and embeddings from linear layers, and to find weights that two
+        modules share.  Without it a kernel with three in axes, or with two in a module
+        called something with 'conv', is a convolution.
       args: the other positional arguments of one call of `fn`.
       kwargs: its keyword arguments.
+      tied: `{leaf: module}`, such as `{'model/embed_tokens/embedding': 'lm_head'}`, the
+        other modules of PyTorch that use a leaf's weight; the file then changes all of
+        them alike, with `ensure_weight_tying`.
       base: the plain base that the file's user will have, if the adapted tree's own
         base was changed at the start (PiSSA, OLoRA, LoRA-GA…).  The difference, which
         must be of low rank, is written as further rows of A and columns of B.
@@ -356,29 +359,36 @@ def save(
       base_model_name_or_path: of the model, for the config.
       task_type: such as 'CAUSAL_LM', for the config.
       dtype: of the tensors; by default each array's own.
+      ignore: a pattern (see `LoraConfig`) of batch statistics that the files shall
+        lack.  PEFT saves those of modules that train whole, and no others.
+      allow_nonfinite: True to write NaN and infinity too, which `load` must be told.
 
     Raises:
-      LoraError: a leaf has no name or not a unique one; it holds NaN; or it is of a
-        kind that PEFT, or a server if `serving`, does not support.
+      LoraError: a leaf has no name or not a unique one; it holds NaN or infinity, or
+        would in `dtype`; it is of a kind that PEFT, or a server if `serving`, does not
+        support; or it is a batch statistic that the files would lack, and `base` does
+        not show that it is as it was.
     """
     folder = directory("save", dir)
-    kinds: dict[str, str] = {}
+    readers = None
     if fn is not None:
         named, treedef = named_leaves(adapted)
         given = expected_layouts(dict(named))
-        for path, f in _followed(fn, named, treedef, args, kwargs or {}, given).items():
-            read_by = sorted(_readers(f))
-            kinds[path] = read_by[0] if read_by else ""
+        uses = _followed(fn, named, treedef, args, kwargs or {}, given)
+        readers = {path: _readers(f) for path, f in uses.items()}
     config, tensors = written(
         adapted,
         names=names,
-        kinds=kinds,
+        tied=tied or {},
+        readers=readers,
         base=base,
         serving=serving,
         dtype=dtype,
+        ignore=ignore,
         about={
             "base_model_name_or_path": base_model_name_or_path,
             "task_type": task_type,
         },
+        allow_nonfinite=allow_nonfinite,
     )
     write(folder, config, tensors)

@@ -13,7 +13,7 @@ References: Dettmers et al. 2023 (QLoRA). https://arxiv.org/abs/2305.14314
 import dataclasses
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,10 +23,19 @@ from jax.core import Tracer
 from flora._algebra.dense import delta
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, fail
+from flora._tree.finite import require_finite
 from flora._tree.matrices import folded, nearest
-from flora._tree.paths import Pattern, matches, named_leaves, nothing_selected
+from flora._tree.paths import (
+    Pattern,
+    check_pattern,
+    entries,
+    exactly,
+    matches,
+    named_leaves,
+)
 from flora._tree.placement import mesh_of, places_of_parts, spec_of
-from flora._tree.quantized import Quantized, is_quantized
+from flora._tree.quantized import LEVELS, Codes, Quantized, is_quantized, of_codes
+from flora._tree.selection import idle_entries, nothing_selected
 from flora._tree.weight import LoraWeight, Trained
 
 __all__ = ["QTYPES", "Quantized", "dequantize", "loftq", "quantize"]
@@ -44,6 +53,7 @@ def quantize(
     block: int = 64,
     dtype: Any = None,
     donate: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Any:
     """The tree with each targeted weight as a `Quantized`, leaf by leaf.
 
@@ -59,13 +69,16 @@ def quantize(
       dtype: of the dequantized weight; by default the weight's own.
       donate: whether to delete each array as soon as it is quantized, so that no more
         than one leaf is ever held twice.
+      allow_nonfinite: True to quantize NaN and infinity too; all that share a scale
+        with them are lost.
 
     Returns:
       The tree.  The arrays of a quantized weight are sharded as the weight was.
 
     Raises:
       LoraError: qwix is not installed, the type is unknown, nothing is selected, or a
-        leaf does not divide into blocks; every such leaf is named.
+        leaf does not divide into blocks or holds NaN or infinity; every such leaf is
+        named.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora.quantize
@@ -79,13 +92,11 @@ def quantize(
     _require(qtype, block)
     _require_dtype(dtype)
     named, treedef = named_leaves(params)
-    hit = {p for p, x in named if matches(target, p, x) and not matches(exclude, p, x)}
-    if not hit:
-        raise LoraError(nothing_selected("target", target, [p for p, _ in named]))
-    bases = {p: _base(x) for p, x in named if p in hit}
+    bases = _selected(named, target, exclude)
     chosen = {p: x for p, x in bases.items() if len(getattr(x, "shape", ())) >= 2}
-    fail([] if chosen else [_nothing_to_store(p, x) for p, x in bases.items()])
-    fail(_problems(chosen, block))
+    fail(_idle(target, bases, chosen))
+    fail(_problems(chosen, block, "Write exclude={}"))
+    require_finite("quantize", chosen, allow_nonfinite)
     made: dict[int, Quantized] = {}  # one array may stand in several places
 
     def one(path: str, leaf: Any) -> Any:
@@ -100,6 +111,39 @@ def quantize(
         return quantized
 
     return treedef.unflatten([one(path, leaf) for path, leaf in named])
+
+
+def _selected(
+    named: list[tuple[str, Any]], target: Pattern, exclude: Pattern
+) -> dict[str, Any]:
+    """The bases of the leaves that are targeted and not excluded."""
+    check_pattern("target", target)
+    check_pattern("exclude", exclude)
+    fail(idle_entries("target", target, named))
+    hit = [(p, x) for p, x in named if matches(target, p, x)]
+    if not hit:
+        raise LoraError(nothing_selected("target", target, [p for p, _ in named]))
+    fail(
+        f"{problem} It must match a leaf that target selects."
+        for problem in idle_entries("exclude", exclude, hit)
+    )
+    bases = {p: _base(x) for p, x in hit if not matches(exclude, p, x)}
+    if not bases:
+        raise LoraError(
+            f"exclude={exclude!r} takes out all of the {len(hit)} leaves that "
+            f"target={target!r} selects. Narrow exclude."
+        )
+    return bases
+
+
+def _idle(
+    target: Pattern, bases: dict[str, Any], chosen: dict[str, Any]
+) -> Iterator[str]:
+    """Entries that select nothing which can be stored in fewer bits."""
+    for entry in entries(target):
+        hit = [p for p, x in bases.items() if matches(entry, p, x)]
+        if hit and not any(p in chosen for p in hit):
+            yield _nothing_to_store(hit[0], bases[hit[0]])
 
 
 def _nothing_to_store(path: str, x: Any) -> str:
@@ -153,7 +197,8 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
             f"loftq: {len(chosen)} leaves are adapted and steps={steps!r}. Pass the "
             "tree that flora.init returned, and steps of 1 or more."
         )
-    fail(_problems(chosen, block))
+    fail(_problems(chosen, block, "Adapt other leaves"))
+    require_finite("loftq", chosen, remedy="Start from finite weights.")
 
     def one(w: LoraWeight) -> LoraWeight:
         found = functools.partial(_nearest, qtype=qtype, block=block, steps=steps)
@@ -225,17 +270,19 @@ def _require_dtype(dtype: Any) -> None:
         )
 
 
-def _problems(chosen: dict[str, Any], block: int) -> list[str]:
+def _problems(chosen: dict[str, Any], block: int, remedy: str) -> list[str]:
+    """What keeps leaves from being stored; the remedy's {} is the leaf's pattern."""
     problems = []
     for path, x in chosen.items():
+        without = remedy.format(repr(exactly(path)))
         if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
             problems.append(
-                f"'{path}' is {x!r}; only floating arrays can be quantized."
+                f"'{path}' is {x!r}; only floating arrays can be quantized. {without}."
             )
         elif _blocked_axis(x.shape, block) is None:
             problems.append(
                 f"'{path}' has shape {tuple(x.shape)}; neither of the last two axes "
-                f"divides into blocks of {block}. Exclude it, or write another block."
+                f"divides into blocks of {block}. {without}, or write another block."
             )
     return problems
 
@@ -250,24 +297,30 @@ def _quantized(x: Any, qtype: str, block: int, dtype: Any, donate: bool) -> Quan
     make = _maker(qtype, block, jnp.dtype(dtype or x.dtype))
     if isinstance(x, jax.ShapeDtypeStruct):
         return _lying_as(x, jax.eval_shape(make, x))
-    made = make(x)
+    made = _lying_as(x, make(x))
     if donate and isinstance(x, jax.Array) and not isinstance(x, Tracer):
         jax.block_until_ready(made)
         x.delete()
     return made
 
 
-def _lying_as(x: jax.ShapeDtypeStruct, quantized: Quantized) -> Quantized:
-    """The quantized shapes, sharded as the weight if that says how."""
-    spec = spec_of(x)
+def _lying_as(x: Any, quantized: Quantized) -> Quantized:
+    """The quantized arrays or shapes, sharded as the weight if that says how.
+
+    Inside jit the compiler sees to it.
+    """
+    spec = None if isinstance(x, Tracer) else spec_of(x)
     if spec is None:
         return quantized
+    places = places_of_parts(mesh_of(x), quantized, spec)
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return jax.device_put(quantized, places)
     return jax.tree.map(
         lambda part, place: jax.ShapeDtypeStruct(
             part.shape, part.dtype, sharding=place
         ),
         quantized,
-        places_of_parts(mesh_of(x), quantized, spec),
+        places,
     )
 
 
@@ -278,49 +331,36 @@ def _maker(qtype: str, block: int, dtype: Any) -> Any:
 
     @jax.jit
     def make(x: jax.Array) -> Quantized:
-        axis = _blocked_axis(x.shape, block)
-        others = [i for i in range(x.ndim) if i != axis]
-        values = qwix.quantize(
-            x.astype(jnp.promote_types(x.dtype, jnp.float32)),
-            qtype if qtype == "nf4" else jnp.dtype(qtype),
-            channelwise_axes=others,
+        axis: Any = _blocked_axis(x.shape, block)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if qtype == "nf4":
+            codes, scale = _nf4(x, axis, block)
+            return Quantized(Codes(codes, scale.astype(dtype), qtype), of_codes)
+        made = qwix.quantize(
+            x,
+            jnp.dtype(qtype),
+            channelwise_axes=[i for i in range(x.ndim) if i != axis],
             tiled_axes={axis: block},
             scale_dtype=dtype,
         )
-        return Quantized(values, _dequantize)
+        return Quantized(Codes(made.qvalue, made.scale, qtype), of_codes)
 
     return make
 
 
-def _dequantize(values: Any) -> jax.Array:
-    if values.qtype != "nf4":
-        return importlib.import_module("qwix").dequantize(values)
-    # A table that every element looks up is slow on TPU; choosing by bits fuses.
-    levels = _looked_up(values.qvalue, _NF4).astype(values.scale.dtype)
-    blocks: list[int] = []
-    for size, count in zip(levels.shape, values.scale.shape, strict=True):
-        blocks += [count, size // count]
-    scale = values.scale.reshape([n for c in values.scale.shape for n in (c, 1)])
-    return (levels.reshape(blocks) * scale).reshape(levels.shape)
+def _nf4(x: jax.Array, axis: int, block: int) -> tuple[jax.Array, jax.Array]:
+    """Codes of the nearest levels, and the scales of the blocks.
 
-
-# The levels of NF4, by the code that qwix stores: Dettmers et al. 2023, appendix E.
-_NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-
-
-def _looked_up(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
-    """`levels[codes]` of 16 levels, by the four bits of each code."""
-    codes = codes.astype(jnp.int32)
-    found: list[Any] = [jnp.float32(x) for x in levels]
-    for bit in range(4):
-        odd = (codes >> bit) & 1 == 1
-        found = [
-            jnp.where(odd, hi, lo)
-            for lo, hi in zip(found[::2], found[1::2], strict=True)
-        ]
-    return found[0]
+    As qwix has them, but element by element, so that they lie where x does.
+    """
+    blocks = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
+    scale = jnp.max(jnp.abs(blocks), axis + 1, keepdims=True)
+    small = jnp.sqrt(jnp.finfo(scale.dtype).tiny)
+    scale = jnp.where(scale < small, jnp.ones_like(scale), scale)
+    unit = blocks / scale
+    code, least = jnp.zeros(unit.shape, jnp.uint4), jnp.abs(LEVELS[0] - unit)
+    for k, level in enumerate(LEVELS[1:], 1):
+        far = jnp.abs(level - unit)
+        code = jnp.where(far < least, jnp.uint4(k), code)
+        least = jnp.minimum(far, least)
+    return code.reshape(x.shape), scale.squeeze(axis + 1)

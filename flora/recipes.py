@@ -8,7 +8,9 @@ All take the split-off adapter, or the whole tree inside `flora.optimizer`.
 """
 
 import dataclasses
+import math
 import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
@@ -27,14 +29,18 @@ from flora._train.groups import (
     times,
 )
 from flora._train.optimizer import FROZEN, freeze, map_parts
+from flora._train.wrappers import widened
 from flora._tree.arrays import compute_dtype, is_array
-from flora._tree.checks import require_adapted, weight_problems
+from flora._tree.checks import blocks_problem, require_adapted, weight_problems
+from flora._tree.config import LoraConfig
 from flora._tree.errors import LoraError, LoraTypeError, fail
-from flora._tree.initializers import Initializer, gaussian
+from flora._tree.finite import require_finite
+from flora._tree.initializers import ByKind, Initializer, gaussian
 from flora._tree.keys import consumed, require_key
-from flora._tree.paths import named_leaves
+from flora._tree.paths import Matcher, first, named_leaves
 from flora._tree.quantized import is_quantized
-from flora._tree.weight import LoraWeight, is_node
+from flora._tree.selection import idle_keys
+from flora._tree.weight import LoraWeight, is_node, within_blocks
 from flora._verbs.draw import redrawn
 
 __all__ = [
@@ -137,15 +143,17 @@ def lora_fa(
         return FROZEN if part in ("a", FROZEN) else "train"
 
     inner = optax.multi_transform(
-        {"train": tx, FROZEN: freeze()}, lambda tree: map_parts(label, tree)
+        {"train": widened(tx), FROZEN: freeze()}, lambda tree: map_parts(label, tree)
     )
 
     def init(params: Any) -> Any:
+        named = named_leaves(params)[0]
+        fail(p for path, leaf in named for p in blocks_problem("lora_fa", path, leaf))
         fail(
             f"lora_fa: '{path}' has the variant {leaf.variant!r}; the gradient of B is "
             "known for W + scale A B alone. Leave it to another group of "
             "flora.recipes.partition."
-            for path, leaf in named_leaves(params)[0]
+            for path, leaf in named
             if isinstance(leaf, LoraWeight)
             and leaf.variant is not None
             and is_array(leaf.b)
@@ -192,12 +200,17 @@ def _solved(weight: LoraWeight, g: chex.Array, damping: float) -> jax.Array:
     a, batch = weight.a.astype(dtype), tuple(range(n))
     gram = columns(a, a, n) + damping * jnp.eye(a.shape[-1], dtype=dtype)
     solved = lax.dot_general(
-        jnp.linalg.inv(gram),
+        _inverse(gram, wide=math.prod(a.shape[n:-1]) < a.shape[-1]),
         g.astype(dtype),
         (((n + 1,), (n,)), (batch, batch)),
         precision=lax.Precision.HIGHEST,
     )
     return (solved / weight.scale**2).astype(g.dtype)
+
+
+def _inverse(gram: jax.Array, *, wide: bool) -> jax.Array:
+    """Of Aᵀ A + damping I; where A has more columns than rows, on the span of Aᵀ A."""
+    return jnp.linalg.pinv(gram, hermitian=True) if wide else jnp.linalg.inv(gram)
 
 
 def restart(
@@ -207,6 +220,8 @@ def restart(
     adapted: Any,
     *,
     initializer: Initializer = _GAUSSIAN,
+    init_pattern: Mapping[Matcher, Initializer] | None = None,
+    allow_nonfinite: bool = False,
 ) -> tuple[Any, Any]:
     """ReLoRA's restart: W ← W + scale A B, then A and B as at a new start.
 
@@ -230,6 +245,8 @@ def restart(
         adapter.
       adapted: the adapted tree.
       initializer: how A and B start, as `LoraConfig.init`.
+      init_pattern: `{pattern: initializer}`, as `LoraConfig.init_pattern`.
+      allow_nonfinite: True to merge NaN and infinity too, as for `flora.merge`.
 
     Returns:
       `(adapted, state)`.  Works under `jax.jit` (on a mesh, with the step's
@@ -237,8 +254,8 @@ def restart(
 
     Raises:
       LoraError: the tree has no factors or no base, a base is stored in fewer bits, a
-        leaf has a variant, or the state is not that of `tx` or keeps moments out of the
-        tree's structure.
+        leaf has a variant, NaN or infinity would come into a base, or the state is not
+        that of `tx` or keeps moments out of the tree's structure.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, flora, flora.recipes
@@ -260,16 +277,39 @@ def restart(
     if not any(isinstance(leaf, LoraWeight) for _, leaf in named):
         raise LoraError("restart: no leaf of the tree has factors to merge.")
     _, treedef = named_leaves(adapted)
+    config = LoraConfig(init=initializer, init_pattern=init_pattern or {})
+    starts = _initializers(named, config)
     root = consumed(key)
 
     def renew(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, LoraWeight):
             return leaf
-        a, b = redrawn(root, initializer, path, leaf)
-        return dataclasses.replace(leaf, base=materialize(leaf), a=a, b=b, key=None)
+        a, b = redrawn(root, starts[path], path, leaf)
+        leaf = dataclasses.replace(leaf, base=materialize(leaf), a=a, b=b, key=None)
+        return within_blocks(leaf)
 
-    renewed = treedef.unflatten([renew(path, leaf) for path, leaf in named])
+    made = {path: renew(path, leaf) for path, leaf in named}
+    old = {path: x.base for path, x in named if isinstance(x, LoraWeight)}
+    new = {path: made[path].base for path in old}
+    require_finite("restart", new, allow_nonfinite, before=old)
+    renewed = treedef.unflatten(list(made.values()))
     return renewed, _renewed_state(tx, state, renewed)
+
+
+def _initializers(
+    named: Sequence[tuple[str, Any]], config: LoraConfig
+) -> dict[str, Initializer]:
+    """How each adapted leaf starts anew."""
+    if any(isinstance(x, ByKind) for x in (config.init, *config.init_pattern.values())):
+        raise LoraError(
+            "restart: flora.initializers.peft() tells leaves apart by what a model "
+            "does, and none is traced here. Write initializer=uniform('peft') and "
+            "init_pattern={'embedding': embedding()}, both of flora.initializers."
+        )
+    nodes = [(p, x) for p, x in named if isinstance(x, LoraWeight)]
+    idle = idle_keys("init_pattern", config.init_pattern, nodes)
+    fail(f"restart: {problem}" for problem in idle)
+    return {p: first(config.init_pattern, config.init, p, x) for p, x in nodes}
 
 
 def _unmergeable(path: str, leaf: Any) -> list[str]:

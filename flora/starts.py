@@ -35,7 +35,6 @@ from flora._starts.residual import (
     made,
     nothing_adapted,
     plain_problems,
-    rank_problems,
     selected,
     side_by_side,
 )
@@ -75,7 +74,9 @@ def pissa(
     W = U S Vᵀ, A = U_r √(S_r/scale), B = √(S_r/scale) V_rᵀ, W_res = W − scale A B.
 
     What is decomposed is W + scale A B, so the model stays the same up to rounding,
-    whatever A and B were.  The exact decomposition gathers one leaf at a time.
+    whatever A and B were.  The exact decomposition gathers one leaf at a time.  Where
+    the rank is above min(in, out), the other columns of A and rows of B are zeros, and
+    no gradient reaches them.
 
     Args:
       adapted: an adapted tree of arrays or tracers, with dense bases.
@@ -92,8 +93,8 @@ def pissa(
       did not change are shared.
 
     Raises:
-      LoraError: nothing is selected; a base is quantized; a leaf holds no values; or a
-        rank is above the smaller side of its matrix.  Every such leaf is named.
+      LoraError: nothing is selected; a base is quantized; or a leaf holds no values.
+        Every such leaf is named.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora, flora.starts
@@ -108,7 +109,6 @@ def pissa(
     """
     root = _method_key("pissa", method, niter, key)
     chosen, named, treedef = selected("pissa", adapted, target)
-    fail(rank_problems("pissa", chosen, 1))
 
     def one(path: str, w: LoraWeight) -> LoraWeight:
         own = None if root is None else jax.random.fold_in(root, path_salt(path))
@@ -123,7 +123,8 @@ def olora(adapted: Any, *, target: Pattern = "*", donate: bool = False) -> Any:
     """The tree with factors from a QR decomposition and the rest in the base.
 
     Wᵀ = Q R, A = (R_r)ᵀ from R's first rows, B = (Q_r)ᵀ from Q's first columns, so that
-    B's rows are orthonormal; W_res = W − scale A B.
+    B's rows are orthonormal; W_res = W − scale A B.  Ranks above
+    min(in, out) are zeros.
 
     Args:
       adapted: as for `pissa`.
@@ -139,7 +140,6 @@ def olora(adapted: Any, *, target: Pattern = "*", donate: bool = False) -> Any:
     References: Büyükakyüz 2024 (OLoRA). https://arxiv.org/abs/2406.01775
     """
     chosen, named, treedef = selected("olora", adapted, target)
-    fail(rank_problems("olora", chosen, 1))
     return treedef.unflatten(
         [
             made(x, _residual.olora, donate=donate) if path in chosen else x
@@ -166,7 +166,8 @@ def lora_ga(
 
     The first step of gradient descent then changes W by −lr·scale²·c² G_{2r} up to
     terms in lr², where G_{2r} is the best approximation of G of rank 2r: no factors of
-    rank r come closer to a step of full fine-tuning.
+    rank r come closer to a step of full fine-tuning.  Directions that G does not have,
+    beyond min(in, out), are zeros.
 
     Args:
       adapted: as for `pissa`.
@@ -188,8 +189,7 @@ def lora_ga(
       As for `pissa`.
 
     Raises:
-      LoraError: as for `pissa`; or a gradient is missing or has another shape; or
-        2·rank is above the smaller side of a matrix.
+      LoraError: as for `pissa`; or a gradient is missing or has another shape.
 
     References: Wang et al. 2024 (LoRA-GA), theorem 3.1. https://arxiv.org/abs/2407.05000
     """
@@ -199,7 +199,6 @@ def lora_ga(
         raise LoraError(f"gamma={gamma!r}. Write a number above 0, such as 16.")
     root = _method_key("lora_ga", method, niter, key)
     chosen, named, treedef = selected("lora_ga", adapted, target)
-    fail(rank_problems("lora_ga", chosen, 2))
     new: dict[str, LoraWeight] = {}
     for path, g in gradients_of(chosen, grads):
         own = None if root is None else jax.random.fold_in(root, path_salt(path))

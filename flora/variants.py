@@ -12,7 +12,8 @@ No rule of the interpreter knows of any variant, so a variant of your own works 
 LoRA does; `examples/custom_variant.py` is a complete one.
 """
 
-from flora._algebra.variants import AdaLoRA, DoRA, VeRA, column_norms
+from flora._algebra.norms import column_norms
+from flora._algebra.variants import AdaLoRA, DoRA, VeRA
 from flora._tree.weight import Product, Variant
 
 __all__ = ["AdaLoRA", "DoRA", "Product", "Variant", "VeRA", "column_norms"]

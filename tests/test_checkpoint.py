@@ -209,7 +209,7 @@ def test_dropout_keys_belong_to_one_step(saver):
     assert got.state is None
 
 
-def test_leaves_that_change_without_training_are_saved_if_named(tmp_path):
+def test_batch_statistics_are_saved_and_other_changed_leaves_if_named(tmp_path):
     model = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True)])
     x = normal(3, 5)
     variables = model.init(jax.random.key(0), x)
@@ -221,10 +221,22 @@ def test_leaves_that_change_without_training_are_saved_if_named(tmp_path):
     with Checkpointer(tmp_path / "also", also="batch_stats/*") as saver:
         saver.save(1, later)
         same(saver.restore(adapted).adapted, later)
-    with Checkpointer(tmp_path / "frozen") as saver:
+    with Checkpointer(tmp_path / "unnamed") as saver:
         saver.save(1, later)
-        with pytest.raises(flora.LoraError, match="batch_stats/layers_1/mean"):
+        same(saver.restore(adapted).adapted, later)
+        dense = later["params"]["layers_0"]
+        dense = dense | {"bias": dense["bias"] + 1}
+        later = later | {"params": later["params"] | {"layers_0": dense}}
+        saver.save(2, later)
+        remedy = "save with also='/params/layers_0/bias'"
+        with pytest.raises(flora.LoraError, match=remedy):
             saver.restore(adapted)
+    with Checkpointer(tmp_path / "named", also="/params/layers_0/bias") as saver:
+        saver.save(1, later)
+        same(saver.restore(adapted).adapted, later)
+    saver = Checkpointer(tmp_path / "idle", also="bais")
+    with pytest.raises(flora.LoraError, match="also='bais' selects none"):
+        saver.save(1, later)
 
 
 def test_nnx_states(saver):

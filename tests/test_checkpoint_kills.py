@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import flora
@@ -96,3 +97,78 @@ def test_kills_leave_what_was_saved(tmp_path):
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_many_kills_leave_what_was_saved(tmp_path, seed):
     assert killed(tmp_path, seed, trials=40) > 10
+
+
+# --- Savers beside a reader -----------------------------------------------------------
+
+
+def meanwhile(monkeypatch, name, act):
+    """Does something once, after a reader's look at a step's record."""
+    real, done = getattr(Checkpointer, name), []
+
+    def late(self, step):
+        found = real(self, step)
+        if not done:
+            done.append(step)
+            act()
+        return found
+
+    monkeypatch.setattr(Checkpointer, name, late)
+
+
+def test_a_step_that_is_removed_as_it_is_read_gives_way_to_the_next(
+    tmp_path, monkeypatch
+):
+    first, second = trained(2), trained(3)
+    with Checkpointer(tmp_path, max_to_keep=1) as saver:
+        saver.save(1, *first)
+        saver.wait()
+
+        def save():
+            saver.save(2, *second)
+            saver.wait()
+
+        meanwhile(monkeypatch, "_record", save)
+        with Checkpointer(tmp_path) as reader:
+            found = reader.restore(*first)
+            assert found.step == 2
+            same(found[:2], second)
+            with pytest.raises(flora.LoraError, match="has no step 1"):
+                reader.restore(*first, step=1)
+
+
+def test_a_step_that_is_saved_anew_as_it_is_read_is_not_mixed(tmp_path, monkeypatch):
+    """The record of one adapter would go with the arrays of the other."""
+    first, second = trained(2), trained(2, alpha=6.0)
+    with Checkpointer(tmp_path) as saver:
+        saver.save(1, *first)
+
+        def save():
+            saver.delete(1)
+            saver.save(1, *second)
+            saver.wait()
+
+        saver.wait()
+        meanwhile(monkeypatch, "_record", save)
+        with (
+            Checkpointer(tmp_path) as reader,
+            pytest.raises(flora.LoraError, match="has alpha=6"),
+        ):
+            reader.restore(*first)
+
+
+def test_a_step_that_is_removed_as_steps_are_listed(tmp_path, monkeypatch):
+    with Checkpointer(tmp_path) as saver:
+        saver.save(1, *trained(1))
+    reload, calls = ocp.CheckpointManager.reload, []
+
+    def late(self):
+        calls.append(self)
+        if len(calls) == 1:
+            raise FileNotFoundError("1")
+        return reload(self)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "reload", late)
+    with Checkpointer(tmp_path) as reader:
+        assert reader.steps() == (1,)
+    assert len(calls) == 2

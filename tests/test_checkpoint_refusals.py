@@ -43,9 +43,9 @@ def test_every_leaf_that_does_not_fit_is_named(saver):
         "4 problems",
         "Step 4: 'first/kernel': the checkpoint has rank=2, a=bfloat16[8,2], "
         "b=bfloat16[2,16]; the given tree has rank=3, a=bfloat16[8,3], "
-        "b=bfloat16[3,16]. Write LoraConfig(rank_pattern={'first/kernel': 2}).",
+        "b=bfloat16[3,16]. Write LoraConfig(rank_pattern={'/first/kernel': 2}).",
         "'second/kernel': the checkpoint has alpha=4.0; the given tree has alpha=1.0. "
-        "Write LoraConfig(alpha_pattern={'second/kernel': 4}).",
+        "Write LoraConfig(alpha_pattern={'/second/kernel': 4}).",
         "'second/kernel': the checkpoint was trained on a base of float32[16,8] ",
         "state 'extra': the checkpoint has no such leaf; the given state has "
         "float32[2].",
@@ -68,8 +68,8 @@ def state_with_extra(state):
 
 
 CONFIGS = {
-    "rank": ({"rank": 3}, "rank_pattern={'first/kernel': 2}"),
-    "alpha": ({"alpha": 8}, "alpha_pattern={'first/kernel': 4}"),
+    "rank": ({"rank": 3}, "rank_pattern={'/first/kernel': 2}"),
+    "alpha": ({"alpha": 8}, "alpha_pattern={'/first/kernel': 4}"),
     "rank_stabilized": ({"rank_stabilized": True}, "rank_stabilized=False"),
     "dtype": ({"dtype": jnp.float32}, "dtype='bfloat16'"),
     "target": (
@@ -101,10 +101,45 @@ def test_other_layouts_and_shapes_are_refused(saver):
     refused(
         saver,
         heads({"w": flora.Layout((1,), (0,), (2,))}, fallback="materialize"),
-        "layouts={'w': flora.Layout(in_=(0,), out=(1,2,))}",
+        "layouts={'/w': flora.Layout(in_=(0,), out=(1,2,))}",
     )
     refused(saver, heads({}, size=7), "b=float32[2,4,5]; the given tree has "
             "b=float32[2,4,7]. Pass the model that it was trained with.")  # fmt: skip
+
+
+def moved(adapted, by=1.0):
+    """The tree after a step of an optimizer that was not told what is frozen."""
+    updates = jax.tree.map(lambda p: by * 1e-3 * p, adapted)
+    return optax.apply_updates(adapted, updates)
+
+
+def test_a_base_that_moves_while_training_is_noticed(saver, tmp_path):
+    adapted = adapt()
+    saver.save(0, adapted)
+    with pytest.raises(flora.LoraError) as error:
+        saver.save(1, moved(adapted))
+    for part in ("2 problems", "save: 'second/kernel' is frozen and was float32[16,8] ",
+                 "Wrap the optimizer, flora.optimizer(tx, adapted)"):  # fmt: skip
+        assert part in str(error.value)
+    saver.save(1, contract.randomized(adapted))
+    saver.close()
+    with Checkpointer(tmp_path / "checkpoints") as another:  # in a later process
+        with pytest.raises(flora.LoraError, match="at the step saved before"):
+            another.save(2, moved(adapted))
+        another.save(2, moved(adapted), check_base=False)
+        another.save(3, moved(adapted))
+        restored = another.restore(moved(adapted), step=1, check_base=False).adapted
+        another.save(4, restored)
+        assert another.steps() == (2, 3, 4)
+
+
+def test_a_base_whose_zeros_changed_their_sign_is_the_same(saver):
+    tree = params()
+    tree["first"]["kernel"] = tree["first"]["kernel"].at[0, :3].set(-0.0)
+    adapted = adapt(tree)
+    saver.save(0, adapted)
+    saver.save(1, moved(adapted, by=0.0))
+    assert saver.restore(adapted).step == 1
 
 
 def test_other_bases_are_refused_unless_allowed(saver):

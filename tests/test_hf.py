@@ -18,6 +18,7 @@ import flora
 import flora.hf
 from flora._files import safetensors
 from flora.hf import Tensor
+from tests.support import under_fire
 from tests.support.checkpoints import mesh, same
 from tests.support.decoders import SMALL, close, decoder, drawn, oracle, weights
 
@@ -236,6 +237,104 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(flora.LoraError, match="shard_bytes=0"):
         flora.hf.save(tmp_path, tree, names, shard_bytes=0)
     assert not [*tmp_path.iterdir()]
+
+
+# --- One of two versions --------------------------------------------------------------
+
+READERS = (
+    under_fire.load_hf,
+    under_fire.as_transformers_reads,
+    under_fire.as_vllm_reads,
+)
+ONE, THREE, FIVE = 3, 4, 5  # versions, by the number of their files
+
+
+def test_kills_at_any_step_leave_the_old_model_or_the_new_one(tmp_path):
+    """From one file or several to fewer, more or as many; for other readers too."""
+    pairs = [
+        (None, ONE),
+        (ONE, ONE + 3),
+        (ONE, THREE),
+        (THREE, ONE),
+        (THREE, THREE + 3),
+    ]
+    pairs += [(THREE, FIVE), (FIVE, THREE)]
+    killed = under_fire.killed_at_each_step(tmp_path, "hf", pairs)
+    for (old, new), folders in killed.items():
+        for load in READERS:
+            under_fire.check_turn(load, folders, old, new)
+        for folder in folders[:: len(folders) // 2]:
+            under_fire.save_hf(folder, THREE + 6)
+            assert [load(folder) for load in READERS] == [THREE + 6] * 3
+            assert len([*folder.iterdir()]) == 4  # what was left is gone
+            under_fire.save_hf(folder, ONE + 6)
+            assert [load(folder) for load in READERS] == [ONE + 6] * 3
+            assert [p.name for p in folder.iterdir()] == ["model.safetensors"]
+
+
+def test_a_load_sees_one_version_of_what_is_saved_meanwhile(tmp_path, monkeypatch):
+    under_fire.save_hf(tmp_path, THREE)
+    read, saves = flora.hf.read, []
+
+    def late(path):
+        if len(saves) < 4:
+            saves.append(THREE + len(saves) + 1)
+            under_fire.save_hf(tmp_path, saves[-1])
+        return read(path)
+
+    monkeypatch.setattr(flora.hf, "read", late)
+    assert under_fire.load_hf(tmp_path) == THREE + 4
+
+
+def test_the_index_rules(folder):
+    """What it does not name is not read: another file's tensor, or another file."""
+    arrays = drawn(SHAPES, ml_dtypes.bfloat16)
+    last = {k: arrays[k] for k in [*SHAPES][3:]}
+    other = {k: 0 * arrays[k] for k in [*SHAPES][:2]} | {"more": arrays["heads.weight"]}
+    safetensors.write(folder / "model-2.safetensors", last | other, {})
+    safetensors.write(folder / "model.safetensors", other, {})
+    same(flora.hf.load(folder, like(jnp.bfloat16), TENSORS), expected(arrays))
+
+
+def test_files_that_an_index_names_are_not_written_over(tmp_path, monkeypatch):
+    """Even `model.safetensors` can be one of several."""
+    tree = {k: np.full((2, 2), 1.0, np.float32) for k in "ab"}
+    tensors = {k: Tensor(k) for k in "ab"}
+    names = {"a": "model.safetensors", "b": "extra.safetensors"}
+    for key, name in names.items():
+        safetensors.write(tmp_path / name, {key: tree[key]}, {})
+    (tmp_path / "mine.safetensors").write_bytes(b"")
+    index = json.dumps({"weight_map": names})
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    before = [(tmp_path / name).read_bytes() for name in names.values()]
+    monkeypatch.setattr(flora.hf, "replace", None)
+    new = {k: 2 * x for k, x in tree.items()}
+    with pytest.raises(TypeError):
+        flora.hf.save(tmp_path, new, tensors)
+    assert [(tmp_path / name).read_bytes() for name in names.values()] == before
+    monkeypatch.undo()
+    flora.hf.save(tmp_path, new, tensors)
+    same(flora.hf.load(tmp_path, tree, tensors), new)
+    assert not [name for name in names.values() if (tmp_path / name).exists()]
+    assert (tmp_path / "mine.safetensors").exists()
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    under_fire.save_hf(tmp_path, THREE)
+    before, write = sorted(tmp_path.iterdir()), flora.hf.write
+    calls = []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError("no space left")
+        write(*args)
+
+    monkeypatch.setattr(flora.hf, "write", full)
+    with pytest.raises(OSError, match="no space"):
+        under_fire.save_hf(tmp_path, FIVE)
+    assert sorted(tmp_path.iterdir()) == before
+    assert under_fire.load_hf(tmp_path) == THREE
 
 
 # --- The decoder ----------------------------------------------------------------------

@@ -269,6 +269,37 @@ def test_shapes_say_where_they_lie_as_arrays_do():
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
+@pytest.mark.parametrize("qtype", QTYPES)
+def test_what_is_stored_lies_as_its_weight_in_runs_and_in_plans(qtype):
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tp"))
+    x, fn = jnp.ones((2, 16)), lambda p, x: x @ p["kernel"] @ p["other"]
+    params, lies = {}, {}
+    for name, spec, shape in (
+        ("kernel", Spec(None, ("fsdp", "tp")), (16, 8)),
+        ("other", Spec(("fsdp", "tp"), None), (8, 4)),  # two scales for eight parts
+    ):
+        lies[name] = NamedSharding(mesh, spec)
+        params[name] = jax.device_put(array(*shape, dtype=jnp.float32), lies[name])
+    shapes = {k: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding)
+              for k, w in params.items()}  # fmt: skip
+    store = lambda p: quantize(p, qtype, target="*", block=2)  # noqa: E731
+    run, plan = (adapt(fn, store(p), x, target="*") for p in (params, shapes))
+    inside = jax.jit(store)(params)
+    for name in params:
+        codes, scales = jax.tree.leaves(run[name].base)
+        assert codes.sharding.is_equivalent_to(lies[name], 2)
+        for y in (codes, scales, run[name].a, run[name].b):
+            assert len(y.sharding.device_set) == 8
+        for one, other in ((run[name], plan[name]), (run[name].base, inside[name])):
+            for y, z in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+                assert y.sharding.is_equivalent_to(z.sharding, 2)
+    assert run["kernel"].b.sharding.spec[1] == ("fsdp", "tp")
+    assert run["other"].base.values.scale.sharding.spec[0] == "fsdp"
+    places = jax.tree.leaves(flora.sharding.shardings(plan))
+    for y, place in zip(jax.tree.leaves(run), places, strict=True):
+        assert y.sharding.is_equivalent_to(place, y.ndim)
+
+
 def test_loftq_on_a_mesh_inside_jit_and_of_shapes():
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tp"))
     params = {"kernel": array(16, 8, dtype=jnp.float32)}
@@ -319,9 +350,16 @@ def test_reports_and_trees_that_are_adapted_already(x64):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("qtype", QTYPES)
 def test_what_is_opened_is_what_qwix_opens(qtype, dtype):
-    w = quantize(array(3, 128, 16, dtype=dtype), qtype, target="*")
+    x = array(3, 128, 16, dtype=dtype)
+    w = quantize(x, qtype, target="*")
     assert w.dtype == w.dense().dtype == dtype
-    assert np.array_equal(w.dense(), qwix.dequantize(w.values))
+    kind = qtype if qtype == "nf4" else jnp.dtype(qtype)
+    theirs = qwix.quantize(
+        x.astype(jnp.float32), kind, channelwise_axes=(0, 2), tiled_axes={1: 64},
+        scale_dtype=dtype,
+    )  # fmt: skip
+    assert np.array_equal(w.values.qvalue, theirs.qvalue)
+    assert np.array_equal(w.dense(), qwix.dequantize(theirs))
     codes = {int(x) for x in np.unique(np.asarray(w.values.qvalue, np.float32))}
     assert qtype != "nf4" or codes == set(range(16))
 

@@ -137,6 +137,16 @@ def test_lora_fa_moves_delta_by_the_projected_full_gradient():
     assert np.array_equal(bits(updates["w"].a), bits(jnp.full(w.a.shape, -0.0)))
 
 
+def test_lora_fa_with_more_ranks_than_inputs_moves_by_the_whole_gradient():
+    a, full = f32(4, 11, seed=8), np.asarray(f32(4, 6, seed=7), np.float64)
+    b = np.asarray(a, np.float64).T @ full
+    g = flora.LoraWeight(None, a, jnp.asarray(b, jnp.float32), rank=11, alpha=11.0)
+    tx = recipes.lora_fa(optax.sgd(0.5))
+    updates, _ = tx.update({"w": g}, tx.init({"w": g}), {"w": g})
+    moved = np.asarray(a, np.float64) @ np.asarray(updates["w"].b, np.float64)
+    np.testing.assert_allclose(moved, -0.5 * full, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_fa_on_a_mesh(kind):
     tx = recipes.lora_fa(optax.sgd(0.5))

@@ -364,9 +364,6 @@ BAD = {
             flora.quantize.quantize(tree(), "int8", target="*", block=2)),
     "pissa: 'w' is a LoraWeight that holds no arrays": lambda: starts.pissa(
         flora.mask(tree())),
-    "a matrix of 8×5, and rank 3; 2·rank must be at most 5. Write "
-    "rank_pattern={'w': 2}":
-        lambda: starts.lora_ga(tree(3), W),
     "method='qr'. Write one of svd, randomized": lambda: starts.pissa(
         tree(), method="qr"),
     "pissa: method='svd' is exact and takes no key": lambda: starts.pissa(
@@ -412,6 +409,41 @@ def test_what_cannot_be_done_is_refused(message):
 
 
 def test_all_offending_leaves_are_named():
-    _, _, adapted, _ = case("dense", jnp.float32, rank=5)
-    with pytest.raises(flora.LoraError, match=r"(?s)2 problems:.*'v' has.*'w' has"):
-        starts.lora_ga(adapted, {})
+    _, _, adapted, _ = case("dense", jnp.float32)
+    planned = jax.eval_shape(lambda: adapted)
+    with pytest.raises(flora.LoraError, match=r"(?s)2 problems:.*'v' is.*'w' is"):
+        starts.pissa(planned)
+    with pytest.raises(flora.LoraError, match=r"olora: target has 'u', which selects"):
+        starts.olora(adapted, target=["w", "u"])
+
+
+@pytest.mark.parametrize("verb", ["pissa", "randomized", "olora"])
+def test_ranks_above_both_sides_are_zeros(x64, verb):
+    fn, params, adapted, x = case("dense", rank=9)
+    options = {"method": verb, "key": jax.random.key(0)} if verb[0] == "r" else {}
+    start = getattr(starts, "olora" if verb == "olora" else "pissa")
+    start = start(adapted, **options)
+    close(flora.lora(fn)(start, x), fn(params, x), 1e-12)
+    _, grads = flora.value_and_grad(flora.lora(loss(fn)))(start, x)
+    for w, g in zip(weights(start), weights(grads), strict=True):
+        full = min(w.base.shape)
+        assert (w.rank, w.scale) == (9, 6 / 9)
+        assert float(abs(w.base).max()) < 1e-12  # all of W is in the factors
+        for each in (w, g):
+            assert not each.a[:, full:].any()
+            assert not each.b[full:].any()
+        assert g.a[:, :full].any()
+
+
+@pytest.mark.parametrize("direction", starts.DIRECTIONS)
+@pytest.mark.parametrize("rank", [4, 9])  # of 7 and 6 directions of the gradients
+def test_lora_ga_with_more_ranks_than_directions(x64, rank, direction):
+    fn, params, adapted, x = case("dense", rank=rank)
+    grads = starts.base_gradients(loss(fn), adapted, x)
+    start = starts.lora_ga(adapted, grads, direction=direction, gamma=2.0)
+    close(flora.lora(fn)(start, x), fn(params, x), 1e-11)
+    _, of = flora.value_and_grad(flora.lora(loss(fn)))(start, x)
+    for path, w in start.items():
+        change = w.scale * (of[path].a @ w.b + w.a @ of[path].b)
+        wanted = w.scale**2 * w.b.shape[1] ** 0.5 / 2.0 * grads[path]
+        close(change, wanted, 1e-11)  # the whole gradient

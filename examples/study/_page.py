@@ -75,14 +75,16 @@ def rounded(value: Any) -> str:
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    """One table; numbers with four significant digits."""
-    with path.open("w", newline="") as file:
+    """One table, in the older one's place; numbers with four significant digits."""
+    new = path.with_name(f".{path.name}.new")
+    with new.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow(
                 {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
             )
+    new.replace(path)
 
 
 def read_csv(path: pathlib.Path) -> list[dict[str, str]]:

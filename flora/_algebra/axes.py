@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._tree.errors import Unfactorable
-from flora._tree.weight import LoraWeight, product_of
+from flora._tree.weight import LoraWeight, product_of, scale_of
 
 Name = str
 Sizes = Sequence[tuple[Name, int]]
@@ -44,6 +44,10 @@ class Named:
     @property
     def sizes(self) -> dict[Name, int]:
         return dict(zip(self.names, self.array.shape, strict=True))
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
 
     def astype(self, dtype: Any) -> "Named":
         return Named(self.array.astype(dtype), self.names)
@@ -317,7 +321,7 @@ def from_weight(weight: LoraWeight, path: str) -> Factored:
         factors["scale"] = Named(product.columns, (*stack, *out))
     settings = Settings(
         (path,),
-        weight.scale,
+        scale_of(weight),
         weight.dropout,
         weight.fallback,
         weight.form,

@@ -9,7 +9,7 @@ from flora._tree.arrays import compute_dtype
 from flora._tree.errors import Unfactorable
 from flora._tree.layout import Layout
 from flora._tree.quantized import dequantized
-from flora._tree.weight import LoraWeight, Product, product_of
+from flora._tree.weight import LoraWeight, Product, product_of, scale_of
 
 
 def delta(weight: LoraWeight) -> jax.Array:
@@ -46,7 +46,7 @@ def _low_rank(weight: LoraWeight, product: Product) -> jax.Array:
     b = b.astype(dtype).reshape(stack, -1, out)
     dims = (((2,), (1,)), ((0,), (0,)))
     ab = lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST)
-    return weight.scale * in_place(ab, layout, shape)
+    return scale_of(weight) * in_place(ab, layout, shape)
 
 
 def _spread(weight: LoraWeight, product: Product, dtype: Any) -> jax.Array:

@@ -5,8 +5,9 @@ order of the two thin products follows from sizes.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -130,9 +131,7 @@ def low_rank(
     thin = compute_dtype_of(dtype if held is None else held.dtype, dtype)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         thin = jnp.result_type(thin, w.a.array.dtype, w.b.array.dtype)
-    if isinstance(x, Named):
-        x = x.astype(thin)
-    elif held is not None:
+    if isinstance(x, Factored) and held is not None:
         x = dataclasses.replace(x, base=held.astype(thin))
     orders = ((w.a, w.b), (w.b, w.a))
     if w.settings.between is not None:  # the rank stands between: x first, at any cost
@@ -143,7 +142,8 @@ def low_rank(
     wide = second.astype(jnp.promote_types(second.array.dtype, thin)).array
     second = Named((widened(wide) * w.settings.scale).astype(thin), second.names)
     z = _kept(sizes_of(x), first.names, {*second.names, *out})
-    z = contract(x, first.astype(thin), z, precision=precision)
+    times = functools.partial(contract, out=z, precision=precision)
+    z = with_cast(times, x, first.astype(thin), thin)
     return contract(on_hidden(w, z), second, out, precision=precision, dtype=dtype)
 
 
@@ -181,12 +181,28 @@ def widened(factor: Any, *others: Any) -> Any:
     return factor.astype(jnp.result_type(factor.dtype, jnp.float32, *dtypes))
 
 
+def with_cast(fn: Callable, x: Any, factor: Any, dtype: Any) -> Any:
+    """`fn(x, factor)` with x in that dtype; what is saved is x as it was."""
+    if isinstance(x, Factored) or x.dtype == dtype:
+        return fn(x, factor)
+    cast = jax.checkpoint(lambda x, f: fn(x.astype(dtype), f), prevent_cse=False)
+    return cast(x, factor)
+
+
 def compute_dtype_of(x: Any, result: Any) -> Any:
-    """The activations' dtype, unless it is an integer or narrower than 16 bits."""
+    """The activations' dtype; float32 for integers, for 8 bits and for float16.
+
+    Float16 ends at 65504 and at 6e-8: too soon for x A and for scale B.
+    """
     for dtype in (x, result):
         if jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize > 1:
-            return dtype
+            return jnp.float32 if dtype == jnp.float16 else dtype
     return jnp.float32
+
+
+def sum_dtype(result: Any) -> Any:
+    """The dtype in which the low-rank term is added to x W."""
+    return compute_dtype_of(result, result)
 
 
 def densified(w: Factored) -> Any:

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._tree.arrays import compute_dtype
-from flora._tree.quantized import dequantized
-from flora._tree.weight import LoraWeight, Product
+from flora._algebra.norms import column_norms, compiled_norms
+from flora._tree.weight import LoraWeight, Product, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +18,7 @@ class DoRA:
 
     m, `extra["magnitude"]` `[*stack, *out]`, starts as the norm over W's in axes and
     trains; the norm it is divided by gets no gradient and is found without A B.
+    `flora.init` and `flora.peft.load` refuse columns of zeros.
     Dropout acts on what adapting changes, x W keeps the whole x.
 
     Example:
@@ -36,7 +36,8 @@ class DoRA:
     frozen = ()
 
     def start(self, key: Any, weight: LoraWeight) -> LoraWeight:
-        return dataclasses.replace(weight, extra={"magnitude": column_norms(weight)})
+        norms = compiled_norms(uniform(weight))
+        return dataclasses.replace(weight, extra={"magnitude": norms})
 
     def product(self, weight: LoraWeight) -> Product:
         norms = lax.stop_gradient(column_norms(weight))
@@ -120,38 +121,3 @@ def _scaled(weight: LoraWeight, by_rank: Any) -> Any:
     """A diag(by_rank), `[*stack, *in, rank]`."""
     stack, in_ = len(weight.layout.stack), len(weight.layout.in_)
     return weight.a * jnp.expand_dims(by_rank, range(stack, stack + in_))
-
-
-def column_norms(weight: LoraWeight) -> jax.Array:
-    """‖W + scale A B‖ over the in axes, `[*stack, *out]`, without A B.
-
-    ‖W + s A B‖² = ‖W‖² + 2 s ⟨W, A B⟩ + s² ‖A B‖², output by output.
-
-    Args:
-      weight: its variant and `extra` are not read.
-
-    Returns:
-      The norms in float32 or wider.
-
-    References: Liu et al. 2024 (DoRA). https://arxiv.org/abs/2402.09353
-    """
-    layout = weight.layout
-    dtype = compute_dtype(weight.a.dtype, weight.b.dtype, weight.base.dtype)
-    w = dequantized(weight.base).astype(dtype)
-    a, b = weight.a.astype(dtype), weight.b.astype(dtype)
-    rank, twin, axes = w.ndim, w.ndim + 1, [*range(w.ndim)]
-    stack, in_, out = ([*group] for group in (layout.stack, layout.in_, layout.out))
-
-    def sums(*operands: Any) -> jax.Array:
-        return jnp.einsum(*operands, precision=lax.Precision.HIGHEST)
-
-    cross = sums(w, axes, a, [*stack, *in_, rank], [*stack, rank, *out])
-    cross = sums(cross, [*stack, rank, *out], b, [*stack, rank, *out], [*stack, *out])
-    gram = sums(a, [*stack, *in_, rank], a, [*stack, *in_, twin], [*stack, rank, twin])
-    half = sums(
-        gram, [*stack, rank, twin], b, [*stack, twin, *out], [*stack, rank, *out]
-    )
-    square = sums(half, [*stack, rank, *out], b, [*stack, rank, *out], [*stack, *out])
-    whole = sums(w, axes, w, axes, [*stack, *out])
-    s = weight.scale
-    return jnp.sqrt(jnp.maximum(whole + 2 * s * cross + s * s * square, 0))

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from flora._files.compare import base_problems
 from flora._files.fingerprint import fingerprint, no_values, same_names
-from flora._files.items import base_leaves, placed
+from flora._files.items import base_leaves, placed, saved_too
 from flora._files.parsed import install, misfit, of_later, parsed
 from flora._files.records import (
     foreign_settings,
@@ -35,6 +35,7 @@ from flora._files.safetensors import (
 from flora._tree.arrays import is_array
 from flora._tree.checks import require_adapted, weight_problems
 from flora._tree.errors import LoraError, fail
+from flora._tree.finite import require_finite
 from flora._tree.paths import Pattern, check_pattern, matches, path_of
 from flora._tree.placement import mesh_of, spec_of, spec_of_extra, specs
 from flora._tree.quantized import abstract
@@ -44,23 +45,33 @@ from flora._tree.weight import LoraWeight, Trained, is_leaf, is_node, on_parts
 _FORMAT = 1
 
 
-def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> None:
+def save(
+    path: str | os.PathLike[str],
+    adapted: Any,
+    *,
+    also: Pattern = (),
+    allow_nonfinite: bool = False,
+) -> None:
     """Writes the adapter of a tree to one .safetensors file: whole, or not at all.
 
-    The file holds A, B, further trained arrays and the leaves that train whole; in its
-    header each leaf's layout and settings, flora's version and a fingerprint of the
-    base.  The base's weights are not in it.  With several processes all of them make
-    the call, and the first one writes.
+    The file holds A, B, further trained arrays, the leaves that train whole and batch
+    statistics (Linen's collection 'batch_stats', `nnx.BatchStat`); in its header each
+    leaf's layout and settings, flora's version and a fingerprint of the base.  The
+    base's weights are not in it.  With several processes all of them make the call, and
+    the first one writes.
 
     Args:
-      path: where to, such as 'adapter.safetensors'; a file of that name is replaced.
+      path: where to, such as 'adapter.safetensors'; a file of that name is replaced,
+        and keeps its mode.  A link is followed.
       adapted: the adapted tree, base and all, with values.
-      also: a pattern of frozen leaves that training changed all the same, such as
-        `batch_stats/*`.  They are saved whole, and are no part of the base.
+      also: a pattern of other frozen leaves that training changed all the same, such
+        as `counters/*`.  They are saved whole, and are no part of the base.  What is
+        left out is refused at `load` by name: the base then has other values.
+      allow_nonfinite: True to write NaN and infinity too, which `load` must be told.
 
     Raises:
       LoraError: the tree is not adapted, or a leaf holds no values, NaN or infinity, or
-        has a dtype that the format lacks.
+        has a dtype that the format lacks; or an entry of `also` selects no frozen leaf.
       OSError: the file cannot be written; the one before it is still there.
 
     Example:
@@ -77,6 +88,7 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
     path = checked_path(path, _no_path("save", path))
     check_pattern("also", also)
     require_adapted(adapted, "save")
+    also = saved_too(also, adapted)
     leaves, frozen = _leaves(adapted), base_leaves(adapted, also)
     trained = {
         name: x
@@ -84,8 +96,8 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
         for name, x in _arrays(leaf_path, leaf, also).items()
     }
     fail(f"save: {p}" for name, x in trained.items() for p in _unwritable(name, x))
+    require_finite("save", trained, allow_nonfinite)
     arrays = {name: _on_host(x) for name, x in trained.items()}
-    fail(f"save: {p}" for name, x in arrays.items() for p in _not_finite(name, x))
     records = {p: record_of(p, x, also) for p, x in leaves.items()}
     fail(
         f"save: '{p}' has {name}={text}, which no file can hold. "
@@ -98,7 +110,7 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
         "flora": __version__,
         "leaves": records,
         "base": fingerprint(frozen),
-        "arrays": fingerprint(arrays),
+        "arrays": fingerprint(arrays, signed_zeros=True),
     }
     text = json.dumps(record)
     if jax.process_index() == 0:
@@ -107,7 +119,13 @@ def save(path: str | os.PathLike[str], adapted: Any, *, also: Pattern = ()) -> N
         multihost_utils.sync_global_devices(f"flora.save {path}")
 
 
-def load(path: str | os.PathLike[str], base: Any, *, check_base: bool = True) -> Any:
+def load(
+    path: str | os.PathLike[str],
+    base: Any,
+    *,
+    check_base: bool = True,
+    allow_nonfinite: bool = False,
+) -> Any:
     """The adapted tree of a base and an adapter that `save` wrote.
 
     No model code runs and nothing is traced: layouts are in the file.
@@ -117,8 +135,10 @@ def load(path: str | os.PathLike[str], base: Any, *, check_base: bool = True) ->
       base: the plain tree that the adapter was trained on, in any sharding; factors lie
         as `flora.init` would lay them.  Where a leaf trains whole, whatever is there is
         replaced; `None` will do.
-      check_base: False to put the adapter on other values of the same shapes: weights
-        in another dtype or in fewer bits, or `jax.ShapeDtypeStruct`s.
+      check_base: False to put the adapter on other values: weights in another dtype or
+        in fewer bits, or `jax.ShapeDtypeStruct`s.  Leaves without factors may then have
+        other shapes too, such as an embedding that was padded since.
+      allow_nonfinite: True to take NaN and infinity too.
 
     Returns:
       The adapted tree; the base's arrays are shared.  Dropout keys belong to one step:
@@ -135,17 +155,19 @@ def load(path: str | os.PathLike[str], base: Any, *, check_base: bool = True) ->
     named, treedef = [(path_of(keys), x) for keys, x in stop[0]], stop[1]
     fail(same_names([p for p, _ in named]))
     given, saved = dict(named), record["leaves"]
-    fail(f"{path}: {p}" for p in _structure_problems(saved, given))
+    fail(f"{path}: {p}" for p in _structure_problems(saved, given, check_base))
     if check_base:
         frozen = {p: given[p] for p in saved if saved[p]["kind"] in ("lora", "frozen")}
         absent = [f"{p} Or write check_base=False." for q, x in frozen.items()
                   for p in no_values(q, x)]  # fmt: skip
-        problems = absent or base_problems(record["base"], fingerprint(frozen))
+        free = {p for p in frozen if saved[p]["kind"] == "frozen"}
+        problems = absent or base_problems(record["base"], frozen, free)
         fail(f"{path}: {p}" for p in problems)
     arrays = _verified(file, record["arrays"])
     for p, x in saved.items():
         if f"whole/{p}" in arrays and arrays[f"whole/{p}"].shape != (*x["shape"],):
             _damaged(path, f"'whole/{p}' is not of the shape {x['shape']}")
+    require_finite(str(path), arrays, allow_nonfinite)
     filled = [_filled(p, x, saved.get(p), arrays) for p, x in named]
     fail(f"{path}: {p}" for (q, _), x in zip(named, filled, strict=True)
          for p in weight_problems(q, x))  # fmt: skip
@@ -200,15 +222,6 @@ def _on_host(x: Any) -> np.ndarray:
     ):
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
-
-
-def _not_finite(name: str, x: np.ndarray) -> list[str]:
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return []
-    bad = int(x.size - np.count_nonzero(np.isfinite(x)))
-    if not bad:
-        return []
-    return [f"'{name}' holds NaN or infinity in {bad:,} of {x.size:,} places."]
 
 
 def _digest(text: str) -> str:
@@ -285,10 +298,9 @@ def _verified(file: File, saved: Mapping[str, str]) -> dict[str, np.ndarray]:
     if missing := sorted({*saved} ^ {*file.infos}):
         _damaged(file.path, f"{', '.join(map(repr, missing[:3]))} came or went")
     arrays = {name: np.array(file.array(name)) for name in saved}
-    found = fingerprint(arrays)
+    found = fingerprint(arrays, signed_zeros=True)
     if changed := [name for name in saved if found[name] != saved[name]]:
         _damaged(file.path, f"{', '.join(map(repr, changed[:3]))} changed")
-    fail(f"{file.path}: {p}" for k, x in arrays.items() for p in _not_finite(k, x))
     fail(
         f"{file.path}: '{k}' is {x.dtype}, which this JAX makes {was}. Write "
         "jax.config.update('jax_enable_x64', True)."
@@ -299,7 +311,7 @@ def _verified(file: File, saved: Mapping[str, str]) -> dict[str, np.ndarray]:
 
 
 def _structure_problems(
-    saved: Mapping[str, Any], given: Mapping[str, Any]
+    saved: Mapping[str, Any], given: Mapping[str, Any], check_base: bool
 ) -> Iterator[str]:
     """One line for each leaf that is not what the adapter was trained on."""
     for path in dict.fromkeys((*saved, *given)):
@@ -309,15 +321,20 @@ def _structure_problems(
                 "flora.split returned."
             )
             continue
-        whole = saved.get(path, {}).get("kind") in ("trained", "also")
+        kind = saved.get(path, {}).get("kind")
+        whole = kind in ("trained", "also")
         if given.get(path) is None and (whole or path not in saved):
+            continue
+        free = kind == "frozen" and given.get(path) is not None
+        if free and not check_base:
             continue
         was = _shape_text(saved, path, lambda record: record["shape"])
         now = _shape_text(given, path, lambda leaf: np.shape(abstract(leaf)))
         if was != now:
             yield (
                 f"'{path}': the adapter was trained with {was}; the given base has "
-                f"{now}. Pass the tree of the model that it was trained on."
+                f"{now}. Pass the tree of the model that it was trained on"
+                f"{', or write check_base=False' if free else ''}."
             )
 
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from flora._algebra import variants
+from flora._files.fingerprint import fingerprint
 from flora._files.items import described
 from flora._files.parsed import misfit
 from flora._files.records import (
@@ -16,7 +18,7 @@ from flora._files.records import (
 )
 from flora._tree.errors import LoraTypeError
 from flora._tree.layout import Layout
-from flora._tree.paths import Pattern, named_leaves
+from flora._tree.paths import Pattern, exactly, named_leaves
 from flora._tree.version import __version__
 
 FORMAT = 2
@@ -118,6 +120,8 @@ def _compared(path: str, record: Mapping[str, Any], arrays: Any) -> dict[str, An
         "a": arrays["a"][path],
         "b": arrays["b"][path],
     }
+    if "blocks" in settings:
+        found["blocks"] = text_of(settings["blocks"])
     if settings["variant"] is not None:
         extra = {name: arrays["extra"][f"{path}/{name}"] for name in record["extra"]}
         found |= {"variant": text_of(settings["variant"]), "extra": extra}
@@ -172,19 +176,22 @@ def _remedy(path: str, old: dict, new: dict, differ: list[str]) -> str:
     """What to write in the config."""
     if "rank" not in old or "rank" not in new:
         return "Write the target= and train= of LoraConfig that it was saved with."
-    settings = []
+    leaf, settings = exactly(path), []
     if "rank" in differ:
-        settings.append(f"rank_pattern={{'{path}': {old['rank']}}}")
+        settings.append(f"rank_pattern={{{leaf!r}: {old['rank']}}}")
     if "alpha" in differ:
-        settings.append(f"alpha_pattern={{'{path}': {old['alpha']:g}}}")
+        alpha = old["alpha"]
+        short = f"{alpha:g}"
+        alpha = short if float(short) == alpha else repr(alpha)
+        settings.append(f"alpha_pattern={{{leaf!r}: {alpha}}}")
     if "rank_stabilized" in differ:
         settings.append(f"rank_stabilized={old['rank_stabilized']}")
     if "layout" in differ:
         settings.append(
-            f"layouts={{'{path}': flora.Layout({_arguments(old['layout'])})}}"
+            f"layouts={{{leaf!r}: flora.Layout({_arguments(old['layout'])})}}"
         )
     if "variant" in differ:
-        settings.append(f"variant={old.get('variant')}")
+        settings.append(f"variant={_variant(old.get('variant'))}")
     dtype, other = (r["a"].partition("[")[0] for r in (old, new))
     if dtype != other:
         settings.append(f"dtype='{dtype}'")
@@ -193,22 +200,68 @@ def _remedy(path: str, old: dict, new: dict, differ: list[str]) -> str:
     return "Pass the model that it was trained with."
 
 
+def _variant(text: str | None) -> str:
+    """'DoRA()' as it is written, 'flora.variants.DoRA()'."""
+    public = text is not None and hasattr(variants, text.partition("(")[0])
+    return f"flora.variants.{text}" if public else str(text)
+
+
 def _arguments(layout: Layout) -> str:
     """'stack=(0,), in_=(1,2,), out=(3,)'."""
     named = (("stack", layout.stack), ("in_", layout.in_), ("out", layout.out))
     return ", ".join(f"{k}=({','.join(map(str, axes))},)" for k, axes in named if axes)
 
 
-def base_problems(saved: dict[str, str], given: dict[str, str]) -> list[str]:
-    """One line for each leaf of the base whose fingerprint is another."""
+def base_problems(
+    saved: dict[str, str], base: Mapping[str, Any], free: Collection[str]
+) -> list[str]:
+    """One line for each leaf of a base whose fingerprint is not the saved one.
+
+    Args:
+      saved: the fingerprints when it was saved.
+      base: the given base.
+      free: the leaves without factors, which training may have changed by other means.
+    """
+    given = fingerprint(base)
     return [
         f"'{path}': the checkpoint was trained on a base of "
         f"{saved.get(path, 'no such leaf')}; the given base has "
         f"{given.get(path, 'no such leaf')}. Load the weights that it was trained on, "
         "or write check_base=False to put it on others."
-        for path in _both(saved, given)
-        if saved.get(path) != given.get(path)
+        + (
+            f" If training changed it, save with also={exactly(path)!r}."
+            if path in free
+            else " If these are the ones, an optimizer without flora.optimizer moved "
+            "them while it trained."
+        )
+        for path in differing(saved, given, base)
     ]
+
+
+def moved_problems(
+    saved: dict[str, str], given: dict[str, str], base: Mapping[str, Any]
+) -> list[str]:
+    """One line for each leaf of a base that changed since it was saved last."""
+    return [
+        f"'{path}' is frozen and was {saved.get(path, 'no such leaf')} at the step "
+        f"saved before; now it is {given.get(path, 'no such leaf')}, and the adapter "
+        "fits that alone. Wrap the optimizer, flora.optimizer(tx, adapted), and apply "
+        "its updates with flora.apply_updates; name what training changes without a "
+        "gradient in also=; or write check_base=False, after flora.recipes.restart too."
+        for path in differing(saved, given, base)
+    ]
+
+
+def differing(
+    saved: dict[str, str], given: dict[str, str], base: Mapping[str, Any]
+) -> list[str]:
+    """The leaves of a base, whose fingerprints are given, that are not the saved ones.
+
+    Older files tell -0.0 from 0.0: there the same bits are the same base, too.
+    """
+    paths = [p for p in _both(saved, given) if saved.get(p) != given.get(p)]
+    exact = fingerprint(base, signed_zeros=True) if paths else {}
+    return [p for p in paths if p not in saved or saved[p] != exact.get(p)]
 
 
 def state_problems(saved: Any, given: Any, step: int) -> list[str]:

@@ -1,6 +1,7 @@
 """A content hash of each leaf of a base, computed where the leaf lies."""
 
 import collections
+import functools
 import hashlib
 import math
 import zlib
@@ -20,17 +21,19 @@ from flora._tree.paths import named_leaves, path_of
 from flora._tree.quantized import is_quantized
 
 
-def fingerprint(base: Any) -> dict[str, str]:
+def fingerprint(base: Any, *, signed_zeros: bool = False) -> dict[str, str]:
     """`{path: 'float32[4,3] 0123456789abcdef'}`, of every bit of every leaf.
 
     h_k = Σᵢ mix(wordᵢ xor mix(indexᵢ + salt_k)) mod 2³² for k = 0, 1: the order of
     summation does not matter, so the hash is the same whatever the sharding, and no
-    leaf is gathered.  -0.0 differs from 0.0, and one NaN from another.  It tells
-    accidents apart (64 bits), not forgeries.
+    leaf is gathered.  One NaN differs from another; -0.0 counts as 0.0, to which an
+    addition of 0.0 turns it.  It tells accidents apart (64 bits), not forgeries.
 
     Args:
       base: a tree of arrays (any dtype, typed PRNG keys too) and plain Python values;
         other objects count by their type alone.
+      signed_zeros: whether -0.0 differs from 0.0, as in files of flora's first
+        versions; where there is no -0.0, both are the same.
 
     Returns:
       One line of text for each leaf, which depends on path, dtype, shape and content.
@@ -43,7 +46,7 @@ def fingerprint(base: Any) -> dict[str, str]:
     fail(p for path, leaf in named for p in no_values(path, leaf))
     fail(same_names([path for path, _ in named]))
     # All sums are under way before the first is waited for.
-    sums = [(path, leaf, _sums(path, leaf)) for path, leaf in named]
+    sums = [(path, leaf, _sums(path, leaf, signed_zeros)) for path, leaf in named]
     return {
         path: f"{describe(leaf)} {int(one):08x}{int(two):08x}"
         for path, leaf, (one, two) in sums
@@ -91,17 +94,33 @@ def same_names(paths: list[str]) -> list[str]:
     return [f"Two leaves are named '{p}'. Rename one of them." for p in twice]
 
 
-def _sums(path: str, x: Any) -> tuple[Any, Any]:
+def _sums(path: str, x: Any, signed_zeros: bool) -> tuple[Any, Any]:
     salt = path_salt(path)
     if not is_array(x):
+        x = 0.0 if isinstance(x, float) and x == 0 and not signed_zeros else x
         text = repr(x) if isinstance(x, _PLAIN) else ""
         digest = hashlib.sha256(f"{salt} {text}".encode()).digest()
         return int.from_bytes(digest[:4]), int.from_bytes(digest[4:8])
+    zero = None if signed_zeros else _negative_zero(x.dtype)
     if not isinstance(x, jax.Array):
         x = _numpy_words(x)
     elif jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
-    return _hash(x, np.uint32(salt), np.uint32(zlib.crc32(b"two", salt)))
+    return _hash(x, np.uint32(salt), np.uint32(zlib.crc32(b"two", salt)), zero)
+
+
+def _negative_zero(dtype: Any) -> tuple[int, ...] | None:
+    """The words of -0.0, lowest first; `None` for types that have none."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return None
+    real = jnp.finfo(dtype).dtype
+    if real.itemsize > 8:
+        return None
+    bits = np.array(-0.0).astype(real).view(f"u{real.itemsize}")
+    # Some float8 have one zero alone, and their NaN where others have -0.0.
+    if bits != 1 << (bits_of(real) - 1):
+        return None
+    return (int(bits),) if real.itemsize <= 4 else (0, 1 << 31)
 
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None))
@@ -142,11 +161,18 @@ def _words(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, f"uint{width}").astype(jnp.uint32)[..., None]
 
 
-@jax.jit
-def _hash(x: jax.Array, one: jax.Array, two: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=3)
+def _hash(
+    x: jax.Array, one: jax.Array, two: jax.Array, zero: tuple[int, ...] | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Both sums; for one the axes count in order, for two in reverse."""
     x = jax.device_put(x, jax.memory.Space.Device)  # from the host's memory, if there
     words = x if x.dtype == jnp.uint32 and x.ndim else _words(x)
+    if zero is not None:  # a number is one word or two, a complex one two numbers
+        count = words.shape[-1] // len(zero)
+        numbers = words.reshape(*words.shape[:-1], count, len(zero))
+        is_zero = (numbers == np.array(zero, np.uint32)).all(-1, keepdims=True)
+        words = jnp.where(is_zero, 0, numbers).astype(jnp.uint32).reshape(words.shape)
     axes = range(words.ndim)
 
     def sum_of(salt: jax.Array, order: Any) -> jax.Array:

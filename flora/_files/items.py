@@ -1,7 +1,8 @@
 """What a checkpoint holds of an adapted tree: its arrays by name, and them alone."""
 
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import chex
@@ -12,9 +13,48 @@ import numpy as np
 from flora._files.fingerprint import describe, no_values, same_names
 from flora._tree.arrays import is_array
 from flora._tree.errors import fail
-from flora._tree.paths import Pattern, matches, named_leaves
+from flora._tree.paths import Pattern, entries, matches, named_leaves, path_of
+from flora._tree.selection import idle_entries
 from flora._tree.weight import LoraWeight, Trained, is_node
 from flora._verbs.split import split
+
+
+def statistics(tree: Any) -> frozenset[str]:
+    """The paths of batch statistics, which training changes without a gradient.
+
+    Those of Linen's collection 'batch_stats' and those of type `nnx.BatchStat`.
+    """
+    named = [(p, x) for p, x in named_leaves(tree)[0] if not is_node(x)]
+    found = {p for p, _ in named if "batch_stats" in p.split("/")}
+    nnx: Any = sys.modules.get("flax.nnx")  # no state of NNX without it
+    if nnx is not None:
+        variables, _ = jax.tree_util.tree_flatten_with_path(
+            tree, is_leaf=lambda x: isinstance(x, nnx.Variable)
+        )
+        at = tuple(path_of(k) for k, x in variables if isinstance(x, nnx.BatchStat))
+        below = tuple(f"{p}/" for p in at)
+        found |= {p for p, _ in named if p in at or p.startswith(below)}
+    return frozenset(found)
+
+
+def saved_too(
+    also: Pattern, adapted: Any, known: Collection[str] | None = None
+) -> Pattern:
+    """The frozen leaves that are saved: those of `also`, and batch statistics.
+
+    Args:
+      also: what the caller named; each entry must select a frozen leaf.
+      adapted: the tree.
+      known: leaves that a checkpoint has: the statistics must be among them.
+    """
+    frozen = [(p, x) for p, x in named_leaves(adapted)[0] if not is_node(x)]
+    fail(
+        f"{problem} It must match a frozen leaf."
+        for problem in idle_entries("also", also, frozen)
+    )
+    paths = statistics(adapted)
+    paths = paths if known is None else paths & {*known}
+    return [*entries(also), lambda path, _: path in paths]
 
 
 def base_leaves(adapted: Any, also: Pattern) -> dict[str, Any]:
@@ -50,6 +90,17 @@ def items_of(adapted: Any, state: Any, also: Pattern) -> dict[str, dict[str, Any
         fail(same_names(paths))
         items["state"] = dict(zip(paths, (x for _, x in leaves), strict=True))
     return items
+
+
+def moments_of(state: Any) -> dict[str, Any]:
+    """What an optimizer's state keeps for each trained leaf, by path."""
+    nodes = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_node)[0]
+    return {
+        f"state of {jax.tree_util.keystr((*at, *part), simple=True, separator='/')}": x
+        for at, node in nodes
+        if is_node(node)
+        for part, x in jax.tree_util.tree_flatten_with_path(node)[0]
+    }
 
 
 def _whole(path: str, x: Any, also: Pattern) -> Any:

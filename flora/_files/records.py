@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
@@ -11,6 +12,7 @@ import numpy as np
 
 from flora._algebra import variants
 from flora._files.parsed import misfit
+from flora._tree.blocks import Block
 from flora._tree.config import form_problems, is_fallback
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
@@ -34,7 +36,8 @@ def record_of(path: str, leaf: Any, also: Pattern) -> dict[str, Any]:
         if isinstance(leaf, Trained):
             kind, leaf = "trained", leaf.value
         return {"kind": kind, "shape": [*np.shape(abstract(leaf))]}
-    names = [f.name for f in dataclasses.fields(leaf) if f.name not in _APART]
+    apart = _APART if leaf.blocks else (*_APART, "blocks")
+    names = [f.name for f in dataclasses.fields(leaf) if f.name not in apart]
     settings = {name: _encoded(getattr(leaf, name)) for name in names}
     layout = leaf.layout
     return {
@@ -92,8 +95,21 @@ def record_problem(path: str, record: Mapping[str, Any]) -> str:
         "fallback": is_fallback(settings["fallback"]),
         "form": not form_problems("form", settings["form"]),
     }
+    if "blocks" in settings:
+        given = settings["blocks"]
+        good["blocks"] = isinstance(given, tuple) and all(map(_is_block, given))
     bad = next((k for k, fits in good.items() if not fits), "")
     return bad and f"{at}.settings.{bad} is {record['settings'][bad]!r}"
+
+
+def _is_block(x: Any) -> bool:
+    if not isinstance(x, Block):
+        return False
+    columns = (0, 0) if x.columns is None else x.columns
+    tuples = isinstance(x.index, tuple) and isinstance(columns, tuple)
+    numbers = (*x.index, x.start, x.stop, *columns) if tuples else (None,)
+    ints = all(type(n) is int and 0 <= n < 2**31 for n in numbers)
+    return ints and len(columns) == 2 and _is_finite(x.scale)
 
 
 def _is_finite(x: Any) -> bool:
@@ -137,6 +153,7 @@ def _encoded(value: Any) -> Any:
         names = [f.name for f in dataclasses.fields(value)]
         public = hasattr(variants, kind.__name__)
         module = "flora.variants" if public else kind.__module__
+        module = "flora" if isinstance(value, Block) else module
         return {
             "class": f"{module}:{kind.__qualname__}",
             "fields": {name: _encoded(getattr(value, name)) for name in names},
@@ -198,3 +215,33 @@ def text_of(value: Any) -> str:
         return repr(value)
     shown = ", ".join(f"{k}={text_of(x)}" for k, x in fields.items())
     return f"{name.rpartition(':')[2]}({shown})"
+
+
+def static_as_json(settings: Mapping[str, Any]) -> bytes:
+    """What is static about a node, for `static_of_json`."""
+    written = {name: _encoded(value) for name, value in settings.items()}
+    for text in (t for x in written.values() for t in _foreign(x)):
+        raise LoraError(
+            f"export: {text} cannot be written, because it is not flora's. Export the "
+            "function on flora.merge(tree), or on the arrays alone."
+        )
+    return json.dumps(written).encode()
+
+
+def static_of_json(text: bytes) -> dict[str, Any]:
+    """What `static_as_json` wrote; makes nothing but dataclasses of flora's."""
+    try:
+        return {name: decoded(x) for name, x in json.loads(bytes(text)).items()}
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        if isinstance(error, LoraError):
+            raise
+        raise LoraError(
+            f"export: {bytes(text[:60])!r} does not describe a node of flora "
+            f"{__version__}. Export the function anew."
+        ) from error

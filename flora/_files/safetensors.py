@@ -25,7 +25,6 @@ import json
 import math
 import os
 import pathlib
-import secrets
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -33,6 +32,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from flora._files.atomic import replace
 from flora._files.parsed import parsed
 from flora._tree.errors import LoraError, LoraTypeError
 
@@ -226,9 +226,15 @@ def write(
 ) -> None:
     """Writes a file under its name once all of it is on disk.
 
-    Whatever stops it leaves the file that was there before.  A process that is killed
-    leaves a hidden `.<name>.<random>.tmp` beside it, which nobody reads.
+    Whatever stops it leaves the file that was there before.
     """
+    replace(pathlib.Path(path), chunks(arrays, metadata))
+
+
+def chunks(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> Callable[[], Iterator[Any]]:
+    """The bytes of a file with these arrays, piece by piece."""
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -240,37 +246,9 @@ def write(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the arrays are aligned
 
-    def chunks() -> Iterator[Any]:
+    def pieces() -> Iterator[Any]:
         yield len(text).to_bytes(8, "little") + text
         for name in order:
             yield np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
 
-    replace(pathlib.Path(path), chunks)
-
-
-def replace(path: pathlib.Path, chunks: Callable[[], Iterator[Any]]) -> None:
-    """The file at `path` becomes these bytes in one step that a crash cannot divide."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with new.open("xb") as file:
-            for chunk in chunks():
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def _sync(folder: pathlib.Path) -> None:
-    """Writes the folder's new entry to disk too; Windows cannot open a folder."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return pieces

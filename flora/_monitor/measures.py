@@ -17,7 +17,7 @@ from flora._tree.arrays import compute_dtype, is_array
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, fail
 from flora._tree.paths import named_leaves
-from flora._tree.weight import LoraWeight, on_parts, parts_of, product_of
+from flora._tree.weight import LoraWeight, on_parts, parts_of, product_of, scale_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,9 +219,9 @@ def _wide(x: LoraWeight) -> LoraWeight:
 
 def _product(path: str, x: LoraWeight) -> LoraWeight:
     """Plain LoRA of the factors that a variant makes, its column factors aside."""
-    if x.variant is None:
+    if x.variant is None and not x.blocks:
         return x
-    if x.base is None:
+    if x.variant is not None and x.base is None:
         raise LoraError(
             f"measure: '{path}' has the variant {x.variant!r}, which needs W to say "
             "what ΔW is. Pass the whole tree, flora.join(base, adapter)."
@@ -232,12 +232,12 @@ def _product(path: str, x: LoraWeight) -> LoraWeight:
             f"measure: '{path}' has the variant {x.variant!r} with a function between "
             "A and B: there is no ΔW. Measure a tree without it."
         )
-    return dataclasses.replace(x, a=product.a, b=product.b, variant=None)
+    return dataclasses.replace(x, a=product.a, b=product.b, variant=None, blocks=())
 
 
 def _moved(x: LoraWeight, grad: LoraWeight) -> tuple[Any, Any]:
     """How the factors of ΔW change along a gradient, to first order."""
-    if x.variant is None:
+    if x.variant is None and not x.blocks:
         return grad.a, grad.b
 
     def factors(parts: dict[str, Any]) -> tuple[Any, Any]:
@@ -269,7 +269,7 @@ def _norms(x: LoraWeight, product: LoraWeight, grad: Any) -> Measures:
     norms = Measures(
         norm_a=_root(_trace(columns(x.a, x.a, n))),
         norm_b=_root(_trace(rows(x.b, x.b, n))),
-        norm_delta=x.scale * _root(_sum(aa * bb)),
+        norm_delta=scale_of(x) * _root(_sum(aa * bb)),
     )
     if grad is None:
         return norms
@@ -281,7 +281,7 @@ def _norms(x: LoraWeight, product: LoraWeight, grad: Any) -> Measures:
         norms,
         grad_a=_root(_trace(columns(grad.a, grad.a, n))),
         grad_b=_root(_trace(rows(grad.b, grad.b, n))),
-        grad_delta=x.scale * _root(_sum(aa * dbdb) + _sum(dada * bb) + 2 * cross),
+        grad_delta=scale_of(x) * _root(_sum(aa * dbdb) + _sum(dada * bb) + 2 * cross),
     )
 
 

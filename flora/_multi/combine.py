@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora._multi.conform import aligned, require_rank
+from flora._multi.conform import aligned, not_finite, require_rank
 from flora._multi.lowrank import (
     compressed,
     flat_factors,
@@ -93,9 +93,9 @@ def combine(
       the first; and each leaf's error against the ΔW that the method defines.
 
     Raises:
-      LoraError: the adapters do not fit each other; the method needs another setting or
-        does not take one; or a leaf trains whole and needs the `base` that is missing.
-        All such leaves are named.
+      LoraError: the adapters do not fit each other, or one is not finite; the method
+        needs another setting or does not take one; or a leaf trains whole and needs the
+        `base` that is missing.  All such leaves are named.
 
     Example:
       >>> import jax.numpy as jnp, flora, flora.multi
@@ -120,6 +120,7 @@ def combine(
     values = {} if base is None else dict(named_leaves(base)[0])
     how = _How(weights, method, rank, density or 1.0, sign, key)
     fail(p for path, nodes in leaves for p in _node_problems(path, nodes, how, values))
+    fail(f"combine: {p}" for path, nodes in leaves for p in not_finite(path, nodes))
     errors: dict[str, float] = {}
     made = []
     for path, nodes in leaves:
@@ -187,8 +188,8 @@ def _option_problems(
     if method.endswith("ties") and min(weights) <= 0:
         found.append(
             f"combine: weights={weights}; a vote has no place for weights of 0 or "
-            "less. Leave those adapters out, or write method='dare_linear' or "
-            "'magnitude_prune'."
+            "less. Leave those adapters out, or write method="
+            f"{'dare_linear' if method.startswith('dare') else 'magnitude_prune'!r}."
         )
     return found
 

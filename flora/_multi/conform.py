@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.paths import path_of
-from flora._tree.weight import LoraWeight, Trained, is_node
+from flora._tree.weight import LoraWeight, Trained, is_node, uniform
 
 
 def stop(x: Any) -> bool:
@@ -22,7 +22,13 @@ def stop(x: Any) -> bool:
 def flattened(adapter: Any, verb: str) -> tuple[list[tuple[str, Any]], Any]:
     """`([(path, node or None)], treedef)` of an adapter, checked to be one."""
     found, treedef = jax.tree_util.tree_flatten_with_path(adapter, is_leaf=stop)
-    named = [(path_of(keys), x) for keys, x in found]
+    named = [(path_of(keys), one_scale(x)) for keys, x in found]
+    fail(
+        f"{verb}: '{path}' is a {x.variant} that holds several adapters, and {verb} "
+        "takes one a leaf. Leave that leaf out, or adapt all of its stack alike."
+        for path, x in named
+        if isinstance(x, LoraWeight) and x.blocks
+    )
     fail(
         f"{verb}: '{path}' is a weight of the base. Pass adapters: "
         "flora.split(adapted)[1]."
@@ -34,6 +40,19 @@ def flattened(adapter: Any, verb: str) -> tuple[list[tuple[str, Any]], Any]:
             f"{verb}: the adapter holds no trained leaf. Pass flora.split(adapted)[1]."
         )
     return named, treedef
+
+
+def one_scale(node: Any) -> Any:
+    """The node with the scales of its blocks in B, unless a variant has blocks."""
+    if not isinstance(node, LoraWeight) or not node.blocks or node.variant is not None:
+        return node
+
+    def change(a: Any, b: Any) -> Any:
+        return uniform(dataclasses.replace(node, a=a, b=b)).b
+
+    b = on_arrays(change, node.a, node.b)
+    alpha = float(node.rank)
+    return dataclasses.replace(node, b=b, alpha=alpha, rank_stabilized=False, blocks=())
 
 
 def aligned(

@@ -18,13 +18,21 @@ from flora._multi.lowrank import (
     size,
 )
 from flora._tree.arrays import compute_dtype, is_array
-from flora._tree.checks import require_adapted
+from flora._tree.checks import blocks_problem, require_adapted
 from flora._tree.errors import LoraError, fail
+from flora._tree.finite import require_finite
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.matrices import matrices
-from flora._tree.paths import Pattern, matches, named_leaves
+from flora._tree.paths import (
+    Pattern,
+    check_pattern,
+    exactly,
+    matches,
+    named_leaves,
+)
 from flora._tree.quantized import dequantized
-from flora._tree.weight import LoraWeight, Trained, base_of
+from flora._tree.selection import idle_entries
+from flora._tree.weight import LoraWeight, Trained, base_of, is_node
 
 Named = Sequence[tuple[str, Any]]
 
@@ -56,8 +64,8 @@ def extract(
       missing, by norm; 1 for ignored leaves that changed.
 
     Raises:
-      LoraError: the trees differ in leaves or shapes, or a frozen leaf has changed; all
-        such leaves are named.
+      LoraError: the trees differ in leaves or shapes, a frozen leaf has changed, or one
+        of the others holds NaN or infinity; all such leaves are named.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora, flora.multi
@@ -77,10 +85,21 @@ def extract(
         key = consumed(key)
     elif key is not None:
         raise LoraError("extract: svd='exact' draws nothing. Leave out key=.")
+    check_pattern("ignore", ignore)
+    frozen = [(p, x) for p, x in named if not is_node(x)]
+    fail(
+        f"extract: {problem} It must match a frozen leaf."
+        for problem in idle_entries("ignore", ignore, frozen)
+    )
     new = [x for _, x in _fitting(named, named_leaves(finetuned)[0])]
     triples = [(path, x, y) for (path, x), y in zip(named, new, strict=True)]
     fail(p for path, x, _ in triples for p in variant_problems("extract", path, x))
+    fail(p for path, x, _ in triples for p in blocks_problem("extract", path, x))
     fail(p for path, x, y in triples for p in _lost(path, x, y, ignore))
+    changed = {path: y for path, x, y in triples if is_node(x)}
+    bases = {path: x.value for path, x, _ in triples if isinstance(x, Trained)}
+    remedy = "Pass a model that did not diverge."
+    require_finite("extract", changed, before=bases, remedy=remedy)
     errors: dict[str, float] = {}
     made = []
     for path, x, y in triples:
@@ -128,7 +147,8 @@ def _lost(path: str, x: Any, y: Any, ignore: Pattern) -> list[str]:
         return []
     return [
         f"extract: '{path}' is frozen in adapted and has changed in finetuned. Name it "
-        "in target= or train= of LoraConfig, or in ignore= to lose the change."
+        "in target= or train= of LoraConfig, or write "
+        f"ignore={exactly(path)!r} to lose the change."
     ]
 
 

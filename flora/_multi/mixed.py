@@ -226,6 +226,7 @@ def _one_row(
     whole = [_whole(x, i, pairs, n) for n, (_, x) in enumerate(pairs.nodes)]
     lora = {n: x for n, x in enumerate(pairs.nodes) if isinstance(x[1], LoraWeight)}
 
+    @functools.wraps(fn)
     def run(tree: Any, *args: Any, **kwargs: Any) -> Any:
         base, nodes, factors = tree
         nodes = list(nodes)
@@ -239,7 +240,7 @@ def _one_row(
         for _, x in lora.values()
     ]
     leaves, treedef = jax.tree.flatten((pairs.base, whole, factors))
-    staged = stage(run, leaves, treedef, args, kwargs)
+    staged = stage(run, leaves, treedef, args, kwargs, verb="flora.multi")
     lazy = [f for path, x in lora.values() for f in _lazy_pair(path, x, i, pairs.count)]
     at = range(len(leaves) - len(lazy), len(leaves))
     limit = MASK_UP_TO // pairs.count if rows >= pairs.count else 0

@@ -9,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flora._multi.conform import aligned, common, flattened, on_arrays, stop
+from flora._multi.conform import aligned, common, flattened, on_arrays
 from flora._multi.stacked import side_by_side
+from flora._train.apply import apply_updates
+from flora._train.wrappers import widened
 from flora._tree.arrays import is_array
+from flora._tree.checks import blocks_problem
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.paths import named_leaves
 from flora._tree.weight import LoraWeight
 from flora._verbs.split import join
 
@@ -62,6 +66,12 @@ def start(adapters: Sequence[Any], tx: MakeTx, hyper: Any) -> Runs:
     Raises:
       LoraError: the adapters do not fit each other, or `hyper` does not have k entries.
     """
+    fail(
+        p
+        for adapter in adapters
+        for path, leaf in named_leaves(adapter)[0]
+        for p in blocks_problem("start", path, leaf)
+    )
     leaves, treedef = aligned(adapters, "start")
     _check_hyper(hyper, len(adapters))
     if not callable(tx):
@@ -77,7 +87,8 @@ def start(adapters: Sequence[Any], tx: MakeTx, hyper: Any) -> Runs:
     )
     scales = [_scales(x) for _, x in leaves]
     hyper = jax.tree.map(jnp.asarray, hyper)
-    state = on_arrays(jax.vmap(lambda one, h: tx(h).init(one)), adapter, hyper)
+    init = jax.vmap(lambda one, h: widened(tx(h)).init(one))
+    state = on_arrays(init, adapter, hyper)
     return Runs(adapter, scales, state, hyper, own)
 
 
@@ -178,9 +189,8 @@ def train_step(
             return loss(join(base, _scaled(adapter, scales)), *batch)
 
         value, grads = jax.value_and_grad(of_adapter)(adapter)
-        updates, state = tx(hyper).update(grads, state, adapter)
-        updates = jax.tree.map(_of_trained, updates, is_leaf=stop)
-        return optax.apply_updates(adapter, updates), state, value
+        updates, state = widened(tx(hyper)).update(grads, state, adapter)
+        return apply_updates(adapter, updates), state, value
 
     def step(base: Any, runs: Runs, *batch: Any) -> tuple[Runs, jax.Array]:
         if not isinstance(runs, Runs):
@@ -195,16 +205,6 @@ def train_step(
         return dataclasses.replace(runs, adapter=adapter, state=state), losses
 
     return step
-
-
-def _of_trained(updates: Any) -> Any:
-    """Zeros for what a variant never trains, whatever the optimizer makes of it."""
-    if not isinstance(updates, LoraWeight) or updates.variant is None:
-        return updates
-    frozen, extra = updates.variant.frozen, dict(updates.extra or {})
-    extra |= {k: jnp.zeros_like(x) for k, x in extra.items() if k in frozen}
-    ab = {k: jnp.zeros_like(getattr(updates, k)) for k in ("a", "b") if k in frozen}
-    return dataclasses.replace(updates, extra=extra or updates.extra, **ab)
 
 
 def _axis(x: Any, axis: int | None) -> Any:

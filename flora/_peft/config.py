@@ -48,6 +48,8 @@ _PLAIN_STARTS = (True, False, "true", "gaussian", "eva", "orthogonal", "mica")
 RESIDUAL_STARTS = ("pissa", "olora")
 # Heads that PEFT saves whole for tasks of classification, whichever there is.
 HEADS = ("classifier", "score")
+# Tasks of models that end in something else than words.
+WORDLESS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,15 @@ class PeftConfig:
         name = str((self.auto_mapping or {}).get("base_model_class"))
         ends = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "MaskedLM")
         return self.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") or name.endswith(ends)
+
+    @property
+    def gives_none(self) -> bool:
+        """Whether the base is known to end in anything else."""
+        name = str((self.auto_mapping or {}).get("base_model_class"))
+        heads = ("Classification", "QuestionAnswering", "Regression", "Model")
+        words = ("LMHead", "DoubleHeads", "EncoderDecoder")
+        plain = name.endswith(heads) and not any(word in name for word in words)
+        return not self.gives_words and (self.task_type in WORDLESS or plain)
 
     @functools.cached_property
     def _steps(self) -> Steps:

@@ -16,6 +16,7 @@ from flora._peft.groups import AcrossGroups, blocks, spread
 from flora._peft.keys import Lora
 from flora._peft.layouts import leaf_word
 from flora._peft.names import Slot
+from flora._tree.blocks import Block
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
 from flora._tree.weight import LoraWeight, Variant
@@ -141,30 +142,32 @@ def node(
     used: dict[tuple[int, ...], int] = {}
     for p, a, _ in made:
         used[p.index] = used.get(p.index, 0) + a.shape[-1]
-    rank, scale, same = max(used.values()), _scale(pieces), _agree(pieces)
+    rank = max(used.values())
     dtype = np.result_type(*(x.dtype for _, a, b in made for x in (a, b)))
     a_all = np.zeros((*stack, rows, rank), dtype)
     b_all = np.zeros((*stack, rank, wide), dtype)
-    ends: dict[tuple[int, ...], int] = {}
+    blocks = []
     for p, a, b in made:
-        start = ends.get(p.index, 0)
-        ends[p.index] = start + a.shape[-1]
-        ranks = slice(start, ends[p.index])
+        start = sum(x.rank for x in blocks if x.index == p.index)
+        ranks = slice(start, start + a.shape[-1])
         a_all[p.index][..., :, ranks] = a
-        factor = 1.0 if p.scale == scale else p.scale / scale
         at = positions(p.slot, beside, wide)
-        b_all[p.index][..., ranks, at] = (b * b.dtype.type(factor)).astype(dtype)
-    plain = same and rank == pieces[0].rank
+        b_all[p.index][..., ranks, at] = b
+        columns = None if len(at) == wide else (int(at[0]), int(at[-1]) + 1)
+        blocks.append(Block(p.index, ranks.start, ranks.stop, p.scale, columns))
     first = pieces[0]
+    one = _is_one(blocks, pieces, stack)
+    own = not one or rank == first.rank  # a convolution in groups has ranks of its own
     return LoraWeight(
         base,
         a_all.reshape(*stack, *in_, rank),
         b_all.reshape(*stack, rank, *out),
         layout=layout,
         rank=rank,
-        alpha=float(first.alpha if plain else scale * rank),
-        rank_stabilized=plain and first.rank_stabilized,
+        alpha=float(first.alpha if own else first.scale * rank),
+        rank_stabilized=own and first.rank_stabilized,
         variant=_variant(path, pieces, layout, shape),
+        blocks=() if one else tuple(blocks),
     )
 
 
@@ -183,13 +186,14 @@ def _variant(
     return AcrossGroups(groups)
 
 
-def _agree(pieces: Sequence[Piece]) -> bool:
-    return len({(p.rank, p.alpha, p.rank_stabilized) for p in pieces}) == 1
-
-
-def _scale(pieces: Sequence[Piece]) -> float:
-    """One that the others can be multiples of."""
-    return max((p.scale for p in pieces), key=abs)
+def _is_one(
+    blocks: Sequence[Block], pieces: Sequence[Piece], stack: Sequence[int]
+) -> bool:
+    """Whether the blocks are one adapter of the whole leaf."""
+    alike = {(p.rank, p.alpha, p.rank_stabilized) for p in pieces}
+    parts = {(x.start, x.stop, x.columns) for x in blocks}
+    every = math.prod(stack[: len(blocks[0].index)])
+    return len(alike) == len(parts) == 1 and len(blocks) == every
 
 
 def magnitude(
@@ -198,17 +202,12 @@ def magnitude(
     pieces: Sequence[Piece],
     beside: Sequence[Slot],
 ) -> Any:
-    """DoRA's magnitudes `[*stack, *out]` of a leaf, all of it adapted."""
+    """DoRA's magnitudes `[*stack, *out]` of a leaf; 0 where it is not adapted."""
     stack, _, out = layout.sizes(shape)
-    found = np.full((*stack, layout.matrix(shape)[2]), np.nan, np.float64)
+    found = np.zeros((*stack, layout.matrix(shape)[2]), np.float64)
     for p in pieces:
         m = np.asarray(p.lora.magnitude).reshape(-1)
         m = m if p.slot.module.order is None else m[_rows(p.slot)]
         found[(*p.index, positions(p.slot, beside, found.shape[-1]))] = m
-    if np.isnan(found).any():
-        raise LoraError(
-            f"'{pieces[0].slot.path}' stacks modules of which only some are adapted; "
-            "DoRA needs a magnitude for each. Unstack the layers, or adapt all of them."
-        )
     dtype = np.result_type(*(np.asarray(p.lora.magnitude).dtype for p in pieces))
     return found.astype(dtype).reshape(*stack, *out)

@@ -1,20 +1,16 @@
 """The two files of a PEFT adapter: read whole, written whole or not at all."""
 
-import contextlib
-import ctypes
+import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flora._files.atomic import Staged, alone, replace, staged
 from flora._files.parsed import parsed
-from flora._files.safetensors import NAMES, Damaged, checked_path, read, replace
-from flora._files.safetensors import write as write_tensors
+from flora._files.safetensors import NAMES, Damaged, checked_path, chunks, read
 from flora._tree.errors import LoraError, fail
 
 CONFIG = "adapter_config.json"
@@ -46,7 +42,7 @@ def read_json(folder: Path) -> dict[str, Any]:
             "anew."
         )
     try:
-        found = parsed(path.read_bytes())
+        found = parsed(_config(folder))
     except ValueError as error:
         raise LoraError(
             f"{path}: not valid JSON: {error}. Expected the JSON object that PEFT's "
@@ -56,6 +52,22 @@ def read_json(folder: Path) -> dict[str, Any]:
         raise LoraError(
             f"{path}: holds a JSON {type(found).__name__}; expected an object such as "
             '{"peft_type": "LORA", "r": 8, ...}. Copy the file anew.'
+        )
+    return found
+
+
+def _config(folder: Path) -> bytes:
+    """The text of the config, even where a save was stopped."""
+    path = folder / CONFIG
+    text = path.read_bytes()
+    if not text.startswith(_NOTE):
+        return text
+    weights = folder / WEIGHTS
+    found = _chosen(text, _digest(weights)) if weights.is_file() else None
+    if found is None:
+        raise LoraError(
+            f"{path}: flora.peft.save was stopped as it replaced this adapter, and "
+            f"{WEIGHTS} has changed since. Save the adapter anew."
         )
     return found
 
@@ -122,77 +134,62 @@ def _other_dtype(path: Path, key: str, dtype: str) -> str:
     )
 
 
+# While both files change, the config is this sentence and both configs, by weights.
+_NOTE = (
+    b"Not a config: flora.peft.save was stopped as it replaced this adapter. Save it "
+    b"anew. flora.peft.load finds the config of the weights here.\n"
+)
+
+
 def write(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes both files beside `folder`, then puts them in its place in one step.
+    """Writes both files inside `folder`, so that the two in place belong together.
 
-    Other files of the directory stay.  Whatever stops the process leaves the directory
-    as it was, or complete.
+    Between old config and new weights stands a note in the place of the config.  No
+    reader takes it for one, and flora's finds in it the config of whichever weights are
+    there; so whatever stops the process leaves the old adapter or the new one.
     """
-    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    if folder.exists() and not folder.is_dir():
-        raise LoraError(f"{folder} is a file; expected a directory to save into.")
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(folder) as new:
-        if folder.is_dir():
-            shutil.copytree(folder, new, copy_function=_link, dirs_exist_ok=True)
-        replace(new / CONFIG, lambda: iter([text.encode()]))
-        write_tensors(new / WEIGHTS, tensors, {"format": "pt"})
-        _swap(new, folder)
-        _sync(folder.parent)
-
-
-@contextlib.contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A new directory next to `folder`, removed in the end."""
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        made.chmod(0o777 & ~_umask())
-        yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-def _umask() -> int:
-    now = os.umask(0o022)
-    os.umask(now)
-    return now
-
-
-def _link(old: str, new: str) -> None:
-    try:
-        os.link(old, new)
-    except OSError:
-        shutil.copy2(old, new)
-
-
-def _sync(folder: Path) -> None:
-    """Makes names in a directory last, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+    text = (json.dumps(config, indent=2, allow_nan=False) + "\n").encode()
+    with (
+        alone(folder) as folder,
+        staged(folder / WEIGHTS, chunks(tensors, {"format": "pt"})) as weights,
+        staged(folder / CONFIG, lambda: [text]) as new,
+    ):
+        old = new.path.read_bytes() if new.path.exists() else None
+        if old is not None and old != text:
+            note = _note(old, text, weights)
+            replace(new.path, lambda: [note])
         try:
-            os.fsync(handle)
+            weights.put()
         finally:
-            os.close(handle)
+            if not weights.new.exists():  # it is in its place
+                new.put()
+            elif old is not None:
+                replace(new.path, lambda: [old])
 
 
-def _swap(new: Path, folder: Path) -> None:
-    """Puts `new` where `folder` is, or would be."""
-    if not folder.exists():
-        os.rename(new, folder)
-    elif not _exchanged(new, folder):
-        # No such call here: two renames, between which the weights alone are new.
-        for name in (WEIGHTS, CONFIG):
-            os.replace(new / name, folder / name)
+def _note(old: bytes, text: bytes, weights: Staged) -> bytes:
+    """What stands for the config while the weights are replaced."""
+    known = {_digest(weights.new): text.decode()}
+    if weights.path.exists():
+        digest = _digest(weights.path)
+        was = _chosen(old, digest)
+        if was is not None:
+            known[digest] = was.decode(errors="surrogateescape")
+    return _NOTE + json.dumps(known).encode()
 
 
-def _exchanged(one: Path, other: Path) -> bool:
-    """Whether Linux exchanged two directories, which is atomic."""
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+def _chosen(text: bytes, digest: str) -> bytes | None:
+    """The config in what lies there, for the weights of that digest."""
+    if not text.startswith(_NOTE):
+        return text
     try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+        return json.loads(text[len(_NOTE) :])[digest].encode(errors="surrogateescape")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,19 +10,18 @@ import numpy as np
 from flora._peft.config import PeftConfig
 from flora._peft.factors import Piece
 from flora._peft.file import CONFIG, WEIGHTS
-from flora._peft.keys import Content
+from flora._peft.keys import Content, Lora
 from flora._peft.layouts import conv_layout, layouts, leaf_word, turned
 from flora._peft.names import Finder, Slot, given_slots, matched_slots, split_name
 from flora._peft.parameters import (
     in_order,
-    may_be_tied,
     parameter_layouts,
     turned_embedding,
     turned_parameter,
     with_parameters,
-    without_ties,
 )
 from flora._peft.targets import plain, target_problems, whole_problems
+from flora._peft.ties import Readers, load_problems, without_ties
 from flora._tree.errors import fail
 from flora._tree.layout import Layout
 from flora._tree.weight import LoraWeight, Trained, base_of
@@ -72,7 +71,7 @@ def assign(
     names: Any,
     given: Mapping[str, Layout],
     *,
-    followed: bool,
+    readers: Readers | None,
 ) -> Assignment:
     """Assigns each tensor to a leaf; all that does not fit is reported at once."""
     file = folder / WEIGHTS
@@ -86,15 +85,16 @@ def assign(
     finder = Finder(slots)
     shapes = {p: tuple(getattr(base_of(x), "shape", ())) for p, x in leaves.items()}
     content = in_order(content, config, finder, shapes, file, ordered=names is not None)
-    named, content = content, without_ties(content, finder, file)
+    named = content
+    content, agreed = without_ties(content, finder, file)
     fail(_lost(content, finder, file, paths))
-    fail([] if followed else may_be_tied(content, config, shapes))
+    fail(load_problems(content, agreed, finder, config, shapes, readers, file))
     sites = _sites(config, content, finder, leaves, given, file)
     weights, parameters = _universe(slots, sites, shapes)
     tied = {x.module for x in named.loras} - {x.module for x in content.loras}
     fail(
         [
-            *target_problems(config, named, weights, parameters, tied, folder),
+            *target_problems(config, named, weights, tied, folder),
             *whole_problems(config, content, parameters, folder),
         ]
     )
@@ -151,6 +151,7 @@ def _sites(
     for lora in content.loras:
         for slot, index in finder.all(lora.name):
             rank, alpha = config.rank(lora.site), config.alpha(lora.site)
+            lora = _padded(lora, rank) if config.residual else lora
             piece = Piece(lora, slot, index, rank, float(alpha), config.use_rslora)
             pieces.setdefault(slot.path, []).append(piece)
     slots: dict[str, list[Slot]] = {}
@@ -177,6 +178,18 @@ def _sites(
             sites[path] = AdaptedLeaf(path, base, layout, tuple(found), beside)
     fail(problems)
     return sites
+
+
+def _padded(lora: Lora, rank: int) -> Lora:
+    """With zeros up to the rank: PiSSA and OLoRA draw at most min(in, out) of them."""
+    a, b = np.asarray(lora.a), np.asarray(lora.b)
+    drawn = a.shape[0]
+    if lora.raw or a.ndim != 2 or drawn != min(a.shape[1], b.shape[0]) or drawn > rank:
+        return lora
+    more = (0, rank - drawn)
+    return dataclasses.replace(
+        lora, a=np.pad(a, (more, (0, 0))), b=np.pad(b, ((0, 0), more))
+    )
 
 
 def _rank_problems(piece: Piece, file: Path) -> Iterator[str]:

@@ -321,6 +321,12 @@ def _by_patterns(
             )
         regex = _leaf_regex(pattern)
         hits = [(path, m) for path in paths if (m := regex.fullmatch(path))]
+        if hits and all(path in found for path, _ in hits):
+            raise LoraError(
+                f"names: all {len(hits)} leaves that '{pattern}' matches are taken by "
+                "earlier entries; the first that matches a leaf decides. Write it "
+                "before them, or take it out."
+            )
         if not hits and not partial:
             raise LoraError(
                 f"names: '{pattern}' matches none of the {len(paths)} leaves, such as "
@@ -332,7 +338,12 @@ def _by_patterns(
 
 
 def _leaf_regex(pattern: str) -> re.Pattern[str]:
-    """A regex for a leaf's path, or a module's around it, in full or from a word on."""
+    """A regex for a leaf's path, or a module's around it, in full or from a word on.
+
+    One that starts with '/' is for the path in full.
+    """
+    before = "" if pattern.startswith("/") else "(?:.*/)?"
+    pattern = pattern.removeprefix("/")
     text, end, seen = "", 0, set()
     for hole in _HOLE.finditer(pattern):
         text += re.escape(pattern[end : hole.start()])
@@ -344,7 +355,7 @@ def _leaf_regex(pattern: str) -> re.Pattern[str]:
         end = hole.end()
     text += re.escape(pattern[end:])
     last = "|".join(PARAMETERS)
-    return re.compile(rf"(?:.*/)?{text}(?:/(?:{last}))?")
+    return re.compile(rf"{before}{text}(?:/(?:{last}))?")
 
 
 def _bound(rule: Rule, values: Mapping[str, str]) -> Rule:

@@ -2,10 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
 
 from flora._peft.config import PeftConfig
 from flora._peft.factors import Piece
@@ -130,83 +128,6 @@ def parameter_layouts(
     sizes = lora.a.shape[1], lora.b.shape[0]
     found = layouts(slot.path, shape, stack, sizes)
     return [x for x in found if shape[x.stack[-1]] == experts] if ndim == 3 else found
-
-
-def without_ties(content: Content, finder: Finder, file: Path) -> Content:
-    """The content without second adapters of one shared weight, which must agree."""
-    embeddings = [x for x in content.loras if x.kind == "embedding"]
-    kept, of_base = [], dict(content.of_base)
-    for lora in content.loras:
-        slots = [slot for slot, _ in finder.all(lora.name)]
-        if lora.kind != "linear" or (slots and not any(s.module.tied for s in slots)):
-            kept.append(lora)
-            continue
-        twins = [
-            e
-            for e in embeddings
-            if e.a.T.shape == lora.b.shape
-            and np.array_equal(e.a.T, lora.b)
-            and np.array_equal(e.b.T, lora.a)
-        ]
-        if twins:
-            own = f"{lora.module}.base_layer.weight"
-            first = of_base.get(f"{twins[0].module}.base_layer.weight")
-            if np.array_equal(of_base.get(own, first), first):  # type: ignore[arg-type]
-                of_base.pop(own, None)
-            continue
-        if not slots:
-            kept.append(lora)  # reported as lost
-            continue
-        raise LoraError(
-            f"{file}: '{lora.key('b')}' adapts a weight that is tied to "
-            f"'{slots[0].path}', but is not the transpose of the embedding's factors. "
-            "Train with ensure_weight_tying=True, or untie the weights in the tree."
-        )
-    whole = {
-        name: x
-        for name, x in content.whole.items()
-        if finder.all(name) or not _is_copy(name, x, content, finder)
-    }
-    held = {x.name for x in content.loras}
-    for slot in finder.slots:
-        if slot.module.tied and not slot.holes:
-            first = [
-                s for s in finder.slots if s.path == slot.path and not s.module.tied
-            ]
-            if any(s.name in held for s in first) and slot.name not in held:
-                raise LoraError(
-                    f"{file}: '{first[0].name}' is adapted and '{slot.name}' is not, "
-                    f"but both lie in '{slot.path}'. PEFT adapts the first alone. "
-                    "Train with ensure_weight_tying=True, or untie the weights in the "
-                    "tree."
-                )
-    return dataclasses.replace(content, loras=tuple(kept), whole=whole, of_base=of_base)
-
-
-def _is_copy(name: str, x: np.ndarray, content: Content, finder: Finder) -> bool:
-    """Whether it is the tied weight of a head that another name has too."""
-    return x.ndim == 2 and any(
-        np.array_equal(x, other) and finder.all(n)
-        for n, other in content.whole.items()
-        if n != name
-    )
-
-
-def may_be_tied(
-    content: Content, config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[str]:
-    """Embeddings that a language model without another vocabulary has for both ends."""
-    if not config.gives_words or config.ensure_weight_tying:
-        return
-    for lora in content.loras:
-        words = lora.a.shape[1]
-        if lora.kind == "embedding" and sum(words in s for s in shapes.values()) < 2:
-            yield (
-                f"'{lora.module}' is adapted as an embedding alone, and no other leaf "
-                f"of the base has its {words} words: tied weights, it seems, and PEFT "
-                "leaves the product with them as it was. Pass fn= and args= to follow "
-                "the leaf, or train with ensure_weight_tying=True."
-            )
 
 
 def turned_parameter(piece: Piece, layout: Layout, shape: tuple[int, ...]) -> Piece:

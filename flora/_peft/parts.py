@@ -11,8 +11,9 @@ from flora._peft.groups import AcrossGroups, gathered
 from flora._peft.keys import Lora
 from flora._peft.layouts import leaf_word
 from flora._peft.names import Slot, split_name
+from flora._tree.blocks import Block
 from flora._tree.errors import LoraError
-from flora._tree.weight import LoraWeight
+from flora._tree.weight import LoraWeight, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ def parts(
     path: str, node: LoraWeight, slots: Sequence[Slot], known: str = ""
 ) -> Iterator[Part]:
     """The part of a leaf's node that belongs to each module in the leaf."""
+    node = _as_modules(node, slots)
     stack = node.a.shape[: len(node.layout.stack)]
     a, b = np.asarray(node.a), np.asarray(node.b)
     a = a.reshape(*stack, -1, a.shape[-1])
@@ -59,7 +61,48 @@ def parts(
         at = positions(slot, slots_beside(slots), b.shape[-1])
         for index in np.ndindex(*stack[: slot.holes]):
             own = None if m is None else m[index][..., at]
-            yield _part(node, slot, index, kind, (a[index], b[index][..., at]), own)
+            for block in _blocks(node, index, at):
+                ranks = slice(block.start, block.stop)
+                pair = a[index][..., ranks], b[index][..., ranks, at]
+                part = _part(node, slot, index, kind, pair, own)
+                yield dataclasses.replace(part, scale=block.scale)
+
+
+def _blocks(
+    node: LoraWeight, index: tuple[int, ...], at: np.ndarray
+) -> Iterator[Block]:
+    """The adapter of some outputs of an index of the stack, if there is one."""
+    if not node.blocks:
+        yield Block(index, 0, node.a.shape[-1], node.scale)
+    for block in node.blocks:
+        if index[: len(block.index)] == block.index and _share(block, at) == "all":
+            yield block
+
+
+def _share(block: Block, at: np.ndarray) -> str:
+    """Whether a block has 'all', 'some' or 'none' of the outputs from `at[0]` on."""
+    first, end = block.columns or (at[0], at[-1] + 1)
+    if end <= at[0] or at[-1] < first:
+        return "none"
+    return "all" if first <= at[0] and at[-1] < end else "some"
+
+
+def _as_modules(node: LoraWeight, slots: Sequence[Slot]) -> LoraWeight:
+    """The node, its blocks taken as one where a module has several of them.
+
+    The scales are in B then, since PEFT has one a module.
+    """
+    wide = math.prod(node.b.shape[len(node.layout.stack) + 1 :])
+    fits = all(
+        len(block.index) <= slot.holes
+        and _share(block, positions(slot, slots_beside(slots), wide)) != "some"
+        for slot in slots
+        for block in node.blocks
+    )
+    if fits:
+        return node
+    node = uniform(node)
+    return dataclasses.replace(node, b=np.asarray(node.b))
 
 
 def slots_beside(slots: Sequence[Slot]) -> list[Slot]:
@@ -71,7 +114,7 @@ def _stack_problem(path: str, slot: Slot, node: LoraWeight, count: int) -> str:
     return (
         f"save: '{path}' ({node.layout}) has {count} stacked axes and its name "
         f"'{slot.name}' {slot.holes} placeholders. Write one for each: "
-        f"names={{'{path}': 'model.layers.{{i}}.…'}}, or flora.peft.Module(..., "
+        f"names={{..., '/{path}': 'model.layers.{{i}}.…'}}, or flora.peft.Module(..., "
         "parameter='…') for experts that PyTorch stacks too."
     )
 
@@ -103,9 +146,9 @@ def kind_of(path: str, node: LoraWeight, slot: Slot, known: str) -> str:
     raise LoraError(
         f"save: '{path}' ({layout}) may be a linear layer, a convolution or an "
         f"embedding "
-        "of PyTorch. Pass fn= and args= to follow it, or write names={"
-        f"'{path}': flora.peft.Module('{split_name(slot.name)[0]}', kind='linear')}}, "
-        "'conv' or 'embedding'."
+        "of PyTorch. Pass fn= and args= to follow it, or write names= of all adapted "
+        f"leaves, with '/{path}': flora.peft.Module('{split_name(slot.name)[0]}', "
+        "kind='linear'), 'conv' or 'embedding'."
     )
 
 
@@ -121,7 +164,6 @@ def _part(
     name = slot.at(index)
     module, parameter = split_name(name)
     rank = a.shape[-1]
-    stabilized, scale = node.rank_stabilized, node.scale
     if kind == "conv":
         a, b, rank = _as_conv(node, slot, a, b)
         m = m if m is None else m.reshape(1, -1, *(1,) * (a.ndim - 2))
@@ -148,7 +190,8 @@ def _part(
             kind = "linear"
     lora = Lora(module, a, b, m, None, "linear" if kind == "raw" else kind)
     lora = dataclasses.replace(lora, parameter=parameter, raw=kind == "raw")
-    return Part(lora, slot, rank, scale, stabilized and rank == node.rank)
+    stabilized = node.rank_stabilized and (bool(node.blocks) or rank == node.rank)
+    return Part(lora, slot, rank, 1.0, stabilized)
 
 
 def _as_conv(

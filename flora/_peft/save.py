@@ -12,7 +12,8 @@ import numpy as np
 from jax.core import Tracer
 
 from flora._algebra.variants import DoRA
-from flora._peft.config import parse
+from flora._files.items import statistics
+from flora._peft.config import WORDLESS, parse
 from flora._peft.file import CONFIG
 from flora._peft.groups import AcrossGroups
 from flora._peft.keys import PREFIX
@@ -21,10 +22,14 @@ from flora._peft.parts import Part, is_idle, joined, parts, slots_beside
 from flora._peft.serving import for_serving
 from flora._peft.start import with_start
 from flora._peft.targets import ends, selects
+from flora._peft.ties import Readers, save_problems, tied_slots
 from flora._peft.whole import taken
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
-from flora._tree.weight import LoraWeight, Trained, base_of
+from flora._tree.finite import require_finite
+from flora._tree.paths import Pattern, check_pattern, exactly, matches, named_leaves
+from flora._tree.selection import idle_entries
+from flora._tree.weight import LoraWeight, Trained, base_of, parts_of
 
 Slots = Mapping[str, Sequence[Slot]]
 Named = Sequence[tuple[str, Any]]
@@ -34,11 +39,14 @@ def written(
     adapted: Any,
     *,
     names: Any,
-    kinds: Mapping[str, str],
+    tied: Mapping[str, Any],
+    readers: Readers | None,
     base: Any,
     serving: bool,
     dtype: Any,
+    ignore: Pattern,
     about: Mapping[str, str | None],
+    allow_nonfinite: bool,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The content of adapter_config.json and of adapter_model.safetensors."""
     fail(
@@ -50,6 +58,7 @@ def written(
         raise LoraTypeError(f"save: dtype={dtype!r}. Write a floating dtype.")
     named = require_adapted(adapted, "save")
     fail(p for path, leaf in named for p in _problems(path, leaf))
+    require_finite("save", dict(_trained(named)), allow_nonfinite)
     paths = [path for path, _ in named]
     bare = any(isinstance(x, LoraWeight) and x.base is None for _, x in named)
     slots = (
@@ -58,19 +67,23 @@ def written(
         else given_slots(names, paths, partial=bare)
     )
     by_path: dict[str, list[Slot]] = collections.defaultdict(list)
-    for slot in slots:
+    for slot in (*slots, *tied_slots(tied, paths)):
         by_path[slot.path].append(slot)
     fail(_unnamed(named, by_path))
+    wordless = about["task_type"] in WORDLESS
+    fail(save_problems(named, by_path, readers, wordless))
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
     nodes = nodes if base is None else with_start(nodes, base)
     found: dict[str, list[Part]] = {}
     for path, node in nodes.items():
-        for part in parts(path, node, by_path[path], kinds.get(path, "")):
+        kind = min((readers or {}).get(path, ()), default="")
+        for part in parts(path, node, by_path[path], kind):
             found.setdefault(part.lora.name, []).append(part)
     made = [joined(some) for some in found.values()]
     made = [part for part in made if not is_idle(part)]
     made = _nested(made, None if names is None else slots)
     whole = _whole(named, by_path, made)
+    fail(_lost_statistics(adapted, named, by_path, whole, base, ignore))
     if serving:
         made = for_serving(made, whole, named, by_path)
     config = _config(made, whole, nodes, by_path, named) | dict(about)
@@ -87,7 +100,10 @@ def written(
         key = f"{owner}.base_layer.{last}" if inside else name
         tensors[f"{PREFIX}{key}"] = x
     if dtype is not None:
-        tensors = {k: x.astype(dtype) for k, x in tensors.items()}
+        with np.errstate(over="ignore"):
+            cast = {k: x.astype(dtype) for k, x in tensors.items()}
+        require_finite("save", cast, allow_nonfinite, before=tensors)
+        tensors = cast
     return config, tensors
 
 
@@ -119,12 +135,53 @@ def _problems(path: str, leaf: Any) -> Iterator[str]:
     for x in values:
         if isinstance(x, jax.ShapeDtypeStruct | Tracer) or not hasattr(x, "size"):
             yield f"save: '{path}' holds {x!r}, no array. Save outside of jax.jit."
-        elif not bool(jnp.isfinite(x).all()):
-            bad = int((~jnp.isfinite(x)).sum())
-            yield (
-                f"save: '{path}' holds {bad} of {x.size} values that are NaN or "
-                "infinite. Training went astray; nothing is written."
-            )
+
+
+def _trained(named: Named) -> Iterator[tuple[str, Any]]:
+    """What an adapter holds, each array by a name of its own."""
+    for path, leaf in named:
+        if isinstance(leaf, LoraWeight):
+            yield from ((f"{k} of {path}", x) for k, x in parts_of(leaf).items())
+        elif isinstance(leaf, Trained):
+            yield path, leaf.value
+
+
+def _lost_statistics(
+    adapted: Any,
+    named: Named,
+    by_path: Slots,
+    whole: Whole,
+    base: Any,
+    ignore: Pattern,
+) -> Iterator[str]:
+    """Batch statistics that may have changed and that the files would lack."""
+    check_pattern("ignore", ignore)
+    frozen = [(p, x) for p, x in named if not isinstance(x, LoraWeight | Trained)]
+    yield from (f"save: {p}" for p in idle_entries("ignore", ignore, frozen))
+    plain = {} if base is None else dict(named_leaves(base)[0])
+    found = statistics(adapted)
+    lost = [
+        path
+        for path, x in frozen
+        if path in found
+        and not matches(ignore, path, x)
+        and not any(
+            slot.at(i) in whole.values
+            for slot in by_path[path]
+            for i in np.ndindex(*_stack(x, slot))
+        )
+        and not (path in plain and np.array_equal(plain[path], x))
+    ]
+    if lost:
+        short = [p for p in found if matches("batch_stats/*", p, None)] == [*found]
+        left = "batch_stats/*" if short else [exactly(p) for p in lost]
+        yield (
+            f"save: '{lost[0]}' {f'and {len(lost) - 1} more ' if lost[1:] else ''}may "
+            "have changed in training: batch statistics. PEFT saves those of modules "
+            "that train whole, and no others. Name the modules in train= of "
+            f"LoraConfig, ship flora.merge(adapted), or write ignore={left!r} to leave "
+            "them out."
+        )
 
 
 def _unnamed(named: Named, by_path: Slots) -> Iterator[str]:
@@ -132,7 +189,7 @@ def _unnamed(named: Named, by_path: Slots) -> Iterator[str]:
         if isinstance(leaf, LoraWeight | Trained) and path not in by_path:
             yield (
                 f"save: '{path}' is not in names. Write which module it is: "
-                f"names={{..., '{path}': 'model.layers.{{i}}.…'}}."
+                f"names={{..., '/{path}': 'model.layers.{{i}}.…'}}."
             )
 
 
@@ -184,6 +241,7 @@ def _whole(named: Named, by_path: Slots, made: Sequence[Part]) -> Whole:
         for path, leaf in named
         if isinstance(leaf, Trained)
         for slot in by_path[path]
+        if not slot.module.tied
         for i in np.ndindex(*_stack(leaf, slot))
     }
     known = {"weight", "bias", "running_mean", "running_var"}
@@ -208,7 +266,7 @@ def _whole(named: Named, by_path: Slots, made: Sequence[Part]) -> Whole:
         mode = "all"
     for path, leaf in named:
         for slot in by_path[path]:
-            if slot.module.tied or isinstance(leaf, LoraWeight):
+            if isinstance(leaf, LoraWeight):
                 continue
             for i in np.ndindex(*_stack(leaf, slot)):
                 name = slot.at(i)
@@ -216,7 +274,8 @@ def _whole(named: Named, by_path: Slots, made: Sequence[Part]) -> Whole:
                 bias = last == "bias" and (
                     mode == "all" or (mode == "lora_only" and owner in adapted)
                 )
-                if owner in saved or bias:
+                second = slot.module.tied and isinstance(leaf, Trained)
+                if owner in saved or bias or second:
                     beside = slots_beside(by_path[path])
                     value = taken(base_of(leaf), slot, i, beside)
                     parts.setdefault(name, []).append((slot, value))
@@ -292,7 +351,12 @@ def _config(
         "layers_pattern": None,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "ensure_weight_tying": any(p.slot.module.tied for p in made),
+        "ensure_weight_tying": any(
+            slot.module.tied
+            for path, leaf in named
+            if isinstance(leaf, LoraWeight | Trained)
+            for slot in by_path.get(path, ())
+        ),
     }
     if not made:
         raise LoraError(

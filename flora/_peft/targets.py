@@ -9,7 +9,6 @@ from flora._peft.file import CONFIG, WEIGHTS
 from flora._peft.keys import PREFIX, Content
 from flora._peft.names import split_name
 from flora._tree.errors import LoraError
-from flora._tree.nearest import Nearest
 
 
 def ends(name: str) -> list[str]:
@@ -79,24 +78,24 @@ def target_problems(
     config: PeftConfig,
     content: Content,
     weights: Sequence[str],
-    parameters: Sequence[str],
     tied: set[str],
     folder: Path,
 ) -> Iterator[str]:
     """What the config selects and the file lacks, and the other way round.
 
+    Names, layers and patterns that select nothing are no problem: PEFT passes over
+    them, and writes them.
+
     Args:
       config: the config.
       content: of the file.
       weights: the modules of the base that have a weight.
-      parameters: all parameters of the base.
       tied: modules that share another one's weight; PEFT adapts them unasked.
       folder: where both lie.
     """
     here, file = folder / CONFIG, folder / WEIGHTS
     held = {lora.module for lora in content.loras if not lora.raw}
     universe = sorted({*weights, *held})
-    yield from _names_that_match_nothing(config, universe, parameters, here)
     inner = {lora.module for lora in content.loras if lora.inner}
     for module in sorted(held - tied - inner):
         if not selects(config, module):
@@ -115,49 +114,6 @@ def target_problems(
             f"module and target_modules {listed(config.target_modules)} selects it. "
             "PEFT would leave it untrained. Is the adapter one of another base?"
         )
-    layers = {layer_of(config, module) for module in held}
-    for index in sorted(config.layers_to_transform):
-        if index not in layers:
-            yield (
-                f"{here}: layers_to_transform has {index}, but no adapted module lies "
-                "in a layer of that index. PEFT would pass over it. Remove it, or "
-                "correct layers_pattern."
-            )
-    adapted = [lora.site for lora in content.loras]
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, field)
-        near = Nearest(adapted, 0.5, ".")
-        known = config.ranks if field == "rank_pattern" else config.alphas
-        used = {n for site in adapted for n in known.all(site)}
-        for n, key in enumerate(patterns):
-            if n not in used:
-                yield (
-                    f"{here}: {field} has '{key}', which matches none of the "
-                    f"{len(adapted)} adapted modules{_near(key, near)}. PEFT would "
-                    "use the default. Correct or remove it."
-                )
-
-
-def _names_that_match_nothing(
-    config: PeftConfig, universe: Sequence[str], parameters: Sequence[str], here: Path
-) -> Iterator[str]:
-    targets = config.target_modules or frozenset()
-    if isinstance(targets, str):
-        targets = (
-            frozenset()
-        )  # a regex that selects too much or little shows in the keys
-    for field, names, among in (
-        ("target_modules", targets, universe),
-        ("target_parameters", config.target_parameters, parameters),
-    ):
-        known, near = {end for m in among for end in ends(m)}, Nearest(among, 0.5, ".")
-        for name in sorted(names):
-            if name not in known:
-                yield (
-                    f"{here}: {field} has '{name}', which matches none of the "
-                    f"{len(among)} names in the base{_near(name, near)}. PEFT would "
-                    "pass over it. Correct or remove it."
-                )
 
 
 def whole_problems(
@@ -254,8 +210,3 @@ def listed(names: object, most: int = 4) -> str:
     names = sorted(names)
     some = ", ".join(map(repr, names[:most]))
     return f"[{some}{', …' if len(names) > most else ''}]"
-
-
-def _near(name: str, among: Nearest) -> str:
-    found = among.to(name, 3)
-    return f" (closest: {', '.join(map(repr, found))})" if found else ""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flora._algebra.variants import AdaLoRA
 from flora._starts.residual import nothing_adapted, variant_problem
 from flora._tree.arrays import is_array
+from flora._tree.checks import blocks_problem
 from flora._tree.errors import LoraError, fail
 from flora._tree.matrices import replicated
 from flora._tree.paths import named_leaves
@@ -41,7 +42,7 @@ def _component_problems(verb: str, path: str, w: LoraWeight) -> list[str]:
     if not (is_array(w.a) and is_array(w.b)):
         return [f"{verb}: '{path}' is {w!r} and holds no arrays."]
     problem = variant_problem(verb, path, w, AdaLoRA)
-    return [problem] if problem else []
+    return [problem] if problem else blocks_problem(verb, path, w)
 
 
 def gated(w: LoraWeight) -> bool:

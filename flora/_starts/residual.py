@@ -11,8 +11,9 @@ from jax.core import Tracer
 from flora._algebra.dense import delta
 from flora._algebra.variants import DoRA
 from flora._tree.arrays import is_array
-from flora._tree.checks import weight_problems
+from flora._tree.checks import blocks_problem, weight_problems
 from flora._tree.errors import LoraError, fail
+from flora._tree.finite import require_finite
 from flora._tree.matrices import (
     compiled,
     folded,
@@ -22,16 +23,12 @@ from flora._tree.matrices import (
     placed_as,
     replicated,
     svd,
+    widened,
 )
-from flora._tree.paths import (
-    Pattern,
-    check_pattern,
-    matches,
-    named_leaves,
-    nothing_selected,
-)
+from flora._tree.paths import Pattern, check_pattern, matches, named_leaves
 from flora._tree.quantized import is_quantized
-from flora._tree.weight import LoraWeight, base_of
+from flora._tree.selection import idle_entries, nothing_selected
+from flora._tree.weight import LoraWeight, base_of, parts_of
 
 Named = list[tuple[str, Any]]
 
@@ -45,10 +42,17 @@ def selected(
     nodes = {path: x for path, x in named if isinstance(x, LoraWeight)}
     if not nodes:
         raise LoraError(nothing_adapted(verb, named))
+    fail(f"{verb}: {p}" for p in idle_entries("target", target, [*nodes.items()]))
     chosen = {path: w for path, w in nodes.items() if matches(target, path, w)}
     if not chosen:
-        raise LoraError(nothing_selected("target", target, list(nodes)))
+        raise LoraError(f"{verb}: {nothing_selected('target', target, [*nodes])}")
     fail(p for path, w in chosen.items() for p in _value_problems(verb, path, w, dense))
+    parts = {
+        path if name == "base" else f"{name} of {path}": x
+        for path, w in chosen.items()
+        for name, x in {"base": w.base, **parts_of(w)}.items()
+    }
+    require_finite(verb, parts, remedy="Start from finite weights.")
     return chosen, named, treedef
 
 
@@ -61,6 +65,8 @@ def nothing_adapted(verb: str, named: Named) -> str:
 
 
 def _value_problems(verb: str, path: str, w: LoraWeight, dense: bool) -> list[str]:
+    if found := blocks_problem(verb, path, w):
+        return found
     if problems := weight_problems(path, w):
         return [f"{verb}: {problem}" for problem in problems]
     if problem := variant_problem(verb, path, w):
@@ -91,23 +97,6 @@ def variant_problem(verb: str, path: str, w: LoraWeight, *known: type) -> str:
         f"{verb}: '{path}' has variant {w.variant!r}, of which {verb} cannot tell what "
         f"its factors do. Use LoRA or {names}, or leave it out of target."
     )
-
-
-def rank_problems(
-    verb: str, chosen: Mapping[str, LoraWeight], times: int
-) -> Iterator[str]:
-    """Leaves of which `times` the rank is above what their matrix has."""
-    for path, w in chosen.items():
-        _, in_, out = w.layout.matrix(w.base.shape)
-        most = min(in_, out) // times
-        if w.rank > most:
-            needs = "rank" if times == 1 else f"{times}·rank"
-            yield (
-                f"{verb}: '{path}' has shape {tuple(w.base.shape)} ({w.layout}), a "
-                f"matrix of {in_}×{out}, and rank {w.rank}; {needs} must be at most "
-                f"{min(in_, out)}. Write rank_pattern={{'{path}': {most}}} at "
-                "flora.init, or leave it out of target."
-            )
 
 
 def made(
@@ -161,7 +150,8 @@ def olora(w: LoraWeight) -> tuple[jax.Array, ...]:
     """Wᵀ = Q R, A = (R_r)ᵀ, B = (Q_r)ᵀ."""
     x = effective(w)
     q, r = jnp.linalg.qr(matrices(x, w.layout).mT)
-    return residual(w, x, r[:, : w.rank].mT, q[:, :, : w.rank].mT)
+    a, b = r[:, : w.rank].mT, q[:, :, : w.rank].mT
+    return residual(w, x, widened(a, w.rank), widened(b, w.rank, 1))
 
 
 def lora_ga(
@@ -179,6 +169,7 @@ def lora_ga(
     g = matrices(replicated(grad).astype(x.dtype), w.layout)
     # As many triplets again as are used make the sketch as good as PEFT's.
     u, s, v = svd(g, 2 * r, key, passes=passes, oversample=2 * r)
+    u, s, v = widened(u, 2 * r), widened(s, 2 * r), widened(v, 2 * r, 1)
     first, second = slice(None, r), slice(r, 2 * r)
     of_a, of_b = {
         "ArB2r": (first, second),
@@ -210,6 +201,9 @@ def gradients_of(
             or isinstance(g, jax.ShapeDtypeStruct)
             or tuple(g.shape) != tuple(chosen[path].base.shape)
         )
+        gradients = {f"the gradient of {path}": g for path, g in found}
+        remedy = "Look at the loss of the plain model."
+        require_finite("lora_ga", gradients, remedy=remedy)
         yield from found
 
 
@@ -228,7 +222,9 @@ def plain_problems(path: str, w: LoraWeight, first: Any, base: Any) -> list[str]
         return [f"to_plain: original has no '{path}'. Pass the plain parameters."]
     if problem := variant_problem("to_plain", path, w):
         return [problem]
-    same = ("layout", "rank", "alpha", "rank_stabilized", "variant")
+    if found := blocks_problem("to_plain", path, w):
+        return found
+    same = ("layout", "rank", "alpha", "rank_stabilized", "variant", "blocks")
     differ = [name for name in same if getattr(w, name) != getattr(first, name)]
     parts = [
         name

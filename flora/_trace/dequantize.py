@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from flora._algebra.axes import Factored, is_lazy
+from flora._trace.stage import filled
 from flora._tree.quantized import Quantized, dequantized, is_quantized
 
 
@@ -19,18 +20,39 @@ from flora._tree.quantized import Quantized, dequantized, is_quantized
 class Deferred:
     """Dequantizes a weight, then runs the operations deferred since.
 
+    It is static, so it holds no array: JAX would keep it alive in its caches.
+
     Attributes:
-      run: the last operation, as a function of the dequantized weight before it.
+      run: the last operation, as a function of the dequantized weight before it and of
+        the arrays among its other operands.
       output: which of the operation's outputs is the weight.
       dequantize: makes the dense weight that it is run on.
     """
 
-    run: Callable[[Any], Sequence[Any]]
+    run: Callable[[Any, Sequence[Any]], Sequence[Any]]
     output: int
     dequantize: Callable[[Any], Any]
 
-    def __call__(self, quantized: Any) -> Any:
-        return self.run(self.dequantize(quantized))[self.output].base
+    def __call__(self, values: "_Operands") -> Any:
+        weight = self.dequantize(values.quantized)
+        return self.run(weight, values.others)[self.output].base
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Operands:
+    """What a deferred operation reads.
+
+    Attributes:
+      quantized: the values of the quantized weight.
+      others: the arrays among the other operands.
+    """
+
+    quantized: Any
+    others: Sequence[Any]
+
+    shape = property(lambda self: self.quantized.shape)
+    dtype = property(lambda self: self.quantized.dtype)
 
 
 def on_quantized(run: Callable[..., Sequence[Any]], values: Sequence[Any]) -> list[Any]:
@@ -86,9 +108,15 @@ def _deferred(fn: Callable, values: Sequence[Any], output: int, x: Any) -> Any:
         for i, v in enumerate(values)
         if isinstance(v, Factored) and is_quantized(v.base)
     )
+    kind = w.frozen(None)
+    flat, treedef = jax.tree.flatten([*values[:at], *values[at + 1 :]])
+    arrays = [i for i, v in enumerate(flat) if isinstance(v, jax.Array)]
+    static = [None if isinstance(v, jax.Array) else v for v in flat]
 
-    def run(base: Any) -> Sequence[Any]:
-        return fn([*values[:at], w.frozen(base), *values[at + 1 :]])
+    def run(base: Any, others: Sequence[Any]) -> Sequence[Any]:
+        rest = treedef.unflatten(filled(static, arrays, others))
+        return fn([*rest[:at], kind.frozen(base), *rest[at:]])
 
     deferred = Deferred(run, output, w.base.dequantize)
-    return dataclasses.replace(x, base=Quantized(w.base.values, deferred))
+    operands = _Operands(w.base.values, [flat[i] for i in arrays])
+    return dataclasses.replace(x, base=Quantized(operands, deferred))

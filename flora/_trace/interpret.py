@@ -19,9 +19,14 @@ from flora._trace.dequantize import on_quantized
 from flora._trace.share import Schedule, in_order, together
 from flora._trace.source import source_line
 from flora._tree.errors import LoraError, Unfactorable, human_bytes
+from flora._tree.paths import exactly
 
 Rule = Callable[..., Sequence[Any]]
 Roles = set[tuple[str, int, str]]
+
+# Of a sum and of a product with activations, which a bias and a norm's scale have.
+REPEATS_SUM = "a sum that repeats the weight"
+REPEATS_PRODUCT = "a product that repeats the weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,11 @@ class Use:
     tokens: int = 0
     dense: str = ""
     bytes: int = 0
+
+    @property
+    def repeats(self) -> bool:
+        """Whether activations met it element by element and are more than it."""
+        return self.dense in (REPEATS_SUM, REPEATS_PRODUCT)
 
     def __str__(self) -> str:
         where = f"'{self.primitive}' at {self.source} reads '{self.path}'"
@@ -147,8 +157,8 @@ def by_path(roles: Roles) -> dict[str, tuple[tuple[int, str], ...]]:
 def remedy(use: Use) -> str:
     """What to write when a use has no factored form."""
     return (
-        f"Exclude '{use.path}', or pass fallback=\"materialize\" (forms W + scale·A·B, "
-        f"{human_bytes(use.bytes)})"
+        f"Write exclude={exactly(use.path)!r} in LoraConfig, or pass "
+        f'fallback="materialize" (forms W + scale·A·B, {human_bytes(use.bytes)})'
     )
 
 

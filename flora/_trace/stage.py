@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from flora._tree.arrays import is_array
+from flora._tree.notes import note_call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,34 +36,40 @@ def stage(
     treedef: Any,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    *,
+    verb: str,
 ) -> Staged:
     """Traces `fn(tree, *args, **kwargs)` once, abstractly.
 
     Arrays of the tree and JAX arrays among the other arguments become inputs.  Other
-    values (NumPy arrays, bools, strings, None) reach `fn` unchanged.
+    values (NumPy arrays, bools, strings, None) reach `fn` unchanged.  What `fn` raises
+    carries a note of the verb that called it.
     """
     rest, rest_def = jax.tree.flatten((tuple(args), dict(kwargs)))
     in_tree = [i for i, x in enumerate(leaves) if is_array(x)]
     in_rest = [
         i for i, x in enumerate(rest) if isinstance(x, jax.Array | jax.ShapeDtypeStruct)
     ]
-    outs: dict[str, Any] = {}
+    outs: dict[str, Any] = {}  # no tracer outlives the trace in it
 
     def flat(tree_arrays: list[Any], rest_arrays: list[Any]) -> list[Any]:
         tree = treedef.unflatten(filled(leaves, in_tree, tree_arrays))
         args, kwargs = rest_def.unflatten(filled(rest, in_rest, rest_arrays))
-        found, outs["def"] = jax.tree_util.tree_flatten_with_path(
-            fn(tree, *args, **kwargs)
-        )
-        outs["all"] = [x for _, x in found]
+        try:
+            result = fn(tree, *args, **kwargs)
+        except Exception as error:
+            how = f"{verb}, which traces with abstract arrays,"
+            note_call(error, how, fn, args, kwargs)
+            raise
+        found, outs["def"] = jax.tree_util.tree_flatten_with_path(result)
         outs["at"] = [i for i, (_, x) in enumerate(found) if isinstance(x, jax.Array)]
         outs["paths"] = [jax.tree_util.keystr(p) for p, _ in found]
-        return [outs["all"][i] for i in outs["at"]]
+        outs["static"] = [None if isinstance(x, jax.Array) else x for _, x in found]
+        return [found[i][1] for i in outs["at"]]
 
     arrays = [rest[i] for i in in_rest]
     jaxpr = jax.make_jaxpr(flat)([leaves[i] for i in in_tree], arrays)
-    at, out_def = outs["at"], outs["def"]
-    static = [None if i in set(at) else x for i, x in enumerate(outs["all"])]
+    at, out_def, static = outs["at"], outs["def"], outs["static"]
 
     def finish(values: Sequence[Any]) -> Any:
         return out_def.unflatten(filled(static, at, values))

@@ -3,7 +3,7 @@
 import functools
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -13,10 +13,12 @@ import optax
 from jax.core import Tracer
 
 from flora._train.optimizer import FROZEN, freeze, map_parts
+from flora._train.wrappers import widened
 from flora._tree.arrays import is_array
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraTypeError, fail
-from flora._tree.paths import check_pattern, matches, nothing_selected
+from flora._tree.paths import check_pattern, entries, matches
+from flora._tree.selection import idle_entries, shadowed, shown
 from flora._tree.weight import base_of
 
 Where = Mapping[Any, Any]
@@ -91,7 +93,8 @@ def partition(
 
         return map_parts(label, tree)
 
-    return optax.multi_transform({**transforms, FROZEN: freeze()}, labels)
+    wide = {group: widened(tx) for group, tx in transforms.items()}
+    return optax.multi_transform({**wide, FROZEN: freeze()}, labels)
 
 
 def scale_rates(rates: Where, adapted: Any) -> optax.GradientTransformation:
@@ -189,33 +192,56 @@ def resolve(
     parts: dict[str, list[str]] = {}
     for path, part in _places(adapted):
         parts.setdefault(path, []).append(part)
+    named = [(p, leaves[p]) for p in parts]
     table: dict[Place, Any] = {}
+    taken: dict[Place, Any] = {}  # by which pattern
     problems: list[str] = []
     for pattern, value in where.items():
         check_pattern(f"{name} key", pattern)
-        hit = [p for p in parts if matches(pattern, p, leaves[p])]
-        if not hit:
-            message = nothing_selected(name, pattern, list(parts))
-            problems.append(f"{message} Only leaves that train count.")
+        problems += [
+            f"{problem} Only leaves that train count."
+            for problem in idle_entries(name, pattern, named)
+        ]
+        if isinstance(value, Mapping) and not value:
+            problems.append(f"{name}: {shown(pattern)} is given {{}}, no part.")
         for part, each in _by_part(value):
             wrong = check(each)
             if wrong:
-                problems.append(f"{name}: {pattern!r} is given {wrong}")
-            places = [(p, q) for p in hit for q in parts[p] if part in (None, q)]
-            if hit and not places:
-                there = sorted({q for p in hit for q in parts[p]})
-                problems.append(
-                    f"{name}: {pattern!r} has no part {part!r}; the parts of the "
-                    f"{len(hit)} leaves that it selects are {', '.join(there)}."
-                )
-            elif places and all(place in table for place in places):
-                problems.append(
-                    f"{name}: all that {pattern!r} selects is taken by earlier "
-                    "entries, and the first one decides. Write it before them."
-                )
-            table = {place: each for place in places} | table
+                problems.append(f"{name}: {shown(pattern)} is given {wrong}")
+            new: dict[Place, Any] = {}
+            for entry in entries(pattern):
+                hit = [p for p, x in named if matches(entry, p, x)]
+                places = [(p, q) for p in hit for q in parts[p] if part in (None, q)]
+                problems += _idle_problems(name, entry, part, hit, places, parts, taken)
+                new |= dict.fromkeys(places, each)
+            table = new | table
+            taken = dict.fromkeys(new, pattern) | taken
     fail(problems)
     return table
+
+
+def _idle_problems(
+    name: str,
+    entry: Any,
+    part: str | None,
+    hit: Sequence[str],
+    places: Sequence[Place],
+    parts: Mapping[str, Sequence[str]],
+    taken: Mapping[Place, Any],
+) -> list[str]:
+    """What keeps an entry that selects leaves from deciding for any array of theirs."""
+    if hit and not places:
+        there = sorted({q for p in hit for q in parts[p]})
+        return [
+            f"{name}: {shown(entry)} has no part {part!r}; the parts of the "
+            f"{len(hit)} leaves that it selects are {', '.join(there)}."
+        ]
+    if not places or any(place not in taken for place in places):
+        return []
+    by = {taken[place] for place in places}
+    earlier = [pattern for pattern in dict.fromkeys(taken.values()) if pattern in by]
+    left = {taken[place] for place in taken if place not in {*places}}
+    return [shadowed(name, entry, earlier, more={*earlier} <= left)]
 
 
 def _places(adapted: Any) -> dict[Place, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Training only the adapter: mask, optimizer, value_and_grad."""
+"""Training only the adapter: mask, optimizer, eval_params, value_and_grad."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,14 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from flora._train.apply import paired
+from flora._train.wrappers import (
+    BRANCHES,
+    COPIES,
+    refuse_functions,
+    refuse_lookahead,
+    require_outermost,
+    widened,
+)
 from flora._tree.arrays import is_array, shown
 from flora._tree.checks import require_adapted
-from flora._tree.errors import LoraError, LoraTypeError, fail
-from flora._tree.paths import named_leaves, path_of
+from flora._tree.errors import LoraTypeError, fail
+from flora._tree.notes import note_call
+from flora._tree.paths import named_leaves
 from flora._tree.weight import (
     LoraWeight,
     Trained,
-    is_leaf,
     is_node,
     parts_of,
     trained_parts,
@@ -80,8 +89,16 @@ def _labels(tree: Any, train: Any, freeze: Any) -> Any:
 
 def optimizer(
     tx: optax.GradientTransformation, adapted: Any
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """`tx` on A, B and `Trained` leaves; all other leaves stay bit for bit.
+
+    It stands outermost: wrappers (`optax.MultiSteps`, `schedule_free`, `partition`) and
+    the links of a chain go into `tx`.  Around it, and after it in a chain, they would
+    keep copies of the base, and are refused, unless all is given the adapter alone.
+
+    Leaves whose dtype has a narrower range than float32 (float16, float8) are float32
+    inside `tx`, and so are their moments: in float16 Adam's eps of 1e-8 is zero, and
+    its first step NaN.  Their updates have their own dtype again.
 
     Args:
       tx: any optax transformation, weight decay and all.
@@ -90,15 +107,18 @@ def optimizer(
     Returns:
       A transformation for the whole tree.  `update` takes gradients of the tree, or of
       the adapter alone as `value_and_grad` returns them, together with the tree; `tx`
-      sees what trains, and no more.  The updates of frozen leaves are -0.0, which
-      `optax.apply_updates` adds without changing a bit: an array where there was a
-      gradient, a scalar where there was none, so that no memory of the base's size is
-      taken.  There is no state for frozen leaves.  (Only subnormal numbers can change,
-      to zero, where updates are applied outside of jit: XLA's additions flush them.)
+      sees what trains, and no more.  There is no state for frozen leaves.  Apply the
+      updates with `apply_updates`, which leaves out all that is frozen.  (Those of
+      frozen leaves are -0.0, which `optax.apply_updates` adds without changing a bit:
+      an array where there was a gradient, a scalar where there was none, so that no
+      memory of the base's size is taken.  It fails on PRNG keys, and outside of jit
+      XLA's additions flush subnormal numbers to zero.)
 
     Raises:
-      LoraError: the tree is not adapted; at `update`, gradients and parameters have
-        other structures, or a leaf that trains has no gradient.
+      LoraError: the tree is not adapted; at `init` or `update`, a transformation of
+        optax's around it keeps copies of the whole tree, or `tx` is `optax.lookahead`;
+        at `update`, gradients and parameters have other structures, a leaf that trains
+        has no gradient, or an extra argument is a function of parameters.
     """
     if not hasattr(tx, "init") or not hasattr(tx, "update"):
         raise LoraTypeError(
@@ -107,39 +127,50 @@ def optimizer(
         )
     require_adapted(adapted, "optimizer")
     inner = optax.multi_transform(
-        {"train": tx, "freeze": freeze()},
+        {"train": widened(tx), "freeze": freeze()},
         lambda tree: _labels(tree, "train", "freeze"),
     )
 
+    def init(params: Any) -> Any:
+        if jax.tree.leaves(params):  # optax.tree_map_params passes none
+            require_adapted(params, "optimizer")
+        if _has_base(params):
+            require_outermost(COPIES)
+        state = inner.init(params)
+        refuse_lookahead(state)
+        return state
+
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        refuse_functions(extra)
         grads = updates if params is None else _aligned(updates, params)
+        alone = params is not None and not _has_base(updates) and _has_base(params)
+        require_outermost(BRANCHES if alone else ())
         shown = None if params is None else _trained_alone(params)
         new, state = inner.update(_trained_alone(grads), state, shown, **extra)
         like = grads if params is None else params
         return jax.tree.map(_update_of, like, grads, new), state
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _has_base(tree: Any) -> bool:
+    """Whether a tree holds frozen arrays, or gradients of them."""
+    leaves = (
+        x.base if isinstance(x, LoraWeight) else x for _, x in named_leaves(tree)[0]
+    )
+    return any(not isinstance(x, Trained) and jax.tree.leaves(x) for x in leaves)
 
 
 def _aligned(grads: Any, params: Any) -> Any:
     """The gradients in the structure of `params`, holes where a leaf has none."""
-    named, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_one)
-    try:
-        given = treedef.flatten_up_to(grads)
-    except ValueError as error:
-        raise LoraError(_OTHERS) from error
-    pairs = [(path_of(keys), p, g) for (keys, p), g in zip(named, given, strict=True)]
+    pairs, treedef = paired(params, grads, "optimizer: gradients and parameters")
     fail(
         f"optimizer: '{path}' trains, and {shown(g)} is given as its gradient. "
-        f"{_REMEDY}"
+        "Pass the gradients of the adapted tree, or of its adapter."
         for path, p, g in pairs
         if is_node(p) and type(g) is not type(p)
     )
     return treedef.unflatten([_aligned_leaf(p, g) for _, p, g in pairs])
-
-
-_REMEDY = "Pass the gradients of the adapted tree, or of its adapter."
-_OTHERS = f"optimizer: gradients and parameters have other structures. {_REMEDY}"
 
 
 def _aligned_leaf(p: Any, g: Any) -> Any:
@@ -152,10 +183,6 @@ def _aligned_leaf(p: Any, g: Any) -> Any:
 def _or_holes(g: Any, p: Any) -> Any:
     """The gradient, or a hole for each array of p."""
     return jax.tree.map(lambda _: optax.MaskedNode(), p) if g is None else g
-
-
-def _is_one(x: Any) -> bool:
-    return x is None or is_leaf(x)
 
 
 def _trained_alone(tree: Any) -> Any:
@@ -186,7 +213,54 @@ def freeze() -> optax.GradientTransformation:
 def _no_change(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     if jnp.issubdtype(dtype, jnp.inexact):
         return jnp.full(shape, -0.0, dtype)
-    return jnp.zeros(shape, jnp.int8 if dtype == jax.dtypes.float0 else dtype)
+    # Gradients of integers have no dtype of numbers, and PRNG keys no zero.
+    number = jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_
+    return jnp.zeros(shape, dtype if number else jnp.int8)
+
+
+def eval_params(fn: Callable[[Any, Any], Any], state: Any, adapted: Any) -> Any:
+    """The tree with `fn(state, params)` in the place of what trains.
+
+    For what averages parameters inside `optimizer`, such as `schedule_free`, whose
+    `schedule_free_eval_params` is a function of its own state and parameters.
+
+    Args:
+      fn: takes the state of the `tx` that `optimizer` was given, and parameters of
+        which it sees what trains alone; returns others.
+      state: what `init` or `update` of `optimizer(tx, ...)` returned.
+      adapted: the tree that was trained.
+
+    Returns:
+      The tree to evaluate, merge or save; frozen leaves are the very same objects.
+
+    Raises:
+      LoraError: the tree is not adapted, or the state is not one of `optimizer`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, flora, flora.optim
+      >>> fn = lambda p, x: jnp.sum(x @ p["kernel"])
+      >>> params, x = {"kernel": jnp.ones((4, 3))}, jnp.ones((2, 4))
+      >>> config = flora.LoraConfig(rank=2)
+      >>> adapted = flora.init(jax.random.key(0), config, fn, params, x)
+      >>> tx = flora.optimizer(optax.contrib.schedule_free_sgd(0.1), adapted)
+      >>> loss, grads = flora.value_and_grad(flora.lora(fn))(adapted, x)
+      >>> updates, state = tx.update(grads, tx.init(adapted), adapted)
+      >>> adapted = flora.apply_updates(adapted, updates)
+      >>> averaged = flora.optim.eval_params(
+      ...     optax.contrib.schedule_free_eval_params, state, adapted)
+    """
+    require_adapted(adapted, "eval_params")
+    if not isinstance(state, optax.PartitionState) or "train" not in state.inner_states:
+        raise LoraTypeError(
+            f"eval_params: state is a {type(state).__name__}; expected what update of "
+            "flora.optimizer(tx, adapted) returned. On the adapter alone, call fn "
+            "itself and write flora.join(base, fn(state, adapter))."
+        )
+    masked: Any = state.inner_states["train"]
+    new = fn(masked.inner_state, _trained_alone(adapted))
+    return jax.tree.map(
+        lambda p, x: p if isinstance(x, optax.MaskedNode) else x, adapted, new
+    )
 
 
 def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
@@ -231,7 +305,12 @@ def value_and_grad(fn: Callable, *, has_aux: bool = False) -> Callable:
         )
 
         def loss(adapter: Any) -> Any:
-            out = fn(_same_keys(join(base, adapter), adapted), *args, **kwargs)
+            tree = _same_keys(join(base, adapter), adapted)
+            try:
+                out = fn(tree, *args, **kwargs)
+            except Exception as error:
+                note_call(error, "flora.value_and_grad", fn, args, kwargs)
+                raise
             _require_scalar(out, has_aux)
             return out
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from flora._tree.blocks import problem
 from flora._tree.errors import LoraError
 from flora._tree.paths import named_leaves
 from flora._tree.weight import LoraWeight, is_node
@@ -39,7 +40,23 @@ def weight_problems(path: str, leaf: Any) -> list[str]:
             f"{leaf.rank} ask for a {wanted[0]} and b {wanted[1]}. Pass base and "
             "adapter of the same flora.init."
         ]
+    stack, out = leaf.layout.sizes(base)[0], leaf.layout.matrix(base)[2]
+    if found := problem(leaf.blocks, stack, leaf.rank, out):
+        return [
+            f"'{path}' of shape {base}: {found}. Pass base and adapter of one init."
+        ]
     return []
+
+
+def blocks_problem(verb: str, path: str, leaf: Any) -> list[str]:
+    """Why a verb that needs one rank and one scale cannot take a leaf."""
+    if not isinstance(leaf, LoraWeight) or not leaf.blocks:
+        return []
+    return [
+        f"{verb}: '{path}' holds {len(leaf.blocks)} adapters with ranks or scales of "
+        f"their own, and {verb} takes one of each. Leave that leaf out, or adapt all "
+        "of its stack alike."
+    ]
 
 
 def require_adapted(tree: Any, verb: str) -> list[tuple[str, Any]]:

@@ -1,15 +1,17 @@
 """What to adapt and how: `LoraConfig`."""
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraTypeError, fail
+from flora._tree.fields import unknown_fields
 from flora._tree.initializers import Initializer, gaussian
 from flora._tree.layout import Layout
 from flora._tree.paths import Matcher, Pattern, check_pattern
@@ -18,33 +20,61 @@ from flora._tree.weight import Variant
 # Forms that multiply by a copy of W, which must not be kept for the backward pass.
 COPIES = ("concat", "merged", "dithered")
 FORMS = ("auto", "direct", "thin_first", "thin_last", *COPIES)
+# The fields that are `{pattern: value}`: the first that selects a leaf decides.
+PATTERN_FIELDS = (
+    "rank_pattern", "alpha_pattern", "layouts", "init_pattern", "form_pattern"
+)  # fmt: skip
+
+T = TypeVar("T")
 
 _GAUSSIAN = gaussian()  # one function object, so that drawing compiles once
 
 
+def _fields_checked(cls: type[T]) -> type[T]:
+    """The class, whose fields by other libraries' names are an error that says so."""
+    init: Any = cls.__init__
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        fail(unknown_fields(kwargs, known), LoraTypeError)
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked
+    return cls
+
+
+@_fields_checked
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """What to adapt and how.  ΔW = scale A B with scale = alpha/rank.
 
     Patterns are globs on '/'-joined paths (`*` crosses '/'; the glob must match the end
-    of the path from the start of a segment), compiled regexes (of the whole path),
-    callables `(path, leaf) -> bool`, or lists of these.
+    of the path from the start of a segment, or the whole path if it starts with '/'),
+    compiled regexes (of the whole path), callables `(path, leaf) -> bool`, or lists of
+    these.  Of the entries of a dict, the first in the order written that selects a leaf
+    decides.  An entry (of a list too) that selects nothing or decides nothing is an
+    error.
 
     Attributes:
-      rank: r, the rank of ΔW.
+      rank: r, the rank of ΔW.  It may be above min(in, out) of a leaf, which wastes
+        some; `flora.summary` marks it.
       alpha: numerator of the scale.
       target: leaves that get factors.  Leaves with fewer than 2 axes are skipped.
         `()` together with `train` makes a linear probe.
       exclude: leaves that stay frozen although `target` selects them.
-      rank_pattern: `{pattern: rank}`; the first that matches a leaf wins.
+      rank_pattern: `{pattern: rank}`, for leaves that need another.
       alpha_pattern: `{pattern: alpha}`, likewise.
       layouts: `{pattern: Layout}` for leaves whose layout should not be discovered.
       train: leaves that train whole, without factors: heads, norms, biases.
       rank_stabilized: scale = alpha/√rank (rsLoRA).
       dropout: dropout rate on the input of the low-rank path, in [0, 1).
-      dtype: dtype of A and B, whatever the base's.
+      dtype: dtype of A and B, whatever the base's.  In float16, train them with
+        `flora.optimizer`, which computes in float32.
       init: how A and B start, one of `flora.initializers`; by default
-        A ~ N(0, 1/(3·in)), with PEFT's variance, and B = 0.
+        A ~ N(0, 1/(3·in)) and B = 0; `flora.initializers.peft()` is PEFT's start.
+      init_pattern: `{pattern: initializer}`, for leaves that start in another way; the
+        first that matches a leaf wins.
       fallback: 'error', or 'materialize' to form W + scale A B where an operation has
         no factored rule.
       form: how y = x W + scale (x A) B is computed: 'auto' chooses by device and sizes.
@@ -81,15 +111,22 @@ class LoraConfig:
     dropout: float = 0.0
     dtype: Any = jnp.float32
     init: Initializer = _GAUSSIAN
+    init_pattern: Mapping[Matcher, Initializer] = dataclasses.field(
+        default_factory=dict
+    )
     fallback: str = "error"
     form: str = "auto"
     form_pattern: Mapping[Matcher, str] = dataclasses.field(default_factory=dict)
     variant: Variant | None = None
 
+    def __hash__(self) -> int:
+        # Of the plain numbers: the patterns' dicts have none, and need not.
+        return hash((self.rank, self.alpha, self.dropout, self.fallback, self.form))
+
     def __post_init__(self) -> None:
         for name in ("target", "exclude", "train"):
             check_pattern(name, getattr(self, name))
-        for name in ("rank_pattern", "alpha_pattern", "layouts", "form_pattern"):
+        for name in PATTERN_FIELDS:
             value = getattr(self, name)
             if not isinstance(value, Mapping):
                 raise LoraTypeError(
@@ -134,11 +171,9 @@ class LoraConfig:
         for pattern, form in self.form_pattern.items():
             found += form_problems(f"form_pattern[{pattern!r}]", form)
         found += _variant_problems(self.variant)
-        if not callable(self.init):
-            found.append(
-                f"init={self.init!r}. Write one of flora.initializers, such as "
-                "flora.initializers.gaussian()."
-            )
+        found += initializer_problems("init", self.init)
+        for pattern, start in self.init_pattern.items():
+            found += initializer_problems(f"init_pattern[{pattern!r}]", start)
         if not _is_floating_dtype(self.dtype):
             found.append(
                 f"dtype={self.dtype!r}. Factors need a floating dtype, such as "
@@ -201,6 +236,16 @@ def require_config(config: Any) -> LoraConfig:
 def is_fallback(x: Any) -> bool:
     """Whether x names what to do where an operation has no factored rule."""
     return isinstance(x, str) and x in ("error", "materialize")
+
+
+def initializer_problems(name: str, start: Any) -> list[str]:
+    """What is wrong with an initializer."""
+    if callable(start):
+        return []
+    return [
+        f"{name}={start!r}. Write one of flora.initializers, such as "
+        "flora.initializers.gaussian()."
+    ]
 
 
 def form_problems(name: str, form: Any) -> list[str]:

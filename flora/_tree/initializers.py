@@ -1,5 +1,8 @@
 """The initializers of `flora.initializers`: how A and B start."""
 
+import dataclasses
+import functools
+import inspect
 import math
 import numbers
 from collections.abc import Callable
@@ -14,15 +17,43 @@ Shape = tuple[int, ...]
 Initializer = Callable[[Any, Shape, Shape, Any], tuple[jax.Array, jax.Array]]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """An initializer that compares, prints and pickles as the call that made it."""
+
+    build: Any
+    args: tuple[Any, ...]
+
+    def __call__(
+        self, key: Any, a: Shape, b: Shape, dtype: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        return self.build.__wrapped__(*self.args)(key, a, b, dtype)
+
+    def __repr__(self) -> str:
+        return f"{self.build.__name__}({', '.join(map(repr, self.args))})"
+
+
+def _as_made(build: Callable[..., Initializer]) -> Callable[..., Initializer]:
+    @functools.wraps(build)
+    def made(*args: Any, **kwargs: Any) -> Initializer:
+        build(*args, **kwargs)  # which checks them
+        bound = inspect.signature(build).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return _Made(made, bound.args)
+
+    return made
+
+
 # What libraries choose for in · Var(A).
 VARIANCES = {"peft": 1 / 3, "loralib": 1 / 3, "qwix": 2.0}
 
 
+@_as_made
 def gaussian(variance: float | str = 1 / 3) -> Initializer:
     """A ~ N(0, variance/in), B = 0: training starts at the pretrained model.
 
-    1/3 is PEFT's variance, so its learning rates carry over; 2 is qwix's, whose A is
-    2.45 times as large.
+    1/3 is PEFT's variance for all but embeddings (see `peft`), so its learning rates
+    carry over; 2 is qwix's, whose A is 2.45 times as large.
 
     Args:
       variance: in · Var(A), a number or a name in `VARIANCES`.
@@ -37,6 +68,7 @@ def gaussian(variance: float | str = 1 / 3) -> Initializer:
     return init
 
 
+@_as_made
 def uniform(variance: float | str = 1 / 3) -> Initializer:
     """A ~ U(−√(3·variance/in), √(3·variance/in)), B = 0: as PEFT and loralib draw.
 
@@ -63,6 +95,7 @@ def uniform(variance: float | str = 1 / 3) -> Initializer:
     return init
 
 
+@_as_made
 def by_rank(variance: float = 1.0) -> Initializer:
     """A ~ N(0, variance/rank²), B = 0: PEFT's `init_lora_weights="gaussian"`.
 
@@ -80,6 +113,7 @@ def by_rank(variance: float = 1.0) -> Initializer:
     return init
 
 
+@_as_made
 def orthogonal(variance: float = 1 / 200) -> Initializer:
     """A and B random and A B = 0: both train from the first step on.
 
@@ -113,6 +147,109 @@ def orthogonal(variance: float = 1 / 200) -> Initializer:
     return init
 
 
+@_as_made
+def embedding(variance: float = 1.0, vocabulary: str = "in") -> Initializer:
+    """Zeros in the vocabulary's factor, N(0, variance) in the other: PEFT's embeddings.
+
+    A = 0, B ~ N(0, variance) of a table whose rows are looked up, whatever its rank and
+    sizes are.
+
+    Args:
+      variance: of an element of B.
+      vocabulary: 'in', or 'out' where a tied table has the layout of its product with
+        activations; then A ~ N(0, variance) and B = 0.
+    """
+    variance = _variance(variance)
+    if vocabulary not in ("in", "out"):
+        raise LoraError(f"vocabulary={vocabulary!r}. Write 'in' or 'out'.")
+
+    def init(key: Any, a: Shape, b: Shape, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        if vocabulary == "in":
+            return jnp.zeros(a, dtype), _normal(key, b, variance, dtype)
+        return _normal(key, a, variance, dtype), jnp.zeros(b, dtype)
+
+    return init
+
+
+@dataclasses.dataclass(frozen=True)
+class ByKind:
+    """Another initializer for tables that are looked up; by itself, that of all others.
+
+    Attributes:
+      others: for what is multiplied or convolved.
+      tables: for tables with their vocabulary along 'in' and along 'out'.
+    """
+
+    others: Initializer
+    tables: tuple[Initializer, Initializer]
+
+    def __call__(self, key: Any, a: Shape, b: Shape, dtype: Any) -> Any:
+        return self.others(key, a, b, dtype)
+
+    def of(self, vocabulary: str) -> Initializer:
+        """That of a table with its vocabulary 'in' or 'out'; '' for what is none."""
+        if not vocabulary:
+            return self.others
+        return self.tables[0 if vocabulary == "in" else 1]
+
+
+def peft(init_lora_weights: bool | str = True) -> Initializer:
+    """PEFT's start for every kind of leaf, so that its learning rates carry over.
+
+    Embeddings, by `flora.init`'s own trace: zeros in the vocabulary's factor, N(0, 1)
+    in the other.  All others, convolutions and experts too, as PEFT's
+    `init_lora_weights` says:
+
+    - `True`: A ~ U(−1/√in, 1/√in), B = 0 (kaiming_uniform with a = √5);
+    - `"gaussian"`: A ~ N(0, 1/rank²), B = 0;
+    - `"orthogonal"`: A B = 0, see `orthogonal`;
+    - `False`: A ~ U(−1/√in, 1/√in), B ~ U(−1/√rank, 1/√rank), PyTorch's own;
+      embeddings N(0, 1) in both.
+
+    Magnitudes of DoRA start as the norms of W + scale A B.  A grouped convolution has
+    in for each group alone, where PEFT's A has that of all.
+
+    Args:
+      init_lora_weights: of PEFT's `LoraConfig`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flora
+      >>> params = {"table": jnp.ones((50, 8)), "kernel": jnp.ones((8, 4))}
+      >>> fn = lambda p, ids: p["table"][ids] @ p["kernel"]
+      >>> config = flora.LoraConfig(rank=2, target="*", init=flora.initializers.peft())
+      >>> adapted = flora.init(jax.random.key(0), config, fn, params, jnp.arange(3))
+      >>> [bool(x.any()) for x in (adapted["table"].a, adapted["table"].b)]
+      [False, True]
+      >>> [bool(x.any()) for x in (adapted["kernel"].a, adapted["kernel"].b)]
+      [True, False]
+    """
+    starts = {True: uniform, "gaussian": by_rank, "orthogonal": orthogonal}
+    if init_lora_weights is False:
+        return ByKind(_pytorch, (_normal_both, _normal_both))
+    if init_lora_weights not in (True, "gaussian", "orthogonal"):
+        raise LoraError(
+            f"peft: init_lora_weights={init_lora_weights!r}. Write True, False, "
+            "'gaussian' or 'orthogonal'; PiSSA, OLoRA, LoRA-GA and EVA are in "
+            "flora.starts, LoftQ is in flora.quantize."
+        )
+    tables = embedding(), embedding(vocabulary="out")
+    return ByKind(starts[init_lora_weights](), tables)
+
+
+def _pytorch(key: Any, a: Shape, b: Shape, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    keys, draw = jax.random.split(key), uniform()
+    first, second = (draw(k, s, s, dtype)[0] for k, s in zip(keys, (a, b), strict=True))
+    return first, second
+
+
+def _normal_both(
+    key: Any, a: Shape, b: Shape, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    key_a, key_b = jax.random.split(key)
+    return _normal(key_a, a, 1.0, dtype), _normal(key_b, b, 1.0, dtype)
+
+
+@_as_made
 def a_zero(variance: float = 1 / 3) -> Initializer:
     """A = 0, B ~ N(0, variance/rank): the reversed start, for study.
 
@@ -126,6 +263,7 @@ def a_zero(variance: float = 1 / 3) -> Initializer:
     return init
 
 
+@_as_made
 def both_random(variance: float = 1 / 3) -> Initializer:
     """A and B random: training does not start at the pretrained model.  For study."""
     variance = _variance(variance)
@@ -140,6 +278,7 @@ def both_random(variance: float = 1 / 3) -> Initializer:
     return init
 
 
+@_as_made
 def both_zero() -> Initializer:
     """A = B = 0: no gradient ever reaches either.  For study."""
 

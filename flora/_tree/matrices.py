@@ -71,11 +71,20 @@ def nearest(
 ) -> tuple[jax.Array, jax.Array]:
     """A `[stack, in, rank]` and B `[stack, rank, out]` whose scale A B is nearest to x.
 
-    A = U_r √(S_r/scale), B = √(S_r/scale) V_rᵀ, of x `[...]` in W's shape.
+    A = U_r √(S_r/scale), B = √(S_r/scale) V_rᵀ, of x `[...]` in W's shape.  Ranks above
+    min(in, out) are zeros.
     """
     u, s, v = svd(matrices(x, w.layout), w.rank, key, passes=passes)
     root = jnp.sqrt(s / w.scale)
-    return u * root[:, None, :], root[:, :, None] * v
+    a, b = u * root[:, None, :], root[:, :, None] * v
+    return widened(a, w.rank), widened(b, w.rank, 1)
+
+
+def widened(x: jax.Array, rank: int, axis: int = -1) -> jax.Array:
+    """x with zeros after what it has along an axis, up to the rank."""
+    more = [(0, 0)] * x.ndim
+    more[axis] = (0, max(rank - x.shape[axis], 0))
+    return jnp.pad(x, more)
 
 
 def replicated(x: jax.Array) -> jax.Array:

@@ -1,19 +1,20 @@
 """Target patterns: from '/'-joined paths to leaves."""
 
 import fnmatch
+import functools
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax.tree_util import GetAttrKey
 
 from flora._tree.errors import LoraError, LoraTypeError
-from flora._tree.nearest import Nearest
 from flora._tree.weight import is_leaf
 
 Matcher = str | re.Pattern[str] | Callable[[str, Any], bool]
 Pattern = Matcher | Sequence[Matcher]
+T = TypeVar("T")
 
 
 def path_of(keys: Sequence[Any]) -> str:
@@ -34,63 +35,62 @@ def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
 
 def check_pattern(name: str, pattern: Any) -> None:
     """Raises unless it is a glob, a compiled regex, a callable, or several of them."""
-    for part in _parts(pattern):
-        if not isinstance(part, str | re.Pattern) and not callable(part):
+    for entry in entries(pattern):
+        if not isinstance(entry, str | re.Pattern) and not callable(entry):
             raise LoraTypeError(
-                f"{name}={pattern!r} holds a {type(part).__name__}. Write a glob such "
+                f"{name}={pattern!r} holds a {type(entry).__name__}. Write a glob such "
                 "as '*/kernel', re.compile(...), a callable (path, leaf) -> bool, or a "
                 "list of them."
             )
 
 
-def _parts(pattern: Any) -> list[Any]:
+def entries(pattern: Any) -> list[Any]:
+    """The globs, regexes and callables that a pattern consists of."""
     if isinstance(pattern, Sequence) and not isinstance(pattern, str):
         return list(pattern)
     return [pattern]
 
 
 def matches(pattern: Pattern, path: str, leaf: Any) -> bool:
-    """Whether any part of the pattern selects the leaf.
+    """Whether any entry of the pattern selects the leaf.
 
-    A glob's `*` crosses '/'; the glob must match the end of the path, from the start
-    of a segment.  A regex must match the whole path.
+    A glob's `*` crosses '/'; the glob must match the end of the path, from the start of
+    a segment, or the whole path if it starts with '/'.  A regex must match the whole
+    path.
     """
-    return any(_matches_one(part, path, leaf) for part in _parts(pattern))
+    return any(_matches_one(entry, path, leaf) for entry in entries(pattern))
 
 
-def _matches_one(part: Any, path: str, leaf: Any) -> bool:
-    if isinstance(part, str):
-        return fnmatch.fnmatchcase(path, part) or fnmatch.fnmatchcase(path, f"*/{part}")
-    if isinstance(part, re.Pattern):
-        return part.fullmatch(path) is not None
+def _matches_one(entry: Any, path: str, leaf: Any) -> bool:
+    if isinstance(entry, str):
+        return _regex(entry).fullmatch(path) is not None
+    if isinstance(entry, re.Pattern):
+        return entry.fullmatch(path) is not None
     try:
-        return bool(part(path, leaf))
+        return bool(entry(path, leaf))
     except Exception as error:
         raise LoraError(
-            f"The pattern {part!r} failed on '{path}': {error!r}. Write a callable "
+            f"The pattern {entry!r} failed on '{path}': {error!r}. Write a callable "
             "(path, leaf) -> bool."
         ) from error
 
 
-def nothing_selected(name: str, pattern: Any, paths: Sequence[str]) -> str:
-    """The message for a pattern that selects no leaf, with the nearest names."""
-    shown = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-    message = f"{name}={shown!r} selects none of the {len(paths)} leaves."
-    near: list[str] = []
-    for part in _parts(pattern):
-        text = part.pattern if isinstance(part, re.Pattern) else part
-        if isinstance(text, str):
-            near += _nearest(text, paths)
-    near = list(dict.fromkeys(near)) or list(paths[:3])
-    message += f" Closest: {', '.join(map(repr, near[:3]))}."
-    for part in _parts(pattern):
-        if isinstance(part, str) and any(matches(f"{part}/*", p, None) for p in paths):
-            message += f" To select what is below, write '{part}/*'."
-    if "weight" in str(shown):
-        message += " Flax names linear weights 'kernel'."
-    return message
+@functools.lru_cache(maxsize=8192)
+def _regex(glob: str) -> re.Pattern[str]:
+    """What a glob says of a whole path."""
+    if glob.startswith("/"):
+        return re.compile(fnmatch.translate(glob[1:]))
+    return re.compile(rf"(?s:.*/)?{fnmatch.translate(glob)}")
 
 
-def _nearest(text: str, paths: Sequence[str]) -> list[str]:
-    plain = re.sub(r"[\*\.\\\^\$\?\+]+", "", text).strip("/")
-    return Nearest(paths, 0.4, "/").to(plain, 6)
+def exactly(path: str) -> str:
+    """The glob that selects the leaf of this path and no other."""
+    return "/" + re.sub(r"([*?[])", r"[\1]", path)
+
+
+def first(patterns: Mapping[Any, T], default: T, path: str, leaf: Any) -> T:
+    """The value of the first pattern, in the order written, that selects the leaf."""
+    for pattern, value in patterns.items():
+        if matches(pattern, path, leaf):
+            return value
+    return default

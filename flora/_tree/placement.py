@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from flora._tree.layout import Layout
 from flora._tree.quantized import is_quantized
-from flora._tree.weight import LoraWeight
+from flora._tree.weight import LoraWeight, on_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,18 +108,43 @@ def _sharding(x: Any) -> NamedSharding | None:
 def places_of_parts(mesh: Any, quantized: Any, spec: Spec) -> Any:
     """The sharding of each array of a quantized weight.
 
-    Scales of blocks are divided as the weight is, along each axis of which every device
-    would get as many.
+    Scales of blocks are divided as the weight is, along each axis over as many of its
+    mesh axes, from the first on, as leave every device as many.
     """
 
     def place(part: Any) -> NamedSharding:
-        entries = [
-            entry if not any(spec_problems("", [n], Spec(entry), mesh.shape)) else None
-            for n, entry in zip(part.shape, spec, strict=False)
-        ]
-        return NamedSharding(mesh, Spec(*entries))
+        pairs = zip(part.shape, spec, strict=False)
+        return NamedSharding(mesh, Spec(*(_that_divides(n, x, mesh) for n, x in pairs)))
 
     return jax.tree.map(place, quantized)
+
+
+def _that_divides(size: int, entry: Any, mesh: Any) -> Any:
+    """The entry, or as much of it as divides an axis of that size."""
+    if not any(spec_problems("", [size], Spec(entry), mesh.shape)):
+        return entry
+    fewer = entry[:-1] if isinstance(entry, tuple) else ()
+    if len(fewer) == 1:
+        (fewer,) = fewer
+    return _that_divides(size, fewer, mesh) if fewer else None
+
+
+def placed_as_base(w: LoraWeight) -> LoraWeight:
+    """The weight, A, B and `extra` lying as its base does, if that says how."""
+    spec, mesh = spec_of(w.base), mesh_of(w.base)
+    if spec is None:
+        return w
+    found = specs(w.layout, spec, len(w.base.shape))
+
+    def place(name: str, x: Any) -> Any:
+        own = {"a": found.a, "b": found.b}.get(name)
+        own = spec_of_extra(found, w, x.shape) if own is None else own
+        sharding = NamedSharding(mesh, own)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return x if isinstance(x, Tracer) else jax.device_put(x, sharding)
+
+    return on_parts(place, w)
 
 
 def spec_problems(

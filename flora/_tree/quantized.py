@@ -1,10 +1,12 @@
 """`Quantized`: a frozen weight stored in fewer bits."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from flora._tree.arrays import shown
 from flora._tree.errors import LoraTypeError
@@ -34,6 +36,15 @@ class Quantized:
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def sharding(self) -> Any:
+        """That of its largest array, which has the weight's axes."""
+        return max(jax.tree.leaves(self.values), key=lambda part: part.size).sharding
 
     def dense(self) -> jax.Array:
         """The weight as an array, `[...]`."""
@@ -71,3 +82,57 @@ def abstract(base: Any) -> Any:
 def is_quantized(x: Any) -> bool:
     """Whether x is a weight stored in fewer bits."""
     return isinstance(x, Quantized)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """W ≈ scale · level(code), with one scale a block.
+
+    Attributes:
+      qvalue: the codes, `[...]`.
+      scale: of each block, one element a block along the axis of blocks.
+      qtype: one of `flora.quantize.QTYPES`.
+    """
+
+    qvalue: Any
+    scale: Any
+    qtype: str = dataclasses.field(metadata={"static": True})
+
+    shape = property(lambda self: self.qvalue.shape)
+    dtype = property(lambda self: self.scale.dtype)
+
+
+def of_codes(values: Codes) -> jax.Array:
+    """The weight that the codes stand for."""
+    codes, dtype = values.qvalue, values.scale.dtype
+    # A table that every element looks up is slow on TPU; choosing by bits fuses.
+    nf4 = values.qtype == "nf4"
+    levels = _looked_up(codes, LEVELS).astype(dtype) if nf4 else codes.astype(dtype)
+    blocks: list[int] = []
+    for size, count in zip(levels.shape, values.scale.shape, strict=True):
+        blocks += [count, size // count]
+    scale = values.scale.reshape([n for c in values.scale.shape for n in (c, 1)])
+    return (levels.reshape(blocks) * scale).reshape(levels.shape)
+
+
+# The levels of NF4, by the code that qwix stores: Dettmers et al. 2023, appendix E.
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def _looked_up(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
+    """`levels[codes]` of 16 levels, by the four bits of each code."""
+    codes = codes.astype(jnp.int32)
+    found: list[Any] = [jnp.float32(x) for x in levels]
+    for bit in range(4):
+        odd = (codes >> bit) & 1 == 1
+        found = [
+            jnp.where(odd, hi, lo)
+            for lo, hi in zip(found[::2], found[1::2], strict=True)
+        ]
+    return found[0]

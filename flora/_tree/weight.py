@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+from jax.core import Tracer
 
 from flora._tree.arrays import shown
-from flora._tree.errors import LoraTypeError
+from flora._tree.blocks import Block, covered, gates
+from flora._tree.errors import LoraError, LoraTypeError
 from flora._tree.layout import Layout
 from flora._tree.quantized import is_quantized
 
@@ -50,8 +53,22 @@ class Variant(Protocol):
         ...
 
 
+class _Listed:
+    """What lists of parameters ask for: W's own, as far as it has them."""
+
+    shape = property(lambda self: base_of(self).shape)
+    dtype = property(lambda self: base_of(self).dtype)
+    ndim = property(lambda self: len(self.shape))
+    size = property(lambda self: math.prod(self.shape))
+    sharding = property(lambda self: base_of(self).sharding)
+
+    def __float__(self) -> float:
+        """Of a statistic of W, found in every array of the node."""
+        return float(base_of(self))
+
+
 @dataclasses.dataclass(frozen=True)
-class LoraWeight:
+class LoraWeight(_Listed):
     """A frozen weight and its low-rank factors: W + scale A B.
 
     A pytree node.  It does not validate, so that it can hold `None`, labels, gradients,
@@ -72,6 +89,10 @@ class LoraWeight:
       form: how its products are computed, see `LoraConfig.form`.
       variant: how A, B and `extra` become a product, see `flora.variants`; `None` is
         LoRA.
+      blocks: the adapters that A and B hold where they are not one: with ranks and
+        scales of their own, in place of `rank` and `alpha`, for each index of the stack
+        or for some out features.
+      shape, dtype, ndim, size, sharding: of W; an adapter has none of them.
 
     References: Hu et al. 2021, eq. 3. https://arxiv.org/abs/2106.09685
       Kalajdzievski 2023 (rank-stabilized). https://arxiv.org/abs/2312.03732
@@ -90,10 +111,20 @@ class LoraWeight:
     fallback: str = "error"
     form: str = "auto"
     variant: Variant | None = None
+    blocks: tuple[Block, ...] = ()
 
     @property
     def scale(self) -> float:
-        """alpha/rank, or alpha/√rank."""
+        """alpha/rank, or alpha/√rank.
+
+        Raises:
+          LoraError: `blocks` have scales of their own.
+        """
+        if self.blocks:
+            raise LoraError(
+                f"{self!r} holds adapters of several ranks or scales, and one scale is "
+                "needed here. Read leaf.blocks, or adapt each index alike."
+            )
         return self.alpha / (
             math.sqrt(self.rank) if self.rank_stabilized else self.rank
         )
@@ -101,7 +132,12 @@ class LoraWeight:
     def __repr__(self) -> str:
         base = "adapter" if self.base is None else shown(self.base)
         known = isinstance(self.rank, int) and isinstance(self.alpha, int | float)
-        scale = f"scale={self.scale:g}" if known else f"alpha={self.alpha}"
+        if self.blocks:
+            scales = sorted({block.scale for block in self.blocks})
+            ends = dict.fromkeys(f"{x:g}" for x in (scales[0], scales[-1]))
+            scale = f"{len(self.blocks)} blocks, scale={'…'.join(ends)}"
+        else:
+            scale = f"scale={self.scale:g}" if known else f"alpha={self.alpha}"
         variant = "" if self.variant is None else f", {self.variant!r}"
         return f"LoraWeight({base}, {self.layout}, rank={self.rank}, {scale}{variant})"
 
@@ -127,15 +163,19 @@ jax.tree_util.register_dataclass(
         "fallback",
         "form",
         "variant",
+        "blocks",
     ],
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class Trained(_Listed):
     """Marks a leaf that trains whole (`LoraConfig.train`)."""
 
     value: Any
+
+    def __repr__(self) -> str:
+        return f"Trained({shown(self.value)})"
 
 
 jax.tree_util.register_dataclass(Trained, data_fields=["value"], meta_fields=[])
@@ -159,10 +199,78 @@ def is_leaf(x: Any) -> bool:
 
 
 def product_of(weight: LoraWeight) -> Product:
-    """The factors that the weight's variant makes; A and B themselves for LoRA."""
-    if weight.variant is None:
-        return Product(weight.a, weight.b)
-    return weight.variant.product(weight)
+    """The factors that the weight's variant makes; A and B themselves for LoRA.
+
+    W + `scale_of(weight)` a b is what they mean.
+    """
+    plain = uniform(weight)
+    if plain.variant is None:
+        return Product(plain.a, plain.b)
+    product = plain.variant.product(plain)
+    if not weight.blocks or product.columns is None:
+        return product
+    stack, _, out = _sizes(weight)
+    adapted = covered(weight.blocks, stack, out)
+    return product._replace(columns=jnp.where(adapted, product.columns, 1))
+
+
+def scale_of(weight: LoraWeight) -> float:
+    """The scale of the product of `product_of`; those of blocks are in its b."""
+    return 1.0 if weight.blocks else weight.scale
+
+
+def uniform(weight: LoraWeight) -> LoraWeight:
+    """The same ΔW as one adapter of scale 1, the scales of blocks in B.
+
+    Differentiable: B gets the gradient that it has in its blocks.  B comes in float32
+    or wider.
+    """
+    if not weight.blocks:
+        return weight
+    stack, _, out = _sizes(weight)
+    wide = jnp.promote_types(weight.b.dtype, jnp.float32)
+    gate = gates(weight.blocks, stack, weight.rank, out).astype(wide)
+    return dataclasses.replace(
+        weight,
+        b=weight.b.astype(wide) * gate,
+        alpha=float(weight.rank),
+        rank_stabilized=False,
+        blocks=(),
+    )
+
+
+def within_blocks(weight: LoraWeight) -> LoraWeight:
+    """The weight with zeros in all that lies outside of its blocks."""
+    if not weight.blocks:
+        return weight
+    stack, in_, out = _sizes(weight)
+    gate = gates(weight.blocks, stack, weight.rank, out) != 0
+    ranks = gate.any(tuple(range(len(stack) + 1, gate.ndim)))  # [*stack, rank]
+    adapted = ranks.any(-1)
+
+    def inside(name: str, x: Any) -> Any:
+        if name == "a":
+            own = jnp.expand_dims(ranks, range(len(stack), len(stack) + len(in_)))
+        else:
+            own = (
+                gate
+                if name == "b"
+                else jnp.expand_dims(adapted, range(len(stack), x.ndim))
+            )
+        kept = jnp.where(own, x, jnp.zeros_like(x))
+        return kept if isinstance(x, Tracer) else jax.device_put(kept, x.sharding)
+
+    parts = jax.tree.leaves((weight.a, weight.b, weight.extra))
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in parts):
+        return weight
+    return on_parts(inside, weight)
+
+
+def _sizes(weight: LoraWeight) -> tuple[tuple[int, ...], ...]:
+    """The sizes of the stack, in and out axes, read off A and B."""
+    n = len(weight.layout.stack)
+    a, b = tuple(weight.a.shape), tuple(weight.b.shape)
+    return a[:n], a[n:-1], b[n + 1 :]
 
 
 def parts_of(weight: LoraWeight) -> dict[str, Any]:

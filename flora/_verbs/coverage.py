@@ -2,24 +2,24 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from flora._trace.discover import Finding, discover
 from flora._trace.interpret import Use
-from flora._trace.roles import Parts, parts_played
-from flora._trace.stage import Staged, stage
-from flora._tree.arrays import is_array
+from flora._trace.roles import Parts, parts_in
+from flora._trace.stage import stage
+from flora._tree.arrays import bits_of, is_array
 from flora._tree.errors import LoraError, LoraTypeError, human_bytes
 from flora._tree.layout import Layout
 from flora._tree.paths import named_leaves
 from flora._tree.quantized import abstract
-from flora._tree.weight import base_of
+from flora._tree.weight import LoraWeight, base_of
 from flora._verbs.tables import plain_text, table
 
-STATUSES = ("factored", "dense", "unused", "vector")
+STATUSES = ("factored", "dense", "unused", "vector", "integer")
 ROLES = ("linear", "conv", "embedding", "attention", "head")
 _ROLE_OF = {
     "dot_general": "linear",
@@ -39,13 +39,16 @@ class LeafCoverage:
       path: the leaf.
       shape: its shape.
       dtype: its dtype.
-      status: 'factored', 'dense', 'unused', or 'vector': too few axes for factors.
+      status: 'factored', 'dense', 'unused', 'vector': too few axes for factors, those
+        of a stack aside, or met element by element only; or 'integer'.
       layout: the layout that its uses imply, or `None`.
       uses: the operations that read it, with the user's source lines.
       reason: why it is dense, or ''.
       roles: of a factored leaf, some of 'linear' (multiplied), 'conv' (convolved),
-        'embedding' (looked up), 'attention' (makes queries, keys or values, or takes
-        what attention gives), 'head' (nothing is multiplied after it).
+        'embedding' (looked up, by indices or by one-hot products), 'attention' (makes
+        queries, keys or values, or takes what attention gives), 'head' (nothing is
+        multiplied after it).
+      rank: that of its factors, in an adapted tree.
     """
 
     path: str
@@ -56,6 +59,13 @@ class LeafCoverage:
     uses: tuple[Use, ...]
     reason: str = ""
     roles: tuple[str, ...] = ()
+    rank: int | None = None
+
+    @property
+    def full_rank(self) -> int:
+        """min(in, out): A B has no higher rank, whatever a larger one costs."""
+        _, in_, out = self._sizes()
+        return min(in_, out)
 
     @property
     def rank_parameters(self) -> int:
@@ -116,8 +126,8 @@ class Coverage:
 
     @property
     def all_linear(self) -> Selection:
-        """What is multiplied, without the head: PEFT's 'all-linear'."""
-        return self.select("linear", without="head")
+        """What is multiplied, without the head and embeddings: PEFT's 'all-linear'."""
+        return self.select("linear", without=("head", "embedding"))
 
     @property
     def all_but_head(self) -> Selection:
@@ -163,7 +173,8 @@ class Coverage:
         return Selection(paths, what)
 
     def __rich__(self) -> Any:
-        counts = ", ".join(f"{len(self.with_status(s))} {s}" for s in STATUSES)
+        found = {s: len(self.with_status(s)) for s in STATUSES}
+        counts = ", ".join(f"{n} {s}" for s, n in found.items() if n or s != "integer")
         factored = [r for r in self.rows if r.status == "factored"]
         total = sum(r.rank_parameters for r in factored)
         return table(
@@ -175,6 +186,7 @@ class Coverage:
                 "roles",
                 "layout",
                 "read by",
+                ">full rank",
                 ">parameters/rank",
                 ">FLOPs/rank",
                 ">dense bytes",
@@ -196,10 +208,17 @@ def _cells(row: LeafCoverage) -> tuple[str, ...]:
         ", ".join(row.roles),
         str(row.layout or ""),
         _read_by(row),
+        _full_rank(row) if factored else "",
         f"{row.rank_parameters:,}" if factored else "",
         f"+{100 * row.rank_flops:.2f} %" if factored else "",
         human_bytes(size) if dense and size else "",
     )
+
+
+def _full_rank(row: LeafCoverage) -> str:
+    """min(in, out), marked where the factors' rank is above it."""
+    above = row.rank is not None and row.rank > row.full_rank
+    return f"{row.full_rank} < {row.rank}" if above else f"{row.full_rank}"
 
 
 def _read_by(row: LeafCoverage) -> str:
@@ -215,7 +234,7 @@ def _read_by(row: LeafCoverage) -> str:
 
 
 def coverage(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Coverage:
-    """For every array leaf: what reads it, where, and whether it can be factored.
+    """For every weight: what reads it, where, and whether it can be factored.
 
     Traces `fn(tree, *args, **kwargs)` once, abstractly.  Works before anything is
     adapted, so it helps to choose targets.
@@ -228,9 +247,12 @@ def coverage(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Coverage:
 
     Returns:
       A `Coverage`, of which `.rows` has the data and which prints as a table:
-      'factored' leaves with layout, roles and cost for each unit of rank, 'dense' ones
+      'factored' leaves with layout, roles, full rank min(in, out) ('8 < 16' where the
+      factors of an adapted tree have 16) and cost for each unit of rank, 'dense' ones
       (read by an operation that has no factored rule) with operation, source line and
-      bytes, 'unused' ones, and 'vector's, which `LoraConfig.train` can train whole.
+      bytes, 'unused' ones, 'vector's (norms, biases, tables of positions, stacked or
+      not), which `LoraConfig.train` can train whole, and 'integer's (int8 weights and
+      other arrays of integers), which can do neither.
       `.all_linear`, `.all_but_head`, `.attention` and `.select(...)` choose targets by
       role.
 
@@ -250,60 +272,79 @@ def coverage(fn: Callable, tree: Any, *args: Any, **kwargs: Any) -> Coverage:
         )
     named, treedef = named_leaves(tree)
     plain = [(path, abstract(base_of(leaf))) for path, leaf in named]
-    paths = {
-        i: path
-        for i, (path, leaf) in enumerate(plain)
-        if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
-    }
     leaves = [leaf for _, leaf in plain]
-    if not paths:
+    if not any(map(_is_floating, leaves)):
         raise LoraError(
             f"coverage: the tree ({type(tree).__name__}) has no floating arrays. "
             "Pass the parameters. The order is flora.coverage(fn, tree, *args)."
         )
-    staged = stage(fn, leaves, treedef, args, kwargs)
+    paths = {i: p for i, (p, x) in enumerate(plain) if _is_followed(x)}
+    staged = stage(fn, leaves, treedef, args, kwargs, verb="flora.coverage")
     found = discover(staged, leaves, paths)
-    parts = _parts(staged, paths, found)
-    return Coverage(
-        tuple(
-            _covered(path, leaf, found[path], parts)
-            for path, leaf in plain
-            if path in found
-        )
+    parts = parts_in(staged, paths, found)
+    ranks = {path: x.rank for path, x in named if isinstance(x, LoraWeight)}
+    rows = (
+        _covered(path, x, found.get(path), parts, ranks.get(path))
+        for path, x in plain
+        if _is_floating(x) or _is_integer(x)
     )
+    return Coverage(tuple(rows))
 
 
-def _parts(
-    staged: Staged, paths: Mapping[int, str], found: Mapping[str, Finding]
-) -> Parts:
-    inputs = {
-        k: paths[i]
-        for i, k in enumerate(staged.tree_inputs)
-        if k is not None and i in paths and found[paths[i]].status == "factored"
-    }
-    return parts_played(staged.jaxpr, inputs)
+def _is_floating(leaf: Any) -> bool:
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _covered(path: str, leaf: Any, finding: Finding, parts: Parts) -> LeafCoverage:
-    reason = finding.conflict or (
-        "returned, changed, by the function" if finding.returned else ""
-    )
-    few = len(leaf.shape) < 2 and finding.status == "dense"
-    status = "vector" if few else finding.status
+def _is_integer(leaf: Any) -> bool:
+    """Whether it may be a weight in fewer bits: a counter or a key is none."""
+    ints = is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.integer)
+    return ints and len(leaf.shape) >= 1
+
+
+def _is_followed(leaf: Any) -> bool:
+    if _is_floating(leaf):
+        return True
+    return _is_integer(leaf) and len(leaf.shape) >= 2 and bits_of(leaf.dtype) <= 8
+
+
+def _covered(
+    path: str, leaf: Any, finding: Finding | None, parts: Parts, rank: int | None
+) -> LeafCoverage:
+    shape, dtype = tuple(leaf.shape), str(leaf.dtype)
+    if not _is_floating(leaf):
+        layout, uses = (finding.layout, finding.uses) if finding else (None, ())
+        reason = f"factors need a floating weight, and this one is {dtype}"
+        return LeafCoverage(path, shape, dtype, "integer", layout, uses, reason)
+    assert finding is not None
+    status, reason = finding.status, finding.conflict
+    roles = _roles(path, finding, parts) if status == "factored" else ()
+    bare = status == "dense" and _is_vector(shape, finding)
+    if bare or (status == "factored" and parts.are_vectors(path)):
+        status, reason, roles = "vector", "", ()
+    elif finding.returned and not reason:
+        reason = "returned, changed, by the function"
     return LeafCoverage(
-        path,
-        tuple(leaf.shape),
-        str(leaf.dtype),
-        status,
-        finding.layout,
-        finding.uses,
-        "" if few else reason,
-        _roles(path, finding, parts) if finding.status == "factored" else (),
+        path, shape, dtype, status, finding.layout, finding.uses, reason, roles, rank
     )
+
+
+def _is_vector(shape: tuple[int, ...], finding: Finding) -> bool:
+    """Whether a leaf has one axis, those of a stack aside, or is only met by elements.
+
+    A norm's scale and a bias are as large as the features; activations repeat them.
+    """
+    stack = {i for use in finding.uses for i, r in use.roles if r == "stack"}
+    if sum(n > 1 for i, n in enumerate(shape) if i not in stack) < 2:
+        return True
+    dense = finding.dense
+    return bool(dense) and all(use.repeats for use in dense)
 
 
 def _roles(path: str, finding: Finding, parts: Parts) -> tuple[str, ...]:
     found = {_ROLE_OF.get(use.primitive, "") for use in finding.uses if use.binding}
+    if path in parts.looked_up:
+        found |= {"embedding"}
+        found -= set() if path in parts.multiplied else {"linear"}
     found |= {"attention"} if path in parts.attention else set()
     found |= {"head"} if path in parts.head else set()
     return tuple(role for role in ROLES if role in found)

@@ -19,6 +19,7 @@ from flora._tree.errors import LoraError
 from flora._tree.initializers import Initializer
 from flora._tree.keys import path_salt
 from flora._tree.layout import Layout
+from flora._tree.notes import note_call
 from flora._tree.placement import mesh_of, spec_of, specs
 from flora._tree.weight import LoraWeight
 
@@ -56,24 +57,22 @@ def draw_of(
     return Draw(initializer, dtype, stack, in_, rank, out, shapes)
 
 
-def drawn(
-    root: Any, initializer: Initializer, dtype: Any, leaves: Iterable[Any]
-) -> dict[str, Pair]:
+def drawn(root: Any, dtype: Any, leaves: Iterable[Any]) -> dict[str, Pair]:
     """A and B of each leaf, lying as it does; abstract where it is abstract.
 
     Args:
       root: a key, consumed by nothing else.
-      initializer: draws one pair.
       dtype: of A and B.
-      leaves: `(path, leaf, layout, rank)` of each.
+      leaves: `(path, leaf, layout, rank, initializer)` of each.
     """
     shapes: dict[Draw, Any] = {}
     found = {}
-    for path, leaf, layout, rank in leaves:
+    for path, leaf, layout, rank, initializer in leaves:
         draw = draw_of(initializer, dtype, layout, tuple(leaf.shape), rank)
         place = _place(layout, leaf)
         if not _is_abstract((leaf, root)):
-            found[path] = _at(root, path, draw, place, isinstance(leaf, Tracer))
+            traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(leaf))
+            found[path] = _at(root, path, draw, place, traced)
             continue
         if draw not in shapes:
             salt = np.uint32(0)
@@ -103,7 +102,12 @@ def stacked(draw: Draw, root: Any, salt: Any) -> Pair:
 
 def _one(draw: Draw, key: Any) -> Pair:
     shapes = (draw.in_, draw.rank), (draw.rank, draw.out)
-    made = draw.initializer(key, *shapes, draw.dtype)
+    try:
+        made = draw.initializer(key, *shapes, draw.dtype)
+    except Exception as error:
+        given = (*shapes, str(draw.dtype))
+        note_call(error, "flora", draw.initializer, given, {}, first="key")
+        raise
     if not _are_factors(made, shapes):
         raise LoraError(
             f"The initializer {draw.initializer!r} gave {_described(made)}; expected "

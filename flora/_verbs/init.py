@@ -1,29 +1,35 @@
 """`init`: from a plain tree to an adapted one."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from flora._algebra.norms import zero_problems
+from flora._algebra.variants import DoRA
 from flora._trace.discover import Finding, discover
 from flora._trace.interpret import remedy
-from flora._trace.stage import stage
+from flora._trace.roles import parts_in, vocabulary
+from flora._trace.stage import Staged, stage
 from flora._tree.arrays import is_array
 from flora._tree.checks import weight_problems
-from flora._tree.config import LoraConfig, require_config
+from flora._tree.config import PATTERN_FIELDS, LoraConfig, require_config
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.initializers import ByKind, Initializer
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.layout import Layout
-from flora._tree.paths import matches, named_leaves, nothing_selected
+from flora._tree.paths import entries, exactly, first, matches, named_leaves
+from flora._tree.placement import placed_as_base
 from flora._tree.quantized import abstract, is_quantized
-from flora._tree.weight import LoraWeight, Trained, is_node
+from flora._tree.selection import idle_entries, idle_keys, nothing_selected, shown
+from flora._tree.weight import LoraWeight, Trained, is_node, within_blocks
+from flora._verbs import indices
 from flora._verbs.draw import drawn, kind_of
 from flora._verbs.lora import returned_raw
 
 Named = list[tuple[str, Any]]
-T = TypeVar("T")
 
 
 def init(
@@ -31,9 +37,10 @@ def init(
 ) -> Any:
     """The adapted tree: targeted leaves become `LoraWeight(base, a, b)`.
 
-    ΔW = scale A B with A ~ N(0, 1/(3·in)) and B = 0, so the adapted model starts as the
-    pretrained one.  `fn(tree, *args, **kwargs)` is traced once, abstractly, to find out
-    which axes of each weight are stacked, contracted and produced; it never runs.
+    ΔW = scale A B with A ~ N(0, 1/(3·in)) and B = 0, or as `config.init` has it, so the
+    adapted model starts as the pretrained one.  `fn(tree, *args, **kwargs)` is traced
+    once, abstractly, to find out which axes of each weight are stacked, contracted and
+    produced; it never runs.
 
     Args:
       key: a typed PRNG key (`jax.random.key`), consumed.  Each leaf's draw depends on
@@ -50,8 +57,8 @@ def init(
       where `config.train` does.  Bases and other leaves are the very same arrays.
 
     Raises:
-      LoraError: the selection is empty; a selected leaf is not used, has no factored
-        rule, has two layouts, is not floating, or is smaller than the rank; the tree is
+      LoraError: a pattern, or an entry of several, selects nothing; a selected leaf is
+        not used, has no factored rule, has two layouts, or is not floating; the tree is
         empty or adapted already.
 
     Example:
@@ -72,47 +79,54 @@ def init(
             "The order is flora.init(key, config, fn, tree, *args)."
         )
     named, treedef = named_leaves(tree)
+    config = indices.read(config, named)
     targets, trained = _selection(config, named)
     given = _given_layouts(config, [(p, x) for p, x in named if p in targets])
     leaves = [abstract(leaf) for _, leaf in named]
-    found = discover(
-        stage(fn, leaves, treedef, args, kwargs),
-        leaves,
-        {i: path for i, (path, _) in enumerate(named) if path in targets},
-        given,
-    )
+    staged = stage(fn, leaves, treedef, args, kwargs, verb="flora.init")
+    followed = {i: path for i, (path, _) in enumerate(named) if path in targets}
+    found = discover(staged, leaves, followed, given)
     layouts = _layouts(config, dict(named), found)
-    ranks = {
-        p: _pick(config.rank_pattern, config.rank, p, leaf)
-        for p, leaf in named
-        if p in layouts
-    }
-    fail(_rank_problems(dict(named), layouts, ranks))
+    adapters = indices.adapters(config, named, layouts)
     root = consumed(key)
-    wanted = [(p, x, layouts[p], ranks[p]) for p, x in named if p in layouts]
-    factors = drawn(root, config.init, jnp.dtype(config.dtype), wanted)
+    starts = _starts(config, dict(named), layouts, found, staged, followed)
+    wanted = [
+        (p, x, layouts[p], adapters[p].rank, starts[p])
+        for p, x in named
+        if p in adapters
+    ]
+    factors = drawn(root, jnp.dtype(config.dtype), wanted)
 
     def adapt(path: str, leaf: Any) -> Any:
         if path in trained:
             return Trained(leaf)
-        if path not in layouts:
+        if path not in adapters:
             return leaf
-        alpha = _pick(config.alpha_pattern, config.alpha, path, leaf)
         weight = LoraWeight(
             leaf,
             *factors[path],
             layout=layouts[path],
-            rank=int(ranks[path]),
-            alpha=float(alpha),
+            rank=adapters[path].rank,
+            alpha=adapters[path].alpha,
             rank_stabilized=config.rank_stabilized,
             dropout=float(config.dropout),
             fallback=config.fallback,
-            form=_pick(config.form_pattern, config.form, path, leaf),
+            form=first(config.form_pattern, config.form, path, leaf),
             variant=config.variant,
+            blocks=adapters[path].blocks,
         )
-        return weight if config.variant is None else _started(root, path, weight)
+        if config.variant is not None:
+            weight = _started(root, path, weight)
+        return within_blocks(weight)
 
-    return treedef.unflatten([adapt(path, leaf) for path, leaf in named])
+    made = [adapt(path, leaf) for path, leaf in named]
+    fail(
+        problem
+        for (path, _), x in zip(named, made, strict=True)
+        if isinstance(x, LoraWeight) and isinstance(x.variant, DoRA)
+        for problem in zero_problems(path, x, x.extra["magnitude"])
+    )
+    return treedef.unflatten(made)
 
 
 def _selection(config: LoraConfig, named: Named) -> tuple[set[str], set[str]]:
@@ -130,51 +144,86 @@ def _selection(config: LoraConfig, named: Named) -> tuple[set[str], set[str]]:
         if is_node(leaf)
     )
     hit = [(p, x) for p, x in named if matches(config.target, p, x)]
-    chosen = [(p, x) for p, x in hit if not matches(config.exclude, p, x)]
+    exclude = indices.whole(config.exclude)
+    chosen = [(p, x) for p, x in hit if not matches(exclude, p, x)]
     trained = {p for p, x in named if matches(config.train, p, x)}
-    if not hit and (config.target or not config.train):
+    if not entries(config.target) and not trained and not entries(config.train):
         raise LoraError(nothing_selected("target", config.target, paths))
+    fail(
+        p
+        for name in ("target", "train")
+        for p in idle_entries(name, getattr(config, name), named)
+    )
     if hit and not chosen:
         raise LoraError(
             f"exclude={config.exclude!r} takes out all of the {len(hit)} leaves "
             f"that target={config.target!r} selects. Narrow exclude."
         )
-    if config.train and not trained:
-        raise LoraError(nothing_selected("train", config.train, paths))
     wide = [(p, x) for p, x in chosen if len(getattr(x, "shape", ())) >= 2]
-    fail([] if wide else [_too_few_axes(p, x) for p, x in chosen])
+    fail(_narrow_entries(config, chosen, wide, trained))
     fail(_leaf_problems(wide, [(p, x) for p, x in named if p in trained]))
-    _check_scopes(config, hit, wide)
+    fail(_scope_problems(config, hit, wide))
     return {p for p, _ in wide}, trained
+
+
+def _narrow_entries(
+    config: LoraConfig, chosen: Named, wide: Named, trained: Collection[str]
+) -> Iterable[str]:
+    """Entries of `target` that select vectors alone, which do not train whole."""
+    for entry in entries(config.target):
+        if any(matches(entry, p, x) for p, x in wide):
+            continue
+        vectors = {p: x for p, x in chosen if matches(entry, p, x) and p not in trained}
+        if not vectors:
+            continue
+        (path, leaf), more = next(iter(vectors.items())), len(vectors) - 1
+        globs = [exactly(p) for p in vectors]
+        train = globs[0] if not more else entry if more > 2 else globs
+        yield (
+            f"'{path}' has shape {tuple(getattr(leaf, 'shape', ()))}; LoRA needs at "
+            f"least 2 axes, and {shown(entry)} selects none that has"
+            f"{f' ({more} more have not)' if more else ''}. Take it out of target=, or "
+            f"write train={train!r} to train {'them' if more else 'it'} whole."
+        )
 
 
 def _leaf_problems(targets: Named, trained: Named) -> Iterable[str]:
     train = {p for p, _ in trained}
-    for p, x in targets:
+    bad = {p: why for p, x in targets if (why := _unadaptable(x))}
+    for p, _ in targets:
         if p in train:
-            yield f"'{p}' is named in both target and train. Name it in one of them."
-        if not _floating(x):
-            yield f"'{p}' is {_kind(x)}; LoRA needs a floating weight. Exclude it."
-        elif 0 in x.shape:
-            yield f"'{p}' has shape {tuple(x.shape)}, no elements. Exclude it."
+            yield (
+                f"'{p}' is named in both target and train. Write "
+                f"exclude={exactly(p)!r}, or take it out of train."
+            )
+        if p in bad:
+            yield f"'{p}' {bad[p]}. {_without(p, bad, targets)}."
     for p, x in trained:
         if not _floating(x) or is_quantized(x):
             yield f"'{p}' is {_kind(x)} and cannot train. Take it out of train=."
 
 
-def _check_scopes(config: LoraConfig, hit: Named, targets: Named) -> None:
-    """Raises for a pattern that matches nothing which `target` selects."""
-    patterns: list[tuple[str, Any, Named]] = []
-    if config.exclude:
-        patterns.append(("exclude", config.exclude, hit))
-    for name in ("rank_pattern", "alpha_pattern", "layouts"):
-        patterns += [(name, pattern, targets) for pattern in getattr(config, name)]
-    for name, pattern, scope in patterns:
-        if not any(matches(pattern, p, x) for p, x in scope):
-            raise LoraError(
-                nothing_selected(name, pattern, [p for p, _ in scope])
-                + " It must match a leaf that target selects."
-            )
+def _unadaptable(x: Any) -> str:
+    if not _floating(x):
+        return f"is {_kind(x)}; LoRA needs a floating weight"
+    return "" if 0 not in x.shape else f"has shape {tuple(x.shape)}, no elements"
+
+
+def _without(path: str, bad: Collection[str], targets: Collection[Any]) -> str:
+    """What leaves a leaf out, if that leaves any."""
+    if len(bad) == len(targets):
+        return "Select others in target="
+    return f"Write exclude={exactly(path)!r}"
+
+
+def _scope_problems(config: LoraConfig, hit: Named, targets: Named) -> Iterable[str]:
+    """Entries that have nothing to do with what `target` selects."""
+    found = idle_entries("exclude", config.exclude, hit)
+    for name in PATTERN_FIELDS:
+        found += idle_keys(name, getattr(config, name), targets)
+    for problem in found:
+        idle = " selects none " in problem
+        yield problem + " It must match a leaf that target selects." * idle
 
 
 def _floating(x: Any) -> bool:
@@ -187,26 +236,11 @@ def _kind(x: Any) -> str:
     return kind_of(x)
 
 
-def _too_few_axes(path: str, leaf: Any) -> str:
-    shape = getattr(leaf, "shape", ())
-    return (
-        f"'{path}' has shape {shape}; LoRA needs at least 2 axes. "
-        "Exclude it, or name it in train= to train it whole."
-    )
-
-
-def _pick(patterns: Mapping[Any, T], default: T, path: str, leaf: Any) -> T:
-    for pattern, value in patterns.items():
-        if matches(pattern, path, leaf):
-            return value
-    return default
-
-
 def _given_layouts(config: LoraConfig, targets: Named) -> dict[str, Layout]:
     """The layouts that the config names, checked."""
     given = {}
     for path, leaf in targets:
-        layout = _pick(config.layouts, None, path, leaf)
+        layout = first(config.layouts, None, path, leaf)
         if layout is not None:
             given[path] = layout
     fail(
@@ -223,7 +257,14 @@ def _layouts(
     config: LoraConfig, leaves: dict[str, Any], found: Mapping[str, Finding]
 ) -> dict[str, Layout]:
     """The layout of each target; all that have none are reported at once."""
-    fail(p for path, f in found.items() for p in _finding_problems(config, path, f))
+    bad = [p for p, f in found.items() if _finding_problems(config, p, f, "")]
+    fail(
+        problem
+        for path in bad
+        for problem in _finding_problems(
+            config, path, found[path], _without(path, bad, found)
+        )
+    )
     layouts = {}
     for path, finding in found.items():
         last = len(leaves[path].shape) - 1
@@ -231,35 +272,43 @@ def _layouts(
     return layouts
 
 
-def _finding_problems(config: LoraConfig, path: str, finding: Finding) -> list[str]:
+def _finding_problems(
+    config: LoraConfig, path: str, finding: Finding, without: str
+) -> list[str]:
     strict = config.fallback == "error"
     if finding.returned and strict:
         return [returned_raw(path)]
     if finding.status == "unused":
         return [
-            f"'{path}' is targeted, but the function never uses it. "
-            "Exclude it, or pass the arguments of a call that does."
+            f"'{path}' is targeted, but the function never uses it. {without}, or pass "
+            "the arguments of a call that does."
         ]
     if finding.conflict:
         return [
-            f"'{path}' has no one layout: {finding.conflict}. Exclude it, or choose: "
-            f"layouts={{'{path}': flora.Layout(...)}}."
+            f"'{path}' has no one layout: {finding.conflict}. {without}, or choose: "
+            f"layouts={{{exactly(path)!r}: flora.Layout(...)}}."
         ]
     return [f"{use}. {remedy(use)}." for use in finding.dense] if strict else []
 
 
-def _rank_problems(
-    leaves: dict[str, Any], layouts: Mapping[str, Layout], ranks: Mapping[str, int]
-) -> Iterable[str]:
-    for path, layout in layouts.items():
-        shape = tuple(leaves[path].shape)
-        _, in_, out = layout.matrix(shape)
-        if ranks[path] > min(in_, out):
-            yield (
-                f"'{path}' has shape {shape} ({layout}), a matrix of {in_}×{out}; rank "
-                f"{ranks[path]} is above {min(in_, out)}. Lower rank, exclude it, or "
-                f"write rank_pattern={{'{path}': {min(in_, out)}}}."
-            )
+def _starts(
+    config: LoraConfig,
+    leaves: dict[str, Any],
+    layouts: Mapping[str, Layout],
+    found: Mapping[str, Finding],
+    staged: Staged,
+    followed: Mapping[int, str],
+) -> dict[str, Initializer]:
+    """The initializer of each target, where it depends on the kind that of its kind."""
+    starts = {p: first(config.init_pattern, config.init, p, leaves[p]) for p in layouts}
+    kinds = {p: x for p, x in starts.items() if isinstance(x, ByKind)}
+    if not kinds:
+        return starts
+    parts = parts_in(staged, followed, found)
+    return starts | {
+        p: x.of(vocabulary(parts, p, found[p], layouts[p], tuple(leaves[p].shape)))
+        for p, x in kinds.items()
+    }
 
 
 def _started(root: Any, path: str, weight: LoraWeight) -> LoraWeight:
@@ -278,4 +327,4 @@ def _started(root: Any, path: str, weight: LoraWeight) -> LoraWeight:
     else:
         made = start(root, weight)
     fail(weight_problems(path, made))
-    return made
+    return placed_as_base(made)

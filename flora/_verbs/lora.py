@@ -17,6 +17,7 @@ from flora._tree.arrays import is_array
 from flora._tree.checks import weight_problems
 from flora._tree.config import form_problems, is_fallback
 from flora._tree.errors import LoraError, LoraTypeError, fail
+from flora._tree.notes import note_call
 from flora._tree.paths import named_leaves
 from flora._tree.quantized import abstract, is_quantized
 from flora._tree.weight import (
@@ -83,11 +84,15 @@ def lora(
     def run_on_adapted(tree: Any, *args: Any, **kwargs: Any) -> Any:
         named, treedef = named_leaves(tree)
         if not any(is_leaf(leaf) for _, leaf in named):
-            return fn(tree, *args, **kwargs)
+            try:
+                return fn(tree, *args, **kwargs)
+            except Exception as error:
+                note_call(error, "flora.lora, on a plain tree,", fn, args, kwargs)
+                raise
         fail(p for path, leaf in named for p in weight_problems(path, leaf))
         values = [_value(path, leaf, fallback, form) for path, leaf in named]
         plain = [abstract(x.base) if isinstance(x, Factored) else x for x in values]
-        staged = stage(fn, plain, treedef, args, kwargs)
+        staged = stage(fn, plain, treedef, args, kwargs, verb="flora.lora")
         inputs = [
             x for x, k in zip(values, staged.tree_inputs, strict=True) if k is not None
         ]

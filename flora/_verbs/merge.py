@@ -7,25 +7,32 @@ import jax
 from flora._algebra.dense import materialize
 from flora._tree.checks import require_adapted, weight_problems
 from flora._tree.errors import LoraError, Unfactorable, fail
+from flora._tree.finite import require_finite
 from flora._tree.paths import named_leaves
-from flora._tree.weight import LoraWeight, Trained
+from flora._tree.weight import LoraWeight, Trained, is_node
 
 
-def merge(adapted: Any) -> Any:
+def merge(adapted: Any, *, allow_nonfinite: bool = False) -> Any:
     """The plain tree with W + scale A B in each adapted leaf's place, to ship.
 
     The sum is formed in float32 or wider and rounded once to W's dtype; in bfloat16,
     changes below half a unit in the last place of W vanish.
 
+    A run that diverged is refused: NaN and infinity in what trained, or that W's dtype
+    makes of the sum.  Those that W held before (a mask of -inf) stay, and leaves that
+    are not adapted are not looked at; nor are tracers, which have no values.
+
     Args:
       adapted: an adapted tree: arrays, tracers or `ShapeDtypeStruct`s.
+      allow_nonfinite: True to merge all the same.
 
     Returns:
       A tree of the structure that `init` was given.  Leaves that are not adapted are
       shared.
 
     Raises:
-      LoraError: the tree is not adapted, or holds an adapter without its base.
+      LoraError: the tree is not adapted, or holds an adapter without its base, or NaN
+        or infinity comes out, in leaves that are named.
     """
     named = require_adapted(adapted, "merge")
     fail(p for path, leaf in named for p in weight_problems(path, leaf))
@@ -43,4 +50,8 @@ def merge(adapted: Any) -> Any:
             raise LoraError(f"merge: '{path}': {reason}. Ship the adapter.") from None
 
     _, treedef = named_leaves(adapted)
-    return treedef.unflatten([plain(path, leaf) for path, leaf in named])
+    made = [plain(path, leaf) for path, leaf in named]
+    baked = {p: y for (p, x), y in zip(named, made, strict=True) if is_node(x)}
+    bases = {p: x.base for p, x in named if isinstance(x, LoraWeight)}
+    require_finite("merge", baked, allow_nonfinite, before=bases)
+    return treedef.unflatten(made)

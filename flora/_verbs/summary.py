@@ -1,5 +1,6 @@
 """`summary`: what a tree holds, leaf by leaf."""
 
+import collections
 import dataclasses
 import math
 import numbers
@@ -19,7 +20,12 @@ from flora._verbs.tables import plain_text, table
 
 @dataclasses.dataclass(frozen=True)
 class LeafSummary:
-    """One leaf of a tree.  Sizes in elements; `bytes` counts base and factors."""
+    """One leaf of a tree.  Sizes in elements; `bytes` counts base and factors.
+
+    `full_rank` is min(in, out): A B has no more, whatever a larger `rank` costs.  Where
+    adapters of several ranks or scales lie in a leaf, `rank` is the columns of A,
+    `alpha` is `None`, and `adapters` says how they differ.
+    """
 
     path: str
     role: str
@@ -32,6 +38,8 @@ class LeafSummary:
     trained: int
     bytes: int
     trained_bytes: int
+    full_rank: int | None = None
+    adapters: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Summary:
                 str(r.shape),
                 r.dtype,
                 str(r.layout or ""),
-                str(r.rank or ""),
+                r.adapters or _rank(r),
                 "" if r.alpha is None else f"{r.alpha:g}",
                 f"{r.parameters:,}",
                 f"{r.trained:,}",
@@ -119,6 +127,7 @@ def summary(tree: Any) -> Summary:
     """Leaf by leaf: role, shape, layout, rank, parameters and bytes.
 
     The table shows the leaves that train and sums up the others; `.rows` has them all.
+    A rank above min(in, out) reads '16 > 8': it computes what rank 8 would, for more.
 
     Args:
       tree: an adapted or plain tree, of arrays or `ShapeDtypeStruct`s.
@@ -130,12 +139,27 @@ def summary(tree: Any) -> Summary:
     return Summary(tuple(_summarize(path, leaf) for path, leaf in named))
 
 
+def _rank(row: LeafSummary) -> str:
+    """The rank, marked where A B cannot have it."""
+    if row.rank is None or row.full_rank is None or row.rank <= row.full_rank:
+        return str(row.rank or "")
+    return f"{row.rank} > {row.full_rank}"
+
+
+def _full_rank(leaf: LoraWeight) -> int | None:
+    """min(in, out), which the factors tell of an adapter too."""
+    if not (is_array(leaf.a) and is_array(leaf.b)):
+        return None
+    n = len(leaf.layout.stack)
+    return min(math.prod(leaf.a.shape[n:-1]), math.prod(leaf.b.shape[n + 1 :]))
+
+
 def _summarize(path: str, leaf: Any) -> LeafSummary:
     if isinstance(leaf, LoraWeight):
         shape, dtype = _shape_dtype(leaf.base)
         held = [_shape_dtype(x) for x in (leaf.a, leaf.b, *(leaf.extra or {}).values())]
         factors = [_shape_dtype(x) for x in trained_parts(leaf).values()]
-        trained = sum(math.prod(s) for s, _ in factors)
+        trained = sum(math.prod(s) for s, _ in factors) - _idle(leaf)
         held_bytes = sum(math.prod(s) * _itemsize(d) for s, d in held)
         trained_bytes = sum(math.prod(s) * _itemsize(d) for s, d in factors)
         size = math.prod(shape) if leaf.base is not None else 0
@@ -146,11 +170,13 @@ def _summarize(path: str, leaf: Any) -> LeafSummary:
             str(dtype),
             leaf.layout,
             leaf.rank,
-            leaf.alpha,
+            None if leaf.blocks else leaf.alpha,
             size,
             trained,
             _bytes(leaf.base) + held_bytes,
             trained_bytes,
+            _full_rank(leaf),
+            _adapters(leaf),
         )
     role, value = (
         ("train", leaf.value) if isinstance(leaf, Trained) else ("frozen", leaf)
@@ -171,6 +197,28 @@ def _summarize(path: str, leaf: Any) -> LeafSummary:
         size if trains else 0,
         size_bytes,
         size_bytes if trains else 0,
+    )
+
+
+def _idle(leaf: LoraWeight) -> int:
+    """How many elements of A and B lie outside of all blocks."""
+    if not leaf.blocks:
+        return 0
+    n = len(leaf.layout.stack)
+    stack, in_, out = leaf.a.shape[:n], leaf.a.shape[n:-1], leaf.b.shape[n + 1 :]
+    size = math.prod(leaf.a.shape) + math.prod(leaf.b.shape)
+    for block in leaf.blocks:
+        first, end = block.columns or (0, math.prod(out))
+        matrices = math.prod(stack[len(block.index) :])
+        size -= matrices * block.rank * (math.prod(in_) + end - first)
+    return size
+
+
+def _adapters(leaf: LoraWeight) -> str:
+    """The ranks of a leaf's blocks and how many have each, such as '4 (×2), 8'."""
+    counts = collections.Counter(block.rank for block in leaf.blocks)
+    return ", ".join(
+        f"{rank} (×{n})" if n > 1 else str(rank) for rank, n in sorted(counts.items())
     )
 
 

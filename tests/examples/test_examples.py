@@ -16,6 +16,7 @@ import finetune_nnx
 import gpu
 import jax
 import jax.numpy as jnp
+import long_run
 import pytest
 import step_cost
 import tracing
@@ -59,6 +60,13 @@ def test_finetune_nnx():
     results = finetune_nnx.main(steps=60)
     assert results["after"] > results["before"] + 0.3
     assert results["merge_error"] <= 1e-5
+    assert results["changed"] == ["dropout/rngs/count", "norm/mean", "norm/var"]
+
+
+def test_a_long_run_in_small():
+    for arm in long_run.measure(steps=40, d=16).values():
+        assert (arm["traces"], arm["programs"], arm["changed_bytes"]) == (1, 1, 0)
+        assert arm["last"] < 0.8 * arm["first"]
 
 
 def test_step_cost():

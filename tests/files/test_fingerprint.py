@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as Spec
 
 import flora
+from flora._files.compare import base_problems
 from flora._files.fingerprint import fingerprint
 from tests.support.checkpoints import DEVICES, mesh
 from tests.support.registry import normal
@@ -39,7 +40,6 @@ def test_fingerprints_depend_on_every_bit():
         seen.add(one(np.ascontiguousarray(other)))
     assert len(seen) == 9 + 3 * w.size
     assert fingerprint({"v": w})["v"] not in seen
-    assert one(jnp.array([0.0])) != one(jnp.array([-0.0]))
     nans = np.array([0x7FC00000, 0x7FC00001], np.uint32).view(np.float32)
     assert one(nans[:1]) != one(nans[1:])
     assert one(nans[:1]) == one(jnp.asarray(nans[:1]))
@@ -57,6 +57,60 @@ def test_fingerprints_of_every_dtype(dtype, x64):
     x = values.astype(jnp.dtype(dtype))
     assert one(x) == one(jnp.asarray(x))
     assert len({one(jnp.asarray(values[i].astype(x.dtype))) for i in (0, 1)}) == 2
+
+
+ZEROS = ["float4_e2m1fn", "float8_e4m3", "float8_e4m3fn", "float8_e5m2", "float16",
+         "bfloat16", "float32", "float64", "complex64", "complex128"]  # fmt: skip
+ONE_ZERO = ["float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"]
+
+
+def with_zeros(dtype, zero):
+    x = np.array([[1, 0, 0.5], [0, 2, 1]]).astype(jnp.dtype(dtype))
+    return np.where(x == 0, np.array(zero).astype(x.dtype), x)
+
+
+@pytest.mark.parametrize("dtype", ZEROS)
+def test_zeros_are_alike_whatever_their_sign(dtype, x64):
+    """And everything without -0.0 has the fingerprint of files with signed zeros."""
+    plus, minus = with_zeros(dtype, 0.0), with_zeros(dtype, -0.0)
+    assert plus.tobytes() != minus.tobytes()
+    same = [plus, minus, jnp.asarray(plus), jnp.asarray(minus)]
+    assert {one(x) for x in same} == {fingerprint({"w": plus}, signed_zeros=True)["w"]}
+    kept = [fingerprint({"w": x}, signed_zeros=True)["w"] for x in same]
+    assert kept[0] == kept[2] != kept[1] == kept[3]
+
+
+@pytest.mark.parametrize("dtype", ONE_ZERO)
+def test_what_is_no_zero_counts_in_types_that_have_one_zero(dtype):
+    """Their NaN, or a power of two, has the bits that -0.0 has elsewhere."""
+    x = np.array([0, 0x80, 1], np.uint8)
+    y = np.array([0, 0x00, 1], np.uint8)
+    for make in (np.asarray, jnp.asarray):
+        assert one(make(x.view(dtype))) != one(make(y.view(dtype)))
+
+
+def test_subnormal_numbers_are_no_zeros():
+    bits_ = np.array([0, 1, 0x80000001, 0x00400000], np.uint32)
+    for make in (np.asarray, jnp.asarray):
+        assert (
+            len({one(make(bits_[i : i + 1].view(np.float32))) for i in range(4)}) == 4
+        )
+
+
+def test_fingerprints_in_files_stay_valid():
+    """Written down before zeros were alike; the second base holds -0.0."""
+    w = (np.arange(12, dtype=np.float32) - 5.5).reshape(3, 4)
+    v = w.astype(jnp.bfloat16)
+    old = {"v": "bfloat16[3,4] 7ec79bb8363a2989", "w": "float32[3,4] d4e905a3386dbb42"}
+    assert fingerprint({"w": w, "v": v}) == old
+    w[1, 1:3] = -0.0
+    old = {"w": "float32[3,4] 752cf35a7408faf5"}
+    assert base_problems(old, {"w": w}) == []
+    assert fingerprint({"w": w}) != old
+    w[0, 0] = 0.0
+    (problem,) = base_problems(old, {"w": w})
+    assert problem.startswith("'w': the checkpoint was trained on a base of float32")
+    assert "an optimizer without flora.optimizer moved them" in problem
 
 
 @pytest.mark.parametrize("spec", [Spec(), Spec("data"), Spec("data", "model"),

@@ -209,10 +209,10 @@ def test_what_does_not_fit_an_old_checkpoint_is_named(old):
     for part in (
         "'w': the checkpoint has alpha=4.0, variant=DoRA(), "
         "extra={'magnitude': 'float32[2,2,2]'}; the given tree has alpha=2.0. Write "
-        "LoraConfig(alpha_pattern={'w': 4}, variant=DoRA()).",
+        "LoraConfig(alpha_pattern={'/w': 4}, variant=flora.variants.DoRA()).",
         "'kernel': the checkpoint has layout=in=0 out=1; the given tree has "
         "layout=in=1 out=0. Write LoraConfig("
-        "layouts={'kernel': flora.Layout(in_=(0,), out=(1,))}).",
+        "layouts={'/kernel': flora.Layout(in_=(0,), out=(1,))}).",
     ):
         assert part in str(error.value)
 

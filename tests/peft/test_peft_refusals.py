@@ -53,8 +53,6 @@ CASES = {
     "other rank": (
         {}, {"r": 4}, ["rank 2", "gives rank 4", "layers.0.up", "r or rank_pat"]),
     "no targets": ({}, {"target_modules": None}, ["target_modules", "both empty"]),
-    "typo in targets": (
-        {}, {"target_modules": ["up", "dwon"]}, ["'dwon'", "closest: 'layers.0.down'"]),
     "targets too much": (
         {}, {"target_modules": ["up", "down"]},
         ["layers.0.down.lora_A.weight' is missing"]),
@@ -63,9 +61,6 @@ CASES = {
         ["layers.1.up' is adapted", "not select"]),
     "regex too little": (
         {}, {"target_modules": r".*\.0\.up"}, ["layers.1.up' is adapted"]),
-    "rank_pattern typo": ({}, {"rank_pattern": {"upp": 2}}, ["rank_pattern", "'upp'"]),
-    "alpha_pattern typo": (
-        {}, {"alpha_pattern": {"layers.2.up": 2}}, ["alpha_pattern", "'layers.2.up'"]),
     "rank_pattern text": ({}, {"rank_pattern": {"up": "2"}}, ["rank_pattern is"]),
     "bad regex": ({}, {"alpha_pattern": {"up(": 2}}, ["alpha_pattern has"]),
     "unknown start": ({}, {"init_lora_weights": "magic"}, ["'magic'", "expected true"]),
@@ -88,9 +83,6 @@ CASES = {
     "not in layers": (
         {}, {"layers_to_transform": [0], "layers_pattern": "layers"},
         ["layers.1.up' is adapted"]),
-    "no such layer": (
-        {}, {"layers_to_transform": [0, 1, 7], "layers_pattern": "layers"},
-        ["layers_to_transform has 7"]),
     # keys
     "missing B": ({"b": ...}, {}, ["layers.0.up' has a but no b", "lora_B.weight"]),
     "missing layer": (
@@ -104,7 +96,7 @@ CASES = {
         {"layers.0.up.lora_A.default.weight": values(2, D)}, {},
         ["names an adapter inside"]),
     # tensors
-    "nan": ({"a": with_nan()}, {}, [A0, "1 of 8 values"]),
+    "nan": ({"a": with_nan()}, {}, [A0, "NaN or infinity in 1 of 8 places"]),
     "inf": ({"b": np.full((F, 2), np.inf, np.float32)}, {}, [B0, "12 of 12"]),
     "wide": ({"a": values(2, D + 1)}, {}, ["(2, 5)", "layers/0/up/kernel", "(4, 6)"]),
     "turned": ({"a": values(D, 2), "b": values(2, F)}, {}, ["rank 4", "gives rank 2"]),
@@ -141,6 +133,27 @@ def test_what_does_not_fit_is_named(tmp_path, name):
     assert str(folder) in text
     for fragment in fragments:
         assert fragment in text, text
+
+
+# What PEFT passes over and writes itself.
+IDLE = {
+    "targets": {"target_modules": ["up", "elsewhere"]},
+    "rank_pattern": {"rank_pattern": {"elsewhere": 4}},
+    "alpha_pattern": {"alpha_pattern": {"layers.2.up": 2}},
+    "shadowed": {"alpha_pattern": {"up": 4, "0.up": 2}},
+    "layers": {"layers_to_transform": [0, 1, 7], "layers_pattern": "layers"},
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_names_and_patterns_that_select_nothing_are_passed_over(tmp_path, name):
+    folder = files.write(tmp_path / "adapter", tensors(), **IDLE[name])
+    loaded = flora.peft.load(folder, params())
+    alpha = 4.0 if name == "shadowed" else 6.0
+    for layer, a in (("0", A0), ("1", A0.replace("0.up", "1.up"))):
+        w = loaded["layers"][layer]["up"]["kernel"]
+        assert (w.rank, w.alpha) == (2, alpha)
+        assert np.array_equal(w.a, tensors()[a].T)
 
 
 def _short(changes):
@@ -271,6 +284,8 @@ def test_names_that_do_not_fit(tmp_path):
         (3, "names is a int"),
         ({3: "a"}, "is no pattern"),
         ({"layers/{i}/up": "layers.{i}.down"}, "none of the base's"),
+        ({"layers/{i}/up": "a.{i}", "0/up": "b"}, "all 2 leaves that '0/up' matches"),
+        ({"/up": "a"}, "'/up' matches none of the"),
     ):
         with pytest.raises(flora.LoraError, match=fragment):
             flora.peft.load(folder, params(), names=names)
@@ -278,6 +293,37 @@ def test_names_that_do_not_fit(tmp_path):
         flora.peft.Module("a", rows=[0, 0])
     with pytest.raises(flora.LoraError, match="kind='dense'"):
         flora.peft.Module("a", kind="dense")
+
+
+def test_a_leading_slash_anchors_a_name(tmp_path):
+    folder = files.write(tmp_path / "x", tensors())
+    tree = params() | {"vision": params()}  # whose leaves end as the others do
+    names = {"/layers/{i}/up": "layers.{i}.up"}
+    loaded = flora.peft.load(folder, tree, names=names)
+    rows = [r.path for r in flora.summary(loaded).rows if r.role == "lora"]
+    assert rows == ["layers/0/up/kernel", "layers/1/up/kernel"]
+    flora.peft.save(tmp_path / "y", loaded, names=names)
+    again = flora.peft.load(tmp_path / "y", tree, names=names)
+    assert [r.path for r in flora.summary(again).rows if r.role == "lora"] == rows
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_of_a_rank_above_both_sides_draws_fewer(tmp_path, start):
+    drawn = {k: v for i in "01" for k, v in linear(f"layers.{i}.up", D, F, D).items()}
+    config = {"r": 9, "lora_alpha": 9, "init_lora_weights": start}
+    folder = files.write(tmp_path / "x", drawn, **config)
+    base = params()
+    loaded = flora.peft.load(folder, base)
+    for i in "01":
+        w = loaded["layers"][i]["up"]["kernel"]
+        assert (w.rank, w.scale) == (9, 1.0)
+        assert abs(np.asarray(w.base)).max() < 1e-6  # all of W was taken out of it
+        a, b = (drawn[f"{PREFIX}layers.{i}.up.lora_{n}.weight"].T for n in "AB")
+        assert np.array_equal(w.a, np.pad(a, ((0, 0), (0, 9 - D))))
+        assert np.array_equal(w.b, np.pad(b, ((0, 9 - D), (0, 0))))
+    plain = files.write(tmp_path / "y", drawn, **config | {"init_lora_weights": True})
+    with pytest.raises(flora.LoraError, match="gives rank 9"):
+        flora.peft.load(plain, base)
 
 
 def test_a_base_that_is_another(tmp_path):
@@ -312,8 +358,6 @@ HANG = "(([a-z0-9_.]+)+)+!"
 BOMBS = {
     "targets": ({"target_modules": HANG}, f"target_modules is '{HANG}'"),
     "backreference": ({"target_modules": r"(.)\1"}, "target_modules has '(.)\\\\1'"),
-    "ranks": ({"rank_pattern": {HANG: 2}}, f"rank_pattern has '{HANG}', which matches"),
-    "alphas": ({"alpha_pattern": {HANG: 2}}, f"alpha_pattern has '{HANG}', which"),
     "whole": ({"modules_to_save": [HANG]}, f"no tensor of '{HANG}'"),
     "broken whole": ({"modules_to_save": ["a("]}, "modules_to_save has 'a('"),
     "layers": (
@@ -349,9 +393,18 @@ def test_no_config_takes_long_or_says_much(tmp_path, name):
     assert len(str(caught.value)) <= 4_000
 
 
-def test_an_exclude_that_would_hang_excludes_nothing(tmp_path):
-    folder = files.write(tmp_path / "x", tensors(), exclude_modules=HANG)
-    assert flora.peft.load(folder, params())["layers"]["0"]["up"]["kernel"].rank == 2
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"exclude_modules": HANG},
+        {"rank_pattern": {HANG: 9}},
+        {"alpha_pattern": {HANG: 9}},
+    ],
+)
+def test_what_would_hang_and_matches_nothing_changes_nothing(tmp_path, config):
+    folder = files.write(tmp_path / "x", tensors(), **config)
+    kernel = flora.peft.load(folder, params())["layers"]["0"]["up"]["kernel"]
+    assert (kernel.rank, kernel.alpha) == (2, 6)
 
 
 @pytest.mark.parametrize(

@@ -268,3 +268,49 @@ def test_adapters_of_flora_run_in_peft(tmp_path):
     flora.peft.save(tmp_path / "a", tree)
     back = models.reloaded(model, tmp_path / "a")
     close(models.run(back, x), flora.lora(fn)(tree, x), tolerance_of("llama"))
+
+
+@pytest.mark.parametrize("how", [True, "gaussian", False])
+def test_factors_start_as_pefts_do(how):
+    """Standard deviation and largest value of each factor, of each kind of module."""
+    import peft
+    import torch
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(300, 120)
+            self.linear = torch.nn.Linear(120, 90)
+            self.conv = torch.nn.Conv2d(40, 80, 3)
+
+    def fn(p, ids, image):
+        conv = jax.lax.conv_general_dilated(
+            image, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return p["table"][ids] @ p["linear"], conv
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=16, target_modules=["table", "linear", "conv"], init_lora_weights=how
+    )
+    theirs = peft.get_peft_model(Net(), config).base_model.model
+    shapes = {"table": (300, 120), "linear": (120, 90), "conv": (3, 3, 40, 80)}
+    params = {k: jnp.zeros(s, jnp.float32) for k, s in shapes.items()}
+    ours = flora.init(
+        jax.random.key(0),
+        flora.LoraConfig(rank=16, target="*", init=flora.initializers.peft(how)),
+        fn, params, jnp.arange(3), jnp.ones((1, 4, 4, 40), jnp.float32),
+    )  # fmt: skip
+    for name, node in ours.items():
+        module = getattr(theirs, name)
+        if name == "table":
+            factors = module.lora_embedding_A, module.lora_embedding_B
+            factors = [x["default"] for x in factors]
+        else:
+            factors = [x["default"].weight for x in (module.lora_A, module.lora_B)]
+        for x, y in zip((node.a, node.b), factors, strict=True):
+            assert x.size == y.numel(), name
+            std, wanted = float(jnp.std(x)), float(y.detach().std())
+            assert abs(std - wanted) <= 0.06 * wanted, name
+            top, largest = float(abs(x).max()), float(y.detach().abs().max())
+            assert abs(top - largest) <= 0.25 * largest, name

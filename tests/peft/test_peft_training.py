@@ -32,6 +32,51 @@ RUNS = {
 }  # fmt: skip
 
 
+def stacked(p, x):
+    """The MLP with its layers in one leaf each, run by a loop."""
+
+    def layer(x, q):
+        h = jnp.tanh(models.dense(q["up"], models.norm(q["norm"], x)))
+        return x + models.dense(q["down"], h * models.dense(q["gate"], x)), None
+
+    x, _ = jax.lax.scan(layer, x, p["layers"])
+    return models.dense(p["classifier"], models.dense(p["mix"], x))
+
+
+def fused(p, x):
+    """The same, its up and gate projections in one leaf, behind each other."""
+    q = dict(p["layers"])
+    up, gate = jnp.split(q.pop("both")["kernel"], 2, -1)
+    q |= {"up": {"kernel": up, "bias": q.pop("bias")}, "gate": {"kernel": gate}}
+    return stacked({**p, "layers": q}, x)
+
+
+def stack_of(params):
+    layers = [params["layers"][str(i)] for i in range(3)]
+    return {**params, "layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+
+
+def fuse(params):
+    tree = stack_of(params)
+    q = dict(tree["layers"])
+    up, gate = q.pop("up"), q.pop("gate")
+    both = jnp.concatenate([up["kernel"], gate["kernel"]], -1)
+    return {**tree, "layers": q | {"both": {"kernel": both}, "bias": up["bias"]}}
+
+
+APART = {
+    "alphas": {"alpha_pattern": {"layers.1.up": 56, "layers.2.down": 1}},
+    "ranks": {"rank_pattern": {"layers.1.up": 5, "layers.0.down": 1}},
+    "ranks, stabilized": {"rank_pattern": {"layers.1.up": 5}, "use_rslora": True},
+    "some layers": {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    "some layers, DoRA": {
+        "layers_to_transform": [1], "layers_pattern": "layers", "use_dora": True},
+    "all of it, DoRA": {
+        "alpha_pattern": {"layers.1.up": 56}, "rank_pattern": {"layers.0.up": 5},
+        "use_dora": True, "exclude_modules": "layers.2.up"},
+}  # fmt: skip
+
+
 def batches(x, y):
     """One batch a step: inputs like x, targets like y."""
     random = np.random.default_rng(3)
@@ -103,6 +148,63 @@ def test_each_loss_is_that_of_peft(tmp_path, name):
     tx = flora.optimizer(optax.adamw(RATE, weight_decay=DECAY), tree)
     losses, tree = of_flora(tree, fn, data, tx)
     check(losses, of_peft(adapted, data, optimizer))
+
+
+def names_of(tree):
+    """Which module each leaf of a stacked tree holds."""
+    found = {}
+    for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        words = [k.key for k in path]
+        leaf = "/".join(words)
+        if words[0] != "layers":
+            found[leaf] = flora.peft.Module(
+                words[0], parameter="weight" if words[1] != "bias" else "bias"
+            )
+        elif words[1] == "both":
+            found[leaf] = ["layers.{i}.up", "layers.{i}.gate"]
+        elif words[1] == "bias":
+            found[leaf] = flora.peft.Module("layers.{i}.up", parameter="bias")
+        else:
+            word = "bias" if words[-1] == "bias" else "weight"
+            module = "layers.{i}." + words[1]
+            found[leaf] = flora.peft.Module(module, parameter=word)
+    return found
+
+
+@pytest.mark.parametrize("how", [stacked, fused])
+@pytest.mark.parametrize("name", APART)
+def test_adapters_that_differ_within_one_leaf(tmp_path, name, how):
+    import torch
+
+    config = {"r": 3, "lora_alpha": 7, "target_modules": ["up", "gate", "down"]}
+    model, _, x = models.build("mlp")
+    torch.manual_seed(2)
+    adapted = models.wrapped(model, config | APART[name])
+    for key, p in adapted.named_parameters():  # so that A too trains at once
+        if "lora_B" in key:
+            p.data += 0.1 * torch.randn_like(p)
+    folder = models.saved(adapted, tmp_path / "start")
+    params = models.params_of("mlp", model)
+    tree = stack_of(params) if how is stacked else fuse(params)
+    names = names_of(tree)
+    tree = flora.peft.load(folder, tree, names=names)
+    data = list(batches(x, models.run(model, x)))
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=DECAY)
+    tx = flora.optimizer(optax.adamw(RATE, weight_decay=DECAY), tree)
+    losses, tree = of_flora(tree, how, data, tx)
+    check(losses, of_peft(adapted, data, optimizer))
+
+    flora.peft.save(tmp_path / "trained", tree, names=names)
+    again = models.reloaded(model, tmp_path / "trained")
+    np.testing.assert_allclose(
+        models.run(again, x), flora.lora(how)(tree, jnp.asarray(x)), rtol=1e-9
+    )
+    mine = {k: v.numpy() for k, v in again.state_dict().items() if "lora" in k}
+    theirs = {k: v.detach().numpy() for k, v in adapted.state_dict().items()}
+    for key, value in mine.items():
+        np.testing.assert_allclose(value, theirs[key], atol=1e-9)
+    assert {*mine} == {k for k in theirs if "lora" in k}
 
 
 def test_lora_plus(tmp_path):

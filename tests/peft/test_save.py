@@ -1,10 +1,9 @@
 """Writing: what the files hold, what servers get; files are complete or absent."""
 
 import dataclasses
+import json
 import os
-import subprocess
 import sys
-import time
 
 import chex
 import jax
@@ -18,6 +17,7 @@ import flora
 import flora._peft.file
 import flora.peft
 from tests.support import peft_files as files
+from tests.support import under_fire
 from tests.support.peft_files import (
     PREFIX,
     D,
@@ -257,7 +257,7 @@ def test_what_cannot_be_written(tmp_path):
     )
     for given, settings, message in (
         (params(), {}, "none of the tree's .* leaves is adapted"),
-        (bad, {}, "'layers/1/up/kernel' holds 1 of 12 values that are NaN"),
+        (bad, {}, "'b of layers/1/up/kernel' holds NaN or infinity in 1 of 12"),
         (jax.eval_shape(lambda: tree), {}, "Save outside of jax.jit"),
         (tree, {"task_type": 3}, "task_type=3. Write a string"),
         (tree, {"names": {"layers/0/up": "x"}}, "'layers/1/up/kernel' is not in names"),
@@ -280,35 +280,89 @@ def test_what_cannot_be_written(tmp_path):
         flora.peft.save(tmp_path / "b", one_by_one)
 
 
-@pytest.mark.parametrize(
-    ("module", "step", "call"),
-    [
-        (flora._peft.file, "replace", 1),  # the config
-        (flora._peft.file, "write_tensors", 1),
-        *(
-            (os, "fsync", call) for call in (1, 2, 3, 4)
-        ),  # each file, its folder after it
-        (flora._peft.file, "_swap", 1),
-    ],
-)
-def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, module, step, call):
-    folder = files.write(tmp_path / "a", up_adapters())
-    (folder / "README.md").write_text("mine")
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    real, calls = getattr(module, step), []
+def failing(monkeypatch, step, call):
+    """Makes that call of a function of `os` fail."""
+    real, calls = getattr(os, step), []
 
-    def failing(*args):
+    def fail(*args):
         calls.append(args)
         if len(calls) == call:
             raise OSError("no space left")
         return real(*args)
 
-    monkeypatch.setattr(module, step, failing)
+    monkeypatch.setattr(os, step, fail)
+
+
+@pytest.mark.parametrize(
+    ("step", "call"),
+    [("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 1), ("replace", 2)],
+)  # weights, config, the note between them
+def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, step, call):
+    folder = files.write(tmp_path / "a", up_adapters())
+    (folder / "README.md").write_text("mine")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    failing(monkeypatch, step, call)
     with pytest.raises(OSError, match="no space"):
         flora.peft.save(folder, adapted())
     monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_failure_of_the_last_step_leaves_the_new_adapter(tmp_path, monkeypatch):
+    folder, tree = files.write(tmp_path / "a", up_adapters()), adapted()
+    failing(monkeypatch, "replace", 3)
+    with pytest.raises(OSError, match="no space"):
+        flora.peft.save(folder, tree)
+    monkeypatch.undo()
+    chex.assert_trees_all_equal(flora.peft.load(folder, params()), tree)
+    with pytest.raises(json.JSONDecodeError):  # PEFT refuses it
+        files.read(folder)
+    assert (
+        b"flora.peft.save was stopped" in (folder / "adapter_config.json").read_bytes()
+    )
+    other = files.write(tmp_path / "b", up_adapters(3)) / "adapter_model.safetensors"
+    other.replace(folder / other.name)
+    with pytest.raises(
+        flora.LoraError, match=r"has changed since. Save the adapter anew"
+    ):
+        flora.peft.load(folder, params())
+    flora.peft.save(folder, tree)
+    chex.assert_trees_all_equal(flora.peft.load(folder, params()), tree)
+
+
+def test_a_save_stays_inside_its_directory(tmp_path, monkeypatch):
+    """It may be a mount point, a link, or where the process is."""
+    folder = files.write(tmp_path / "a", up_adapters())
+    (tmp_path / "link").symlink_to("a")
+    (folder / "adapter_config.json").chmod(0o640)
+    (tmp_path / "blob").write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").symlink_to("../blob")
+    before = folder.stat().st_ino
+    monkeypatch.chdir(folder)
+    for given in (".", tmp_path / "link"):
+        tree = adapted(alpha=float(len(str(given))))
+        flora.peft.save(given, tree)
+        assert sorted(os.listdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+        chex.assert_trees_all_equal(flora.peft.load(folder, params()), tree)
+    assert folder.stat().st_ino == before
+    assert (folder / "adapter_config.json").stat().st_mode & 0o777 == 0o640
+    assert os.readlink("adapter_model.safetensors") == "../blob"
+    assert os.readlink(tmp_path / "link") == "a"
+    assert sorted(os.listdir(tmp_path)) == ["a", "blob", "link"]
+
+
+def test_new_weights_under_the_same_config_take_one_step(tmp_path, monkeypatch):
+    flora.peft.save(tmp_path, adapted())
+    monkeypatch.setattr(flora._peft.file, "replace", None)  # which would write the note
+    tree = jax.tree.map(lambda x: 2 * x, adapted())
+    flora.peft.save(tmp_path, tree)
+    loaded = flora.peft.load(tmp_path, params())["layers"]["0"]["up"]["kernel"]
+    np.testing.assert_array_equal(loaded.a, tree["layers"]["0"]["up"]["kernel"].a)
 
 
 def test_other_files_stay_and_old_links_do_not_change(tmp_path):
@@ -323,47 +377,33 @@ def test_other_files_stay_and_old_links_do_not_change(tmp_path):
     assert files.read(folder)[0]["target_modules"] == ["layers.0.down", "layers.1.down"]
 
 
-def test_without_an_atomic_exchange(tmp_path, monkeypatch):
-    monkeypatch.setattr(flora._peft.file, "_exchanged", lambda *_: False)
-    folder = files.write(tmp_path / "a", up_adapters())
-    tree = adapted()
-    flora.peft.save(folder, tree)
-    jax.tree.map(np.testing.assert_array_equal, flora.peft.load(folder, params()), tree)
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+def test_kills_at_any_step_leave_the_old_adapter_or_the_new_one(tmp_path):
+    """For flora; who reads the two files as they are refuses what lies between."""
+    pairs = [(None, 3), (2, 3)]
+    killed = under_fire.killed_at_each_step(tmp_path, "peft", pairs)
+    for (old, new), folders in killed.items():
+        under_fire.check_turn(under_fire.load_peft, folders, old, new)
+        under_fire.check_turn(under_fire.as_peft_reads, folders, old, new, refused=9)
+        for folder in folders[:: len(folders) // 3]:
+            under_fire.write_peft(folder, 4)
+            assert under_fire.as_peft_reads(folder) == 4
+            assert len([*folder.iterdir()]) == 2
 
 
-KILLED = """
-import sys
-import numpy as np
-from pathlib import Path
-import flora._peft.file as files
-n = 0
-while True:
-    n += 1
-    x = np.full((400, 400), n, np.float32)
-    files.write(Path(sys.argv[1]), {"r": n}, {"a": x, "b": x})
-    print(n, flush=True)
-"""
+def test_a_load_sees_one_version_of_an_adapter_that_is_saved_meanwhile(
+    tmp_path, monkeypatch
+):
+    under_fire.write_peft(tmp_path, 1)
+    read, saves = flora.peft.read_tensors, []
 
+    def late(folder):
+        if len(saves) < 3:
+            saves.append(len(saves) + 2)
+            under_fire.write_peft(folder, saves[-1])
+        return read(folder)
 
-@pytest.mark.slow
-def test_kills_leave_a_whole_directory(tmp_path):
-    """SIGKILL at any time: config and weights are there, whole, and of one save."""
-    folder = tmp_path / "a"
-    last = 0
-    for i in range(4):
-        command = [sys.executable, "-c", KILLED, str(folder)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(0.013 * (i + 1))
-            process.kill()
-        config, tensors = files.read(folder)
-        assert config["r"] >= 1
-        for x in tensors.values():
-            np.testing.assert_array_equal(x, config["r"])
-        last += config["r"]
-    assert last >= 4
+    monkeypatch.setattr(flora.peft, "read_tensors", late)
+    assert under_fire.load_peft(tmp_path) == 4
 
 
 def test_the_package_is_not_needed(tmp_path, monkeypatch):
@@ -385,3 +425,46 @@ def test_the_file_is_byte_for_byte_what_the_package_writes(tmp_path):
     flora._peft.file.write(tmp_path / "x", {"r": 8}, tensors)
     got = (tmp_path / "x" / "adapter_model.safetensors").read_bytes()
     assert got == safetensors.numpy.save(tensors, metadata={"format": "pt"})
+
+
+def normed():
+    """A linear layer, a norm with statistics, and its function."""
+
+    def fn(p, x):
+        mean = p["batch_stats"]["bn"]["mean"]
+        return (x @ p["params"]["lin"]["kernel"] - mean) * p["params"]["bn"]["scale"]
+
+    def stats(x):
+        return {"bn": {"mean": jnp.full(3, x), "var": jnp.ones(3)}}
+
+    bn = {"scale": jnp.ones(3), "bias": jnp.zeros(3)}
+    layers = {"lin": {"kernel": jnp.ones((4, 3))}, "bn": bn}
+    return fn, {"params": layers, "batch_stats": stats(0.0)}, stats
+
+
+def test_batch_statistics_are_never_lost_silently(tmp_path):
+    fn, tree, stats = normed()
+    x, config = jnp.ones((2, 4)), flora.LoraConfig(rank=2)
+    adapted = flora.init(jax.random.key(0), config, fn, tree, x)
+    later = adapted | {"batch_stats": stats(1.0)}
+    for options in ({}, {"base": tree}):
+        with pytest.raises(flora.LoraError) as caught:
+            flora.peft.save(tmp_path / "x", later, **options)
+        text = str(caught.value)
+        assert "'batch_stats/bn/mean' " in text
+        assert "write ignore='batch_stats/*' to leave them out" in text
+    flora.peft.save(tmp_path / "x", later, ignore="batch_stats/*")
+    flora.peft.save(tmp_path / "y", adapted, base=tree)  # they are as they were
+    flora.peft.save(tmp_path / "z", flora.split(later)[1])  # an adapter has none
+    with pytest.raises(flora.LoraError, match="ignore has 'stats', which selects none"):
+        flora.peft.save(tmp_path / "x", later, ignore=["batch_stats/*", "stats"])
+
+
+def test_statistics_of_a_module_that_trains_whole_are_saved(tmp_path):
+    fn, tree, stats = normed()
+    config = flora.LoraConfig(rank=2, train="bn/[sb]*", exclude=())
+    adapted = flora.init(jax.random.key(0), config, fn, tree, jnp.ones((2, 4)))
+    later = adapted | {"batch_stats": stats(1.0)}
+    flora.peft.save(tmp_path / "x", later)
+    loaded = flora.peft.load(tmp_path / "x", tree)
+    assert jnp.array_equal(loaded["batch_stats"]["bn"]["mean"], jnp.ones(3))

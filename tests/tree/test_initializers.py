@@ -48,6 +48,16 @@ NAMED = {
     "gaussian of 2/in": (initializers.gaussian(2), normal_cdf((2 / IN) ** 0.5)),
     "PEFT's gaussian": (initializers.by_rank(), normal_cdf(1 / RANK)),
     "by rank, 4": (initializers.by_rank(4.0), normal_cdf(2 / RANK)),
+    "PEFT, what is no table": (initializers.peft(), uniform_cdf(IN**-0.5)),
+    "PEFT's gaussian, likewise": (
+        initializers.peft("gaussian"),
+        normal_cdf(1 / RANK),
+    ),
+    "a table by its width": (initializers.embedding(vocabulary="out"), normal_cdf(1)),
+    "another variance": (
+        initializers.embedding(4.0, vocabulary="out"),
+        normal_cdf(2),
+    ),
 }
 
 
@@ -109,6 +119,7 @@ def test_other_dtypes(dtype):
 @pytest.mark.parametrize("make", [
     initializers.uniform, initializers.gaussian, initializers.by_rank,
     initializers.orthogonal, initializers.a_zero, initializers.both_random,
+    initializers.embedding,
 ])  # fmt: skip
 @pytest.mark.parametrize("bad", [0, -1, math.nan, math.inf, True, "kaiming", None])
 def test_bad_variances(make, bad):
@@ -116,3 +127,118 @@ def test_bad_variances(make, bad):
         flora.LoraError, match=r"It must be a finite number above 0.*'qwix'"
     ):
         make(bad)
+
+
+def test_factors_of_a_table():
+    a, b = draw(initializers.embedding())
+    assert not a.any()
+    assert kolmogorov(b, normal_cdf(1)) < 1.95
+    assert kolmogorov(1.1 * b, normal_cdf(1)) > 1.95
+
+
+def test_pytorchs_own_start_of_both():
+    a, b = draw(initializers.peft(False))
+    assert kolmogorov(a, uniform_cdf(IN**-0.5)) < 1.95
+    assert kolmogorov(b, uniform_cdf(RANK**-0.5)) < 1.95
+
+
+# What is done with each weight of a model, and how PEFT would start it.
+V, D, F = 230, 90, 70
+KINDS = {
+    "table": (V, D), "tied": (V, D), "tied_turned": (D, V), "one_hot": (V, D),
+    "tied_one_hot": (V, D), "unit": (D, D), "linear": (D, F), "heads": (D, 5, 14),
+    "experts": (4, D, F), "conv": (3, D, F), "stack": (20, D, D), "norms": (20, D),
+}  # fmt: skip
+
+
+def every_kind(p, ids):
+    picks = jax.nn.one_hot(ids, V)
+    x = p["table"][ids] + p["tied"][ids] + p["tied_turned"].T[ids]
+    x += picks @ p["one_hot"] + picks @ p["tied_one_hot"]
+    x += jax.nn.one_hot(ids % D, D) @ p["unit"]
+    x = jax.lax.fori_loop(
+        0, 20, lambda i, x: jnp.tanh(x @ p["stack"][i]) * p["norms"][i], x
+    )
+    outs = [x @ p["linear"], jnp.einsum("bsd,dhk->bshk", x, p["heads"])]
+    grouped = jnp.stack([x] * 4)
+    outs += [jnp.einsum("ebsd,edf->ebsf", grouped, p["experts"])]
+    outs += [jax.lax.conv_general_dilated(
+        x, p["conv"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )]  # fmt: skip
+    outs += [x @ p["tied"].T, x @ p["tied_turned"], x @ p["tied_one_hot"].T]
+    return outs
+
+
+def adapted_as(init, **settings):
+    params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in KINDS.items()}
+    config = flora.LoraConfig(rank=RANK, target="*", init=init, **settings)
+    ids = jnp.ones((2, 7), jnp.int32)
+
+    def draw(key):
+        params = {k: jnp.ones(s) for k, s in KINDS.items()}
+        return flora.init(key, config, every_kind, params, ids)
+
+    assert jax.tree.structure(
+        flora.init(jax.random.key(0), config, every_kind, params, ids)
+    ) == jax.tree.structure(jax.eval_shape(draw, jax.random.key(0)))
+    return jax.jit(draw)(jax.random.key(0))
+
+
+TABLES = ("table", "tied", "tied_turned", "one_hot", "tied_one_hot", "unit")
+
+
+def variances(node):
+    """Of the factor of the rows and of the other, of what is looked up."""
+    turned = node.a.shape[0] == D != node.b.shape[-1]
+    rows, width = (node.b, node.a) if turned else (node.a, node.b)
+    return float(jnp.var(rows)), float(jnp.var(width))
+
+
+@pytest.mark.parametrize("how", [True, "orthogonal"])
+def test_pefts_start_for_every_kind_of_leaf(how):
+    adapted = adapted_as(initializers.peft(how))
+    for name in TABLES:
+        rows, width = variances(adapted[name])
+        assert rows == 0, name
+        assert abs(width - 1) < 0.1, name
+    for name in KINDS.keys() - {*TABLES}:
+        node = adapted[name]
+        in_ = node.layout.matrix(node.base.shape)[1]
+        wanted = {True: 1 / (3 * in_), "orthogonal": 1 / 200}
+        assert abs(jnp.var(node.a) / wanted[how] - 1) < 0.2, name
+        assert bool(node.b.any()) == (how == "orthogonal"), name
+
+
+def test_floras_start_is_the_same_for_all():
+    for node in adapted_as(initializers.gaussian()).values():
+        in_ = node.layout.matrix(node.base.shape)[1]
+        assert abs(jnp.var(node.a) * 3 * in_ - 1) < 0.2
+        assert not node.b.any()
+
+
+def test_a_pattern_chooses_by_leaf_and_the_first_wins():
+    starts = {
+        "table": initializers.both_zero(),
+        "t*": initializers.embedding(),
+        "linear": initializers.by_rank(),
+    }
+    adapted = adapted_as(initializers.gaussian(), init_pattern=starts)
+    assert not adapted["table"].b.any()
+    assert abs(jnp.var(adapted["tied"].b) - 1) < 0.1
+    assert abs(jnp.var(adapted["linear"].a) * RANK**2 - 1) < 0.1
+    assert abs(jnp.var(adapted["conv"].a) * 3 * 3 * D - 1) < 0.1
+    preset = adapted_as(
+        initializers.by_rank(), init_pattern={"t*": initializers.peft()}
+    )
+    assert abs(jnp.var(preset["tied"].a) - 1) < 0.1
+    assert abs(jnp.var(preset["conv"].a) * RANK**2 - 1) < 0.1
+    with pytest.raises(flora.LoraError, match="init_pattern='nose' selects none"):
+        adapted_as(initializers.gaussian(), init_pattern={"nose": initializers.peft()})
+
+
+@pytest.mark.parametrize("wrong", ["pissa", "eva", None, 2, []])
+def test_other_names_of_peft(wrong):
+    with pytest.raises(flora.LoraError, match=r"True, False, .* are in flora.starts"):
+        initializers.peft(wrong)
+    with pytest.raises(flora.LoraError, match="Write 'in' or 'out'"):
+        initializers.embedding(vocabulary=wrong)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from flora._tree.paths import check_pattern, matches, named_leaves, nothing_selected
+from flora._tree.paths import check_pattern, matches, named_leaves
+from flora._tree.selection import nothing_selected
 
 PATHS = [
     "params/layers_0/attention/query/kernel",

@@ -60,6 +60,20 @@ def test_what_a_variant_adds_lies_by_its_shape():
     assert spec_of_extra(found, w, (9,)) == Spec()
 
 
+@pytest.mark.parametrize("variant", [flora.variants.DoRA(), flora.variants.VeRA()])
+def test_what_a_variant_starts_lies_as_the_base_and_as_its_plan(variant):
+    place = NamedSharding(MESH, Spec("x", "y"))
+    w = jax.device_put(jnp.ones((8, 6)), place)
+    shape = jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=place)
+    config = flora.LoraConfig(rank=2, target="*", variant=variant)
+    fn, x = lambda p, x: x @ p, jnp.ones((2, 8))
+    run, plan = (flora.init(jax.random.key(0), config, fn, p, x) for p in (w, shape))
+    assert run.a.sharding.spec == Spec("x", None)
+    for y, z in zip(jax.tree.leaves(run), jax.tree.leaves(plan), strict=True):
+        assert y.sharding == z.sharding
+        assert y.shape == z.shape
+
+
 def test_names_of_a_spec():
     assert names(Spec("x", None, ("y", "z"), Spec.UNCONSTRAINED)) == ["x", "y", "z"]
     assert names(()) == []
@@ -98,6 +112,12 @@ def test_a_stored_weight_says_it_by_its_largest_array():
     places = places_of_parts(MESH, parts, Spec("x", ("y",)))
     assert places["q"].spec == Spec("x", ("y",))
     assert places["scale"].spec == Spec(None, ("y",))  # 1 does not divide into 4
+    # As many of its mesh axes, from the first on, as divide.
+    both, other = Spec(("x", "y"), None), Spec(None, ("y", "x"))
+    assert places_of_parts(MESH, jnp.ones((8, 3)), both).spec == both
+    assert places_of_parts(MESH, jnp.ones((4, 3)), both).spec == Spec("x", None)
+    assert places_of_parts(MESH, jnp.ones((3, 2)), other).spec == Spec(None, "y")
+    assert places_of_parts(MESH, jnp.ones((3, 4)), other).spec == Spec(None, "y")
     assert places_of_parts(MESH, jnp.ones((2, 3)), Spec("x", "y")).spec == Spec(
         None, None
     )

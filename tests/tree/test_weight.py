@@ -105,6 +105,29 @@ def test_how_it_prints():
     assert "bfloat16[4,3]" in repr(node(STRUCT))
 
 
+@pytest.mark.parametrize("kind", ["array", "struct", "quantized", "whole"])
+def test_lists_of_parameters_find_what_they_ask_an_array_for(kind):
+    array = jnp.ones((4, 3))
+    x = {
+        "array": node(array),
+        "struct": node(jax.ShapeDtypeStruct((4, 3), jnp.float32)),
+        "quantized": node(Quantized(array, lambda x: x)),
+        "whole": flora.Trained(array),
+    }[kind]
+    assert (x.shape, x.dtype, x.ndim, x.size) == ((4, 3), jnp.float32, 2, 12)
+    assert x.sharding == (None if kind == "struct" else array.sharding)
+    # Their statistics go through every array of the node, and W's is printed.
+    assert kind == "struct" or float(jax.tree.map(jnp.sum, node(array))) == 12
+    assert "float32[4,3]" in repr(x)
+
+
+def test_an_adapter_has_no_shape():
+    adapter = dataclasses.replace(node(), base=None)
+    for name in ("shape", "dtype", "ndim", "size", "sharding"):
+        assert not hasattr(adapter, name)
+    assert jnp.shape(node()) == (4, 3)
+
+
 USED = {
     "jnp": lambda w: jnp.asarray(w),
     "product": lambda w: jnp.ones((2, 4)) @ w,

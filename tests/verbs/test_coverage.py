@@ -1,8 +1,11 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
 
 import flora
+import flora.quantize
 from flora._verbs.coverage import STATUSES, LeafCoverage
 from tests.support import contract
 from tests.support.contract import array
@@ -195,3 +198,286 @@ def test_the_function_is_traced_once_and_never_run():
 
     flora.coverage(counted, {"w": jnp.ones((7, 5))}, X)
     assert calls == [True]
+
+
+IDS = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+SEQ = jax.ShapeDtypeStruct((2, 5, 8), jnp.float32)
+LAST = {"mid": {"linear"}, "head": {"linear", "head"}}
+
+
+def after(p, x):
+    return jnp.tanh(x @ p["mid"]) @ p["head"]
+
+
+def scattered(ids):
+    at = jnp.arange(2)[:, None], jnp.arange(5)[None], ids
+    return jnp.zeros((2, 5, 11)).at[at].set(1.0)
+
+
+# Zeros and ones of which each row picks one of a table, or some.
+ONE_HOT = {
+    "jax.nn": lambda ids: jax.nn.one_hot(ids, 11),
+    "bfloat16": lambda ids: jax.nn.one_hot(ids, 11, dtype=jnp.bfloat16),
+    "compared with an iota": lambda ids: (
+        ids[..., None] == lax.iota(jnp.int32, 11)
+    ).astype(jnp.float32),
+    "compared with a constant": lambda ids: jnp.float32(
+        ids[..., None] == np.arange(11)
+    ),
+    "where": lambda ids: jnp.where(ids[..., None] == jnp.arange(11), 1.0, 0.0),
+    "rows of a unit matrix": lambda ids: jnp.eye(11)[ids],
+    "rows of a constant": lambda ids: jnp.asarray(np.eye(11, dtype=np.float32))[ids],
+    "scattered": scattered,
+    "masked and scaled": lambda ids: (
+        jax.nn.one_hot(ids, 11) * (ids != 0)[..., None] * 8**0.5
+    ),
+    "a bag of them": lambda ids: jax.nn.one_hot(ids, 11).sum(1, keepdims=True),
+    "mapped": jax.vmap(jax.vmap(lambda i: jax.nn.one_hot(i, 11))),
+    "in a loop": lambda ids: lax.map(lambda i: jax.nn.one_hot(i, 11), ids),
+    "jitted": jax.jit(lambda ids: jax.nn.one_hot(ids, 11)),
+}
+SHAPES = {"table": (11, 8), "mid": (8, 8), "head": (8, 7)}
+
+
+def tree_of(**shapes):
+    return {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+
+
+def roles_of(fn, tree, *args):
+    return {row.path: set(row.roles) for row in flora.coverage(fn, tree, *args).rows}
+
+
+@pytest.mark.parametrize("name", ONE_HOT)
+def test_a_table_that_is_read_by_one_hot_is_an_embedding(name):
+    def fn(p, ids):
+        return after(p, ONE_HOT[name](ids) @ p["table"])
+
+    assert roles_of(fn, tree_of(**SHAPES), IDS) == LAST | {"table": {"embedding"}}
+    report = flora.coverage(fn, tree_of(**SHAPES), IDS)
+    assert report.all_linear.paths == ("mid",)
+    assert report.all_but_head.paths == ("mid", "table")
+
+
+# Numbers that are computed from integers, or beside zeros and ones.
+NO_LOOKUP = {
+    "pixels": (lambda x: x.astype(jnp.float32) / 255, jnp.uint8),
+    "bits": (lambda x: x.astype(jnp.float32), jnp.bool_),
+    "sinusoids": (lambda x: jnp.sin(x[..., :1] * jnp.arange(11.0)), jnp.int32),
+    "a one-hot action beside observations": (
+        lambda x: jnp.concatenate(
+            [x[..., :7], jax.nn.one_hot(jnp.argmax(x, -1), 4)], -1
+        ),
+        jnp.float32,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_LOOKUP)
+def test_what_is_multiplied_by_other_numbers_is_none(name):
+    features, dtype = NO_LOOKUP[name]
+    x = jax.ShapeDtypeStruct((2, 5, 11), dtype)
+    found = roles_of(
+        lambda p, x: after(p, features(x) @ p["table"]), tree_of(**SHAPES), x
+    )
+    assert found == LAST | {"table": {"linear"}}
+
+
+def test_tied_embeddings_by_one_hot():
+    def fn(p, ids):
+        x = jnp.tanh(jax.nn.one_hot(ids, 11) @ p["table"] @ p["mid"])
+        return jnp.einsum("bsd,vd->bsv", x, p["table"])
+
+    report = flora.coverage(fn, tree_of(table=(11, 8), mid=(8, 8)), IDS)
+    assert report["table"].roles == ("linear", "embedding", "head")
+    assert report.all_linear.paths == ("mid",)
+    then = flora.coverage(
+        lambda p, ids: jnp.tanh(fn(p, ids)) @ p["out"],
+        tree_of(table=(11, 8), mid=(8, 8), out=(11, 3)),
+        IDS,
+    )
+    assert then["table"].roles == ("linear", "embedding")
+    assert then.all_linear.paths == ("mid",)  # although it is no head
+
+
+def test_learned_tokens_are_no_linear_layer():
+    """Latents of a perceiver, the probe of a pooling head."""
+
+    def fn(p, x):
+        latents = jnp.broadcast_to(p["latents"], (2, 3, 8))
+        scores = latents @ p["q"] @ (x @ p["k"]).swapaxes(1, 2)
+        return jax.nn.softmax(scores) @ (x @ p["v"]) @ p["o"]
+
+    kernels = dict.fromkeys("qkv", (8, 4)) | {"o": (4, 8)}
+    report = flora.coverage(fn, tree_of(latents=(3, 8), **kernels), SEQ)
+    assert report["latents"].roles == ("embedding",)
+    assert report.attention.paths == ("k", "o", "q", "v")
+
+
+def depthwise(x, kernel):
+    return lax.conv_general_dilated(
+        x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=8,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_depthwise_kernels_are_no_attention(times):
+    """As in Primer, CvT or a convolution before a state space."""
+
+    def fn(p, x):
+        q, k, v = (depthwise(x @ p[n], p[f"dw_{n}"]) for n in "qkv")
+        y = jax.nn.softmax(q @ k.swapaxes(1, 2)) @ v
+        return depthwise(y @ p["o"], p["dw_out"]) @ p["head"]
+
+    kernels = dict.fromkeys("qkv", (8, 8)) | {"o": (8 * times, 8), "head": (8, 3)}
+    convs = dict.fromkeys([f"dw_{n}" for n in "qkv"], (3, 1, 8 * times))
+    report = flora.coverage(fn, tree_of(**kernels, **convs, dw_out=(3, 1, 8)), SEQ)
+    assert report.attention.paths == ("k", "o", "q", "v")
+    assert report.select("conv").paths == ("dw_k", "dw_out", "dw_q", "dw_v")
+    assert all(report[p].roles == ("conv",) for p in report.select("conv").paths)
+    assert report["head"].roles == ("linear", "head")
+
+
+def norm(x, scale, bias):
+    x = x - x.mean(-1, keepdims=True)
+    return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale + bias
+
+
+def layer(p, x):
+    y = norm(x, p["scale"], p["bias"])
+    q, k, v = (jnp.einsum("bsd,dhk->bshk", y, p[n]) + p[f"b_{n}"] for n in "qkv")
+    a = jax.nn.softmax(jnp.einsum("bqhk,bshk->bhqs", q, k))
+    x = x + jnp.einsum("bhqs,bshk->bqhk", a, v).reshape(x.shape) @ p["o"]
+    return x + jax.nn.gelu(x @ p["up"] + p["b_up"]) @ p["down"]
+
+
+LAYER = {
+    **dict.fromkeys("qkv", (8, 2, 4)), **dict.fromkeys(["b_q", "b_k", "b_v"], (2, 4)),
+    "o": (8, 8), "up": (8, 16), "b_up": (16,), "down": (16, 8), "scale": (8,),
+    "bias": (8,),
+}  # fmt: skip
+
+
+def of_layer(p, i):
+    return {k: x[i] for k, x in p["layers"].items()}
+
+
+def unrolled(p, x):
+    for i in range(3):
+        x = layer(of_layer(p, i), x)
+    return x @ p["head"]
+
+
+STACKS = {
+    "scan": lambda p, x: lax.scan(
+        lambda x, p: (layer(p, x), None), x, p["layers"])[0] @ p["head"],
+    "remat": lambda p, x: lax.scan(
+        jax.checkpoint(lambda x, p: (layer(p, x), None)), x, p["layers"])[0]
+        @ p["head"],
+    "scan over indices": lambda p, x: lax.scan(
+        lambda x, i: (layer(of_layer(p, i), x), None), x, jnp.arange(3))[0]
+        @ p["head"],
+    "fori_loop": lambda p, x: lax.fori_loop(
+        0, 3, lambda i, x: layer(of_layer(p, i), x), x) @ p["head"],
+    "unrolled": unrolled,
+    "vmap": lambda p, x: jax.vmap(layer, (0, None))(p["layers"], x).sum(0)
+        @ p["head"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_norms_and_biases_of_a_stack_are_vectors(name):
+    layers = tree_of(**{k: (3, *s) for k, s in LAYER.items()})
+    tree = {"layers": layers, "head": jax.ShapeDtypeStruct((8, 7), jnp.float32)}
+    report = flora.coverage(STACKS[name], tree, SEQ)
+    vectors = {f"layers/{n}" for n in ("scale", "bias", "b_q", "b_k", "b_v", "b_up")}
+    assert {*report.with_status("vector")} == vectors
+    assert {*report.attention.paths} == {f"layers/{n}" for n in "qkvo"}
+    linear = {f"layers/{n}" for n in ("q", "k", "v", "o", "up", "down")}
+    assert {*report.all_linear.paths} == linear
+    assert report.select("head").paths == ("head",)
+
+
+def test_biases_of_experts_that_are_looked_up_are_vectors():
+    def fn(p, x):
+        expert = jnp.argmax(x @ p["router"], -1)
+        y = jnp.einsum("bsd,bsdf->bsf", x, p["up"][expert]) + p["bias"][expert]
+        y = jnp.einsum("bsf,bsfd->bsd", y, p["down"][expert])
+        return (y + p["table"][jnp.argmax(x, -1)]) @ p["head"]
+
+    shapes = {
+        "router": (8, 4), "up": (4, 8, 6), "bias": (4, 6), "down": (4, 6, 8),
+        "table": (8, 8), "head": (8, 7),
+    }  # fmt: skip
+    report = flora.coverage(fn, tree_of(**shapes), SEQ)
+    assert report.with_status("vector") == ["bias"]
+    assert report["table"].roles == ("embedding",)
+    assert report.all_linear.paths == ("down", "router", "up")
+
+
+def test_vectors_are_met_element_by_element():
+    def fn(p, x):
+        x = norm(x, p["of_all"], p["unit"]) + p["positions"]
+        return x @ jnp.tanh(p["gate"]) @ (p["kernel"] * p["mask"])
+
+    shapes = {
+        "of_all": (5, 8), "unit": (1, 1, 8), "positions": (1, 5, 8), "gate": (8, 8),
+        "kernel": (8, 3), "mask": (8, 3),
+    }  # fmt: skip
+    report = flora.coverage(fn, tree_of(**shapes), SEQ)
+    assert report.with_status("vector") == ["of_all", "positions", "unit"]
+    assert report.with_status("dense") == ["gate", "kernel", "mask"]
+
+
+def test_weights_of_few_bits_are_listed_and_play_their_part():
+    def opened(w):
+        return w["q"].astype(jnp.float32) * w["scale"]
+
+    def fn(p, x):
+        q, k, v = (x @ opened(p[n]) for n in "qkv")
+        y = jax.nn.softmax(q @ k.swapaxes(1, 2)) @ v @ p["o"]
+        low = (p["packed"] & 15).astype(jnp.int8) - 8
+        return jnp.tanh(y @ low.astype(jnp.float32)) @ opened(p["head"])
+
+    def stored(*shape, dtype=jnp.int8):
+        scale = jax.ShapeDtypeStruct((1, shape[1]), jnp.float32)
+        return {"q": jax.ShapeDtypeStruct(shape, dtype), "scale": scale}
+
+    tree = {
+        **{n: stored(8, 8) for n in "qkv"}, "head": stored(8, 7, dtype=jnp.int4),
+        "o": jax.ShapeDtypeStruct((8, 8), jnp.float32),
+        "packed": jax.ShapeDtypeStruct((8, 8), jnp.uint8),
+        "words": jax.ShapeDtypeStruct((2, 8), jnp.int32),
+        "count": jax.ShapeDtypeStruct((), jnp.int32),
+        "key": jax.eval_shape(lambda: jax.random.key(0)),
+    }  # fmt: skip
+    report = flora.coverage(fn, tree, SEQ)
+    stored_paths = [f"{n}/q" for n in ("head", "k", "q", "v")]
+    assert {*report.with_status("integer")} == {*stored_paths, "packed", "words"}
+    assert report["q/q"].layout == flora.Layout((), (0,), (1,))
+    assert report["head/q"].dtype == "int4"
+    assert report["packed"].uses[0].primitive == "and"
+    assert {*report.with_status("vector")} == {
+        f"{n}/scale" for n in ("head", "k", "q", "v")
+    }
+    # Weights that carry no factors come before and after others all the same.
+    assert report["o"].roles == ("linear", "attention")
+    assert report.all_linear.paths == ("o",)
+    text = str(report)
+    assert "1 factored, 0 dense, 0 unused, 4 vector, 6 integer" in text
+    assert "factors need a floating weight, and this one is int8" in text
+
+
+def test_weights_of_few_bits_as_flora_stores_them():
+
+    p = {n: array(8, 8, dtype=jnp.float32) for n in ("q", "k", "v", "o")}
+
+    def fn(p, x):
+        scores = jax.nn.softmax(x @ p["q"] @ (x @ p["k"]).swapaxes(1, 2))
+        return scores @ (x @ p["v"]) @ p["o"]
+
+    stored = flora.quantize.quantize(p, "int8", target="*", block=8)
+    for tree in (p, stored):
+        report = flora.coverage(fn, tree, SEQ)
+        assert report.attention.paths == ("k", "o", "q", "v")
+        assert report.with_status("factored") == ["k", "o", "q", "v"]

@@ -154,16 +154,29 @@ def dot(p, x):
 W = np.ones((7, 5), np.float32)
 
 BAD_CALLS = {
-    "'kernel' has shape (7, 5) (in=0 out=1), a matrix of 7×5; rank 6 is above 5. Lower":
-        lambda: init(p=only(kernel=W), f=dot, rank=6),
     "target='*/weight' selects none of the 4 leaves. Closest: ":
         lambda: init(target="*/weight"),
     "Flax names linear weights 'kernel'.": lambda: init(target="*/weight"),
     "target='kernal' selects none of the 4 leaves. Closest: 'mlp/":
         lambda: init(target="kernal"),
-    "'scale' has shape (5,); LoRA needs at least 2 axes. Exclude it, or name it in "
-    "train=":
-        lambda: init(target=["scale", "bias"]),
+    "'scale' has shape (5,); LoRA needs at least 2 axes, and 'scale' selects none that "
+    "has. Take it out of target=, or write train='/scale' to train it whole":
+        lambda: init(target=["scale", "kernel"]),
+    "train=['/mlp/up/bias', '/scale'] to train them whole": lambda: init(
+        target=lambda path, leaf: leaf.ndim == 1),
+    "target has 'kernal', which selects none of the 4 leaves. Closest: 'mlp/":
+        lambda: init(target=["up/kernel", "kernal"]),
+    "train has 'nothing', which selects none of the 4": lambda: init(
+        train=["scale", "nothing"]),
+    "exclude has 'bias', which selects none of the 2 leaves": lambda: init(
+        exclude=["bias", "up/*"]),
+    "form_pattern='bias' selects none": lambda: init(form_pattern={"bias": "direct"}),
+    "2 problems": lambda: init(target=["kernal", "kernel"], train="nothing"),
+    "alpha_pattern: all that 'up/*' selects is taken by earlier entries, 'kernel'":
+        lambda: init(alpha_pattern={"kernel": 3, "up/*": 2}),
+    "layouts: all that 'kernel' selects is taken by earlier entries, 'up/*', 'down/*'":
+        lambda: init(layouts=dict.fromkeys(
+            ("up/*", "down/*", "kernel"), flora.Layout())),
     "exclude='kernel' takes out all of the 2 leaves": lambda: init(exclude="kernel"),
     "exclude='nothing' selects none": lambda: init(exclude="nothing"),
     "train='nothing' selects none": lambda: init(train="nothing"),
@@ -177,8 +190,10 @@ BAD_CALLS = {
     "flora.split":
         lambda: init(p=init()),
     "The tree is empty": lambda: init(p={}),
-    "'kernel' has shape (7, 0), no elements. Exclude it.":
+    "'kernel' has shape (7, 0), no elements. Select others in target=.":
         lambda: init(p=only(kernel=W[:, :0]), f=dot),
+    "'kernel' has shape (7, 0), no elements. Write exclude='/kernel'.":
+        lambda: init(p=only(kernel=W[:, :0], other=W), f=dot, target="*"),
     "'kernel' is int8[7, 5]; LoRA needs a floating weight":
         lambda: init(p=only(kernel=W.astype(np.int8)), f=dot),
     "'kernel' is bool[7, 5]; LoRA needs": lambda: init(p=only(kernel=W > 0), f=dot),

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,29 @@ def test_leaves_that_are_no_arrays():
         ("name", 0), ("scale", 1), ("w", 20)
     ]  # fmt: skip
     assert "21 parameters" in str(report)
+
+
+def test_a_rank_above_both_sides_is_marked(x64):
+    def fn(p, x):
+        h = jnp.tanh(x @ p["q"])
+        each = jnp.einsum("bd,edo->beo", h, p["experts"])
+        return jnp.einsum("be,beo->bo", h @ p["router"], each)
+
+    shapes = {"q": (6, 24), "router": (24, 3), "experts": (3, 24, 5)}
+    p = {k: contract.array(*s, seed=i) for i, (k, s) in enumerate(shapes.items())}
+    x = contract.array(4, 6)
+    adapted = contract.check(fn, p, x, rank=8, vmap=False, dtype=jnp.float64)
+    summary, report = flora.summary(adapted), flora.coverage(fn, adapted, x)
+    rows = {row.path: row for row in summary.rows}
+    cells = {"experts": (15, "8"), "q": (6, "8 > 6"), "router": (3, "8 > 3")}
+    for path, (full, text) in cells.items():
+        assert (rows[path].rank, rows[path].full_rank) == (8, full)
+        assert re.search(rf"{path} .* {text} ", str(summary))
+        assert (report[path].rank, report[path].full_rank) == (8, full)
+    assert [f"{n} < 8" in str(report) for n in (3, 6, 15)] == [True, True, False]
+    assert "<" not in str(flora.coverage(fn, p, x))
+    alone = {r.path: r for r in flora.summary(flora.split(adapted)[1]).rows}
+    assert alone["q"].full_rank == 6
 
 
 def node(**fields):

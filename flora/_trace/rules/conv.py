@@ -1,6 +1,7 @@
 """The rule for convolutions: y = conv(x, W) + scale conv(x, A) B."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from flora._algebra.axes import RANK, Axis, Factored, Named, Sizes, fused
-from flora._algebra.low_rank import compute_dtype_of
+from flora._algebra.low_rank import compute_dtype_of, sum_dtype, with_cast
 from flora._trace.compat import Eqn
 from flora._trace.interpret import Context, Roles, sources_as
 from flora._trace.rules.product import Operation, multiplied
@@ -95,12 +96,13 @@ def _change(operation: Operation, w: Factored, x: Any) -> Any:
     rank = [(RANK, w.rank)]
     windows = [_sizes(w.axes[i]) for i in window]
     start = _Kernel(windows, _sizes(w.axes[in_]), groups, [*both, *rank])
-    z = _convolved(p, x.astype(dtype), first, start, as_first=True)
+    convolved = functools.partial(_convolved, p, kernel=start, as_first=True)
+    z = with_cast(convolved, x, first, dtype)
     z = _on_hidden(w, z, p["dimension_numbers"].out_spec[1])
     z = z * jnp.asarray(w.settings.scale, dtype)
     end = _Kernel(windows, rank, [*groups, *both], rest)
     y = _convolved(p, z, second, end, as_first=False)
-    return y.reshape(result.shape).astype(result.dtype)
+    return y.reshape(result.shape).astype(sum_dtype(result.dtype))
 
 
 def _on_hidden(w: Factored, z: Any, features: int) -> Any:

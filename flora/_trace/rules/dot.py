@@ -18,6 +18,7 @@ from flora._algebra.low_rank import (
     low_rank,
     named,
     sizes_of,
+    sum_dtype,
     widened,
 )
 from flora._trace.compat import INLINE, Eqn, eval_eqn, relative_scopes
@@ -84,8 +85,8 @@ def _product(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> Any:
 def _change(operation: Operation, w: Factored, x: Any) -> Any:
     eqn = operation.eqn
     met, aval = _meeting(eqn, x, w, operation.at), eqn.outvars[0].aval
-    precision = eqn.params["precision"]
-    change = low_rank(met.x, met.w, met.y, precision=precision, dtype=aval.dtype)
+    precision, dtype = eqn.params["precision"], sum_dtype(aval.dtype)
+    change = low_rank(met.x, met.w, met.y, precision=precision, dtype=dtype)
     return lax.reshape(change.array, aval.shape)
 
 

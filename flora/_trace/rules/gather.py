@@ -10,7 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._algebra.axes import RANK, Axis, Factored, Name, Named, fused, require_linear
-from flora._algebra.low_rank import contract, on_hidden, widened, with_output_scale
+from flora._algebra.low_rank import (
+    contract,
+    on_hidden,
+    sum_dtype,
+    widened,
+    with_output_scale,
+)
 from flora._trace.compat import Eqn, eval_eqn
 from flora._trace.interpret import Context
 from flora._trace.rules.product import Operation, plain
@@ -106,7 +112,8 @@ def _change(operation: Operation, w: Factored, indices: Any) -> Any:
         raise Unfactorable("a lookup that repeats the weight")
     if jnp.issubdtype(aval.dtype, jnp.inexact):
         b = Named(widened(b.array) * w.settings.scale, b.names)
-        a, b = a.astype(aval.dtype), b.astype(aval.dtype)
+        dtype = sum_dtype(aval.dtype)
+        a, b = a.astype(dtype), b.astype(dtype)
     y = contract(a, b, [n for n in _result(at, places) if n in present])
     return y.array.reshape(aval.shape)
 

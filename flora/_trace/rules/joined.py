@@ -23,7 +23,7 @@ from flora._algebra.axes import (
 )
 from flora._algebra.low_rank import widened
 from flora._trace.compat import Eqn, eval_eqn
-from flora._trace.interpret import Context
+from flora._trace.interpret import REPEATS_SUM, Context
 from flora._tree.errors import Unfactorable
 
 
@@ -75,7 +75,7 @@ def _sum(ctx: Context, eqn: Eqn, x: Any, y: Any, sign: complex) -> Factored:
         return _joint(ready, base, ready[0].axes, factors, between=_beside(ready))
     (w,) = weights
     if w.shape != shape:
-        raise Unfactorable("a sum that repeats the weight")
+        raise Unfactorable(REPEATS_SUM)
     new = dataclasses.replace(w, base=base)
     if w is x or sign == 1 or not w.factors:
         return new

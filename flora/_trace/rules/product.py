@@ -18,7 +18,8 @@ class Operation:
 
     Attributes:
       eqn: the equation.
-      change: `(operation, weight, x, *rest)`: scale (x A) B; a module's function.
+      change: `(operation, weight, x, *rest)`: scale (x A) B, of the result's dtype or
+        of `sum_dtype`; a module's function.
       at: the position of the weight among the equation's operands.
       static: what `change` needs besides.
     """
@@ -45,7 +46,8 @@ class Operation:
 def _once(operation: Operation, w: Factored, *rest: Any) -> Any:
     y = None if w.base is None else operation.base(w.base, *rest)
     change = operation.change(operation, w, *rest)
-    return change if y is None else y + change
+    y = change if y is None else y + change
+    return y.astype(operation.eqn.outvars[0].aval.dtype)
 
 
 def plain(ctx: Context, operation: Operation, w: Factored, *rest: Any) -> Any:

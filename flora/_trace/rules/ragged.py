@@ -1,5 +1,6 @@
 """The rule for `ragged_dot`: mixtures of experts whose tokens are sorted by expert."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._algebra.axes import RANK, Factored, Name, Named, Sizes, fused
-from flora._algebra.low_rank import compute_dtype_of, on_hidden
+from flora._algebra.low_rank import compute_dtype_of, on_hidden, sum_dtype, with_cast
 from flora._trace.compat import Eqn
 from flora._trace.interpret import Context
 from flora._trace.rules.product import Operation, multiplied
@@ -83,14 +84,14 @@ def _change(operation: Operation, w: Factored, x: Any, sizes: Any, *offset: Any)
         raise Unfactorable("a ragged product across the axes of the weight's layout")
     precision = eqn.params["precision"]
 
-    def times(x: Any, factor: Named, ends: tuple[Name, Name]) -> Any:
+    def times(ends: tuple[Name, Name], x: Any, factor: Named) -> Any:
         array = factor.ordered((g, *ends)).astype(dtype)
         if g not in factor.names:
             return jnp.dot(x, array, precision=precision)
         offset = eqn.params["group_offset"]
         return lax.ragged_dot(x, array, sizes, precision=precision, group_offset=offset)
 
-    z = times(x.astype(dtype), first, (k, RANK))
+    z = with_cast(functools.partial(times, (k, RANK)), x, first, dtype)
     z = on_hidden(w, Named(z, ("tokens", RANK))).array
-    y = times(z * jnp.asarray(w.settings.scale, dtype), second, (RANK, n))
-    return y.astype(aval.dtype)
+    y = times((RANK, n), z * jnp.asarray(w.settings.scale, dtype), second)
+    return y.astype(sum_dtype(aval.dtype))

@@ -23,7 +23,7 @@ from flora._algebra.axes import (
 )
 from flora._algebra.low_rank import widened
 from flora._trace.compat import Eqn, eval_eqn
-from flora._trace.interpret import Context, densify
+from flora._trace.interpret import REPEATS_PRODUCT, Context, densify
 from flora._trace.rules.squares import square
 from flora._tree.errors import Unfactorable
 
@@ -298,7 +298,7 @@ def _scaled(eqn: Eqn, w: Factored, base: Any, c: Any, apply: Callable) -> Factor
     """Scales A where c varies along in axes, else B."""
     c = _narrowed(jnp.asarray(c))
     if eqn.outvars[0].aval.shape != w.shape:
-        raise Unfactorable("a product that repeats the weight")
+        raise Unfactorable(REPEATS_PRODUCT)
     varies = [i for i, n in enumerate(c.shape) if n > 1]
     if len(varies) > 1 and len(varies) == sum(n > 1 for n in w.shape):
         raise Unfactorable("a factor for each element of the weight")

@@ -1,0 +1,214 @@
+"""Tied weights: one leaf that an embedding and a head both read.
+
+A change of the leaf reaches both uses.  PEFT's adapter is of one module and changes one
+use, unless `ensure_weight_tying` made it adapt both alike.  What cannot be told from
+that is refused.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flora._peft.config import PeftConfig
+from flora._peft.keys import Content, Lora
+from flora._peft.layouts import leaf_word
+from flora._peft.names import Finder, Module, Slot
+from flora._tree.errors import LoraError, LoraTypeError
+from flora._tree.weight import LoraWeight, Trained, base_of
+
+Readers = Mapping[str, Collection[str]]  # 'embedding', 'linear', 'conv', by path
+_BOTH = {"embedding", "linear"}
+
+
+def without_ties(
+    content: Content, finder: Finder, file: Path
+) -> tuple[Content, frozenset[str]]:
+    """The content without second copies for one leaf, and the leaves that had one."""
+    embeddings = [x for x in content.loras if x.kind == "embedding"]
+    kept, of_base, agreed = [], dict(content.of_base), set()
+    for lora in content.loras:
+        slots = [slot for slot, _ in finder.all(lora.name)]
+        twins = [e for e in embeddings if _is_twin(e, lora)]
+        if lora.kind != "linear" or (slots and not all(s.module.tied for s in slots)):
+            kept.append(lora)
+        elif twins:
+            agreed |= {s.path for s, _ in finder.all(twins[0].name)}
+            own = f"{lora.module}.base_layer.weight"
+            first = of_base.get(f"{twins[0].module}.base_layer.weight")
+            if np.array_equal(of_base.get(own, first), first):  # type: ignore[arg-type]
+                of_base.pop(own, None)
+        elif not slots:
+            kept.append(lora)  # reported as lost
+        else:
+            raise LoraError(
+                f"{file}: '{lora.key('b')}' adapts a weight that is tied to "
+                f"'{slots[0].path}', but is not the transpose of the embedding's "
+                "factors. Train with ensure_weight_tying=True, or untie the weights in "
+                "the tree."
+            )
+    whole = dict(content.whole)
+    for name, x in content.whole.items():
+        slots = [slot for slot, _ in finder.all(name)]
+        if x.ndim == 2 and all(s.module.tied for s in slots):
+            copies = [
+                s.path
+                for n, other in whole.items()
+                if n != name and np.array_equal(x, other)
+                for s, _ in finder.all(n)
+                if not s.module.tied
+            ]
+            if copies:
+                agreed |= {*copies}
+                del whole[name]
+    found = dataclasses.replace(
+        content, loras=tuple(kept), whole=whole, of_base=of_base
+    )
+    return found, frozenset(agreed)
+
+
+def _is_twin(embedding: Lora, lora: Lora) -> bool:
+    return np.array_equal(embedding.a.T, lora.b) and np.array_equal(
+        embedding.b.T, lora.a
+    )
+
+
+def load_problems(
+    content: Content,
+    agreed: Collection[str],
+    finder: Finder,
+    config: PeftConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    readers: Readers | None,
+    file: Path,
+) -> Iterator[str]:
+    """Leaves that the file changes for one of their uses, or may.
+
+    Args:
+      content: `without_ties`.
+      agreed: the leaves whose second use the file changes alike.
+      finder: of the slots of names.
+      config: of the adapter.
+      shapes: of all leaves, by path.
+      readers: how the function reads each leaf; `None` where none was given.
+      file: the adapter's.
+    """
+    if config.ensure_weight_tying:
+        return
+    changed = [(x.name, _words(x)) for x in content.loras]
+    changed += [(n, x.shape[0]) for n, x in content.whole.items() if x.ndim == 2]
+    kinds = {x.name: x.kind for x in content.loras}
+    for name, words in changed:
+        for slot, _ in finder.all(name):
+            path = slot.path
+            if path in agreed:
+                continue
+            others = [s.name for s in finder.slots if s.path == path and s.name != name]
+            both = any(s.module.tied for s in finder.slots if s.path == path)
+            if both or {*(readers or {}).get(path, ())} >= _BOTH:
+                other = f"'{others[0]}'" if both and others else "the other use of it"
+                yield (
+                    f"{file}: '{name}' is adapted and {other} is not, but both lie in "
+                    f"'{path}' (tied weights), where a change reaches both. Train with "
+                    "ensure_weight_tying=True, or untie the weights in the tree."
+                )
+            elif readers is None and not config.gives_none:
+                is_table = (
+                    kinds.get(name) == "embedding" or leaf_word(path) == "embedding"
+                )
+                if is_table and _is_alone(path, words, shapes):
+                    yield (
+                        f"{file}: '{name}' is adapted alone, and no other weight of "
+                        f"the base has the {words} words of '{path}': tied weights, it "
+                        "may be, and PEFT changes one use of them. Pass fn= and args= "
+                        "to follow the leaf, or train with ensure_weight_tying=True."
+                    )
+
+
+def _words(lora: Lora) -> int:
+    return lora.a.shape[1] if lora.kind == "embedding" else lora.b.shape[0]
+
+
+def _is_alone(path: str, words: int, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether no other matrix has as many words: a head of its own would."""
+    return not any(
+        words in shape and sum(n > 1 for n in shape) > 1
+        for other, shape in shapes.items()
+        if other != path
+    )
+
+
+def tied_slots(tied: Any, paths: Collection[str]) -> list[Slot]:
+    """The slots of `save(..., tied={leaf: module})`."""
+    if not isinstance(tied, Mapping):
+        raise LoraTypeError(
+            f"save: tied is a {type(tied).__name__}. Write {{leaf: module}}, such as "
+            "{'model/embed_tokens/embedding': 'lm_head'}."
+        )
+    found = []
+    for path, modules in tied.items():
+        if path not in paths:
+            raise LoraError(
+                f"save: tied: '{path}' is no leaf of the tree. Write a leaf's path."
+            )
+        for module in [modules] if isinstance(modules, str) else modules:
+            if not isinstance(module, str):
+                raise LoraTypeError(
+                    f"save: tied: '{path}' is given {modules!r}. Write a module's "
+                    "dotted path, such as 'lm_head'."
+                )
+            found.append(Slot(path, f"{module}.weight", Module(module, tied=True)))
+    return found
+
+
+def save_problems(
+    named: Sequence[tuple[str, Any]],
+    by_path: Mapping[str, Sequence[Slot]],
+    readers: Readers | None,
+    wordless: bool,
+) -> Iterator[str]:
+    """Leaves of which a file without `ensure_weight_tying` would hold one use, or may.
+
+    Args:
+      named: all leaves.
+      by_path: the slots of each.
+      readers: how the function reads each leaf; `None` where none was given.
+      wordless: whether the model is known to give no words.
+    """
+    shapes = {p: tuple(getattr(base_of(x), "shape", ())) for p, x in named}
+    for path, leaf in named:
+        if not isinstance(leaf, LoraWeight | Trained) or not by_path.get(path):
+            continue
+        if any(slot.module.tied for slot in by_path[path]):
+            continue
+        first = by_path[path][0]
+        if {*(readers or {}).get(path, ())} >= _BOTH:
+            yield (
+                f"save: '{path}' is read as an embedding and as a head (tied weights), "
+                f"and '{first.name}' alone would be saved, which PEFT takes for one "
+                f"use. Write tied={{'{path}': 'lm_head'}}, with the other module."
+            )
+            continue
+        table = leaf_word(path) == "embedding" or first.module.kind == "embedding"
+        if readers is not None or wordless or not table:
+            continue
+        shape = _shape(leaf)
+        if shape and _is_alone(path, shape[0], shapes):
+            yield (
+                f"save: '{path}' may be read by a head too (tied weights): no other "
+                f"weight has its {shape[0]} words, and '{first.name}' alone would be "
+                "saved. Pass fn= and args= to follow the leaf, write "
+                f"tied={{'{path}': 'lm_head'}}, or task_type='FEATURE_EXTRACTION' for "
+                "a model that gives no words."
+            )
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    """Of an adapted embedding or one that trains whole, without its stack."""
+    if isinstance(leaf, Trained):
+        return tuple(leaf.value.shape)
+    stack = len(leaf.layout.stack)
+    words = leaf.layout.in_[0] < leaf.layout.out[0]
+    return leaf.a.shape[stack:-1] if words else leaf.b.shape[stack + 1 :]

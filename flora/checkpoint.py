@@ -302,9 +302,15 @@ class Checkpointer:
             single_host_load_and_broadcast=True,
             todelete_subdir=_TRASH,
         )
-        self._manager = _listed(
-            lambda: ocp.CheckpointManager(self._directory, options=options)
-        )
+        try:
+            self._manager = _listed(
+                lambda: ocp.CheckpointManager(self._directory, options=options)
+            )
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise LoraError(
+                f"{self._directory} cannot be read by Orbax: {error} If files of a "
+                "step are damaged, remove that step."
+            ) from error
         self._writes = writes
         return self._manager
 

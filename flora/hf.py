@@ -238,9 +238,8 @@ def _weights(folder: pathlib.Path) -> tuple[set[str], set[str]]:
     index: set[str] = set()
     with contextlib.suppress(OSError, ValueError):
         found = parsed((folder / _INDEX).read_bytes())
-        if not misfit(found, {"weight_map": {str: str}}):
-            values = found["weight_map"].values()
-            index = {name for name in values if name.endswith(".safetensors")}
+        where = {} if misfit(found, {"weight_map": {str: str}}) else found["weight_map"]
+        index = {name for name in where.values() if name.endswith(".safetensors")}
     shards = {name for name in names if name == _ONE or _SHARD.fullmatch(name)}
     return shards | (index & names), index
 
@@ -387,10 +386,11 @@ def _problems(
                     f"{files[name].path.name}: '{name}' is {info.dtype}; expected a "
                     f"floating dtype {where}."
                 )
-    for name in spare:
+    for n, name in enumerate(spare):
+        own = glob_of(name, spare) if n < 20 else repr(name)  # no more are shown
         yield (
             f"{files[name].path.name}: '{name}', {files[name].infos[name]}, is for no "
-            f"leaf of the model. Write unused={glob_of(name, spare)} to leave it."
+            f"leaf of the model. Write unused={own} to leave it."
         )
 
 

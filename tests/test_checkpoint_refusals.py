@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import flora
+from flora._files.compare import checksum
 from flora.checkpoint import Checkpointer
 from tests.support import contract
 from tests.support.checkpoints import adapt, params, same, trained
@@ -213,6 +214,78 @@ def test_another_format_is_refused(saver):
         json.dumps(json.loads(path.read_text()) | {"format": 99, "flora": "9"})
     )
     refused(saver, adapt(), "written by flora 9 in format 99; flora 0", "Install that")
+
+
+def rewritten(saver, change, *, sign):
+    """Step 1 with another record."""
+    path = pathlib.Path(saver._directory, "1", "flora", "metadata")
+    record = json.loads(path.read_text())
+    change(record)
+    if sign:
+        record["sha256"] = checksum(record)
+    path.write_text(json.dumps(record))
+
+
+RECORDS = {
+    "no format": (lambda r: r.pop("format"), "lacks 'format'"),
+    "no leaves": (lambda r: r.pop("leaves"), "lacks 'leaves'"),
+    "no base": (lambda r: r.pop("base"), "lacks 'base'"),
+    "no metadata": (lambda r: r.pop("metadata"), "lacks 'metadata'"),
+    "no state": (lambda r: r.pop("state"), "lacks 'state'"),
+    "no arrays": (lambda r: r.pop("arrays"), "lacks 'arrays'"),
+    "format 0": (lambda r: r.update(format=0), "its format is 0"),
+    "text as format": (lambda r: r.update(format="2"), "format is '2', not an int"),
+    "list of leaves": (lambda r: r.update(leaves=[]), "leaves is [], not an object"),
+    "no arrays of a leaf": (
+        lambda r: r["arrays"]["a"].pop("first/kernel"),
+        "does not say what the arrays of 'first/kernel' are",
+    ),
+    "no layout": (
+        lambda r: r["leaves"]["first/kernel"].pop("layout"),
+        "leaves.first/kernel lacks 'layout'",
+    ),
+    "huge rank": (
+        lambda r: r["leaves"]["first/kernel"]["settings"].update(rank=10**400),
+        "leaves.first/kernel.settings.rank is 1000",
+    ),
+    "nan as alpha": (
+        lambda r: r["leaves"]["first/kernel"]["settings"].update(alpha=float("nan")),
+        "leaves.first/kernel.settings.alpha is nan",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_that_lacks_something_is_refused(saver, name):
+    change, message = RECORDS[name]
+    saver.save(1, adapt())
+    saver.wait()
+    rewritten(saver, change, sign=True)
+    refused(saver, adapt(), "Step 1 of", "its record is damaged", message)
+
+
+def test_what_changed_in_a_checkpoint_is_noticed(saver):
+    adapted = adapt()
+    saver.save(1, adapted, metadata={"loss": 1.5})
+    saver.wait()
+    was = pathlib.Path(saver._directory, "1", "flora", "metadata").read_text()
+    rewritten(saver, lambda r: r["metadata"].update(loss=2.5), sign=False)
+    refused(saver, adapted, "its record is damaged: its checksum is another")
+    pathlib.Path(saver._directory, "1", "flora", "metadata").write_text(was)
+
+    def other_values(record):
+        line = record["values"]["b"]["first/kernel"]
+        record["values"]["b"]["first/kernel"] = line[:-1] + "x"
+
+    rewritten(saver, other_values, sign=True)
+    refused(saver, adapted, "'b' of 'first/kernel' has changed")
+
+    def as_it_was_written_before(record):
+        del record["values"]
+
+    rewritten(saver, as_it_was_written_before, sign=True)
+    rewritten(saver, lambda record: record.pop("sha256"), sign=False)
+    same(flora.split(saver.restore(adapted).adapted)[1], flora.split(adapted)[1])
 
 
 def test_what_cannot_be_saved_is_refused(saver):

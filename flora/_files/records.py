@@ -56,7 +56,7 @@ def weight_of(
     settings: dict[str, Any] = {k: decoded(x) for k, x in record["settings"].items()}
     if settings["variant"] is not None and not hasattr(settings["variant"], "product"):
         raise LoraError(
-            f"The file has {settings['variant']!r} as a variant; it is none."
+            f"The file has {settings['variant']!r} in the place of a variant."
         )
     return LoraWeight(base, a, b, extra=extra, layout=layout_of(record), **settings)
 
@@ -95,8 +95,21 @@ def record_problem(path: str, record: Mapping[str, Any]) -> str:
         "fallback": is_fallback(settings["fallback"]),
         "form": not form_problems("form", settings["form"]),
     }
+    if "blocks" in settings:
+        given = settings["blocks"]
+        good["blocks"] = isinstance(given, tuple) and all(map(_is_block, given))
     bad = next((k for k, fits in good.items() if not fits), "")
     return bad and f"{at}.settings.{bad} is {record['settings'][bad]!r}"
+
+
+def _is_block(x: Any) -> bool:
+    if not isinstance(x, Block):
+        return False
+    columns = (0, 0) if x.columns is None else x.columns
+    tuples = isinstance(x.index, tuple) and isinstance(columns, tuple)
+    numbers = (*x.index, x.start, x.stop, *columns) if tuples else (None,)
+    ints = all(type(n) is int and 0 <= n < 2**31 for n in numbers)
+    return ints and len(columns) == 2 and _is_finite(x.scale)
 
 
 def _is_finite(x: Any) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flora._peft.file import CONFIG, read_json
-from flora._peft.regex import Invalid, Patterns, Regex, Steps
+from flora._peft.regex import Invalid, Patterns, Regex, Steps, is_plain
 from flora._tree.errors import LoraError, fail
 
 Names = str | frozenset[str]
@@ -117,6 +117,21 @@ class PeftConfig:
     def alphas(self) -> Patterns:
         """The keys of `alpha_pattern`."""
         return Patterns("alpha_pattern", self.alpha_pattern, self._steps)
+
+    @functools.cached_property
+    def _saved(self) -> Patterns:
+        plain = filter(is_plain, self.modules_to_save)
+        return Patterns("modules_to_save", plain, self._steps)
+
+    def saves(self, module: str) -> bool:
+        """Whether PEFT trains it whole, or a module that it lies in."""
+        words = module.split(".")
+        around = (".".join(words[: i + 1]) for i in range(len(words)))
+        return any(map(self._saved.all, around)) or any(
+            self.regex("modules_to_save", entry).match(module)
+            for entry in self.modules_to_save
+            if not is_plain(entry)
+        )
 
     def rank(self, module: str) -> int:
         """The rank of one module."""
@@ -231,6 +246,8 @@ def _regex_problems(raw: Mapping[str, Any]) -> Iterator[str]:
         if not given or not good or (field.endswith("t_modules") and not alone):
             continue
         for entry in [given] if isinstance(given, str) else given:
+            if is_plain(entry):
+                continue
             try:
                 _regex(field, entry)
             except Invalid as error:

@@ -154,13 +154,17 @@ def _sites(
             lora = _padded(lora, rank) if config.residual else lora
             piece = Piece(lora, slot, index, rank, float(alpha), config.use_rslora)
             pieces.setdefault(slot.path, []).append(piece)
+    slots: dict[str, list[Slot]] = {}
+    for slot in finder.slots:
+        if not slot.module.tied:
+            slots.setdefault(slot.path, []).append(slot)
     problems: list[str] = []
     sites = {}
     conv1d = config.fan_in_fan_out and turned(
         (p, base_of(x)) for p, x in leaves.items()
     )
     for path, found in pieces.items():
-        beside = tuple(s for s in finder.slots if s.path == path and not s.module.tied)
+        beside = tuple(slots.get(path, ()))
         base = base_of(leaves[path])
         bad = [p for piece in found for p in _rank_problems(piece, file)]
         layout = None

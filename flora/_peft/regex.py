@@ -118,6 +118,11 @@ class Regex:
         return self.ends(text) >> len(text) > 0
 
 
+def is_plain(key: str) -> bool:
+    """Whether an expression is a name, in which dots may stand for any character."""
+    return _PLAIN.fullmatch(key) is not None
+
+
 class Patterns:
     r"""Keys of which the first counts: `re.match(rf"(.*\.)?({key})$", name)`.
 
@@ -130,7 +135,7 @@ class Patterns:
         self._plain: dict[int, dict[tuple[int, ...], dict[str, list[int]]]] = {}
         self._others: list[tuple[int, Regex]] = []
         for n, key in enumerate(self.keys):
-            if not _PLAIN.fullmatch(key):
+            if not is_plain(key):
                 entry = f"{field} {key!r}"
                 self._others.append((n, Regex(rf"(.*\.)?({key})$", entry, steps)))
                 continue
@@ -328,6 +333,7 @@ class _Reader:
                 f"{_MOST:,}"
             )
         self._text, self._at, self._depth = text, 0, 0
+        self._known: dict[tuple[str, int], _OneOf] = {}
 
     def whole(self) -> Part:
         found = _GROUP.match(self._text)
@@ -338,6 +344,11 @@ class _Reader:
         if self._at < len(self._text):
             raise Invalid("unbalanced parenthesis")
         return part
+
+    def _one_of(self, text: str, flags: int) -> _OneOf:
+        if (text, flags) not in self._known:
+            self._known[text, flags] = _OneOf(text, flags)
+        return self._known[text, flags]
 
     def _branches(self, flags: int) -> Part:
         self._depth += 1
@@ -364,7 +375,9 @@ class _Reader:
                 items.append(_Item(_run(run)))
                 run = ""
             if isinstance(item, str):
-                item = _Item(_OneOf("." if item == _ANY else re.escape(item), flags))
+                item = _Item(
+                    self._one_of("." if item == _ANY else re.escape(item), flags)
+                )
             if item is None:  # a comment
                 continue
             if count is not None:
@@ -390,7 +403,9 @@ class _Reader:
             self._at += 1
             if c == ".":
                 return _ANY
-            return _Item(_OneOf(re.escape(c), flags)) if flags & re.IGNORECASE else c
+            return (
+                _Item(self._one_of(re.escape(c), flags)) if flags & re.IGNORECASE else c
+            )
         found = kind.match(text, at)
         if found is None:
             what = "a set without an end" if c == "[" else "a backreference"
@@ -400,7 +415,7 @@ class _Reader:
             raise Invalid(f"{one} and (?i), which flora does not match together")
         if c == "\\" and not one[1].isalnum() and not flags & re.IGNORECASE:
             return one[1]
-        return _Item(_OneOf(one, flags))
+        return _Item(self._one_of(one, flags))
 
     def _counted(self, item: _Item, count: re.Match[str], start: int) -> _Item:
         self._at = count.end()

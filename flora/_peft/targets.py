@@ -25,8 +25,7 @@ def selects(config: PeftConfig, module: str) -> bool:
             return False
     elif any(end in excluded for end in ends(module)):
         return False
-    saved = config.modules_to_save
-    if any(config.regex("modules_to_save", m).match(module) for m in saved):
+    if config.saves(module):
         return False
     targets = config.target_modules or frozenset()
     if isinstance(targets, str):

@@ -374,8 +374,40 @@ def test_changed_records_and_versions_are_refused(path):
         del arrays["b/first/kernel"]
         return arrays, metadata
 
+    def record(change):
+        def changed(arrays, metadata):
+            found = json.loads(metadata["flora"])
+            change(found)
+            text = json.dumps(found)
+            return arrays, {"flora": text, "flora_sha256": _digest(text)}
+
+        return changed
+
+    def settings(**new):
+        def change(found):
+            found["leaves"]["first/kernel"]["settings"].update(new)
+
+        return record(change)
+
+    def unsigned(arrays, metadata):
+        text = metadata["flora"].replace('"format": 1', '"format": 2')
+        return arrays, metadata | {"flora": text}
+
     data = path.read_bytes()
     for change, message in (
+        (unsigned, "Or it is damaged: its checksum is another"),
+        (record(lambda x: x.pop("format")), "is damaged: it lacks 'format'"),
+        (record(lambda x: x.update(format=0)), "is damaged: its format is 0"),
+        (record(lambda x: x.update(leaves=[])), "leaves is [], not an object"),
+        (record(lambda x: x["leaves"].clear()), "others than its leaves need"),
+        (record(lambda x: x["leaves"]["first/kernel"].pop("shape")), "lacks 'shape'"),
+        (settings(rank=10**400), "settings.rank is 1"),
+        (settings(alpha=[]), "The file needs [], which flora"),
+        (settings(alpha="x"), "settings.alpha is 'x'"),
+        (settings(dropout=1), "settings.dropout is 1"),
+        (settings(variant={"class": "flora:Layout", "fields": {}}), "place of a var"),
+        (settings(variant={"class": "flora.nowhere:X"}), "needs flora.nowhere:X"),
+        (settings(new=1), "with the settings new, which flora 0.1.0 lacks. Install"),
         (version, "was written by flora 9.9 in format 2; flora 0.1.0 reads format 1"),
         (alpha, "is damaged: its header was changed"),
         (dropped, "is damaged: 'b/first/kernel' came or went"),

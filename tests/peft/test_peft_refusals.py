@@ -1,7 +1,9 @@
 """What PEFT lets pass, and damaged files: each an error that says where and what."""
 
 import json
+import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -349,3 +351,92 @@ def test_unreadable_json_of_numbers(tmp_path):
     (folder / "adapter_config.json").write_text(text)
     with pytest.raises(flora.LoraError, match="lora_alpha is inf"):
         flora.peft.load(folder, params())
+
+
+HANG = "(([a-z0-9_.]+)+)+!"
+# Changes of the config, and what the message must name.
+BOMBS = {
+    "targets": ({"target_modules": HANG}, f"target_modules is '{HANG}'"),
+    "backreference": ({"target_modules": r"(.)\1"}, "target_modules has '(.)\\\\1'"),
+    "whole": ({"modules_to_save": [HANG]}, f"no tensor of '{HANG}'"),
+    "broken whole": ({"modules_to_save": ["a("]}, "modules_to_save has 'a('"),
+    "layers": (
+        {"layers_to_transform": [0], "layers_pattern": HANG}, "does not select it"
+    ),
+    "broken layers": (
+        {"layers_to_transform": [0], "layers_pattern": ["a("]},
+        "layers_pattern has 'a('",
+    ),
+    "layers of several numbers": (
+        {"layers_to_transform": [0], "layers_pattern": "l.*"}, "does not select it"
+    ),
+    "number as layers": ({"layers_pattern": 0}, "layers_pattern is 0"),
+    "huge rank": ({"r": 10**400}, "r is 1000"),
+    "huge alpha": ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+    "huge dropout": ({"lora_dropout": 10**400}, "lora_dropout is 1000"),
+    "tiny alpha": ({"lora_alpha": 1e-300}, "lora_alpha is 1e-300"),
+    "escape": ({"target_modules": ["up", "\x1b[2J"]}, "target_modules is ["),
+    "many": ({"target_modules": ["up"] * 100_001}, "target_modules is ["),
+    "long": ({"target_modules": ["up", "x" * 10**6]}, "target_modules has 'xxx"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_no_config_takes_long_or_says_much(tmp_path, name):
+    config, fragment = BOMBS[name]
+    folder = files.write(tmp_path / "x", tensors(), **config)
+    began = time.process_time()
+    with pytest.raises(flora.LoraError) as caught:
+        flora.peft.load(folder, params())
+    assert time.process_time() - began < 2
+    assert fragment in str(caught.value), str(caught.value)
+    assert len(str(caught.value)) <= 4_000
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"exclude_modules": HANG},
+        {"rank_pattern": {HANG: 9}},
+        {"alpha_pattern": {HANG: 9}},
+    ],
+)
+def test_what_would_hang_and_matches_nothing_changes_nothing(tmp_path, config):
+    folder = files.write(tmp_path / "x", tensors(), **config)
+    kernel = flora.peft.load(folder, params())["layers"]["0"]["up"]["kernel"]
+    assert (kernel.rank, kernel.alpha) == (2, 6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.00.up", "layers.\u0663.up", "layers.\u00b2.up", "layers.+0.up",
+        "layers." + "9" * 900 + ".up", "0." * 400 + "up", "layers.-1.up", "l\x1bx.up",
+        "x" * 5_000,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stacked", [False, True])
+def test_other_numbers_are_no_layers(tmp_path, name, stacked):
+    held = up_adapters() | linear(name, D, F)
+    folder = files.write(tmp_path / "x", held, target_modules=["up", "down"])
+    tree = params()
+    if stacked:
+        both = tree["layers"].values()
+        tree["layers"] = jax.tree.map(lambda *x: jnp.stack(x), *both)
+    began = time.process_time()
+    with pytest.raises(flora.LoraError, match=r"which none of|is (a|no) name"):
+        flora.peft.load(folder, tree)
+    assert time.process_time() - began < 2
+
+
+def test_thousands_of_modules_with_ranks_of_their_own_load_in_time(tmp_path):
+    """Each is a key of rank_pattern, as flora.peft.save writes them."""
+    names = [f"layers.{i}.up" for i in range(400)]
+    held = {k: x for n in names for k, x in linear(n, D, F).items()}
+    tree = {"layers": {str(i): params()["layers"]["0"] for i in range(400)}}
+    patterns = dict.fromkeys(names, 2) | {r"layers\.9\d*\.up": 3}
+    folder = files.write(tmp_path / "x", held, r=4, rank_pattern=patterns)
+    began = time.process_time()
+    loaded = flora.peft.load(folder, tree)
+    assert time.process_time() - began < 10
+    assert {loaded["layers"][str(i)]["up"]["kernel"].rank for i in range(400)} == {2}

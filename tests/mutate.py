@@ -482,7 +482,8 @@ def report(modules):
                 print(f"{status}, line {one['line']}: {mutant.key}")
         totals += count
         print(module, dict(count))
-    print(dict(totals), f"{totals['noticed'] / max(totals.total(), 1):.1%} noticed")
+    tried = totals.total() - totals["untried"]
+    print(dict(totals), f"{totals['noticed'] / max(tried, 1):.1%} of {tried} noticed")
 
 
 def main():

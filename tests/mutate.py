@@ -359,10 +359,10 @@ def chosen(mutant, reached, kills, limit):
 
 
 def functions(code):
-    """The functions of a code object, by name, without those inside functions."""
+    """The functions of a code object, those inside functions too."""
     for const in code.co_consts:
-        if isinstance(const, types.CodeType) and "<locals>" not in const.co_qualname:
-            yield const.co_qualname, const
+        if isinstance(const, types.CodeType):
+            yield (const.co_qualname, const.co_firstlineno, const.co_freevars), const
             yield from functions(const)
 
 
@@ -373,15 +373,14 @@ class Changed:
         self.path, self.new = str(ROOT / module), dict(functions(code))
 
     def __enter__(self):
-        self.old = [
-            (f, f.__code__)
-            for f in gc.get_objects()
-            if isinstance(f, types.FunctionType)
-            and f.__code__.co_filename == self.path
-            and f.__code__.co_qualname in self.new
-        ]
-        for f, code in self.old:
-            f.__code__ = self.new[code.co_qualname]
+        self.old = []
+        for f in gc.get_objects():
+            if isinstance(f, types.FunctionType):
+                code = f.__code__
+                key = code.co_qualname, code.co_firstlineno, code.co_freevars
+                if code.co_filename == self.path and key in self.new:
+                    self.old.append((f, code))
+                    f.__code__ = self.new[key]
 
     def __exit__(self, *_):
         for f, code in self.old:
@@ -482,7 +481,8 @@ def report(modules):
                 print(f"{status}, line {one['line']}: {mutant.key}")
         totals += count
         print(module, dict(count))
-    print(dict(totals), f"{totals['noticed'] / max(totals.total(), 1):.1%} noticed")
+    tried = totals.total() - totals["untried"]
+    print(dict(totals), f"{totals['noticed'] / max(tried, 1):.1%} of {tried} noticed")
 
 
 def main():

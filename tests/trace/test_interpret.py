@@ -76,7 +76,7 @@ def test_what_replaces_an_equation_has_its_name_and_line():
         if e.primitive is P.dot_general
     ]
     assert len(products) == 3
-    assert {str(e.source_info.name_stack) for e in products} == {"up"}
+    assert {str(e.source_info.name_stack) for e in products} == {"up", "up/lora"}
     for eqn in products:
         assert source_line(eqn) == f"test_interpret.py:{start + 2} (fn)"
 

@@ -368,7 +368,7 @@ BAD = {
         tree(), method="qr"),
     "pissa: method='svd' is exact and takes no key": lambda: starts.pissa(
         tree(), key=jax.random.key(0)),
-    "pissa: key is a NoneType; expected a typed": lambda: starts.pissa(
+    "pissa: key is a NoneType; expected a PRNG": lambda: starts.pissa(
         tree(), method="randomized"),
     "niter=-1. Write a number": lambda: starts.pissa(tree(), niter=-1),
     "scaling='none'. Write one of stable, unit, peft": lambda: starts.lora_ga(

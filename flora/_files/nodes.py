@@ -28,12 +28,12 @@ State = dict[str, Any]
 def _state_of_weight(w: LoraWeight) -> State:
     """Its arrays and the scale; dropout keys belong to one step and stay out."""
     parts = {k: serialization.to_state_dict(x) for k, x in _parts(w).items()}
-    return {**parts, "scale": np.asarray(w.scale)}
+    return {**parts, "scale": _scales(w)}
 
 
 def _weight_of_state(w: LoraWeight, state: Any) -> LoraWeight:
     _require_names(w, state, [*_parts(w), "scale"])
-    if not np.array_equal(state["scale"], w.scale):
+    if not np.array_equal(state["scale"], _scales(w)):
         raise LoraError(
             f"{_here()} was written with scale {state['scale']}, and the target is "
             f"{w!r}. Restore into a tree of the same rank and alpha."
@@ -43,6 +43,10 @@ def _weight_of_state(w: LoraWeight, state: Any) -> LoraWeight:
         for k, x in _parts(w).items()
     }
     return _fitting(w, dataclasses.replace(w, **new))
+
+
+def _scales(w: LoraWeight) -> np.ndarray:
+    return np.asarray([x.scale for x in w.blocks] if w.blocks else w.scale)
 
 
 def _parts(w: LoraWeight) -> State:

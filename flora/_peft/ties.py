@@ -153,7 +153,8 @@ def tied_slots(tied: Any, paths: Collection[str]) -> list[Slot]:
             raise LoraError(
                 f"save: tied: '{path}' is no leaf of the tree. Write a leaf's path."
             )
-        for module in [modules] if isinstance(modules, str) else modules:
+        several = isinstance(modules, list | tuple)
+        for module in modules if several else [modules]:
             if not isinstance(module, str):
                 raise LoraTypeError(
                     f"save: tied: '{path}' is given {modules!r}. Write a module's "

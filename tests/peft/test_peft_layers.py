@@ -148,26 +148,31 @@ def embedding_files(tmp_path, more=(), **config):
     return tensors, files.write(tmp_path / "a", tensors, **config)
 
 
+LOOKED_UP = {
+    "fn": lambda p, x: jnp.take(p["embed"]["embedding"], x, axis=0),
+    "args": (jnp.zeros((2, 5), jnp.int32),),
+}
+
+
 def test_embeddings(tmp_path):
     tensors, folder = embedding_files(tmp_path)
     tree = {"embed": {"embedding": jnp.asarray(values(7, 4))}}
-    loaded = flora.peft.load(folder, tree)
+    loaded = flora.peft.load(folder, tree, **LOOKED_UP)
     a, b = (tensors[f"{PREFIX}embed.lora_embedding_{n}"] for n in "AB")
     close(flora.merge(loaded)["embed"]["embedding"], values(7, 4) + 3.0 * (b @ a).T)
-    round_trip(tmp_path, tensors, loaded)
+    round_trip(tmp_path, tensors, loaded, **LOOKED_UP)
 
 
 def test_dora_of_embeddings(tmp_path):
     m = {f"{PREFIX}embed.lora_magnitude_vector": np.abs(values(4))}
     tensors, folder = embedding_files(tmp_path, m, use_dora=True)
-    loaded = flora.peft.load(
-        folder, {"embed": {"embedding": jnp.asarray(values(7, 4))}}
-    )
+    tree = {"embed": {"embedding": jnp.asarray(values(7, 4))}}
+    loaded = flora.peft.load(folder, tree, **LOOKED_UP)
     a, b = (tensors[f"{PREFIX}embed.lora_embedding_{n}"] for n in "AB")
     whole = values(7, 4) + 3.0 * (b @ a).T
     want = whole * np.abs(values(4)) / np.linalg.norm(whole, axis=0)
     close(flora.merge(loaded)["embed"]["embedding"], want)
-    assert round_trip(tmp_path, tensors, loaded)["use_dora"] is True
+    assert round_trip(tmp_path, tensors, loaded, **LOOKED_UP)["use_dora"] is True
 
 
 def tied_fn(p, x):
@@ -205,18 +210,29 @@ def test_ties_that_do_not_hold(tmp_path):
     with pytest.raises(flora.LoraError, match="tied weights"):
         flora.peft.load(folder, tree, fn=tied_fn, args=args)
     for config in (
+        {},
         {"task_type": "CAUSAL_LM"},
         {"auto_mapping": {"base_model_class": "MistralForCausalLM"}},
+        {"auto_mapping": {"base_model_class": "GPT2LMHeadModel"}},
     ):
         files_of = embedding_files(tmp_path, **config)[1]
-        with pytest.raises(
-            flora.LoraError, match=r"its 7 words: tied weights, it seems"
-        ):
+        with pytest.raises(flora.LoraError, match=r"has the 7 words .* tied weights"):
             flora.peft.load(files_of, tree)
+    for config in (
+        {"task_type": "FEATURE_EXTRACTION"},
+        {"auto_mapping": {"base_model_class": "BertModel"}},
+        {"auto_mapping": {"base_model_class": "BertForSequenceClassification"}},
+    ):
+        flora.peft.load(embedding_files(tmp_path, **config)[1], tree)
+    # A bias of logits is no head, a matrix with as many words is one.
+    _, folder = embedding_files(tmp_path)
+    with pytest.raises(flora.LoraError, match="tied weights"):
+        flora.peft.load(folder, tree | {"logits": {"bias": jnp.zeros((1, 7))}})
+    flora.peft.load(folder, tree | {"head": {"kernel": jnp.zeros((4, 7))}})
     _, folder = embedding_files(tmp_path)
     Module = flora.peft.Module
     names = {"embed": [Module("embed"), Module("head", tied=True)]}
-    with pytest.raises(flora.LoraError, match="PEFT adapts the first alone"):
+    with pytest.raises(flora.LoraError, match=r"'head\.weight' is not, but both lie in"):
         flora.peft.load(folder, tree, names=names)
     other = {
         f"{PREFIX}head.lora_A.weight": values(2, 4),
@@ -247,6 +263,91 @@ def test_a_tied_weight_that_trains_whole(tmp_path):
     files.write(folder, tensors | whole, modules_to_save=["embed"], **config)
     with pytest.raises(flora.LoraError, match=r"'head.weight', which none"):
         flora.peft.load(folder, tree)
+
+
+def test_a_whole_weight_for_one_of_two_uses(tmp_path):
+    tree = {
+        "embed": {"embedding": jnp.asarray(values(7, 4))},
+        "mix": {"kernel": jnp.asarray(values(4, 4))},
+    }
+    Module = flora.peft.Module
+    names = {"embed": [Module("embed"), Module("head", tied=True)], "mix": "mix"}
+    args = (jnp.zeros((2, 5), jnp.int32),)
+
+    def folder_of(*modules, **config):
+        whole = {f"{PREFIX}{n}.weight": values(7, 4, seed=3) for n in modules}
+        tensors = files.linear("mix", 4, 4) | whole
+        saved = {"modules_to_save": list(modules[:1]), "target_modules": ["mix"]}
+        return files.write(tmp_path / "a", tensors, **(saved | config))
+
+    one = folder_of("embed")
+    for given in ({}, {"names": names}, {"fn": tied_fn, "args": args}):
+        with pytest.raises(flora.LoraError, match="tied weights"):
+            flora.peft.load(one, tree, **given)
+    with pytest.raises(flora.LoraError, match=r"'head\.weight' is adapted and"):
+        flora.peft.load(folder_of("head"), tree, names=names)
+    both = folder_of("embed", "head", ensure_weight_tying=True)
+    for given in ({}, {"names": names}, {"fn": tied_fn, "args": args}):
+        loaded = flora.peft.load(both, tree, **given)
+        np.testing.assert_array_equal(
+            loaded["embed"]["embedding"].value, values(7, 4, seed=3)
+        )
+    with pytest.raises(flora.LoraError, match=r"tied=\{'embed/embedding': 'lm_head'\}"):
+        flora.peft.save(tmp_path / "b", loaded, fn=tied_fn, args=args)
+    with pytest.raises(flora.LoraError, match="may be read by a head too"):
+        flora.peft.save(tmp_path / "b", loaded)
+    assert not (tmp_path / "b").exists()
+    flora.peft.save(tmp_path / "b", loaded, tied={"embed/embedding": "head"})
+    config, tensors = files.read(tmp_path / "b")
+    assert config["ensure_weight_tying"] is True
+    assert config["modules_to_save"] == ["embed"]
+    for name in ("embed", "head"):
+        close(tensors[f"{PREFIX}{name}.weight"], values(7, 4, seed=3))
+
+
+def test_a_head_in_the_leaf_of_an_embedding(tmp_path):
+    """ΔW would reach the lookup too."""
+    tensors = files.linear("head", 4, 7)
+    folder = files.write(tmp_path / "a", tensors, target_modules=["head"])
+    tree = {"embed": {"embedding": jnp.asarray(values(7, 4))}}
+    args = (jnp.zeros((2, 5), jnp.int32),)
+    for given in ({}, {"fn": tied_fn, "args": args}):
+        with pytest.raises(flora.LoraError, match="tied weights"):
+            flora.peft.load(folder, tree, names={"embed": "head"}, **given)
+
+
+def test_saving_one_of_two_uses(tmp_path):
+    tree = {"embed": {"embedding": jnp.asarray(values(7, 4))}}
+    x = jnp.asarray([[1, 2, 6, 6, 0]])
+    config = flora.LoraConfig(rank=2, target="embedding")
+    adapted = flora.init(jax.random.key(0), config, tied_fn, tree, x)
+    for given in ({"fn": tied_fn, "args": (x,)}, {}, {"task_type": "CAUSAL_LM"}):
+        with pytest.raises(flora.LoraError, match="tied weights"):
+            flora.peft.save(tmp_path / "a", adapted, **given)
+    flora.peft.save(tmp_path / "a", adapted, task_type="FEATURE_EXTRACTION")
+    for given in ({"fn": tied_fn, "args": (x,)}, {}):
+        tied = {"embed/embedding": "head"}
+        flora.peft.save(tmp_path / "a", adapted, tied=tied, **given)
+    assert files.read(tmp_path / "a")[0]["ensure_weight_tying"] is True
+    again = flora.peft.load(tmp_path / "a", tree, fn=tied_fn, args=(x,))
+    close(flora.lora(tied_fn)(again, x), flora.lora(tied_fn)(adapted, x))
+
+
+@pytest.mark.parametrize(
+    ("tied", "message"),
+    [
+        (["embed"], "tied is a list"),
+        ({"embed/other": "head"}, "'embed/other' is no leaf"),
+        ({"embed/embedding": 3}, "is given 3"),
+    ],
+)
+def test_tied_modules_that_are_wrong(tmp_path, tied, message):
+    tree = {"embed": {"embedding": jnp.asarray(values(7, 4))}}
+    config = flora.LoraConfig(rank=2, target="embedding")
+    x = jnp.asarray([[1, 2, 6, 6, 0]])
+    adapted = flora.init(jax.random.key(0), config, tied_fn, tree, x)
+    with pytest.raises(flora.LoraError, match=message):
+        flora.peft.save(tmp_path / "a", adapted, tied=tied)
 
 
 E_, R = 3, 2

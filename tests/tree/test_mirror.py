@@ -40,6 +40,7 @@ EXCEPTIONS = {
     "_peft/serving.py": (SAVED, "what is written for servers"),
     "_peft/start.py": (REFUSED, "starts that change the base"),
     "_peft/targets.py": (REFUSED, "what PEFT would not select"),
+    "_peft/ties.py": ("peft/test_peft_layers.py", "weights that two modules share"),
     "_peft/whole.py": (SAVED, "leaves that train whole"),
 }
 

@@ -23,6 +23,8 @@ def test_mutants_load_as_they_were_or_are_refused(name):
     assert troubles([name], 60, 1) == []
 
 
+# Orbax closes its event loop at the first error; the reads still under way say so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_mutants_of_checkpoints_load_as_they_were_or_are_refused():
     assert troubles(["checkpoint", "checkpoint, signed"], 24, 2) == []
 

@@ -5,8 +5,6 @@ one call of each arm in random order, each waited for; a ratio is the median ove
 of the ratios within a round, to the frozen model of the same library (PyTorch compiled
 to PyTorch compiled).  JAX's steps are compiled; PyTorch's are eager and compiled.
 
-This script has not run on a GPU yet, only with `--device cpu` at small sizes.
-
     pip install "jax[cuda13]" qwix quax torch peft
     python examples/benchmarks/gpu.py --shape 8192x4096x14336
     python examples/benchmarks/gpu.py --device cpu --shape 256x128x256 --rounds 5

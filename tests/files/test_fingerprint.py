@@ -105,10 +105,10 @@ def test_fingerprints_in_files_stay_valid():
     assert fingerprint({"w": w, "v": v}) == old
     w[1, 1:3] = -0.0
     old = {"w": "float32[3,4] 752cf35a7408faf5"}
-    assert base_problems(old, {"w": w}) == []
+    assert base_problems(old, {"w": w}, ()) == []
     assert fingerprint({"w": w}) != old
     w[0, 0] = 0.0
-    (problem,) = base_problems(old, {"w": w})
+    (problem,) = base_problems(old, {"w": w}, ())
     assert problem.startswith("'w': the checkpoint was trained on a base of float32")
     assert "an optimizer without flora.optimizer moved them" in problem
 

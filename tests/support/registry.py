@@ -28,7 +28,7 @@ class Model:
     fn: Callable
     params: Any
     args: tuple
-    target: Any = ("kernel", "embedding")
+    target: Any = re.compile(r"(.*/)?(kernel|embedding)")
     settings: dict = dataclasses.field(default_factory=dict)
 
 

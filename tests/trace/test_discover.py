@@ -15,7 +15,7 @@ def found(fn, shapes, *args, given=None):
     """What `discover` finds of weights `{path: shape}`, without running anything."""
     params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
     leaves, treedef = jax.tree.flatten(params)
-    staged = stage(fn, leaves, treedef, args, {})
+    staged = stage(fn, leaves, treedef, args, {}, verb="test")
     return discover(staged, leaves, dict(enumerate(sorted(params))), given)
 
 
@@ -215,6 +215,8 @@ def test_every_leaf_has_its_own_finding():
 def test_only_the_leaves_that_are_asked_for():
     params = {"a": x(7, 5), "b": x(5, 3)}
     leaves, treedef = jax.tree.flatten(params)
-    staged = stage(lambda p, x: x @ p["a"] @ p["b"], leaves, treedef, (x(3, 7),), {})
+    staged = stage(
+        lambda p, x: x @ p["a"] @ p["b"], leaves, treedef, (x(3, 7),), {}, verb="test"
+    )
     assert list(discover(staged, leaves, {1: "b"})) == ["b"]
     assert discover(staged, leaves, {}) == {}

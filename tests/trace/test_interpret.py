@@ -192,7 +192,7 @@ def test_what_is_refused_names_the_user_s_line(name):
     with pytest.raises(
         flora.LoraError,
         match=rf"' at test_interpret.py:{line} \(<lambda>\) reads 'w' and flora has no "
-        r'factored rule for it .*Exclude \'w\', or pass fallback="materialize".*140 B',
+        r"factored rule for it .*Write exclude='/w' in LoraConfig, or pass .*140 B",
     ):
         flora.lora(fn)(tree, X)
     out = jax.eval_shape(flora.lora(fn, fallback="materialize"), tree, X)

@@ -13,7 +13,7 @@ W, B = jnp.ones((4, 3)), jnp.ones(3)
 
 def staged(fn, tree, *args, **kwargs):
     leaves, treedef = jax.tree.flatten(tree)
-    return stage(fn, leaves, treedef, args, kwargs)
+    return stage(fn, leaves, treedef, args, kwargs, verb="test")
 
 
 def inputs_of(found):

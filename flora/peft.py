@@ -351,7 +351,7 @@ def save(
       kwargs: its keyword arguments.
       tied: `{leaf: module}`, such as `{'model/embed_tokens/embedding': 'lm_head'}`, the
         other modules of PyTorch that use a leaf's weight; the file then changes all of
-        them alike, with `ensure_weight_tying`.
+        them alike, with `ensure_weight_tying`.  `{}` says that there are none.
       base: the plain base that the file's user will have, if the adapted tree's own
         base was changed at the start (PiSSA, OLoRA, LoRA-GA…).  The difference, which
         must be of low rank, is written as further rows of A and columns of B.
@@ -380,7 +380,7 @@ def save(
     config, tensors = written(
         adapted,
         names=names,
-        tied=tied or {},
+        tied=tied,
         readers=readers,
         base=base,
         serving=serving,

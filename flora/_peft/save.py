@@ -39,7 +39,7 @@ def written(
     adapted: Any,
     *,
     names: Any,
-    tied: Mapping[str, Any],
+    tied: Mapping[str, Any] | None,
     readers: Readers | None,
     base: Any,
     serving: bool,
@@ -67,11 +67,11 @@ def written(
         else given_slots(names, paths, partial=bare)
     )
     by_path: dict[str, list[Slot]] = collections.defaultdict(list)
-    for slot in (*slots, *tied_slots(tied, paths)):
+    for slot in (*slots, *tied_slots(tied or {}, paths)):
         by_path[slot.path].append(slot)
     fail(_unnamed(named, by_path))
-    wordless = about["task_type"] in WORDLESS
-    fail(save_problems(named, by_path, readers, wordless))
+    known = tied is not None or about["task_type"] in WORDLESS
+    fail(save_problems(named, by_path, readers, known))
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
     nodes = nodes if base is None else with_start(nodes, base)
     found: dict[str, list[Part]] = {}

@@ -168,7 +168,7 @@ def save_problems(
     named: Sequence[tuple[str, Any]],
     by_path: Mapping[str, Sequence[Slot]],
     readers: Readers | None,
-    wordless: bool,
+    known: bool,
 ) -> Iterator[str]:
     """Leaves of which a file without `ensure_weight_tying` would hold one use, or may.
 
@@ -176,7 +176,7 @@ def save_problems(
       named: all leaves.
       by_path: the slots of each.
       readers: how the function reads each leaf; `None` where none was given.
-      wordless: whether the model is known to give no words.
+      known: whether all shared weights are, those of `by_path` alone.
     """
     shapes = {p: tuple(getattr(base_of(x), "shape", ())) for p, x in named}
     for path, leaf in named:
@@ -193,16 +193,15 @@ def save_problems(
             )
             continue
         table = leaf_word(path) == "embedding" or first.module.kind == "embedding"
-        if readers is not None or wordless or not table:
+        if readers is not None or known or not table:
             continue
         shape = _shape(leaf)
         if shape and _is_alone(path, shape[0], shapes):
             yield (
                 f"save: '{path}' may be read by a head too (tied weights): no other "
                 f"weight has its {shape[0]} words, and '{first.name}' alone would be "
-                "saved. Pass fn= and args= to follow the leaf, write "
-                f"tied={{'{path}': 'lm_head'}}, or task_type='FEATURE_EXTRACTION' for "
-                "a model that gives no words."
+                "saved. Pass fn= and args= to follow the leaf, or write "
+                f"tied={{'{path}': 'lm_head'}}, or tied={{}} if it has no other use."
             )
 
 

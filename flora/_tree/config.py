@@ -63,6 +63,9 @@ class LoraConfig:
       target: leaves that get factors.  Leaves with fewer than 2 axes are skipped.
         `()` together with `train` makes a linear probe.
       exclude: leaves that stay frozen although `target` selects them.
+        In these, and in the two patterns below, a glob that matches no leaf as it
+        stands can name layers of a stack: 'layers/3/*' is the fourth matrix of each
+        leaf whose path is that without the 3.
       rank_pattern: `{pattern: rank}`, for leaves that need another.
       alpha_pattern: `{pattern: alpha}`, likewise.
       layouts: `{pattern: Layout}` for leaves whose layout should not be discovered.

@@ -325,6 +325,7 @@ def test_saving_one_of_two_uses(tmp_path):
         with pytest.raises(flora.LoraError, match="tied weights"):
             flora.peft.save(tmp_path / "a", adapted, **given)
     flora.peft.save(tmp_path / "a", adapted, task_type="FEATURE_EXTRACTION")
+    flora.peft.save(tmp_path / "a", adapted, tied={})
     for given in ({"fn": tied_fn, "args": (x,)}, {}):
         tied = {"embed/embedding": "head"}
         flora.peft.save(tmp_path / "a", adapted, tied=tied, **given)

@@ -125,9 +125,10 @@ def gemma(package, settings=None, **fields):
 TUNIX = {"num_layers": 2, "embed_dim": 16, "hidden_dim": 22, "num_heads": 4,
          "head_dim": 6, "num_kv_heads": 2}  # fmt: skip
 QWEN = TUNIX | {"vocab_size": 31, "rope_theta": 10_000, "norm_eps": 1e-6}
-TUNIX_TARGET = any_of("w", "input_embedding", "kernel", "gate_proj", "up_proj", "down_proj",
-                "router_logits", "gating_einsum", "linear",
-                "per_layer_input_embedding")  # fmt: skip
+TUNIX_TARGET = any_of(
+    "w", "input_embedding", "kernel", "gate_proj", "up_proj", "down_proj",
+    "router_logits", "gating_einsum", "linear", "per_layer_input_embedding",
+)  # fmt: skip
 
 
 def tunix(package, name, remat=None, settings=None, **fields):

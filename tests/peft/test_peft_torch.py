@@ -314,3 +314,52 @@ def test_factors_start_as_pefts_do(how):
             assert abs(std - wanted) <= 0.06 * wanted, name
             top, largest = float(abs(x).max()), float(y.detach().abs().max())
             assert abs(top - largest) <= 0.25 * largest, name
+
+
+HALF = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+TIED = {
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "both": {"target_modules": ["lm_head", "embed_tokens"]},
+    "embedding, whole": {"modules_to_save": ["embed_tokens"]},
+    "head, whole": {"modules_to_save": ["lm_head"]},
+    "both, whole": {"modules_to_save": ["lm_head", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("ensured", [False, True])
+@pytest.mark.parametrize("name", TIED)
+def test_uses_of_a_tied_weight_are_right_or_refused(tmp_path, name, ensured):
+    model, fn, x = models.build("tied")
+    params, table = models.params_of("tied", model), "model/embed_tokens/embedding"
+    config = HALF | TIED[name] | {"ensure_weight_tying": ensured}
+    adapted = models.adapt(model, config)
+    want = models.run(adapted, x)
+    folder = models.saved(adapted, tmp_path / "peft")
+
+    def only_head(path):
+        return Module("lm_head") if path == table else NAMES["tied"](path)
+
+    followed = {"fn": fn, "args": (x,)}
+    given = {
+        "plain": {}, "followed": followed, "named": {"names": NAMES["tied"]},
+        "as a head": {"names": only_head}, "as a head, followed": {
+            "names": only_head, **followed},
+    }  # fmt: skip
+    loads, saves = 0, 0
+    for settings in given.values():
+        try:
+            loaded = flora.peft.load(folder, params, **settings)
+        except flora.LoraError:
+            continue
+        loads += 1
+        close(flora.lora(fn)(loaded, x), want, 1e-6)
+        for more in ({}, followed, {"tied": {table: "lm_head"}}, given["named"]):
+            try:
+                flora.peft.save(tmp_path / "flora", loaded, **more)
+            except flora.LoraError:
+                continue
+            saves += 1
+            again = models.run(models.reloaded(model, tmp_path / "flora"), x)
+            close(again, want, 1e-6)
+    assert (loads, saves) == ((3, 6) if ensured else (0, 0))

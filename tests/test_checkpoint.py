@@ -227,7 +227,9 @@ def test_batch_statistics_are_saved_and_other_changed_leaves_if_named(tmp_path):
         dense = later["params"]["layers_0"]
         dense = dense | {"bias": dense["bias"] + 1}
         later = later | {"params": later["params"] | {"layers_0": dense}}
-        saver.save(2, later)
+        with pytest.raises(flora.LoraError, match="is frozen and was float32"):
+            saver.save(2, later)
+        saver.save(2, later, check_base=False)
         remedy = "save with also='/params/layers_0/bias'"
         with pytest.raises(flora.LoraError, match=remedy):
             saver.restore(adapted)

@@ -102,13 +102,14 @@ def test_restart_draws_as_asked():
     assert abs(float(jnp.var(other["w"].b)) * 50 - 2) < 0.1
     table, _ = recipes.restart(
         jax.random.key(0), tx, state, adapted, initializer=start,
-        init_pattern={"w": flora.initializers.embedding(), "*": start},
+        init_pattern={"w": flora.initializers.embedding()},
     )  # fmt: skip
     assert abs(float(jnp.var(table["w"].b)) - 1) < 0.05
     for wrong, message in (
         ({"initializer": flora.initializers.peft()}, "none is traced here"),
         ({"init_pattern": {"w": flora.initializers.peft()}}, "initializer=uniform"),
         ({"init_pattern": {"v": start}}, "init_pattern='v' selects none of the 1"),
+        ({"init_pattern": {"w": start, "*": start}}, "all that '\\*' selects is taken"),
         ({"initializer": "peft"}, "init='peft'. Write one of"),
     ):
         with pytest.raises(flora.LoraError, match=message):

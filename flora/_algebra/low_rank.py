@@ -213,7 +213,8 @@ def densified(w: Factored) -> Any:
     if not w.factors:
         return base
     w = fused(w)
-    dtype = jnp.float32 if base is None else compute_dtype(base.dtype)
+    kind = (w.a.array.dtype, w.b.array.dtype) if base is None else (base.dtype,)
+    dtype = compute_dtype(*kind)
     if w.settings.between is not None:
         raise LoraError(
             f"'{w.settings.path}' would have to be formed, and its variant puts a "

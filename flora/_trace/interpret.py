@@ -267,7 +267,9 @@ def _apply_rule(ctx: Context, i: int, eqn: Eqn, values: list[Any]) -> Sequence[A
                 return rule(ctx, eqn, *values)
             return on_quantized(functools.partial(rule, ctx, eqn), values)
         except Unfactorable as reason:
-            dense = [densify(ctx, eqn, x, str(reason)) for x in values]
+            why = str(reason)
+            pairs = zip(values, eqn.invars, strict=True)
+            dense = [densify(ctx, eqn, x, why, v.aval) for x, v in pairs]
             return compat.eval_eqn(eqn, dense)
 
 
@@ -281,11 +283,13 @@ def _other_jax(ctx: Context, eqn: Eqn, values: Sequence[Any], what: str) -> Lora
     )
 
 
-def densify(ctx: Context, eqn: Eqn, x: Any, reason: str) -> Any:
-    """A plain array for x.
+def densify(ctx: Context, eqn: Eqn, x: Any, reason: str, like: Any = None) -> Any:
+    """A plain array for x; a change without its base in the dtype of `like`, if given.
 
     Rows that an index looked up are activations already, and sums over axes are small.
     """
+    if like is not None and isinstance(x, Factored) and x.base is None:
+        return densify(ctx, eqn, x, reason).astype(like.dtype)
     if isinstance(x, Squared):
         return lax.square(densify(ctx, eqn, x.root, reason)).astype(x.value.dtype)
     if not isinstance(x, Factored):

@@ -27,6 +27,7 @@ PATTERN_FIELDS = (
 
 T = TypeVar("T")
 
+_MOST = 2**20  # of a rank: no matrix has as many
 _GAUSSIAN = gaussian()  # one function object, so that drawing compiles once
 
 
@@ -214,6 +215,8 @@ def _is_real(x: Any) -> bool:
 def _rank_problems(name: str, rank: Any) -> list[str]:
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
         return [f"{name}={rank!r}. The rank must be an int of at least 1."]
+    if int(rank) > _MOST:
+        return [f"{name}={rank!r}. The rank must be at most {_MOST:,}."]
     return []
 
 

@@ -141,7 +141,8 @@ def summary(tree: Any) -> Summary:
 
 def _rank(row: LeafSummary) -> str:
     """The rank, marked where A B cannot have it."""
-    if row.rank is None or row.full_rank is None or row.rank <= row.full_rank:
+    rank, full = row.rank, row.full_rank
+    if not isinstance(rank, int) or not isinstance(full, int) or rank <= full:
         return str(row.rank or "")
     return f"{row.rank} > {row.full_rank}"
 

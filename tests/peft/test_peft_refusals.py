@@ -336,7 +336,7 @@ def test_a_base_that_is_another(tmp_path):
     same = {f"{key}.base_layer.weight": values(7, D)}
     other = {f"{key}.base_layer.weight": values(7, D, seed=3)}
     wider = {f"{key}.base_layer.weight": values(9, D)}
-    config = {"target_modules": ["embed_tokens"], "task_type": None}
+    config = {"target_modules": ["embed_tokens"], "task_type": "FEATURE_EXTRACTION"}
     flora.peft.load(files.write(tmp_path / "1", held | same, **config), embedding)
     with pytest.raises(flora.LoraError, match="trained on another base"):
         flora.peft.load(files.write(tmp_path / "2", held | other, **config), embedding)

@@ -206,7 +206,7 @@ REFUSED = [
     ("a weight as a loop's result",
         {"w": weight(MATRIX, 3, 4)},
         lambda p, x: lax.fori_loop(0, 2, lambda i, c: p["w"], x)),
-    ("a placement of a change to a weight). Exclude 'w', or pass "
+    ("a placement of a change to a weight). Write exclude='/w' in LoraConfig, or pass "
      'fallback="materialize" (forms W + scale·A·B, 80 B',
         {"w": weight(MATRIX, 4, 5)}, lambda p, x: placed(p["w"], x)),
     ("a function with a derivative of its own, of a weight whose outputs are scaled",

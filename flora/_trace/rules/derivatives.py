@@ -79,7 +79,11 @@ def custom_jvp_call(ctx: Context, eqn: Eqn, *args: Any) -> Any:
 
         def along(part: Callable[[Any, Any], Any]) -> list[Any]:
             outs = interpret(ctx, rule, [*args, *(part(args[i], moved[i]) for i in at)])
-            return [densify(ctx, eqn, x, "a weight as the result") for x in outs]
+            pairs, what = (
+                zip(outs, rule.out_avals, strict=True),
+                "a weight as the result",
+            )
+            return [densify(ctx, eqn, x, what, like) for x, like in pairs]
 
         # Linear in the tangents, so that it can be transposed: dA B first, then A dB.
         first, second = along(_along_a), along(_along_b)

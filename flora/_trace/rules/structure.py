@@ -262,7 +262,8 @@ def _one_formed(ctx: Context, eqn: Eqn, x: Factored, y: Factored) -> tuple[Any, 
     small = min((x, y), key=size)
     if not small.reduced and size(small)[1] > 1:
         raise Unfactorable("a product of two weights, element by element")
-    formed = densify(ctx, eqn, small, "a factor of another weight")
+    what, like = "a factor of another weight", eqn.invars[0].aval  # both operands'
+    formed = densify(ctx, eqn, small, what, like)
     return (formed, y) if small is x else (x, formed)
 
 

@@ -162,8 +162,9 @@ def haiku(forward, *args, settings=None):
     def fn(tree, *args):
         return pure.apply(tree["params"], tree["state"], None, *args)
 
-    return Model(fn, {"params": params, "state": state}, args,
-                 ("w", "w_i", "w_h", "embeddings"), settings or {})  # fmt: skip
+    tree = {"params": params, "state": state}
+    target = any_of("w", "w_i", "w_h", "embeddings")
+    return Model(fn, tree, args, target, settings or {})
 
 
 def haiku_attention(hk, x):
@@ -214,7 +215,8 @@ def equinox(build, *args, call=None, **settings):
         model = eqx.combine(params, static)
         return jax.vmap(functools.partial(call, model) if call else model)(*args)
 
-    return Model(fn, params, args, ("weight", "weight_ih", "weight_hh"), settings)
+    target = any_of("weight", "weight_ih", "weight_hh")
+    return Model(fn, params, args, target, settings)
 
 
 def equinox_attention(nn, key):

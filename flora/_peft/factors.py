@@ -146,10 +146,10 @@ def node(
     dtype = np.result_type(*(x.dtype for _, a, b in made for x in (a, b)))
     a_all = np.zeros((*stack, rows, rank), dtype)
     b_all = np.zeros((*stack, rank, wide), dtype)
-    blocks = []
+    blocks, ends = [], dict.fromkeys(used, 0)
     for p, a, b in made:
-        start = sum(x.rank for x in blocks if x.index == p.index)
-        ranks = slice(start, start + a.shape[-1])
+        ranks = slice(ends[p.index], ends[p.index] + a.shape[-1])
+        ends[p.index] = ranks.stop
         a_all[p.index][..., :, ranks] = a
         at = positions(p.slot, beside, wide)
         b_all[p.index][..., ranks, at] = b

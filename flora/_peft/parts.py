@@ -54,6 +54,9 @@ def parts(
     b = b.reshape(*stack, b.shape[len(stack)], -1)
     columns = (node.extra or {}).get("magnitude")
     m = None if columns is None else np.asarray(columns).reshape(*stack, -1)
+    held: dict[tuple[int, ...], list[Block]] = {}
+    for block in node.blocks:
+        held.setdefault(block.index, []).append(block)
     for slot in slots:
         kind = kind_of(path, node, slot, known)
         if slot.holes > len(stack) or (slot.holes < len(stack) and kind != "raw"):
@@ -61,22 +64,15 @@ def parts(
         at = positions(slot, slots_beside(slots), b.shape[-1])
         for index in np.ndindex(*stack[: slot.holes]):
             own = None if m is None else m[index][..., at]
-            for block in _blocks(node, index, at):
+            around = (held.get(index[:n], ()) for n in range(len(index) + 1))
+            own_blocks = [x for some in around for x in some if _share(x, at) == "all"]
+            if not node.blocks:
+                own_blocks = [Block(index, 0, node.a.shape[-1], node.scale)]
+            for block in own_blocks:
                 ranks = slice(block.start, block.stop)
                 pair = a[index][..., ranks], b[index][..., ranks, at]
                 part = _part(node, slot, index, kind, pair, own)
                 yield dataclasses.replace(part, scale=block.scale)
-
-
-def _blocks(
-    node: LoraWeight, index: tuple[int, ...], at: np.ndarray
-) -> Iterator[Block]:
-    """The adapter of some outputs of an index of the stack, if there is one."""
-    if not node.blocks:
-        yield Block(index, 0, node.a.shape[-1], node.scale)
-    for block in node.blocks:
-        if index[: len(block.index)] == block.index and _share(block, at) == "all":
-            yield block
 
 
 def _share(block: Block, at: np.ndarray) -> str:
@@ -93,10 +89,11 @@ def _as_modules(node: LoraWeight, slots: Sequence[Slot]) -> LoraWeight:
     The scales are in B then, since PEFT has one a module.
     """
     wide = math.prod(node.b.shape[len(node.layout.stack) + 1 :])
+    beside = slots_beside(slots)
+    places = [(slot.holes, positions(slot, beside, wide)) for slot in slots]
     fits = all(
-        len(block.index) <= slot.holes
-        and _share(block, positions(slot, slots_beside(slots), wide)) != "some"
-        for slot in slots
+        len(block.index) <= holes and _share(block, at) != "some"
+        for holes, at in places
         for block in node.blocks
     )
     if fits:

@@ -209,7 +209,7 @@ def product_of(weight: LoraWeight) -> Product:
     product = plain.variant.product(plain)
     if not weight.blocks or product.columns is None:
         return product
-    stack, _, out = _sizes(weight)
+    stack, _, out = factor_sizes(weight)
     adapted = covered(weight.blocks, stack, out)
     return product._replace(columns=jnp.where(adapted, product.columns, 1))
 
@@ -227,7 +227,7 @@ def uniform(weight: LoraWeight) -> LoraWeight:
     """
     if not weight.blocks:
         return weight
-    stack, _, out = _sizes(weight)
+    stack, _, out = factor_sizes(weight)
     wide = jnp.promote_types(weight.b.dtype, jnp.float32)
     gate = gates(weight.blocks, stack, weight.rank, out).astype(wide)
     return dataclasses.replace(
@@ -243,7 +243,7 @@ def within_blocks(weight: LoraWeight) -> LoraWeight:
     """The weight with zeros in all that lies outside of its blocks."""
     if not weight.blocks:
         return weight
-    stack, in_, out = _sizes(weight)
+    stack, in_, out = factor_sizes(weight)
     gate = gates(weight.blocks, stack, weight.rank, out) != 0
     ranks = gate.any(tuple(range(len(stack) + 1, gate.ndim)))  # [*stack, rank]
     adapted = ranks.any(-1)
@@ -266,7 +266,7 @@ def within_blocks(weight: LoraWeight) -> LoraWeight:
     return on_parts(inside, weight)
 
 
-def _sizes(weight: LoraWeight) -> tuple[tuple[int, ...], ...]:
+def factor_sizes(weight: LoraWeight) -> tuple[tuple[int, ...], ...]:
     """The sizes of the stack, in and out axes, read off A and B."""
     n = len(weight.layout.stack)
     a, b = tuple(weight.a.shape), tuple(weight.b.shape)

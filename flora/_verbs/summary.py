@@ -14,7 +14,7 @@ from flora._tree.errors import human_bytes
 from flora._tree.layout import Layout
 from flora._tree.paths import named_leaves
 from flora._tree.quantized import is_quantized
-from flora._tree.weight import LoraWeight, Trained, trained_parts
+from flora._tree.weight import LoraWeight, Trained, factor_sizes, trained_parts
 from flora._verbs.tables import plain_text, table
 
 
@@ -151,8 +151,8 @@ def _full_rank(leaf: LoraWeight) -> int | None:
     """min(in, out), which the factors tell of an adapter too."""
     if not (is_array(leaf.a) and is_array(leaf.b)):
         return None
-    n = len(leaf.layout.stack)
-    return min(math.prod(leaf.a.shape[n:-1]), math.prod(leaf.b.shape[n + 1 :]))
+    _, in_, out = factor_sizes(leaf)
+    return min(math.prod(in_), math.prod(out))
 
 
 def _summarize(path: str, leaf: Any) -> LeafSummary:
@@ -205,8 +205,7 @@ def _idle(leaf: LoraWeight) -> int:
     """How many elements of A and B lie outside of all blocks."""
     if not leaf.blocks:
         return 0
-    n = len(leaf.layout.stack)
-    stack, in_, out = leaf.a.shape[:n], leaf.a.shape[n:-1], leaf.b.shape[n + 1 :]
+    stack, in_, out = factor_sizes(leaf)
     size = math.prod(leaf.a.shape) + math.prod(leaf.b.shape)
     for block in leaf.blocks:
         first, end = block.columns or (0, math.prod(out))

@@ -37,6 +37,7 @@ import flora.hf
 import flora.peft
 from flora._files.safetensors import read
 from flora._peft import file as peft_file
+from tests.support.process_worker import forked
 
 SHAPE, RANK = (64, 96), 8
 
@@ -192,19 +193,6 @@ def outcome(load, folder):
 
 
 # --- Processes ------------------------------------------------------------------------
-
-
-def forked(fn, *args):
-    """Forks before JAX starts, which spares the imports."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        fn(*args)
-        os._exit(0)
-    except BaseException as error:
-        sys.stderr.write(f"{error!r}\n")
-        os._exit(1)
 
 
 def save_forever(case, folder, first, pipe):

@@ -18,12 +18,14 @@ from flora._nnx.parts import (
     PLAIN,
     attach,
     detached,
+    found,
     owners,
     plain_class,
+    raw,
     slots_of,
 )
 from flora._tree.errors import LoraError, fail
-from flora._tree.weight import LoraWeight, is_leaf, is_node
+from flora._tree.weight import LoraWeight, is_leaf, is_node, on_parts
 from flora._verbs.dropout import with_dropout
 from flora._verbs.lora import lora, undifferentiated
 
@@ -33,6 +35,10 @@ FROZEN = (
     "a frozen weight was differentiated: only factors, and what LoraConfig.train names, "
     "have a gradient. Write nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam)) and "
     "nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)."
+)
+KEYLESS = (
+    "trains without its dropout, whose keys the adapted model holds and a part of it does "
+    "not. Call that model; or give flora.nnx.module a key; or adapt with dropout=0."
 )
 
 
@@ -119,54 +125,79 @@ def run(module: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """`module.name(*args, **kwargs)` on base and factors.
 
     What the method changes, in the module or in modules among its arguments, is changed
-    there when it returns.
+    there when it returns, and what it returns of them is what they hold.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_graph)
     at = [i for i, x in enumerate(leaves) if _is_graph(x)]
     given = [leaves[i] for i in at]
     values = [None if _is_graph(x) else x for x in leaves]
-    graphdef, weights, rest = nnx.split([detached(module), *given], _is_weight, ...)
-    weights = _with_keys(module, nnx.map_state(_frozen, weights))
+    plain = detached(module)
+    nodes = {(0, *p): x for p, x in _flat(nnx.state(plain)) if is_node(raw(x))}
+    graphdef, weights, rest = nnx.split([plain, *given], _is_weight, ...)
+    weights = _with_keys(module, nnx.map_state(_frozen, weights[0]))
 
     def fn(weights: Any, rest: Any, values: list[Any]) -> Any:
-        modules = nnx.merge(graphdef, weights, rest)
+        state = {(0, *p): x for p, x in _flat(weights)} | dict(_flat(rest))
+        before = {path: jax.tree.leaves(raw(x)) for path, x in state.items()}
+        modules = nnx.merge(graphdef, nnx.from_flat_state(state))
         filled = dict(zip(at, modules[1:], strict=True))
         args, kwargs = treedef.unflatten(
             [filled.get(i, x) for i, x in enumerate(values)]
         )
-        out = getattr(modules[0], name)(*args, **kwargs)
+        out = getattr(modules[0], name)
+        out = out(*args, **kwargs) if callable(out) else out
         after, state = nnx.split(modules)
-        before = dict(nnx.to_flat_state(weights)) | dict(nnx.to_flat_state(rest))
-        changed = [
-            (path, x)
-            for path, x in nnx.to_flat_state(state)
-            if path not in before or not _same(before[path], x)
-        ]
-        fail(_changed_problems(module, name, adapted & {path for path, _ in changed}))
+        changed = {p: x for p, x in _flat(state) if not _same(before.get(p), x)}
+        fail(_changed_problems(module, name, nodes.keys() & changed.keys()))
         grown = after != graphdef  # then all of the state, to build the graph anew
-        return out, after, nnx.from_flat_state(changed), state if grown else None
+        kept = nnx.from_flat_state((dict(_flat(state)) if grown else changed).items())
+        return _with_places(out, modules), kept, after if grown else None
 
-    adapted = {p for p, x in nnx.to_flat_state(weights) if is_node(x.get_raw_value())}
     fn.__qualname__ = fn.__name__ = f"{type(module).__name__}.{name}"
-    out, after, changed, state = lora(fn)(weights, rest, values)
-    if state is not None:
-        grown = nnx.merge(after, state)
-        become(module, adapt_in_place(grown[0], methods_of(module)))
-        for old, new in zip(given, grown[1:], strict=True):
+    out, state, after = lora(fn)(weights, rest, values)
+    if after is not None:
+        flat = {path: nodes.get(path, x) for path, x in _flat(state)}
+        grown, *others = nnx.merge(after, nnx.from_flat_state(flat.items()))
+        if DROPOUT in vars(module):
+            setattr(grown, DROPOUT, getattr(module, DROPOUT))
+        become(module, adapt_in_place(grown, methods_of(module)))
+        for old, new in zip(given, others, strict=True):
             become(old, new)
     for i, node in enumerate([module, *given]):
-        if state is None and i in changed:
-            nnx.update(node, changed[i])
-    return out
+        if after is None and i in state:
+            nnx.update(node, state[i])
+    return jax.tree.map(
+        lambda x: found([module, *given], x.path) if isinstance(x, _Place) else x, out
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where in the modules of a call something that it returned lies."""
+
+    path: tuple[Any, ...]
+
+
+def _with_places(out: Any, modules: list[Any]) -> Any:
+    places = {id(x): path for path, x in nnx.iter_graph(modules) if _is_graph(x)}
+    return jax.tree.map(
+        lambda x: _Place(places[id(x)]) if id(x) in places else x,
+        out,
+        is_leaf=_is_graph,
+    )
 
 
 def _is_graph(x: Any) -> bool:
     return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
+def _flat(state: Any) -> Any:
+    return nnx.to_flat_state(state)
+
+
 def _is_weight(path: Any, x: Any) -> bool:
     """Whether a variable is a weight of the module, not of one among the arguments."""
-    return path[0] == 0 and (isinstance(x, nnx.Param) or is_node(x.get_raw_value()))
+    return path[0] == 0 and (isinstance(x, nnx.Param) or is_node(raw(x)))
 
 
 def _frozen(path: Any, variable: Any) -> Any:
@@ -176,8 +207,8 @@ def _frozen(path: Any, variable: Any) -> Any:
         floating = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
         return undifferentiated(why, x) if floating else x
 
-    why = f"'{'/'.join(map(str, path[1:]))}', {FROZEN}"
-    value = variable.get_raw_value()
+    why = f"'{'/'.join(map(str, path))}', {FROZEN}"
+    value = raw(variable)
     if isinstance(value, LoraWeight):
         base = jax.tree.map(frozen, value.base)
         return variable.replace(dataclasses.replace(value, base=base))
@@ -186,15 +217,31 @@ def _frozen(path: Any, variable: Any) -> Any:
 
 def _with_keys(module: Any, weights: Any) -> Any:
     """The weights with dropout keys, as the module's mode asks for."""
-    dropout = vars(module).get(DROPOUT)
-    if dropout is None:
+    dropped = [p for p, x in _flat(weights) if getattr(raw(x), "dropout", 0)]
+    if not dropped:
         return weights
-    return with_dropout(weights, None if dropout.deterministic else dropout.rngs())
+    dropout = vars(module).get(DROPOUT)
+    if dropout is not None:
+        return with_dropout(weights, None if dropout.deterministic else dropout.rngs())
+
+    def keyless(path: Any, variable: Any) -> Any:
+        node = raw(variable)
+        if not getattr(node, "dropout", 0):
+            return variable
+        why = f"'{'/'.join(map(str, path))}' of {type(module).__name__} {KEYLESS}"
+        node = on_parts(lambda name, x: undifferentiated(why, x), node)
+        return variable.replace(dataclasses.replace(node, dropout=0.0))
+
+    return nnx.map_state(keyless, weights)
 
 
 def _same(old: Any, new: Any) -> bool:
-    xs, ys = (jax.tree.leaves(v.get_raw_value()) for v in (old, new))
-    return len(xs) == len(ys) and all(x is y for x, y in zip(xs, ys, strict=True))
+    news = jax.tree.leaves(raw(new))
+    return (
+        old is not None
+        and len(old) == len(news)
+        and all(x is y for x, y in zip(old, news, strict=True))
+    )
 
 
 def _changed_problems(module: Any, name: str, paths: set[Any]) -> Iterator[str]:

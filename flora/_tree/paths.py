@@ -33,6 +33,14 @@ def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     return [(path_of(keys), leaf) for keys, leaf in leaves], treedef
 
 
+def is_static(leaf: Any) -> bool:
+    """Whether a leaf is a function, a string or a number of Python's.
+
+    Modules of Equinox hold them: activations, names, rates.
+    """
+    return callable(leaf) or isinstance(leaf, str | bytes | int | float | complex)
+
+
 def check_pattern(name: str, pattern: Any) -> None:
     """Raises unless it is a glob, a compiled regex, a callable, or several of them."""
     for entry in entries(pattern):
@@ -56,7 +64,7 @@ def matches(pattern: Pattern, path: str, leaf: Any) -> bool:
 
     A glob's `*` crosses '/'; the glob must match the end of the path, from the start of
     a segment, or the whole path if it starts with '/'.  A regex must match the whole
-    path.
+    path.  A callable is not asked about leaves that are static.
     """
     return any(_matches_one(entry, path, leaf) for entry in entries(pattern))
 
@@ -66,6 +74,8 @@ def _matches_one(entry: Any, path: str, leaf: Any) -> bool:
         return _regex(entry).fullmatch(path) is not None
     if isinstance(entry, re.Pattern):
         return entry.fullmatch(path) is not None
+    if is_static(leaf):
+        return False
     try:
         return bool(entry(path, leaf))
     except Exception as error:

@@ -24,7 +24,7 @@ FENCE = re.compile(
     r"^( *)(```+|~~~+) *(\S*).*?\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE
 )
 # Pages that need the extra third-party; the warnings of its packages are theirs.
-THIRD_PARTY = {"examples/howto/equinox.md", "examples/howto/keras.md"}
+THIRD_PARTY = {f"examples/howto/{x}.md" for x in ("equinox", "keras", "tunix")}
 MARKS = [pytest.mark.third_party, pytest.mark.filterwarnings("ignore")]
 # What is not Python of flora's; a block with none of these is a mistake.
 OTHERS = {"sh", "text", "toml", "json"}

@@ -327,11 +327,11 @@ def scan_loralinear() -> NnxScan:
     return NnxScan(functools.partial(nnx.LoRALinear, lora_rank=RANK))
 
 
-def main() -> None:
-    """Prints a table a model."""
+def models() -> dict[str, Callable[[], Iterator]]:
+    """What makes the rows of each model."""
     in_source = sum(inspect.getsource(x).count("linear(") for x in (NnxBlock, NnxScan))
     every = {"qwix": ".*"}
-    tables = {
+    return {
         "Llama 3 of Tunix": lambda: of_nnx(
             llama, (lines(nnx_loralinear), lambda: nnx_loralinear(*llama())), every
         ),
@@ -341,14 +341,18 @@ def main() -> None:
             every | {"qwix, outside the scan": "(?!layers).*"},
         ),
         "Linen, nn.scan": lambda: of_linen(
-            LinenScan(), every | {"qwix, but for the einsum": "(?!.*qkv).*"}
+            LinenScan(), every | {"qwix, without the einsum": "(?!.*qkv).*"}
         ),
         "Gemma 3 of gemma": lambda: of_linen(gemma(), every),
     }
+
+
+def main() -> None:
+    """Prints a table a model."""
     console = Console(width=160)
     console.print(_report.versions("qwix", "google-tunix", "gemma"), highlight=False)
     columns = ["step", "lines", "weights", "FLOPs to full", "without factors"]
-    for title, rows in tables.items():
+    for title, rows in models().items():
         console.print(_report.table(title, columns, list(rows())))
 
 

@@ -18,6 +18,10 @@ from tests.support import tunix_models as small
 pytestmark = [pytest.mark.third_party, pytest.mark.filterwarnings("ignore")]
 
 models = pytest.mark.parametrize("name", small.NAMES)
+BY_HAND = pytest.mark.by_hand
+llama = pytest.mark.parametrize(
+    "name", ["Llama3", *(pytest.param(x, marks=BY_HAND) for x in small.NAMES[1:])]
+)
 
 
 def trainer(model, tx=None, folder=None, steps=None, every=1, kind=None, **fields):
@@ -127,10 +131,7 @@ def test_peft_trainer_gives_the_losses_of_the_pure_function(name):
     assert all(np.any(x) for key, x in moved.items() if key.endswith("_b"))
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["Llama3", *(pytest.param(x, marks=pytest.mark.by_hand) for x in small.NAMES[1:])],
-)
+@llama
 def test_a_mesh_changes_no_loss(name):
     from tunix.rl import reshard, utils
 
@@ -168,7 +169,7 @@ def test_gradients_are_accumulated():
     [
         ("Llama3", "DECODER"),
         *(
-            pytest.param(*x, marks=pytest.mark.by_hand)
+            pytest.param(*x, marks=BY_HAND)
             for x in [
                 ("Llama3", "BLOCK"),
                 ("Qwen3", "BLOCK"),
@@ -195,10 +196,7 @@ def test_a_model_that_remats_trains_as_one_that_does_not(name, remat):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["Llama3", *(pytest.param(x, marks=pytest.mark.by_hand) for x in small.NAMES[1:])],
-)
+@llama
 def test_a_resumed_run_continues_exactly(name, tmp_path):
     import orbax.checkpoint as ocp
 
@@ -259,7 +257,7 @@ def sample(of, **settings):
     return [np.asarray(x) for x in out.tokens], [np.asarray(x) for x in out.logprobs]
 
 
-@models
+@llama
 def test_the_sampler_gives_the_merged_models_tokens(name):
     model = small.trained(base_of(name))
     merged = flora.nnx.merge(model)
@@ -337,7 +335,7 @@ def test_dpo_prefers_what_was_chosen_with_the_base_as_reference(algorithm):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-def cluster(model, base, mesh, tx=None, steps=3):
+def cluster(model, base, mesh, rollout, steps):
     from tunix.rl import rl_cluster
     from tunix.rl.rollout import base_rollout
 
@@ -348,11 +346,11 @@ def cluster(model, base, mesh, tx=None, steps=3):
         tokenizer=small.Tokenizer(),
         cluster_config=rl_cluster.ClusterConfig(
             role_to_mesh={
-                role: mesh for role in (Role.ACTOR, Role.REFERENCE, Role.ROLLOUT)
+                Role.ACTOR: mesh, Role.REFERENCE: mesh, Role.ROLLOUT: rollout,
             },
             rollout_engine="vanilla",
             training_config=rl_cluster.RLTrainingConfig(
-                actor_optimizer=tx or optax.adamw(3e-2),
+                actor_optimizer=optax.adamw(3e-2),
                 eval_every_n_steps=100,
                 max_steps=steps,
                 pbar_description=None,
@@ -371,27 +369,36 @@ def rewards(prompts, completions, **_):
     return [float(np.mean([w < 16 for w in ws])) if ws else 0.0 for ws in words]
 
 
-def test_grpo_with_the_base_as_reference():
+@pytest.mark.parametrize(
+    ("apart", "iterations"), [(False, 1), pytest.param(True, 2, marks=BY_HAND)]
+)
+def test_grpo_with_the_base_as_reference(apart, iterations):
     from tunix.rl import reshard, utils
     from tunix.rl.grpo import grpo_learner
 
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    mesh, other = (
+        jax.sharding.Mesh(np.array([[device]]), ("fsdp", "tp"))
+        for device in jax.devices()[:2]
+    )
     base = reshard.reshard_model_to_mesh(base_of("Llama3"), mesh)
     model, before = small.adapted(base), small.names(nnx.state(base))
     start = small.names(nnx.state(model, nnx.LoRAParam))
-    of = cluster(model, base, mesh)
+    of = cluster(model, base, mesh, other if apart else mesh, 3 * iterations)
     reference = of.inference_worker.get_model("reference")
     assert utils.is_sharing_backbone(reference, of.actor_trainer.model)
-    assert utils.is_sharing_weights(of.actor_trainer.model, of.rollout.model())
+    sharing = utils.is_sharing_weights(of.actor_trainer.model, of.rollout.model())
+    assert sharing is not apart
     learner = grpo_learner.GRPOLearner(
         rl_cluster=of,
         reward_fns=rewards,
-        algo_config=grpo_learner.GRPOConfig(num_generations=4, beta=0.1),
+        algo_config=grpo_learner.GRPOConfig(
+            num_generations=4, beta=0.1, num_iterations=iterations
+        ),
     )
     data = [{"prompts": np.array(["5 9", "7 3", "11 4"])} for _ in range(3)]
     learner.train(data)
     actor = of.actor_trainer.model
-    assert of.actor_trainer.train_steps == 3
+    assert of.actor_trainer.train_steps == 3 * iterations
     assert isinstance(actor, type(base))
     assert small.same(frozen(actor), before)
     assert small.same(nnx.state(reference), before)

@@ -137,12 +137,12 @@ def _keyless(named: list[tuple[str, Any]]) -> str:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _evaluated(why: str, x: Any) -> Any:
+def undifferentiated(why: str, x: Any) -> Any:
     """The identity, which is not to be differentiated."""
     return x
 
 
-@_evaluated.defjvp
+@undifferentiated.defjvp
 def _differentiated(why: str, primals: Any, tangents: Any) -> Any:
     raise LoraError(why)
 
@@ -156,7 +156,9 @@ def _value(
     if isinstance(leaf, LoraWeight):
         trained = trained_parts(leaf)
         if keyless and leaf.dropout and leaf.key is None:
-            trained = {name: _evaluated(keyless, x) for name, x in trained.items()}
+            trained = {
+                name: undifferentiated(keyless, x) for name, x in trained.items()
+            }
         leaf = on_parts(lambda name, x: trained.get(name, lax.stop_gradient(x)), leaf)
         leaf = dataclasses.replace(
             leaf,

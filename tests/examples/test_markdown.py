@@ -23,6 +23,8 @@ FILES = sorted(p.relative_to(ROOT).as_posix() for x in PATTERNS for p in ROOT.gl
 FENCE = re.compile(
     r"^( *)(```+|~~~+) *(\S*).*?\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE
 )
+# Pages that need the extra of their name, by hand.
+BY_HAND = {"examples/howto/maxtext.md"}
 # What is not Python of flora's; a block with none of these is a mistake.
 OTHERS = {"sh", "text", "toml", "json"}
 
@@ -83,7 +85,7 @@ def shown(line, printed):
 
 # qwix asks Flax for a name that it has deprecated.
 @pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [f for f in FILES if f not in BY_HAND])
 def test_snippets_run(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(ROOT / file, (ROOT / file).read_text())

@@ -22,8 +22,9 @@ DECODERS = {
         {"decoder_block": "gemma4", "base_num_decoder_layers": 6,
          "sliding_window_size": 8}, "decoder/*/kernel", ["kernel"]),
     "mixtral": (
-        {"decoder_block": "mixtral", **MOE}, ["decoder/*/wi_?", "decoder/*/wo"],
-        ["wi_0", "wi_1", "wo"]),
+        {"decoder_block": "mixtral", **MOE},
+        ["decoder/*/kernel", "decoder/*/wi_?", "decoder/*/wo"],
+        ["kernel", "wi_0", "wi_1", "wo"]),
 }  # fmt: skip
 
 

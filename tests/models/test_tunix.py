@@ -1,6 +1,5 @@
 """Tunix's own trainers, sampler and weight maps on modules that flora adapted."""
 
-import functools
 import re
 
 import jax

@@ -29,7 +29,7 @@ def matrices(path, leaf):
 
 
 def decoder(name, remat=None, seed=0, **fields):
-    """A decoder of Tunix; its own initializer makes some weights zero, this does not."""
+    """A decoder of Tunix, no weight of it zero, as some are at its own start."""
     module = importlib.import_module(f"tunix.models.{name.lower()}.model")
     if remat:
         fields["remat_config"] = module.RematConfig[remat]
@@ -85,7 +85,7 @@ def same(one, other):
 
 
 def batches(count, rows=2, length=5, seed=0):
-    """What `PeftTrainer` trains on: each next token is the same function of the last."""
+    """What `PeftTrainer` trains on: each token is a function of the last."""
     from tunix.sft import peft_trainer
 
     starts = np.random.default_rng(seed).integers(0, WORDS, (count, rows, 1))

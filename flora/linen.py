@@ -119,7 +119,7 @@ class LoRA(nn.Module):
         return super().sow(col, name, *args, **kwargs)
 
     @nn.nowrap
-    def __kontext_keys__(self) -> dict[str, str]:
+    def __kontext_keys__(self) -> dict[str, Any]:
         """The keys that the model asks of Kauldron."""
         from kauldron import kontext  # type: ignore[import-not-found]
 

@@ -335,8 +335,8 @@ def _coded(
 ) -> tuple[jax.Array, jax.Array]:
     """Codes of the nearest levels, and the scales of the blocks.
 
-    As qwix has them, but for any of its versions and dtypes, and element by element,
-    so that they lie where x does.
+    As qwix has them for float32, here for every floating dtype, and element by
+    element, so that they lie where x does.
     """
     blocks = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
     scale = jnp.max(jnp.abs(blocks), axis + 1, keepdims=True) / _bound(qtype)

@@ -220,8 +220,9 @@ def test_logical_names_of_linen():
 
 def test_names_of_nnx():
     with jax.set_mesh(jax.make_mesh((4, 2), ("fsdp", "tp"), (AxisType.Auto,) * 2)):
-        named = {"out_sharding": ("fsdp", "tp")}
-        model = nnx.Linear(8, 6, rngs=nnx.Rngs(0), kernel_metadata=named)
+        start = nnx.initializers.lecun_normal()  # metadata as each Flax calls it
+        init = nnx.with_partitioning(start, ("fsdp", "tp"))
+        model = nnx.Linear(8, 6, rngs=nnx.Rngs(0), kernel_init=init)
         graph, state = nnx.split(model)
         tree = adapt(lambda s, x: nnx.merge(graph, s)(x), state, normal(2, 8))
         places = flora.sharding.shardings(tree)

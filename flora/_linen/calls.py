@@ -5,7 +5,6 @@ collections are those that the plain module would have.
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +19,9 @@ from flora._linen import plans
 from flora._linen.parts import FROZEN, LORA, filled, parts, require_factors, without
 from flora._tree.errors import LoraError
 from flora._tree.paths import named_leaves
-from flora._tree.weight import LoraWeight
+from flora._tree.weight import LoraWeight, on_parts, trained_parts
 from flora._verbs.dropout import with_dropout
-from flora._verbs.lora import lora
+from flora._verbs.lora import lora, undifferentiated
 
 Path = tuple[Any, ...]  # attributes and, in tuples, keys: from the model within
 CALLS = "_calls"  # of a module that is initialized: what was called so far
@@ -53,7 +52,8 @@ def _lifted(
     module: Any, path: Path, call: Any, scopes: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """The call on scopes, with what it leaves in them."""
-    starts, own = module.is_initializing(), _index(scopes, module.scope)
+    own = _index(scopes, module.scope)
+    starts = module.is_initializing() and module.is_mutable_collection("params")
     ins = ("params", LORA, True)
     outs = ins if starts else (core.DenyList(("params", LORA)),)
 
@@ -102,11 +102,17 @@ class _Packed:
     frozen: Sequence[Any]
     rest: tuple[Any, ...]
 
-    def fn(self, base: Any, other: Any, rngs: Any, args: Any, kwargs: Any) -> Any:
-        """What the call returns, and what it leaves in the collections."""
+    def fn(
+        self, base: Any, other: Any, rngs: Any, args: Any, kwargs: Any, *, starts=False
+    ) -> Any:
+        """What the call returns, and what it leaves in the collections.
+
+        Parameters are made only where it `starts`.
+        """
         params = self.with_own(self.params, {"params": base} if base else {})
         plain = [{} for _ in self.frozen]
-        scopes = self.scope_fn((params, plain, other), rngs)
+        mutable = starts or core.DenyList(("params", LORA))
+        scopes = self.scope_fn((params, plain, other), rngs, mutable)
         out = self.call(scopes, *args, **kwargs)
         return out, self.repack(scopes)
 
@@ -137,7 +143,7 @@ def _run(module: Any, path: Path, packed: _Packed) -> Any:
 def _start(module: Any, path: Path, packed: _Packed) -> Any:
     """The call as the module's `init` makes it, then the factors of what is there."""
     plain = without(packed.of_own(packed.params, "params"))
-    out, (params, frozen, other) = packed.fn(plain, *packed.rest)
+    out, (params, frozen, other) = packed.fn(plain, *packed.rest, starts=True)
     base = packed.of_own(params, "params")
     if LORA in base:
         raise LoraError(
@@ -147,8 +153,7 @@ def _start(module: Any, path: Path, packed: _Packed) -> Any:
     after = dataclasses.replace(packed, params=params)
 
     def call(base: Any) -> Any:
-        out, (_, _, other) = after.fn(base, *after.rest)
-        return out, other
+        return after.fn(base, *after.rest)
 
     made = _factors(module, call, base)
     if made is None:
@@ -201,22 +206,43 @@ def whole_init(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_keys(module: Any, weights: Any) -> Any:
     """The weights with dropout keys, from draws that are none of the model's."""
-    named, _ = named_leaves(weights)
-    rated = any(isinstance(x, LoraWeight) and x.dropout for _, x in named)
-    if not rated or not module.has_rng("dropout"):
+    named, treedef = named_leaves(weights)
+    if not any(isinstance(x, LoraWeight) and x.dropout for _, x in named):
         return weights
+    if not module.has_rng("dropout"):
+        return treedef.unflatten([_evaluated(path, x) for path, x in named])
     key = module.scope.push(LORA, reuse=True).make_rng("dropout")
     return with_dropout(weights, key)
+
+
+def _evaluated(path: str, weight: Any) -> Any:
+    """The weight without dropout, an error where that is differentiated."""
+    if not isinstance(weight, LoraWeight) or not weight.dropout:
+        return weight
+    why = (
+        f"'{path}' trains without its dropout of {weight.dropout:g}: there is no rng "
+        "named 'dropout'. Write model.apply(variables, *args, rngs={'dropout': key}), "
+        "or a config with dropout=0.0 to train without."
+    )
+    weight = dataclasses.replace(weight, dropout=0.0)
+    moving = trained_parts(weight)
+    return on_parts(
+        lambda name, x: undifferentiated(why, x) if name in moving else x, weight
+    )
 
 
 @contextlib.contextmanager
 def _same_draws(scope: Any) -> Iterator[None]:
     """Within, draws are not counted."""
-    counters, before = scope.rng_counters, copy.deepcopy(scope.rng_counters)
+    before = _copied(scope.rng_counters)
     try:
         yield
     finally:
-        _restore(counters, before)
+        _restore(scope.rng_counters, before)
+
+
+def _copied(counters: dict[Any, Any]) -> dict[Any, Any]:
+    return {k: _copied(x) if isinstance(x, dict) else x for k, x in counters.items()}
 
 
 def _restore(counters: dict[Any, Any], before: dict[Any, Any]) -> None:

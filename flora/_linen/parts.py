@@ -31,7 +31,7 @@ def parted(variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return without(plain.pop("params", {})), plain
 
 
-def without(params: Mapping[str, Any]) -> dict[str, Any]:
+def without(params: Any) -> dict[str, Any]:
     """The parameters without the adapter's."""
     return {k: x for k, x in core.unfreeze(params).items() if k != LORA}
 

@@ -100,7 +100,7 @@ def _found(config: LoraConfig, fn: Fn, base: Any) -> Settings:
 
 def _found_in_part(config: LoraConfig, fn: Fn, base: Any) -> Settings:
     """The plan of a call that does not use all leaves that the config selects."""
-    rows = coverage(fn, base).leaves
+    rows = coverage(fn, base).rows
     unused = {row.path for row in rows if row.status == "unused"}
 
     def all_used(base: Any) -> Any:

@@ -35,7 +35,8 @@ FROZEN = (
 )
 KEYLESS = (
     "trains without its dropout: its keys are the adapted model's, and it has none or "
-    "was not called itself. Call that model; or give flora.nnx.module a key; or adapt with dropout=0."
+    "was not called itself. Call that model, give flora.nnx.module a key, or adapt "
+    "with dropout=0."
 )
 
 
@@ -203,8 +204,8 @@ def _with_places(out: Any, modules: list[Any]) -> Any:
 def _at_place(module: Any, name: str, nodes: Any, targets: list[Any], x: Any) -> Any:
     if is_node(x) or (isinstance(x, _Place) and x.path in nodes):
         raise LoraError(
-            f"{type(module).__name__}.{name} returns a weight that is adapted, and what "
-            "uses it outside would use the base alone. Name the method that uses it in "
+            f"{type(module).__name__}.{name} returns a weight that is adapted, and "
+            "what uses it outside would use the base alone. Name the method that uses it in "
             "methods=(...,)."
         )
     return found(targets, x.path) if isinstance(x, _Place) else x

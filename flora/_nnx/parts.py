@@ -262,11 +262,15 @@ def found(module: Any, path: Path) -> Any:
 
 
 def put(module: Any, path: Path, value: Any) -> None:
+    """Puts a value where a path leads, within tuples too."""
     container = found(module, path[:-1])
     if isinstance(container, tuple):
         changed = (*container[: path[-1]], value, *container[path[-1] + 1 :])
-        put(module, path[:-1], nnx.data(changed))
-    elif isinstance(container, nnx.List | list | MutableMapping):
+        put(module, path[:-1], changed)
+        return
+    if isinstance(value, tuple) and isinstance(container, nnx.Pytree):
+        value = nnx.data(value)
+    if isinstance(container, nnx.List | list | MutableMapping):
         container[path[-1]] = value
     else:
         setattr(container, path[-1], value)

@@ -50,8 +50,8 @@ def _refuse_methods(frame: Any, name: str) -> None:
             first = type(frame.f_locals.get(code.co_varnames[0]))
             if RECIPE in vars(first) and code in _codes(vars(first)[RECIPE][0]):
                 raise LoraError(
-                    f"{first.__name__}.{code.co_name} reads {name!r}, which is adapted, "
-                    "and would run on the base alone. Call it on the module, as "
+                    f"{first.__name__}.{code.co_name} reads {name!r}, which is "
+                    "adapted, and would run on the base alone. Call it on the module, as "
                     f"module.{code.co_name}(...), and name it, or the method of the "
                     "model that calls it, in methods=(...,)."
                 )

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 from jax.tree_util import GetAttrKey
 
+from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError
 from flora._tree.weight import is_leaf
 
@@ -38,7 +39,8 @@ def is_static(leaf: Any) -> bool:
 
     Modules of Equinox hold them: activations, names, rates.
     """
-    return callable(leaf) or isinstance(leaf, str | bytes | int | float | complex)
+    plain = isinstance(leaf, str | bytes | int | float | complex)
+    return not is_array(leaf) and (plain or callable(leaf))
 
 
 def check_pattern(name: str, pattern: Any) -> None:

@@ -21,7 +21,7 @@ from flax import nnx
 
 from flora._nnx.calls import adapt_in_place, methods_of
 from flora._nnx.carry import become
-from flora._nnx.parts import DROPOUT, FrozenLoRA, copied, detached, is_adapted
+from flora._nnx.parts import DROPOUT, FrozenLoRA, copied, detached, is_adapted, raw
 from flora._tree.checks import weight_problems
 from flora._tree.config import LoraConfig, require_config
 from flora._tree.errors import LoraError, LoraTypeError, fail
@@ -207,20 +207,20 @@ def _module(model: Any, tree: Any, key: Any, methods: tuple[str, ...]) -> Any:
 def _fill(plain: Any, tree: Any, verb: str) -> float:
     """Puts the leaves of a tree into a plain module; returns the highest dropout rate."""
     have = dict(nnx.to_flat_state(nnx.state(plain)))
-    flat = [(p, x) for p, x in _flat(tree, verb) if _value(x) is not None]
+    flat = [(p, x) for p, x in _flat(tree, verb) if raw(x) is not None]
     fail(_problems(verb, plain, have, flat))
-    nodes = [x for _, x in flat if is_node(_value(x))]
+    nodes = [x for _, x in flat if is_node(raw(x))]
     if not nodes:
         raise LoraError(
             f"flora.nnx.{verb}: none of the tree's {len(flat)} leaves is adapted. Pass "
             "an adapted tree of the model's state, such as flora.load returns."
         )
     filled = [
-        (path, have[path].replace(_with_base(_value(x), _value(have[path]))))
+        (path, have[path].replace(_with_base(raw(x), raw(have[path]))))
         for path, x in flat
     ]
     nnx.update(plain, nnx.from_flat_state(filled))
-    return max(getattr(_value(x), "dropout", 0.0) for x in nodes)
+    return max(getattr(raw(x), "dropout", 0.0) for x in nodes)
 
 
 def _flat(tree: Any, verb: str) -> list[tuple[Any, Any]]:
@@ -230,10 +230,6 @@ def _flat(tree: Any, verb: str) -> list[tuple[Any, Any]]:
             "of a module's state, such as flora.nnx.tree returns."
         )
     return list(nnx.to_flat_state(nnx.State(tree) if isinstance(tree, dict) else tree))
-
-
-def _value(x: Any) -> Any:
-    return x.get_raw_value() if isinstance(x, nnx.Variable) else x
 
 
 def _with_base(value: Any, current: Any) -> Any:
@@ -248,7 +244,7 @@ def _with_base(value: Any, current: Any) -> Any:
 def _problems(verb: str, plain: Any, have: Any, flat: Any) -> Iterator[str]:
     near = Nearest(["/".join(map(str, path)) for path in have])
     for keys, x in flat:
-        path, value = "/".join(map(str, keys)), _value(x)
+        path, value = "/".join(map(str, keys)), raw(x)
         if keys not in have:
             yield (
                 f"flora.nnx.{verb}: the tree has '{path}', and {_name(plain)} does not"
@@ -257,9 +253,9 @@ def _problems(verb: str, plain: Any, have: Any, flat: Any) -> Iterator[str]:
             )
             continue
         if isinstance(value, LoraWeight):
-            value = _with_base(value, _value(have[keys]))
+            value = _with_base(value, raw(have[keys]))
             yield from (f"flora.nnx.{verb}: {p}" for p in weight_problems(path, value))
-        shapes = [getattr(v, "shape", None) for v in (value, _value(have[keys]))]
+        shapes = [getattr(v, "shape", None) for v in (value, raw(have[keys]))]
         if shapes[0] != shapes[1]:
             yield (
                 f"flora.nnx.{verb}: '{path}' has shape {shapes[0]} in the tree and "
@@ -294,14 +290,11 @@ def _calls(
 
 
 def _has_method(model: Any, name: Any) -> bool:
-    return isinstance(name, str) and (
-        callable(getattr(type(model), name, None)) or _in_instance(model, name)
+    return (
+        isinstance(name, str)
+        and name not in vars(model)
+        and callable(getattr(model, name, None))  # bridges to Linen look theirs up
     )
-
-
-def _in_instance(model: Any, name: str) -> bool:
-    """Whether a bridge to Linen has the method of the module that it holds."""
-    return callable(getattr(model, name, None)) and name not in vars(model)
 
 
 def _method_problem(model: Any, name: Any) -> str:

@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bits (QLoRA): int8, int4, NF4 and fp8, by qwix.
+"""Frozen weights in fewer bits (QLoRA): int8, int4, NF4 and fp8, coded as by qwix.
 
     params = flora.quantize.quantize(params, "nf4", target="*/kernel", donate=True)
     adapted = flora.init(key, config, model.apply, params, x)
@@ -12,7 +12,6 @@ References: Dettmers et al. 2023 (QLoRA). https://arxiv.org/abs/2305.14314
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,9 +75,8 @@ def quantize(
       The tree.  The arrays of a quantized weight are sharded as the weight was.
 
     Raises:
-      LoraError: qwix is not installed, the type is unknown, nothing is selected, or a
-        leaf does not divide into blocks or holds NaN or infinity; every such leaf is
-        named.
+      LoraError: the type is unknown, nothing is selected, or a leaf does not divide
+        into blocks or holds NaN or infinity; every such leaf is named.
 
     Example:
       >>> import jax, jax.numpy as jnp, flora.quantize
@@ -246,12 +244,6 @@ def _placed_as(w: LoraWeight, made: LoraWeight) -> LoraWeight:
 
 
 def _require(qtype: str, block: int) -> None:
-    try:
-        importlib.import_module("qwix")
-    except ImportError as error:
-        raise LoraError(
-            'quantize needs qwix. Write pip install "flora-jax[quantize]".'
-        ) from error
     if qtype not in QTYPES:
         raise LoraError(f"qtype={qtype!r}. Write one of {', '.join(QTYPES)}.")
     if not isinstance(block, int) or isinstance(block, bool) or block < 1:
@@ -327,40 +319,52 @@ def _lying_as(x: Any, quantized: Quantized) -> Quantized:
 @functools.cache
 def _maker(qtype: str, block: int, dtype: Any) -> Any:
     """Quantizes an array; compiled once for leaves of one shape and place."""
-    qwix = importlib.import_module("qwix")
 
     @jax.jit
     def make(x: jax.Array) -> Quantized:
         axis: Any = _blocked_axis(x.shape, block)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if qtype == "nf4":
-            codes, scale = _nf4(x, axis, block)
-            return Quantized(Codes(codes, scale.astype(dtype), qtype), of_codes)
-        made = qwix.quantize(
-            x,
-            jnp.dtype(qtype),
-            channelwise_axes=[i for i in range(x.ndim) if i != axis],
-            tiled_axes={axis: block},
-            scale_dtype=dtype,
-        )
-        return Quantized(Codes(made.qvalue, made.scale, qtype), of_codes)
+        codes, scale = _coded(x, qtype, axis, block)
+        return Quantized(Codes(codes, scale.astype(dtype), qtype), of_codes)
 
     return make
 
 
-def _nf4(x: jax.Array, axis: int, block: int) -> tuple[jax.Array, jax.Array]:
+def _coded(
+    x: jax.Array, qtype: str, axis: int, block: int
+) -> tuple[jax.Array, jax.Array]:
     """Codes of the nearest levels, and the scales of the blocks.
 
-    As qwix has them, but element by element, so that they lie where x does.
+    As qwix has them for float32, here for every floating dtype, and element by
+    element, so that they lie where x does.
     """
     blocks = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
-    scale = jnp.max(jnp.abs(blocks), axis + 1, keepdims=True)
+    scale = jnp.max(jnp.abs(blocks), axis + 1, keepdims=True) / _bound(qtype)
     small = jnp.sqrt(jnp.finfo(scale.dtype).tiny)
     scale = jnp.where(scale < small, jnp.ones_like(scale), scale)
     unit = blocks / scale
+    if qtype == "nf4":
+        codes = _nearest_level(unit)
+    elif qtype.startswith("int"):
+        codes = jnp.round(unit).astype(qtype)  # the cast clips
+    else:
+        codes = jnp.clip(unit, -_bound(qtype), _bound(qtype)).astype(qtype)
+    return codes.reshape(x.shape), scale.squeeze(axis + 1)
+
+
+def _bound(qtype: str) -> float:
+    """The level of the largest element of a block."""
+    if qtype == "nf4":
+        return 1.0
+    if qtype.startswith("int"):
+        return jnp.iinfo(qtype).max + 0.5  # half a step of its own, as the others have
+    return float(jnp.finfo(qtype).max)
+
+
+def _nearest_level(unit: jax.Array) -> jax.Array:
     code, least = jnp.zeros(unit.shape, jnp.uint4), jnp.abs(LEVELS[0] - unit)
     for k, level in enumerate(LEVELS[1:], 1):
         far = jnp.abs(level - unit)
         code = jnp.where(far < least, jnp.uint4(k), code)
         least = jnp.minimum(far, least)
-    return code.reshape(x.shape), scale.squeeze(axis + 1)
+    return code

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import qwix
+import qwix.pallas
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
@@ -354,7 +354,7 @@ def test_what_is_opened_is_what_qwix_opens(qtype, dtype):
     w = quantize(x, qtype, target="*")
     assert w.dtype == w.dense().dtype == dtype
     kind = qtype if qtype == "nf4" else jnp.dtype(qtype)
-    theirs = qwix.quantize(
+    theirs = qwix.pallas.quantize(
         x.astype(jnp.float32), kind, channelwise_axes=(0, 2), tiled_axes={1: 64},
         scale_dtype=dtype,
     )  # fmt: skip

@@ -3,8 +3,6 @@
 import copyreg
 import dataclasses
 import functools
-import inspect
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,35 +16,58 @@ from flora._nnx.parts import (
     PLAIN,
     attach,
     detached,
+    found,
     owners,
     plain_class,
+    raw,
     slots_of,
 )
+from flora._nnx.readers import RECIPE, Guarded, is_property, readers
 from flora._tree.errors import LoraError, fail
-from flora._tree.weight import LoraWeight, is_leaf, is_node
+from flora._tree.weight import LoraWeight, Trained, is_leaf, is_node, on_parts
 from flora._verbs.dropout import with_dropout
 from flora._verbs.lora import lora, undifferentiated
 
-RECIPE = "_lora_recipe"  # of an adapted class: what `adapted_class` was given
-
 FROZEN = (
-    "a frozen weight was differentiated: only factors, and what LoraConfig.train names, "
-    "have a gradient. Write nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam)) and "
-    "nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)."
+    "a frozen weight, was differentiated: only factors, and what LoraConfig.train "
+    "names, have a gradient. Write nnx.grad(loss, argnums=nnx.DiffState(0, "
+    "nnx.LoRAParam)) and nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)."
+)
+KEYLESS = (
+    "trains without its dropout: its keys are the adapted model's, and it has none or "
+    "was not called itself. Call that model, give flora.nnx.module a key, or adapt "
+    "with dropout=0."
 )
 
 
 def adapt_in_place(model: Any, methods: tuple[str, ...]) -> Any:
     """Makes a module whose variables hold nodes an adapted one."""
     attach(model)
-    held = {id(m): {str(s.path[-1]) for s in slots_of(m)} for m in owners(model)}
-    for module in list(owners(model)):
-        names = frozenset(n for m in owners(module) for n in held[id(m)])
+    modules = list(owners(model))
+    own = {id(m): _weights_of(m) for m in modules}
+    read: dict[int, frozenset[str]] = {}  # with properties of theirs
+
+    def names_in(module: Any) -> frozenset[str]:
+        within = [m for m in owners(module) if m is not module]
+        return own[id(module)].union(*(read[id(m)] for m in within))
+
+    for module in modules:  # those within before those around
+        read[id(module)] = readers(type(module), names_in(module))[1]
+    for module in modules:
+        names = names_in(module)
         if names or module is model:
-            own = methods if module is model else ()
-            cls = adapted_class(plain_class(type(module)), own, names)
+            cls = adapted_class(
+                plain_class(type(module)),
+                methods if module is model else (),
+                names,
+                own[id(module)],
+            )
             object.__setattr__(module, "__class__", cls)
     return model
+
+
+def _weights_of(module: Any) -> frozenset[str]:
+    return frozenset(str(s.path[0]) for s in slots_of(module) if s.weight is not None)
 
 
 def methods_of(model: Any) -> tuple[str, ...]:
@@ -55,7 +76,9 @@ def methods_of(model: Any) -> tuple[str, ...]:
 
 
 @functools.cache
-def adapted_class(cls: type, methods: tuple[str, ...], names: frozenset[str]) -> type:
+def adapted_class(
+    cls: type, methods: tuple[str, ...], names: frozenset[str], own: frozenset[str]
+) -> type:
     """The subclass of a module's class that runs on adapted weights.
 
     Args:
@@ -63,15 +86,17 @@ def adapted_class(cls: type, methods: tuple[str, ...], names: frozenset[str]) ->
       methods: the methods that do.
       names: attributes that adapted weights within the module have; each method whose
         code reads one of these does, too, so that none runs on the base alone.
+      own: those that are the module's own.
     """
-    chosen = sorted({*methods, *_readers(cls, names)})
+    chosen = sorted({*methods, *readers(cls, names)[0]})
     about = {k: getattr(cls, k) for k in ("__module__", "__qualname__", "__doc__")}
     return _metaclass(type(cls))(
         cls.__name__,
         (cls,),
-        {name: _method(cls, name) for name in chosen}
+        {name: Guarded(name) for name in own}
+        | {name: _method(cls, name) for name in chosen}
         | about
-        | {PLAIN: cls, RECIPE: (cls, methods, names)},
+        | {PLAIN: cls, RECIPE: (cls, methods, names, own)},
         pytree=getattr(cls, "_pytree__is_pytree", True),
     )
 
@@ -89,6 +114,9 @@ def _metaclass(meta: type) -> Any:
 
 
 def _method(cls: type, name: str) -> Any:
+    if is_property(cls, name):
+        return property(lambda self: run(self, name))
+
     def run_on_adapted(self: Any, *args: Any, **kwargs: Any) -> Any:
         return run(self, name, args, kwargs)
 
@@ -96,77 +124,104 @@ def _method(cls: type, name: str) -> Any:
     return functools.wraps(original)(run_on_adapted) if original else run_on_adapted
 
 
-def _readers(cls: type, names: frozenset[str]) -> Iterator[str]:
-    """The methods of a class whose code reads an attribute of one of these names."""
-    for name in dir(cls):
-        if name in {"__init__", *dir(nnx.Module)} - {"__call__"}:
-            continue
-        function = inspect.unwrap(inspect.getattr_static(cls, name))
-        if isinstance(function, types.FunctionType) and names & {
-            *_names_in(function.__code__)
-        }:
-            yield name
-
-
-def _names_in(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            yield from _names_in(inner)
-
-
-def run(module: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`module.name(*args, **kwargs)` on base and factors.
+def run(module: Any, name: str, args: Any = None, kwargs: Any = None) -> Any:
+    """`module.name(*args, **kwargs)` on base and factors; without args, `module.name`.
 
     What the method changes, in the module or in modules among its arguments, is changed
-    there when it returns.
+    there when it returns, and what it returns of them is what they hold.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_graph)
     at = [i for i, x in enumerate(leaves) if _is_graph(x)]
     given = [leaves[i] for i in at]
     values = [None if _is_graph(x) else x for x in leaves]
-    graphdef, weights, rest = nnx.split([detached(module), *given], _is_weight, ...)
-    weights = _with_keys(module, nnx.map_state(_frozen, weights))
+    plain = detached(module)
+    nodes = {(0, *p): x for p, x in _flat(nnx.state(plain)) if is_node(raw(x))}
+    graphdef, weights, rest = nnx.split([plain, *given], _is_weight, ...)
+    weights = _with_keys(module, nnx.map_state(_frozen, weights[0]))
 
     def fn(weights: Any, rest: Any, values: list[Any]) -> Any:
-        modules = nnx.merge(graphdef, weights, rest)
+        state = {(0, *p): x for p, x in _flat(weights)} | dict(_flat(rest))
+        before = {path: jax.tree.leaves(raw(x)) for path, x in state.items()}
+        modules = nnx.merge(graphdef, nnx.from_flat_state(state))
         filled = dict(zip(at, modules[1:], strict=True))
         args, kwargs = treedef.unflatten(
             [filled.get(i, x) for i, x in enumerate(values)]
         )
-        out = getattr(modules[0], name)(*args, **kwargs)
+        out = getattr(modules[0], name)
+        if args is not None:
+            out = out(*args, **kwargs)
         after, state = nnx.split(modules)
-        before = dict(nnx.to_flat_state(weights)) | dict(nnx.to_flat_state(rest))
-        changed = [
-            (path, x)
-            for path, x in nnx.to_flat_state(state)
-            if path not in before or not _same(before[path], x)
-        ]
-        fail(_changed_problems(module, name, adapted & {path for path, _ in changed}))
-        grown = after != graphdef  # then all of the state, to build the graph anew
-        return out, after, nnx.from_flat_state(changed), state if grown else None
+        if after == graphdef:  # else all of the state, to build the graph anew
+            flat = [(p, x) for p, x in _flat(state) if not _same(before.get(p), x)]
+            state = nnx.from_flat_state(flat)
+        return _with_places(out, modules), state, after if after != graphdef else None
 
-    adapted = {p for p, x in nnx.to_flat_state(weights) if is_node(x.get_raw_value())}
     fn.__qualname__ = fn.__name__ = f"{type(module).__name__}.{name}"
-    out, after, changed, state = lora(fn)(weights, rest, values)
-    if state is not None:
-        grown = nnx.merge(after, state)
-        become(module, adapt_in_place(grown[0], methods_of(module)))
-        for old, new in zip(given, grown[1:], strict=True):
+    out, state, after = lora(fn)(weights, rest, values)
+    flat = dict(_flat(state))
+    fail(_changed_problems(module, name, nodes, flat))
+    targets = [module, *given]
+    if after is not None:
+        state = {p: _as_before(x, nodes.get(p)) for p, x in flat.items()}
+        grown, *others = nnx.merge(after, nnx.from_flat_state(state))
+        if DROPOUT in vars(module):
+            setattr(grown, DROPOUT, getattr(module, DROPOUT))
+        become(module, adapt_in_place(grown, methods_of(module)))
+        for old, new in zip(given, others, strict=True):
             become(old, new)
-    for i, node in enumerate([module, *given]):
-        if state is None and i in changed:
-            nnx.update(node, changed[i])
-    return out
+    else:
+        changed = {p: x for p, x in flat.items() if not is_node(raw(x))}
+        for i, new in nnx.from_flat_state(changed).items():
+            nnx.update(targets[i], new)
+    return jax.tree.map(
+        lambda x: _at_place(module, name, nodes, targets, x), out, is_leaf=is_node
+    )
+
+
+def _as_before(new: Any, old: Any) -> Any:
+    """A variable that a call returned, as a node if it was one."""
+    if old is None or is_node(raw(new)) or isinstance(raw(old), LoraWeight):
+        return new if old is None else old
+    return new.replace(Trained(raw(new)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where in the modules of a call something that it returned lies."""
+
+    path: tuple[Any, ...]
+
+
+def _with_places(out: Any, modules: list[Any]) -> Any:
+    places = {id(x): path for path, x in nnx.iter_graph(modules) if _is_graph(x)}
+
+    def place(x: Any) -> Any:
+        return _Place(places[id(x)]) if id(x) in places else x
+
+    return jax.tree.map(place, out, is_leaf=_is_graph)
+
+
+def _at_place(module: Any, name: str, nodes: Any, targets: list[Any], x: Any) -> Any:
+    if is_node(x) or (isinstance(x, _Place) and x.path in nodes):
+        raise LoraError(
+            f"{type(module).__name__}.{name} returns a weight that is adapted, and "
+            "what uses it outside would use the base alone. Name the method that uses it in "
+            "methods=(...,)."
+        )
+    return found(targets, x.path) if isinstance(x, _Place) else x
 
 
 def _is_graph(x: Any) -> bool:
     return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
+def _flat(state: Any) -> Any:
+    return nnx.to_flat_state(state)
+
+
 def _is_weight(path: Any, x: Any) -> bool:
     """Whether a variable is a weight of the module, not of one among the arguments."""
-    return path[0] == 0 and (isinstance(x, nnx.Param) or is_node(x.get_raw_value()))
+    return path[0] == 0 and (isinstance(x, nnx.Param) or is_node(raw(x)))
 
 
 def _frozen(path: Any, variable: Any) -> Any:
@@ -176,8 +231,8 @@ def _frozen(path: Any, variable: Any) -> Any:
         floating = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
         return undifferentiated(why, x) if floating else x
 
-    why = f"'{'/'.join(map(str, path[1:]))}', {FROZEN}"
-    value = variable.get_raw_value()
+    why = f"'{'/'.join(map(str, path))}', {FROZEN}"
+    value = raw(variable)
     if isinstance(value, LoraWeight):
         base = jax.tree.map(frozen, value.base)
         return variable.replace(dataclasses.replace(value, base=base))
@@ -186,20 +241,39 @@ def _frozen(path: Any, variable: Any) -> Any:
 
 def _with_keys(module: Any, weights: Any) -> Any:
     """The weights with dropout keys, as the module's mode asks for."""
-    dropout = vars(module).get(DROPOUT)
-    if dropout is None:
+    dropped = [p for p, x in _flat(weights) if getattr(raw(x), "dropout", 0)]
+    if not dropped:
         return weights
-    return with_dropout(weights, None if dropout.deterministic else dropout.rngs())
+    dropout = vars(module).get(DROPOUT)
+    if dropout is not None:
+        return with_dropout(weights, None if dropout.deterministic else dropout.rngs())
+
+    def keyless(path: Any, variable: Any) -> Any:
+        node = raw(variable)
+        if not getattr(node, "dropout", 0):
+            return variable
+        why = f"'{'/'.join(map(str, path))}' of {type(module).__name__} {KEYLESS}"
+        node = on_parts(lambda name, x: undifferentiated(why, x), node)
+        return variable.replace(dataclasses.replace(node, dropout=0.0))
+
+    return nnx.map_state(keyless, weights)
 
 
 def _same(old: Any, new: Any) -> bool:
-    xs, ys = (jax.tree.leaves(v.get_raw_value()) for v in (old, new))
-    return len(xs) == len(ys) and all(x is y for x, y in zip(xs, ys, strict=True))
+    news = jax.tree.leaves(raw(new))
+    return (
+        old is not None
+        and len(old) == len(news)
+        and all(x is y for x, y in zip(old, news, strict=True))
+    )
 
 
-def _changed_problems(module: Any, name: str, paths: set[Any]) -> Iterator[str]:
-    for path in sorted(paths, key=str):
-        yield (
-            f"{type(module).__name__}.{name} changes '{'/'.join(map(str, path[1:]))}', "
-            "which is adapted. Exclude it, or take that method out of methods=."
-        )
+def _changed_problems(module: Any, name: str, nodes: Any, state: Any) -> Iterator[str]:
+    for path, old in nodes.items():
+        whole = not isinstance(raw(old), LoraWeight)
+        if not whole and path in state and not is_node(raw(state[path])):
+            yield (
+                f"{type(module).__name__}.{name} changes "
+                f"'{'/'.join(map(str, path[1:]))}', which is adapted. Exclude it, or "
+                "take that method out of methods=."
+            )

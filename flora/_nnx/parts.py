@@ -85,7 +85,7 @@ def attach(model: Any) -> None:
     for module in list(owners(model)):
         slots = []
         for path, variable in list(variables(module)):
-            if not is_node(variable.get_raw_value()):
+            if not is_node(raw(variable)):
                 continue
             if id(variable) not in beside:
                 beside[id(variable)] = variable, *_split(variable)
@@ -97,12 +97,12 @@ def attach(model: Any) -> None:
 
 
 def _slot(module: Any, path: Path, variable: Any, parts: dict[str, Any]) -> Slot:
-    node = variable.get_raw_value()
+    node = raw(variable)
     if isinstance(node, Trained):
         return Slot(path, None, type(variable))
     places = {name: _beside(module, path, name) for name in parts}
     for name, place in places.items():
-        if place[-1] in items(_at(module, place[:-1])):
+        if place[-1] in items(found(module, place[:-1])):
             raise LoraError(
                 f"{type(module).__name__} has {'.'.join(map(str, place))!r} already, "
                 "where an array of the adapter belongs. Rename that attribute."
@@ -114,14 +114,14 @@ def _slot(module: Any, path: Path, variable: Any, parts: dict[str, Any]) -> Slot
 
 def _beside(module: Any, path: Path, part: str) -> Path:
     """Where an array of an adapter lies: `kernel_lora_a` beside `kernel`."""
-    if isinstance(_at(module, path[:-1]), nnx.List | list | tuple):  # has no names
+    if isinstance(found(module, path[:-1]), nnx.List | list | tuple):  # has no names
         return (f"{'_'.join(map(str, path))}_lora_{part}",)
     return (*path[:-1], f"{path[-1]}_lora_{part}")
 
 
 def _split(variable: Any) -> tuple[Any, dict[str, Any]]:
     """The variable of the weight, and those of the adapter's arrays."""
-    node = variable.get_raw_value()
+    node = raw(variable)
     if isinstance(node, Trained):
         told = variable.get_metadata()
         return nnx.LoRAParam.from_metadata(node.value, told), {}
@@ -176,7 +176,7 @@ def detached(model: Any) -> Any:
     made: dict[int, tuple[Any, Any]] = {}  # of tied variables the same
     for module in list(owners(plain)):
         for slot in slots_of(module):
-            variable = _at(module, slot.path)
+            variable = found(module, slot.path)
             if id(variable) not in made:
                 made[id(variable)] = variable, _with_node(module, slot, variable)
             put(module, slot.path, made[id(variable)][1])
@@ -192,10 +192,10 @@ def detached(model: Any) -> Any:
 
 
 def _with_node(module: Any, slot: Slot, variable: nnx.Variable) -> nnx.Variable:
-    value = variable.get_raw_value()
+    value = raw(variable)
     if slot.weight is None:
         return slot.type.from_metadata(Trained(value), variable.get_metadata())
-    parts = {name: _at(module, at).get_raw_value() for name, at in slot.parts}
+    parts = {name: raw(found(module, at)) for name, at in slot.parts}
     a, b = parts.pop("a"), parts.pop("b")
     layout = _sliced(slot, len(value.shape), module)
     return _holding(
@@ -249,25 +249,35 @@ def variables(container: Any) -> Iterator[tuple[Path, nnx.Variable]]:
             yield from (((key, *path), v) for path, v in variables(x))
 
 
-def _at(module: Any, path: Path) -> Any:
+def raw(x: Any) -> Any:
+    """What a variable holds, or the array that stands in a module without one."""
+    return x.get_raw_value() if isinstance(x, nnx.Variable) else x
+
+
+def found(module: Any, path: Path) -> Any:
+    """What lies at a path in a module or container."""
     for key in path:
         module = items(module)[key]
     return module
 
 
 def put(module: Any, path: Path, value: Any) -> None:
-    container = _at(module, path[:-1])
+    """Puts a value where a path leads, within tuples too."""
+    container = found(module, path[:-1])
     if isinstance(container, tuple):
         changed = (*container[: path[-1]], value, *container[path[-1] + 1 :])
-        put(module, path[:-1], nnx.data(changed))
-    elif isinstance(container, nnx.List | list | MutableMapping):
+        put(module, path[:-1], changed)
+        return
+    if isinstance(value, tuple) and isinstance(container, nnx.Pytree):
+        value = nnx.data(value)
+    if isinstance(container, nnx.List | list | MutableMapping):
         container[path[-1]] = value
     else:
         setattr(container, path[-1], value)
 
 
 def remove(module: Any, path: Path) -> None:
-    container = _at(module, path[:-1])
+    container = found(module, path[:-1])
     if path[-1] not in items(container):
         return  # tied weights share theirs
     if isinstance(container, MutableMapping):

@@ -360,10 +360,11 @@ def handed_on(jaxpr: Jaxpr) -> list[int | None]:
             continue
         (function,) = inner
         through = handed_on(function.jaxpr)
-        if eqn.primitive in (P.scan, P.while_):  # what every step hands on
+        if eqn.primitive in (P.scan, P.while_):  # what every step hands on in its place
             at, n = function.num_consts, function.num_carry
             through = [
-                i if i == at + k < at + n else None for k, i in enumerate(through)
+                i if i is not None and (i - at == k or min(i - at, k) >= n) else None
+                for k, i in enumerate(through)
             ]
         for v, i in zip(eqn.outvars, through, strict=True):
             source = None if i is None else eqn.invars[function.first + i]

@@ -16,7 +16,10 @@ _INTERNAL = (
     "contextlib.py",
 )
 # Frames in these are reported only where there are no others.
-_LIBRARIES = (*_INTERNAL, *map(_package, ("flax", "haiku", "equinox")))
+_LIBRARIES = (
+    *_INTERNAL,
+    *map(_package, ("flax", "haiku", "equinox", "haliax", "jaxtyping", "keras")),
+)
 
 
 def source_line(eqn: Any, function: str = "") -> str:

@@ -196,9 +196,10 @@ def _update_of(p: Any, g: Any, new: Any) -> Any:
     """What moves p: nothing where it was hidden from the transformation."""
     if not isinstance(new, optax.MaskedNode):
         return new
-    if isinstance(g, optax.MaskedNode):
-        return _no_change((), jnp.result_type(p))
-    return _no_change(g.shape, g.dtype)
+    if not isinstance(g, optax.MaskedNode):
+        return _no_change(g.shape, g.dtype)
+    numbers = is_array(p) or isinstance(p, int | float | complex)
+    return _no_change((), jnp.result_type(p)) if numbers else None
 
 
 def freeze() -> optax.GradientTransformation:

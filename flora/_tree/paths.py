@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 from jax.tree_util import GetAttrKey
 
+from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError
 from flora._tree.weight import is_leaf
 
@@ -31,6 +32,15 @@ def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """`([(path, leaf)], treedef)`; flora's nodes and quantized weights are leaves."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [(path_of(keys), leaf) for keys, leaf in leaves], treedef
+
+
+def is_static(leaf: Any) -> bool:
+    """Whether a leaf is a function, a string or a number of Python's.
+
+    Modules of Equinox hold them: activations, names, rates.
+    """
+    plain = isinstance(leaf, str | bytes | int | float | complex)
+    return not is_array(leaf) and (plain or callable(leaf))
 
 
 def check_pattern(name: str, pattern: Any) -> None:
@@ -56,7 +66,7 @@ def matches(pattern: Pattern, path: str, leaf: Any) -> bool:
 
     A glob's `*` crosses '/'; the glob must match the end of the path, from the start of
     a segment, or the whole path if it starts with '/'.  A regex must match the whole
-    path.
+    path.  A callable is not asked about leaves that are static.
     """
     return any(_matches_one(entry, path, leaf) for entry in entries(pattern))
 
@@ -66,6 +76,8 @@ def _matches_one(entry: Any, path: str, leaf: Any) -> bool:
         return _regex(entry).fullmatch(path) is not None
     if isinstance(entry, re.Pattern):
         return entry.fullmatch(path) is not None
+    if is_static(leaf):
+        return False
     try:
         return bool(entry(path, leaf))
     except Exception as error:

@@ -20,7 +20,14 @@ from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.initializers import ByKind, Initializer
 from flora._tree.keys import consumed, path_salt, require_key
 from flora._tree.layout import Layout
-from flora._tree.paths import entries, exactly, first, matches, named_leaves
+from flora._tree.paths import (
+    entries,
+    exactly,
+    first,
+    is_static,
+    matches,
+    named_leaves,
+)
 from flora._tree.placement import placed_as_base
 from flora._tree.quantized import abstract, is_quantized
 from flora._tree.selection import idle_entries, idle_keys, nothing_selected, shown
@@ -143,6 +150,8 @@ def _selection(config: LoraConfig, named: Named) -> tuple[set[str], set[str]]:
         for path, leaf in named
         if is_node(leaf)
     )
+    fail(_static_entries(config, named))
+    named = [(p, x) for p, x in named if not is_static(x)]
     hit = [(p, x) for p, x in named if matches(config.target, p, x)]
     exclude = indices.whole(config.exclude)
     chosen = [(p, x) for p, x in hit if not matches(exclude, p, x)]
@@ -164,6 +173,19 @@ def _selection(config: LoraConfig, named: Named) -> tuple[set[str], set[str]]:
     fail(_leaf_problems(wide, [(p, x) for p, x in named if p in trained]))
     fail(_scope_problems(config, hit, wide))
     return {p for p, _ in wide}, trained
+
+
+def _static_entries(config: LoraConfig, named: Named) -> Iterable[str]:
+    """Entries that select nothing but what is no array."""
+    for name in ("target", "train"):
+        for entry in entries(getattr(config, name)):
+            hit = [(p, x) for p, x in named if matches(entry, p, x)]
+            if hit and all(is_static(x) for _, x in hit):
+                path, leaf = hit[0]
+                yield (
+                    f"{name}: {shown(entry)} selects '{path}', {_kind(leaf)}; expected "
+                    f"arrays. Take it out of {name}=."
+                )
 
 
 def _narrow_entries(

@@ -249,6 +249,49 @@ def equinox_spectral():
     return Model(fn, params, (normal(3, 5),), ("weight",), NORM)
 
 
+def keras(build, *inputs, training=False, **settings):
+    """`build(keras.layers)`, called without state; weights by path are the tree."""
+    import keras
+
+    model = build(keras.layers)
+    model(*inputs)
+    params = {v.path: v.value for v in model.trainable_variables}
+    rest = [v.value for v in model.non_trainable_variables]
+
+    def fn(params, rest, *inputs):
+        values = [params[v.path] for v in model.trainable_variables]
+        return model.stateless_call(values, rest, *inputs, training=training)
+
+    target = any_of("*kernel", "*embeddings")
+    return Model(fn, params, (rest, *inputs), target, settings)
+
+
+def keras_attention(layers):
+    import keras
+
+    x = keras.Input((3, 8))
+    y = layers.MultiHeadAttention(2, 6, name="attention")(x, x)
+    return keras.Model(x, layers.GroupQueryAttention(5, 4, 2, name="grouped")(y, y))
+
+
+def keras_sequential(*names_and_arguments):
+    def build(layers):
+        import keras
+
+        made = [getattr(layers, n)(*args, **kw) for n, args, kw in names_and_arguments]
+        return keras.Sequential(made, name="net")
+
+    return build
+
+
+def keras_bidirectional(layers):
+    import keras
+
+    inner = layers.LSTM(6, return_sequences=True)
+    timed = layers.TimeDistributed(layers.Dense(7))
+    return keras.Sequential([layers.Bidirectional(inner), timed], name="net")
+
+
 ENCODERS = {
     "bert": ("BertForSequenceClassification", "Bert", ENCODER),
     "bert masked lm": ("BertForMaskedLM", "Bert", ENCODER),
@@ -410,4 +453,26 @@ MODELS = {
     "equinox weight norm": lambda: equinox(
         lambda nn, key: nn.WeightNorm(nn.Linear(5, 11, key=key)), normal(3, 5), **NORM),
     "equinox spectral norm": equinox_spectral,
+    "keras attention": lambda: keras(keras_attention, normal(2, 3, 8)),
+    "keras batch norm": lambda: keras(
+        keras_sequential(("Dense", (11,), {"activation": "relu"}),
+                         ("BatchNormalization", (), {}), ("Dropout", (0.1,), {}),
+                         ("Dense", (7,), {})),
+        normal(3, 5), training=True),
+    "keras bidirectional": lambda: keras(keras_bidirectional, normal(2, 4, 5)),
+    "keras conv": lambda: keras(
+        keras_sequential(("Conv2D", (7, 3), {"strides": 2}),
+                         ("DepthwiseConv2D", (2,), {}),
+                         ("SeparableConv2D", (6, 2), {}),
+                         ("Conv2DTranspose", (5, 3), {})),
+        normal(3, 11, 8, 3)),
+    "keras einsum": lambda: keras(
+        keras_sequential(("EinsumDense", ("abc,cde->abde", (None, 2, 7)), {}),
+                         ("EinsumDense", ("abde,def->abf", (None, 6)), {})),
+        normal(3, 4, 5)),
+    "keras recurrent": lambda: keras(
+        keras_sequential(("Embedding", (31, 8), {"mask_zero": True}),
+                         ("LSTM", (6,), {"return_sequences": True}),
+                         ("GRU", (5,), {})),
+        IDS),
 }  # fmt: skip

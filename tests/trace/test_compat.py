@@ -140,11 +140,14 @@ def test_which_input_an_output_is():
         a = jax.jit(lambda x, w: (x * 2, w))(x, w)
         b = lax.scan(lambda c, _: ((c[0], c[1] + 1, c[0]), None), (w, x, w), None, 2)[0]
         c = lax.fori_loop(0, 3, lambda i, c: (c[1], c[0]), (w, w))
-        return w, a[0], a[1], b[0], b[1], b[2], c[0], 3.0, n
+        step = jax.checkpoint(lambda c, row: (c + 1, (c, row[0], row[1] + 1, w)))
+        d = lax.scan(step, n, (w, x))[1]  # a step's rows come back as they went in
+        return w, a[0], a[1], *b, c[0], 3.0, n, *d
 
     jaxpr = jax.make_jaxpr(fn)(jnp.ones(3), jnp.ones(3), 1)
     w = 0
-    assert compat.handed_on(jaxpr) == [w, None, w, w, None, None, None, None, 2]
+    expected = [w, None, w, w, None, None, None, None, 2, None, w, None, None]
+    assert compat.handed_on(jaxpr) == expected
 
 
 def test_whether_a_weight_may_come_out():

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import flora
+from flora.checkpoint import Checkpointer
 from flora.quantize import quantize
 from flora.variants import DoRA, VeRA
 from tests.support import contract
@@ -239,3 +240,28 @@ def test_updates_that_do_not_fit_are_named(name):
     updates, message = REFUSED[name]
     with pytest.raises(flora.LoraError, match=message):
         flora.apply_updates(ADAPTED, updates)
+
+
+def test_functions_strings_and_numbers_stay(tmp_path):
+    """What modules of Equinox hold beside arrays."""
+    static = {"act": jax.nn.gelu, "name": "net", "kind": jnp.float32, "n": 3, "p": 0.1}
+
+    def fn(tree, x):
+        return jnp.sum(tree["act"](x @ tree["kernel"]) ** tree["n"])
+
+    x, plain = jnp.ones((2, 4)), static | {"kernel": jnp.ones((4, 3))}
+    config = flora.LoraConfig(rank=2)
+    adapted = flora.init(jax.random.key(0), config, fn, plain, x)
+    tx = flora.optimizer(optax.adamw(0.1), adapted)
+    loss, grads = flora.value_and_grad(flora.lora(fn))(adapted, x)
+    updates, state = tx.update(grads, tx.init(adapted), adapted)
+    assert [updates[name] for name in ("act", "name", "kind")] == [None] * 3
+    moved = flora.apply_updates(adapted, updates)
+    flora.save(tmp_path / "adapter.safetensors", moved)
+    loaded = flora.load(tmp_path / "adapter.safetensors", plain)
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(1, moved, state)
+        restored, _, _ = checkpointer.restore(adapted, state)
+    for tree in (moved, loaded, restored, flora.merge(moved)):
+        assert all(tree[name] is value for name, value in static.items())
+        assert flora.lora(fn)(tree, x) != loss

@@ -3,6 +3,7 @@ import re
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -39,7 +40,8 @@ QUERY, BIAS, UP_0, UP_1, HEAD = PATHS
     ],
 )
 def test_matches(pattern, selected):
-    assert [p for i, p in enumerate(PATHS) if matches(pattern, p, i)] == selected
+    leaves = dict(zip(PATHS, np.arange(5.0), strict=True))
+    assert [p for p, x in leaves.items() if matches(pattern, p, x)] == selected
     check_pattern("target", pattern)
 
 

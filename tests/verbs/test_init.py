@@ -272,3 +272,41 @@ def test_leaves_of_one_dimension_are_passed_over_among_others():
     adapted = init(p=p, f=lambda p, x: x @ p["kernel"] + p["bias"], target="*")
     assert contract.is_weight(adapted["kernel"])
     assert adapted["bias"] is p["bias"]
+
+
+STATIC = {"act": jnp.tanh, "name": "net", "eps": 0.5, "n": 3, "flag": True}
+
+
+def with_static(p, x):
+    """Of a tree that holds what modules of Equinox hold."""
+    assert p["flag"] is True
+    return p["act"](x @ p["kernel"]) * p["eps"] ** p["n"] + p["bias"]
+
+
+@pytest.mark.parametrize("pattern", ["*", lambda path, leaf: leaf.ndim == 2])
+def test_functions_strings_and_numbers_are_in_no_pattern(pattern):
+    p = STATIC | {"kernel": array(7, 5, dtype=jnp.float32), "bias": jnp.ones(5)}
+    adapted = init(p=p, f=with_static, target=pattern)
+    is_weight = {name for name, x in adapted.items() if contract.is_weight(x)}
+    assert is_weight == {"kernel"}
+    whole = init(p=p, f=with_static, target=(), train=pattern)
+    trained = {name for name, x in whole.items() if isinstance(x, flora.Trained)}
+    assert trained == ({"kernel", "bias"} if pattern == "*" else {"kernel"})
+    for tree in (adapted, whole):
+        assert all(tree[name] is x for name, x in STATIC.items())
+        want = with_static(p, X)
+        chex.assert_trees_all_equal(flora.lora(with_static)(tree, X), want)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "act"}, "target: 'act' selects 'act', a .*; expected arrays"),
+        ({"target": ["kernel", "name"]}, "target: 'name' selects 'name', a str;"),
+        ({"target": (), "train": "eps"}, "train: 'eps' selects 'eps', a float; exp"),
+    ],
+)
+def test_entries_for_functions_strings_and_numbers_alone(settings, message):
+    p = STATIC | {"kernel": array(7, 5, dtype=jnp.float32), "bias": jnp.ones(5)}
+    with pytest.raises(flora.LoraError, match=message):
+        init(p=p, f=with_static, **settings)

@@ -93,6 +93,8 @@ SLOTS = {
 }  # fmt: skip
 
 
+# Old versions of NumPy warn of a `.dtype` that is none before they refuse it.
+@pytest.mark.filterwarnings("ignore:in the future the `.dtype`:DeprecationWarning")
 @pytest.mark.parametrize("slot", SLOTS)
 def test_wrong_kinds_give_one_clear_error(slot):
     refused = 0

@@ -79,10 +79,13 @@ def scan(ctx: Context, eqn: Eqn, *args: Any) -> Any:
     first = parts.num_consts
     last = first + parts.num_carry
     consts, init, xs = list(args[:first]), list(args[first:last]), list(args[last:])
-    inner, _ = compat.open_jaxpr(parts.jaxpr)
-    fixed = _loop_invariant(
-        ctx, eqn, init, inner.invars[first:last], inner.outvars[: parts.num_carry]
-    )
+    through = compat.handed_on(parts.jaxpr)
+    fixed = _loop_invariant(ctx, eqn, init, through, first)
+    kept = {
+        k: args[i]
+        for k, i in enumerate(through[parts.num_carry :])
+        if i is not None and i >= last and isinstance(args[i], Factored)
+    }
     slots = [_scanned(ctx, eqn, x) for x in xs]
 
     def body(carry: Any, step: Any) -> Any:
@@ -94,7 +97,10 @@ def scan(ctx: Context, eqn: Eqn, *args: Any) -> Any:
         state = _restored(fixed, state, i)
         outs = interpret(ctx, parts.jaxpr, [*weights, *state, *rows])
         state, ys = outs[: parts.num_carry], outs[parts.num_carry :]
-        ys = [densify(ctx, eqn, y, "a weight as a loop's output") for y in ys]
+        ys = [
+            None if k in kept else densify(ctx, eqn, y, "a weight as a loop's output")
+            for k, y in enumerate(ys)
+        ]
         return (None if i is None else i + 1, _carried(ctx, eqn, fixed, state)), ys
 
     start = jnp.int32(0) if keyed(args) else None
@@ -102,6 +108,7 @@ def scan(ctx: Context, eqn: Eqn, *args: Any) -> Any:
     (_, state), ys = lax.scan(
         body, (start, init), [x for x, _ in slots], **parts.options
     )
+    ys = [kept.get(k, y) for k, y in enumerate(ys)]
     return [fixed.get(k, x) for k, x in enumerate(state)] + ys
 
 
@@ -110,8 +117,7 @@ def while_(ctx: Context, eqn: Eqn, *args: Any) -> Any:
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, body_consts = args[:n_cond], args[n_cond : n_cond + n_body]
     init = list(args[n_cond + n_body :])
-    inner, _ = compat.open_jaxpr(p["body_jaxpr"])
-    fixed = _loop_invariant(ctx, eqn, init, inner.invars[n_body:], inner.outvars)
+    fixed = _loop_invariant(ctx, eqn, init, compat.handed_on(p["body_jaxpr"]), n_body)
 
     def cond(carry: Any) -> Any:
         i, state = carry
@@ -213,13 +219,13 @@ def _as_weight(x: Any, like: Factored) -> Factored:
 
 
 def _loop_invariant(
-    ctx: Context, eqn: Eqn, init: list[Any], ins: Any, outs: Any
+    ctx: Context, eqn: Eqn, init: list[Any], through: Sequence[int | None], first: int
 ) -> dict[int, Factored]:
     """The carried weights that every step hands on unchanged; others are made dense."""
     fixed = {}
     for k, x in enumerate(init):
         if isinstance(x, Factored):
-            if ins[k] is outs[k]:
+            if through[k] == first + k:
                 fixed[k] = x
             else:
                 init[k] = densify(ctx, eqn, x, "a weight that a loop changes")

@@ -68,6 +68,25 @@ def scan_that_carries_the_weight(p, x):
     return lax.scan(step, (p["w"], x[0]), x)[0][1] @ p["v"]
 
 
+def scan_of_one_step_that_carries_a_layer(p, x):
+    """As trainers run one rematerialized layer: its state goes in and comes out."""
+
+    @jax.checkpoint
+    def step(carry, _):
+        w, c = carry
+        return (w, layer(w, c)), None
+
+    (w, y), _ = lax.scan(step, (p["w"], x), None, 1)
+    return layer(w, y) @ p["v"]
+
+
+def scan_that_returns_its_layers(p, x):
+    """As modules whose state goes through a scan: the stack comes back as it was."""
+    step = jax.checkpoint(lambda c, w: (layer(w, c), (c.sum(), w)))
+    y, (sums, layers) = lax.scan(step, x, p["layers"])
+    return lax.scan(lambda c, w: (layer(w, c), None), y, layers)[0] * sums.mean()
+
+
 def scan_over_rows_of_a_weight(p, x):
     def step(c, w):
         return c + jnp.outer(x[:, 0], jnp.ones(5)) * 0 + x @ w[:, None], None
@@ -96,6 +115,11 @@ def while_that_carries_the_weight(p, x):
     return lax.while_loop(lambda c: c[0] < 3, step, (0, p["w"], x))[2]
 
 
+def while_that_carries_the_weight_through_a_jit(p, x):
+    step = jax.jit(lambda c: (c[0] + 1, c[1], layer(c[1], c[2])))
+    return lax.while_loop(lambda c: c[0] < 3, lambda c: step(c), (0, p["w"], x))[2]
+
+
 def cond(p, x):
     return lax.cond(x.sum() > 0, lambda x: layer(p["w"], x), lambda x: x, x) @ p["v"]
 
@@ -117,6 +141,7 @@ def grad_inside(p, x):
 REVERSE = [
     jitted, nested_jit, remat, scan_over_layers, scan_backwards_and_unrolled,
     scan_with_constants, scan_of_remat, scan_that_carries_the_weight,
+    scan_of_one_step_that_carries_a_layer, scan_that_returns_its_layers,
     scan_over_rows_of_a_weight, cond, switch, vmapped_layers, grad_inside,
 ]  # fmt: skip
 
@@ -133,9 +158,13 @@ def test_contract_of_control_flow(x64, fn):
     contract.check(fn, used(fn, x), x, dtype=jnp.float64)
 
 
-@pytest.mark.parametrize(
-    "fn", [fori, while_with_a_weight_in_its_condition, while_that_carries_the_weight]
-)
+FORWARD = [
+    fori, while_with_a_weight_in_its_condition, while_that_carries_the_weight,
+    while_that_carries_the_weight_through_a_jit,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fn", FORWARD)
 def test_loops_that_only_run_forward(x64, fn):
     x = array(3, 7)
     adapted = contract.adapt(fn, used(fn, x), x, dtype=jnp.float64)

@@ -194,7 +194,7 @@ def adapt(key: Any, model: LoRA, variables: Any, *args: Any, **kwargs: Any) -> A
     if LORA in variables["params"]:
         raise LoraError(
             "flora.linen.adapt: the variables have 'params/lora' already. Take it out "
-            "to start anew; if it is the model's own, rename it there."
+            "to start anew; if it is the model's own, rename it."
         )
     fn = _call(model, other, args, kwargs)
     return joined(base, other, plans.adapted(key, model.model, model.config, fn, base))

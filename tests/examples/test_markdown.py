@@ -24,7 +24,7 @@ FENCE = re.compile(
     r"^( *)(```+|~~~+) *(\S*).*?\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE
 )
 # Pages that need the extra third-party; the warnings of its packages are theirs.
-THIRD_PARTY = {"examples/howto/equinox.md", "examples/howto/keras.md"}
+THIRD_PARTY = {f"examples/howto/{x}.md" for x in ("equinox", "kauldron", "keras")}
 MARKS = [pytest.mark.third_party, pytest.mark.filterwarnings("ignore")]
 # Pages that need the extra of their name: their own tests run them, by hand.
 BY_HAND = {"examples/howto/maxtext.md"}

@@ -351,6 +351,29 @@ def test_an_rnn():
     close(model.apply(variables, x), rnn.apply(merged(model, variables), x))
 
 
+def test_a_weight_that_two_methods_use():
+    class Tied(nn.Module):
+        def setup(self):
+            self.embed, self.dense = nn.Embed(11, 8), nn.Dense(8)
+
+        def encode(self, i):
+            return self.dense(self.embed(i))
+
+        def decode(self, h):
+            return self.embed.attend(h)
+
+        def __call__(self, i):
+            return self.decode(self.encode(i))
+
+    config = flora.LoraConfig(rank=2, target=["embed/embedding", "dense/kernel"])
+    model, i = flora.linen.LoRA(model=Tied(), config=config), jnp.arange(6)
+    variables = moved(model, i)
+    plain = merged(model, variables)
+    for method, x in (("__call__", i), ("encode", i), ("decode", X)):
+        out = model.apply(variables, x, method=method)
+        close(out, Tied().apply(plain, x, method=method))
+
+
 def test_the_cell_of_an_rnn():
     cell = nn.GRUCell(6)
     adapted = flora.linen.LoRA(model=cell, config=CONFIG)

@@ -49,8 +49,8 @@ class LoRA(nn.Module):
     """A Linen module that runs another one with low-rank factors beside its weights.
 
     Its parameters are those of `model`, and `lora` beside them.  Its other methods are
-    those of `model`, on base and factors as well; so are its attributes, but `model` and
-    `config`.
+    those of `model`, on base and factors as well; so are its attributes, except for
+    `model` and `config`.
 
     With `config.dropout`, the inputs of A are dropped wherever there is an rng named
     'dropout'.  Where nn.Dropout's flag says that a call is deterministic, give none.

@@ -49,7 +49,8 @@ class LoRA(nn.Module):
     """A Linen module that runs another one with low-rank factors beside its weights.
 
     Its parameters are those of `model`, and `lora` beside them.  Its other methods are
-    those of `model`, on base and factors as well; so are its attributes.
+    those of `model`, on base and factors as well; so are its attributes, except for
+    `model` and `config`.
 
     With `config.dropout`, the inputs of A are dropped wherever there is an rng named
     'dropout'.  Where nn.Dropout's flag says that a call is deterministic, give none.
@@ -194,7 +195,7 @@ def adapt(key: Any, model: LoRA, variables: Any, *args: Any, **kwargs: Any) -> A
     if LORA in variables["params"]:
         raise LoraError(
             "flora.linen.adapt: the variables have 'params/lora' already. Take it out "
-            "to start anew; if it is the model's own, rename it there."
+            "to start anew; if it is the model's own, rename it."
         )
     fn = _call(model, other, args, kwargs)
     return joined(base, other, plans.adapted(key, model.model, model.config, fn, base))

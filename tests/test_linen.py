@@ -275,7 +275,15 @@ INITIAL = {
         lambda: net().init(KEY, X, method="run"),
         "Net has no method 'run'; it has '__call__', 'decode', 'encode'",
     ),
-    "parameters named lora": (lambda: moved(lora(Own()), X), "Rename them"),
+    "parameters named lora": (lambda: moved(lora(Own()), X), "'lora/kernel' of Own"),
+    "adapted within": (
+        lambda: moved(lora(nn.Sequential([lora(nn.Dense(3))])), X),
+        "'layers_0/lora/kernel/a' of Sequential has the name 'lora'",
+    ),
+    "no parameters": (
+        lambda: moved(lora(nn.Dropout(0.1, deterministic=True)), X),
+        "is empty",
+    ),
 }
 
 

@@ -107,12 +107,14 @@ class _Packed:
     ) -> Any:
         """What the call returns, and what it leaves in the collections.
 
-        Parameters are made only where it `starts`.
+        Parameters are made only where it `starts`; else it is a call as after init.
         """
         params = self.with_own(self.params, {"params": base} if base else {})
         plain = [{} for _ in self.frozen]
         mutable = starts or core.DenyList(("params", LORA))
         scopes = self.scope_fn((params, plain, other), rngs, mutable)
+        for scope in scopes:
+            scope.flags = core.freeze({**scope.flags, "initializing": starts})
         out = self.call(scopes, *args, **kwargs)
         return out, self.repack(scopes)
 
@@ -145,11 +147,6 @@ def _start(module: Any, path: Path, packed: _Packed) -> Any:
     plain = without(packed.of_own(packed.params, "params"))
     out, (params, frozen, other) = packed.fn(plain, *packed.rest, starts=True)
     base = packed.of_own(params, "params")
-    if LORA in base:
-        raise LoraError(
-            f"{type(module.model).__name__} has parameters named {LORA!r} of its own, "
-            "where the factors belong. Rename them."
-        )
     after = dataclasses.replace(packed, params=params)
 
     def call(base: Any) -> Any:
@@ -181,8 +178,10 @@ def _factors(module: Any, call: plans.Fn, base: Any) -> Any:
                 base,
             )
         except LoraError as error:
-            if put_off is None:
+            if put_off is None and base:
                 raise
+            if put_off is None:  # a call that needs no parameters
+                return None
             put_off[:] = [error]
             return None
     if put_off:

@@ -7,16 +7,16 @@ is kept by their values: modules that are made anew at each trace find it again.
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flora._linen.parts import Settings, settings_of
+from flora._linen.parts import LORA, Settings, settings_of
 from flora._tree.config import LoraConfig
-from flora._tree.errors import LoraError
+from flora._tree.errors import LoraError, fail
 from flora._tree.paths import named_leaves
 from flora._verbs.coverage import coverage
 from flora._verbs.init import init
@@ -50,9 +50,22 @@ _KNOWN = _Known()
 
 def adapted(key: Any, model: nn.Module, config: LoraConfig, fn: Fn, base: Any) -> Any:
     """The adapted parameters of a call; its plan is that of the module from now on."""
+    fail(_taken(model, base))
     made = init(key, config, fn, base)
     _KNOWN.put(_shapes(base), _about(model, config), settings_of(made))
     return made
+
+
+def _taken(model: nn.Module, base: Any) -> Iterator[str]:
+    """Parameters of the model's own by the name of the factors'."""
+    named, _ = named_leaves(base)
+    for path, _ in named:
+        if LORA in path.split("/"):
+            yield (
+                f"'{path}' of {type(model).__name__} has the name {LORA!r}, where "
+                "factors belong. Rename it; if it is a factor already, adapt the model "
+                "without."
+            )
 
 
 def known(model: nn.Module, config: LoraConfig, base: Any) -> Settings | None:

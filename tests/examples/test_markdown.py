@@ -24,7 +24,8 @@ FENCE = re.compile(
     r"^( *)(```+|~~~+) *(\S*).*?\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE
 )
 # Pages that need the extra third-party; the warnings of its packages are theirs.
-THIRD_PARTY = {f"examples/howto/{x}.md" for x in ("equinox", "keras", "tunix")}
+PAGES = ("equinox", "kauldron", "keras", "tunix")
+THIRD_PARTY = {f"examples/howto/{page}.md" for page in PAGES}
 MARKS = [pytest.mark.third_party, pytest.mark.filterwarnings("ignore")]
 # Pages that need the extra of their name: their own tests run them, by hand.
 BY_HAND = {"examples/howto/maxtext.md"}

@@ -351,6 +351,60 @@ def test_an_rnn():
     close(model.apply(variables, x), rnn.apply(merged(model, variables), x))
 
 
+def test_a_weight_that_two_methods_use():
+    class Tied(nn.Module):
+        def setup(self):
+            self.embed, self.dense = nn.Embed(11, 8), nn.Dense(8)
+
+        def encode(self, i):
+            return self.dense(self.embed(i))
+
+        def decode(self, h):
+            return self.embed.attend(h)
+
+        def __call__(self, i):
+            return self.decode(self.encode(i))
+
+    config = flora.LoraConfig(rank=2, target=["embed/embedding", "dense/kernel"])
+    model, i = flora.linen.LoRA(model=Tied(), config=config), jnp.arange(6)
+    variables = moved(model, i)
+    plain = merged(model, variables)
+    for method, x in (("__call__", i), ("encode", i), ("decode", X)):
+        out = model.apply(variables, x, method=method)
+        close(out, Tied().apply(plain, x, method=method))
+
+
+def test_the_cell_of_an_rnn():
+    cell = nn.GRUCell(6)
+    adapted = flora.linen.LoRA(model=cell, config=CONFIG)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    around, rnn = nn.RNN(adapted), nn.RNN(cell)
+    variables = around.init(jax.random.key(1), x)
+    own = variables["params"]["cell"]
+    own["lora"] = jax.tree.map(lambda x: x + 0.1, own["lora"])
+    carry = jnp.zeros((2, 6))
+    adapted.apply({"params": own}, carry, x[:, 0])
+    plain = merged(adapted, {"params": own})["params"]
+    close(around.apply(variables, x), rnn.apply({"params": {"cell": plain}}, x))
+
+
+@pytest.mark.parametrize("norm", [nn.WeightNorm, nn.SpectralNorm])
+def test_a_model_that_changes_its_weights(norm):
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dense = nn.Dense(8, name="dense")
+            x = nn.Dense(8, name="plain")(x)
+            if norm is nn.SpectralNorm:
+                return norm(dense)(x, update_stats=False)
+            return norm(dense)(x)
+
+    config = flora.LoraConfig(rank=2, target="plain/kernel")
+    model = flora.linen.LoRA(model=Normed(), config=config)
+    variables = moved(model, X)
+    close(model.apply(variables, X), Normed().apply(merged(model, variables), X))
+
+
 def test_a_module_among_the_arguments_and_attributes_of_the_parents():
     class Head(nn.Module):
         embed: nn.Module

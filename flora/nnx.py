@@ -220,10 +220,11 @@ def _fill(plain: Any, tree: Any, verb: str) -> float:
             f"flora.nnx.{verb}: none of the tree's {len(flat)} leaves is adapted. Pass "
             "an adapted tree of the model's state, such as flora.load returns."
         )
-    filled = [
-        (path, have[path].replace(_with_base(raw(x), raw(have[path]))))
-        for path, x in flat
-    ]
+    filled = []
+    for path, x in flat:
+        value = _with_base(raw(x), raw(have[path]))
+        variable = isinstance(have[path], nnx.Variable)  # else an array by itself
+        filled.append((path, have[path].replace(value) if variable else value))
     nnx.update(plain, nnx.from_flat_state(filled))
     return max(getattr(raw(x), "dropout", 0.0) for x in nodes)
 

@@ -24,7 +24,7 @@ import flora.peft
 import flora.quantize
 import flora.starts
 import flora.variants
-from support.nnx_models import (
+from tests.support.nnx_models import (
     CONFIG,
     KEY,
     LORA,
@@ -136,11 +136,8 @@ def test_a_step_costs_what_the_pure_function_costs_and_forms_no_second_weight():
     ]
     assert flops[0] == flops[1]
     jaxpr = jax.make_jaxpr(step)(factors, rest, X).jaxpr
-    made = [v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars if eqn.params == {}]
-    assert (8, 24) not in made
-    products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
-    assert products
-    assert all((8, 24) != e.outvars[0].aval.shape for e in products)
+    made = [e.primitive.name for e in jaxpr.eqns if e.outvars[0].aval.shape == (8, 24)]
+    assert made == ["custom_jvp_call", "stop_gradient"]  # W itself
 
 
 def test_full_fine_tuning_is_refused_and_moves_nothing():
@@ -340,8 +337,13 @@ def test_clones_copies_and_pickles():
         assert type(other) is type(module)
         close(other(X), module(X))
         close(flora.nnx.merge(other)(X), module(X))
-        drawn(other, seed=5)
-        assert (other(X) != module(X)).any()
+
+
+def test_a_clone_trains_by_itself():
+    module = adapted(net())
+    other = drawn(nnx.clone(module), seed=5)
+    assert (other(X) != module(X)).any()
+    close(other(X), flora.nnx.merge(other)(X))
 
 
 def test_two_adapters_of_one_base():
@@ -535,9 +537,7 @@ def test_captures():
             self.sow(nnx.Intermediate, "h", x)
             return x
 
-    config = flora.LoraConfig(rank=2)
     module = flora.nnx.module(Around(), {"inner": flora.nnx.tree(adapted(model))})
-    assert config.rank == 2
     close(
         *(
             nnx.capture(m, nnx.Intermediate)(X)
@@ -577,14 +577,8 @@ class Autoencoder(nnx.Module):
 
 def test_several_methods():
     model, z = Autoencoder(nnx.Rngs(0)), jnp.ones((2, 4))
-    module = (
-        adapted(model, methods=(), config=CONFIG)
-        if 0
-        else drawn(
-            flora.nnx.adapt(
-                KEY, CONFIG, model, methods={"encode": (X,), "decode": (z,)}
-            )
-        )
+    module = drawn(
+        flora.nnx.adapt(KEY, CONFIG, model, methods={"encode": (X,), "decode": (z,)})
     )
     as_merged(module, lambda m: m.encode(X))
     as_merged(module, lambda m: m.decode(z, gain=3.0))
@@ -640,7 +634,9 @@ def test_factors_are_sharded_as_their_weight_is(kind):
 def test_shapes_alone():
     model = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
     module = flora.nnx.adapt(KEY, CONFIG, model, jax.ShapeDtypeStruct((4, 8), X.dtype))
-    assert module.first.kernel_lora_a[...] == jax.ShapeDtypeStruct((8, 2), X.dtype)
+    assert module.first.kernel_lora_a.get_raw_value() == jax.ShapeDtypeStruct(
+        (8, 2), X.dtype
+    )
     assert nnx.eval_shape(lambda m: m(X), module).shape == (4, 3)
     made = nnx.eval_shape(lambda: flora.nnx.adapt(KEY, CONFIG, Net(nnx.Rngs(0)), X))
     assert paths(nnx.state(made)) == paths(nnx.state(module))
@@ -699,7 +695,7 @@ def test_a_module_within_linen():
     assert set(variables) == {"params", "LoRAParam"}
     factors = variables["LoRAParam"]
     moved = variables | {"LoRAParam": jax.tree.map(jnp.ones_like, factors)}
-    w = variables["params"]["kernel"] + 8 / 2 * jnp.full((8, 3), 2.0)
+    w = variables["params"]["kernel"] + CONFIG.alpha / 2 * jnp.full((8, 3), 2.0)
     close(module.apply(moved, X), X @ w + variables["params"]["bias"])
 
 
@@ -757,7 +753,7 @@ def refused():
 @pytest.mark.parametrize("name", refused())
 def test_bad_input(name):
     call, message = refused()[name]
-    with pytest.raises((flora.LoraError, flora.LoraTypeError), match=message):
+    with pytest.raises(flora.LoraError, match=message):
         call()
 
 

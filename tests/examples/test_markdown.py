@@ -24,7 +24,7 @@ FENCE = re.compile(
     r"^( *)(```+|~~~+) *(\S*).*?\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE
 )
 # What is not Python of flora's; a block with none of these is a mistake.
-OTHERS = {"sh", "text", "toml", "json"}
+OTHERS = {"sh", "text", "toml", "json", "diff"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -235,7 +235,8 @@ def _flat(tree: Any, verb: str) -> list[tuple[Any, Any]]:
             f"flora.nnx.{verb}: tree is a {type(tree).__name__}. Pass the adapted tree "
             "of a module's state, such as flora.nnx.tree returns."
         )
-    return list(nnx.to_flat_state(nnx.State(tree) if isinstance(tree, dict) else tree))
+    state: Any = nnx.State(tree) if isinstance(tree, dict) else tree
+    return list(nnx.to_flat_state(state))
 
 
 def _with_base(value: Any, current: Any) -> Any:

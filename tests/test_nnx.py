@@ -72,7 +72,8 @@ def trained(model, tx=None, steps=3):
     losses = [float(step(model, optimizer)) for _ in range(steps)]
     after = nnx.state(model, frozen)
     jax.tree.map(np.testing.assert_array_equal, before, after)
-    moved = zip(*map(jax.tree.leaves, (start, nnx.state(model, nnx.LoRAParam))))
+    after = nnx.state(model, nnx.LoRAParam)
+    moved = zip(*map(jax.tree.leaves, (start, after)), strict=True)
     assert all((x != y).any() for x, y in moved)
     assert len(traces) == 1
     assert losses[-1] < losses[0]
@@ -81,7 +82,7 @@ def trained(model, tx=None, steps=3):
 def test_it_starts_as_flora_init_does_and_shares_the_base():
     model = net()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    fn = lambda params, rest, x: nnx.merge(graphdef, params, rest)(x)
+    fn = lambda params, rest, x: nnx.merge(graphdef, params, rest)(x)  # noqa: E731
     tree = flora.init(KEY, CONFIG, fn, params, rest, X)
     module = flora.nnx.adapt(KEY, CONFIG, model, X)
     assert isinstance(module, Net)
@@ -148,7 +149,7 @@ def test_full_fine_tuning_is_refused_and_moves_nothing():
     grads = nnx.grad(loss, argnums=LORA)(module)
     for tx in (optax.adamw(0.1, weight_decay=0.1), optax.sgd(0.1)):
         optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)
-        with pytest.raises(ValueError, match="structure|keys|mismatch"):
+        with pytest.raises(ValueError, match=r"structure|keys|mismatch"):
             optimizer.update(module, grads)
     np.testing.assert_array_equal(module.first.kernel[...], kernel)
 
@@ -249,7 +250,7 @@ def test_keys_for_a_tree_with_dropout():
     tree = flora.nnx.tree(adapted(net(), config=rate))
     keyless = flora.nnx.module(net(), tree)
     close(keyless(X), flora.nnx.merge(keyless)(X))
-    with pytest.raises(flora.LoraError, match="give flora.nnx.module a key"):
+    with pytest.raises(flora.LoraError, match=r"give flora\.nnx\.module a key"):
         nnx.grad(loss, argnums=LORA)(keyless)
     keyed = flora.nnx.module(net(), tree, key=jax.random.key(3))
     keyed.lora_dropout.deterministic = False
@@ -286,16 +287,16 @@ def test_transforms_around_a_stack(call, remat):
 
 def test_gradients_through_a_scan_of_the_users():
     module = adapted(still(Stack(nnx.Rngs(0))))
-    mine = lambda m: (m.head(layers(m.blocks, X, remat=True)) ** 2).mean()
+    mine = lambda m: (m.head(layers(m.blocks, X, remat=True)) ** 2).mean()  # noqa: E731
     found = [nnx.jit(nnx.grad(f, argnums=LORA))(module) for f in (mine, loss)]
     close(*found)
 
 
 def test_loops_around_a_module():
     module = adapted(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
-    step = lambda _, c: (c[0], nnx.tanh(c[0](c[1])))
+    step = lambda _, c: (c[0], nnx.tanh(c[0](c[1])))  # noqa: E731
     as_merged(module, lambda m: nnx.fori_loop(0, 3, step, (m, X))[1])
-    more, step2 = lambda c: c[2] < 2, lambda c: (c[0], nnx.tanh(c[0](c[1])), c[2] + 1)
+    more, step2 = lambda c: c[2] < 2, lambda c: (c[0], nnx.tanh(c[0](c[1])), c[2] + 1)  # noqa: E731
     as_merged(module, lambda m: nnx.while_loop(more, step2, (m, X, 0))[1])
 
 
@@ -457,7 +458,7 @@ def test_types_of_somebodys_own():
     as_merged(module, lambda m: m(X))
     assert type(module.w) is Weight
     assert module.calls[...] == 2
-    with pytest.raises(flora.LoraError, match="holds no nnx.Param"):
+    with pytest.raises(flora.LoraError, match=r"holds no nnx\.Param"):
         adapted(Counting(Counter))
 
 

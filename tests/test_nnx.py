@@ -296,7 +296,7 @@ def test_loops_around_a_module():
     module = adapted(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
     step = lambda _, c: (c[0], nnx.tanh(c[0](c[1])))  # noqa: E731
     as_merged(module, lambda m: nnx.fori_loop(0, 3, step, (m, X))[1])
-    more, step2 = lambda c: c[2] < 2, lambda c: (c[0], nnx.tanh(c[0](c[1])), c[2] + 1)  # noqa: E731
+    more, step2 = lambda c: c[2] < 2, lambda c: (c[0], nnx.tanh(c[0](c[1])), c[2] + 1)
     as_merged(module, lambda m: nnx.while_loop(more, step2, (m, X, 0))[1])
 
 
@@ -412,8 +412,8 @@ class Held(nnx.Module):
     """Weights in lists, dicts, tuples and arrays of no variable."""
 
     def __init__(self, rngs):
-        weight = lambda: nnx.Param(jax.random.normal(rngs.params(), (8, 8)) / 3)
-        linear = lambda: nnx.Linear(8, 8, rngs=rngs)
+        weight = lambda: nnx.Param(jax.random.normal(rngs.params(), (8, 8)) / 3)  # noqa: E731
+        linear = lambda: nnx.Linear(8, 8, rngs=rngs)  # noqa: E731
         self.list = nnx.List([linear(), weight()])
         self.dict = nnx.Dict(a=linear(), b=weight())
         self.chain = nnx.Sequential(linear(), nnx.relu, linear())
@@ -611,7 +611,7 @@ def test_factors_are_sharded_as_their_weight_is(kind):
     types = (getattr(jax.sharding.AxisType, kind),) * 2
     mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=types)
     init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("d", "m"))
-    make = lambda: nnx.Linear(8, 16, use_bias=False, kernel_init=init, rngs=nnx.Rngs(0))
+    make = lambda: nnx.Linear(8, 16, use_bias=False, kernel_init=init, rngs=nnx.Rngs(0))  # noqa: E731
     with jax.set_mesh(mesh):
         x = jax.device_put(X, P()) if kind == "Explicit" else X
         module = flora.nnx.adapt(KEY, CONFIG, make(), x)

@@ -145,7 +145,7 @@ def run(module: Any, name: str, args: Any = None, kwargs: Any = None) -> Any:
     weights = _with_keys(module, nnx.map_state(_frozen, weights[0]))
 
     def fn(weights: Any, rest: Any, values: list[Any]) -> Any:
-        state: dict[Any, Any] = {(0, *p): x for p, x in _flat(weights)}
+        state: Any = {(0, *p): x for p, x in _flat(weights)}
         state |= dict(_flat(rest))
         before = {path: jax.tree.leaves(raw(x)) for path, x in state.items()}
         modules = nnx.merge(graphdef, nnx.from_flat_state(state))

@@ -91,6 +91,11 @@ def adapt(
     _require_plain(model, "adapt")
     calls = _calls(model, methods, args, kwargs)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    if not jax.tree.leaves(params):
+        raise LoraError(
+            f"flora.nnx.adapt: {_name(model)} holds no nnx.Param, and no other "
+            "variable is adapted. Make its weights nnx.Param, or a subclass."
+        )
 
     def fn(params: Any, rest: Any, calls: Any) -> Any:
         model = nnx.merge(graphdef, params, rest)
@@ -205,7 +210,7 @@ def _module(model: Any, tree: Any, key: Any, methods: tuple[str, ...]) -> Any:
 
 
 def _fill(plain: Any, tree: Any, verb: str) -> float:
-    """Puts the leaves of a tree into a plain module; returns the highest dropout rate."""
+    """Puts a tree's leaves into a plain module; returns the highest dropout rate."""
     have = dict(nnx.to_flat_state(nnx.state(plain)))
     flat = [(p, x) for p, x in _flat(tree, verb) if raw(x) is not None]
     fail(_problems(verb, plain, have, flat))
@@ -215,10 +220,11 @@ def _fill(plain: Any, tree: Any, verb: str) -> float:
             f"flora.nnx.{verb}: none of the tree's {len(flat)} leaves is adapted. Pass "
             "an adapted tree of the model's state, such as flora.load returns."
         )
-    filled = [
-        (path, have[path].replace(_with_base(raw(x), raw(have[path]))))
-        for path, x in flat
-    ]
+    filled = []
+    for path, x in flat:
+        value = _with_base(raw(x), raw(have[path]))
+        variable = isinstance(have[path], nnx.Variable)  # else an array by itself
+        filled.append((path, have[path].replace(value) if variable else value))
     nnx.update(plain, nnx.from_flat_state(filled))
     return max(getattr(raw(x), "dropout", 0.0) for x in nodes)
 
@@ -229,7 +235,8 @@ def _flat(tree: Any, verb: str) -> list[tuple[Any, Any]]:
             f"flora.nnx.{verb}: tree is a {type(tree).__name__}. Pass the adapted tree "
             "of a module's state, such as flora.nnx.tree returns."
         )
-    return list(nnx.to_flat_state(nnx.State(tree) if isinstance(tree, dict) else tree))
+    state: Any = nnx.State(tree) if isinstance(tree, dict) else tree
+    return list(nnx.to_flat_state(state))
 
 
 def _with_base(value: Any, current: Any) -> Any:
@@ -248,8 +255,8 @@ def _problems(verb: str, plain: Any, have: Any, flat: Any) -> Iterator[str]:
         if keys not in have:
             yield (
                 f"flora.nnx.{verb}: the tree has '{path}', and {_name(plain)} does not"
-                f"{''.join(f'; closest: {n!r}' for n in near.to(path))}. Pass a tree of "
-                "this model."
+                f"{''.join(f'; closest: {n!r}' for n in near.to(path))}. Pass a tree "
+                "of this model."
             )
             continue
         if isinstance(value, LoraWeight):
@@ -267,7 +274,8 @@ def _calls(
     model: Any, methods: Methods, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[tuple[str, tuple[tuple[Any, ...], dict[str, Any]]]]:
     """The calls to trace: names with their arguments."""
-    if isinstance(methods, str) or not methods:
+    several = isinstance(methods, Sequence | Mapping) and not isinstance(methods, str)
+    if not several or not methods:
         raise LoraTypeError(
             f"methods={methods!r}. Write the names of one or more methods, such as "
             "methods=('__call__',) or methods={'encode': (x,), 'decode': (z,)}."
@@ -283,8 +291,8 @@ def _calls(
     for name, given in methods.items():
         if not isinstance(given, tuple | list):
             raise LoraTypeError(
-                f"methods[{name!r}] is a {type(given).__name__}. Write the tuple of its "
-                f"arguments: methods={{{name!r}: (x,)}}."
+                f"methods[{name!r}] is a {type(given).__name__}. Write the tuple of "
+                f"its arguments: methods={{{name!r}: (x,)}}."
             )
     return [(name, (tuple(given), {})) for name, given in methods.items()]
 
@@ -320,8 +328,8 @@ def _require_plain(model: Any, verb: str) -> None:
         )
     flat = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
     fail(
-        f"flora.nnx.{verb}: '{'/'.join(map(str, path))}' is an nnx.LoRAParam: the model "
-        "has factors of another library's. Merge them, or build it without."
+        f"flora.nnx.{verb}: '{'/'.join(map(str, path))}' is an nnx.LoRAParam: the "
+        "model has factors of another library's. Merge them, or build it without."
         for path, _ in flat[:1]
     )
 

@@ -58,7 +58,7 @@ def adapt_in_place(model: Any, methods: tuple[str, ...]) -> Any:
         if names or module is model:
             cls = adapted_class(
                 plain_class(type(module)),
-                methods if module is model else (),
+                methods if module is model else _called(module, own[id(module)]),
                 names,
                 own[id(module)],
             )
@@ -68,6 +68,11 @@ def adapt_in_place(model: Any, methods: tuple[str, ...]) -> Any:
 
 def _weights_of(module: Any) -> frozenset[str]:
     return frozenset(str(s.path[0]) for s in slots_of(module) if s.weight is not None)
+
+
+def _called(module: Any, own: frozenset[str]) -> tuple[str, ...]:
+    """`__call__` of a module that holds weights, which bridges read without a name."""
+    return ("__call__",) if own and callable(module) else ()
 
 
 def methods_of(model: Any) -> tuple[str, ...]:
@@ -140,7 +145,8 @@ def run(module: Any, name: str, args: Any = None, kwargs: Any = None) -> Any:
     weights = _with_keys(module, nnx.map_state(_frozen, weights[0]))
 
     def fn(weights: Any, rest: Any, values: list[Any]) -> Any:
-        state = {(0, *p): x for p, x in _flat(weights)} | dict(_flat(rest))
+        state: Any = {(0, *p): x for p, x in _flat(weights)}
+        state |= dict(_flat(rest))
         before = {path: jax.tree.leaves(raw(x)) for path, x in state.items()}
         modules = nnx.merge(graphdef, nnx.from_flat_state(state))
         filled = dict(zip(at, modules[1:], strict=True))
@@ -205,8 +211,8 @@ def _at_place(module: Any, name: str, nodes: Any, targets: list[Any], x: Any) ->
     if is_node(x) or (isinstance(x, _Place) and x.path in nodes):
         raise LoraError(
             f"{type(module).__name__}.{name} returns a weight that is adapted, and "
-            "what uses it outside would use the base alone. Name the method that uses it in "
-            "methods=(...,)."
+            "what uses it outside would use the base alone. Name the method that uses "
+            "it in methods=(...,)."
         )
     return found(targets, x.path) if isinstance(x, _Place) else x
 

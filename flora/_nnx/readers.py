@@ -51,7 +51,7 @@ def _refuse_methods(frame: Any, name: str) -> None:
             if RECIPE in vars(first) and code in _codes(vars(first)[RECIPE][0]):
                 raise LoraError(
                     f"{first.__name__}.{code.co_name} reads {name!r}, which is "
-                    "adapted, and would run on the base alone. Call it on the module, as "
+                    "adapted, and would run on the base alone. Write "
                     f"module.{code.co_name}(...), and name it, or the method of the "
                     "model that calls it, in methods=(...,)."
                 )

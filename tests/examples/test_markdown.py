@@ -30,7 +30,7 @@ MARKS = [pytest.mark.third_party, pytest.mark.filterwarnings("ignore")]
 # Pages that need the extra of their name: their own tests run them, by hand.
 BY_HAND = {"examples/howto/maxtext.md"}
 # What is not Python of flora's; a block with none of these is a mistake.
-OTHERS = {"sh", "text", "toml", "json"}
+OTHERS = {"sh", "text", "toml", "json", "diff"}
 
 
 @dataclasses.dataclass(frozen=True)

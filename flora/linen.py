@@ -55,8 +55,9 @@ class LoRA(nn.Module):
     With `config.dropout`, the inputs of A are dropped wherever there is an rng named
     'dropout'.  Where nn.Dropout's flag says that a call is deterministic, give none.
 
-    `model.init` makes base and factors.  What is made of the base's values then, DoRA's
-    magnitude, has to be made anew if a checkpoint replaces these: `flora.linen.adapt`.
+    `model.init` makes base and factors; a checkpoint may bring another base later.  An
+    array that a variant makes of the base's values, DoRA's magnitude, is kept as what
+    training adds to that: `magnitude_delta`.
 
     Attributes:
       model: any Linen module.

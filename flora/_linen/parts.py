@@ -11,10 +11,11 @@ from flax import core, traverse_util
 from jax import lax
 from jax.sharding import PartitionSpec as Spec
 
+from flora._linen.starts import of_base
 from flora._tree.errors import LoraError, fail
 from flora._tree.paths import named_leaves, path_of
 from flora._tree.placement import spec_of_extra, specs
-from flora._tree.quantized import is_quantized
+from flora._tree.quantized import abstract, is_quantized
 from flora._tree.weight import LoraWeight, Trained, is_node, parts_of, trained_parts
 
 LORA = "lora"  # below it, in params, is what trains; in its collection what does not
@@ -67,15 +68,26 @@ def parts(adapted: Any) -> tuple[Any, Any]:
         if isinstance(node, Trained):
             trained[*path, DELTA] = _boxed(x, node, DELTA, _zeros(node.value))
         elif isinstance(node, LoraWeight):
-            moving = trained_parts(node)
+            moving, starts = trained_parts(node), of_base(node, node.base)
             for name, part in parts_of(node).items():
                 to = trained if name in moving else frozen
-                to[*path, name] = _boxed(x, node, name, part)
+                held = _minus(part, starts[name]) if name in starts else part
+                key = _key(name, starts)
+                to[*path, key] = _boxed(x, node, name, held)
     return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
 
 
 def _is_one(x: Any) -> bool:
     return is_node(x) or is_quantized(x) or isinstance(x, nn.meta.AxisMetadata)
+
+
+def _key(name: str, starts: Mapping[str, Any]) -> str:
+    """What an array is called in the parameters: `magnitude_delta` from its start."""
+    return f"{name}_{DELTA}" if name in starts else name
+
+
+def _minus(x: Any, start: Any) -> Any:
+    return x if isinstance(x, jax.ShapeDtypeStruct) else x - start.astype(x.dtype)
 
 
 def _zeros(x: Any) -> Any:
@@ -109,12 +121,20 @@ def filled(base: Any, settings: Settings, trained: Any, frozen: Any) -> Any:
             return Trained(lax.stop_gradient(value) + own[DELTA])
         if node is None:
             return value
-        extra = {name: own[name] for name in node.extra or ()} or None
+        starts = of_base(node, value)
+        extra = {name: own[_key(name, starts)] for name in node.extra or ()}
+        for name, start in starts.items():
+            extra[name] = _plus(extra[name], start)
+        extra = extra or None
         return dataclasses.replace(
             node, base=value, a=own["a"], b=own["b"], extra=extra
         )
 
     return treedef.unflatten([fill(path, x) for path, x in named])
+
+
+def _plus(x: Any, start: Any) -> Any:
+    return x if isinstance(start, jax.ShapeDtypeStruct) else x + start.astype(x.dtype)
 
 
 def arrays(trained: Any, frozen: Any) -> dict[str, dict[str, Any]]:
@@ -163,7 +183,8 @@ def _shapes(node: Any, base: Any) -> dict[str, Any]:
     if isinstance(node, Trained):
         return {DELTA: shape}
     a, b = node.layout.factor_shapes(shape, node.rank)
-    return {"a": a, "b": b, **dict.fromkeys(node.extra or ())}
+    starts = of_base(node, abstract(base))
+    return {"a": a, "b": b} | {_key(name, starts): None for name in node.extra or ()}
 
 
 def differences(has: Settings, wants: Settings) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 
 from flora._nnx.carry import become
 from flora._nnx.parts import (
@@ -252,7 +253,8 @@ def _with_keys(module: Any, weights: Any) -> Any:
         return weights
     dropout = vars(module).get(DROPOUT)
     if dropout is not None:
-        return with_dropout(weights, None if dropout.deterministic else dropout.rngs())
+        key = None if dropout.deterministic else _drawn(module, dropout)
+        return with_dropout(weights, key)
 
     def keyless(path: Any, variable: Any) -> Any:
         node = raw(variable)
@@ -263,6 +265,17 @@ def _with_keys(module: Any, weights: Any) -> Any:
         return variable.replace(dataclasses.replace(node, dropout=0.0))
 
     return nnx.map_state(keyless, weights)
+
+
+def _drawn(module: Any, dropout: Any) -> Any:
+    try:
+        return dropout.rngs()
+    except TraceContextError as error:
+        raise LoraError(
+            f"{type(module).__name__} is in train mode and has dropout, and is called "
+            "within a transformation that it is no argument of, where its keys cannot "
+            "move on. Call model.eval() first, or give nnx.jit the model."
+        ) from error
 
 
 def _same(old: Any, new: Any) -> bool:

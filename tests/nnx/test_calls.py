@@ -94,3 +94,15 @@ def test_text_and_arrays_among_the_arguments():
     scales = {"by": jnp.float32(3)}
     close(module(X, "scaled", scales=scales), merged(X, "scaled", scales=scales))
     assert module(X, "no", scales=scales) is None
+
+
+def test_keys_that_cannot_move_on_are_an_error():
+    module = adapted(Net(nnx.Rngs(0)), config=flora.LoraConfig(rank=2, dropout=0.5))
+    module.eval()
+    module.lora_dropout.deterministic = False
+    with pytest.raises(
+        flora.LoraError, match=r"Net is in train mode .* model.eval\(\)"
+    ):
+        jax.jit(lambda x: module(x))(X)
+    module.lora_dropout.deterministic = True
+    jax.jit(lambda x: module(x))(X)

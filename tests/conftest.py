@@ -19,6 +19,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
+import flax
 import flax.linen as nn
 import jax
 import pytest
@@ -35,15 +36,24 @@ settings.register_profile(
 settings.load_profile("flora")
 
 
+_FLAG = "flax_always_shard_variable"
+_SHARDED = getattr(flax.config, _FLAG, None)
 _PARAM = nn.Module.param
 
 
 @pytest.fixture(autouse=True)
 def flax_as_it_is(request, monkeypatch):
-    """Gemma replaces `nn.Module.param` as it is imported; transformers then fails."""
+    """As imported, Gemma replaces `nn.Module.param`, and Tunix changes one of the flags."""
     third_party = request.node.get_closest_marker("third_party")
     if third_party and "gemma" not in request.node.name:
         monkeypatch.setattr(nn.Module, "param", _PARAM)
+    before = getattr(flax.config, _FLAG, None)
+    if before is None or third_party:
+        yield
+        return
+    flax.config.update(_FLAG, _SHARDED)
+    yield
+    flax.config.update(_FLAG, before)
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ _PARAM = nn.Module.param
 
 @pytest.fixture(autouse=True)
 def flax_as_it_is(request, monkeypatch):
-    """As imported, Gemma replaces `nn.Module.param`, and Tunix changes one of the flags."""
+    """Gemma's import replaces `nn.Module.param`, that of Tunix changes a flag."""
     third_party = request.node.get_closest_marker("third_party")
     if third_party and "gemma" not in request.node.name:
         monkeypatch.setattr(nn.Module, "param", _PARAM)

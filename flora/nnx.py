@@ -185,13 +185,7 @@ def merge(model: M, *, allow_nonfinite: bool = False) -> M:
       LoraError: the module is not adapted, or NaN or infinity comes out.
     """
     _require_adapted(model, "merge")
-    plain: Any = detached(model)
-    become(plain, _merged(plain, allow_nonfinite))
-    return plain
-
-
-def _merged(plain: Any, allow_nonfinite: bool) -> Any:
-    graphdef, state = nnx.split(plain)
+    graphdef, state = nnx.split(detached(model))
     return nnx.merge(graphdef, merged(state, allow_nonfinite=allow_nonfinite))
 
 

@@ -36,7 +36,7 @@ from flora._tree.checks import require_adapted, weight_problems
 from flora._tree.errors import LoraError, fail
 from flora._tree.finite import require_finite
 from flora._tree.paths import Pattern, check_pattern, matches, path_of
-from flora._tree.placement import mesh_of, spec_of, spec_of_extra, specs
+from flora._tree.placement import mesh_of, spec_of, spec_of_part, specs
 from flora._tree.quantized import abstract
 from flora._tree.version import __version__
 from flora._tree.weight import LoraWeight, Trained, is_leaf, is_node, on_parts
@@ -367,9 +367,7 @@ def _laid(weight: LoraWeight) -> LoraWeight:
     found = specs(weight.layout, spec, len(weight.base.shape))
 
     def lay(name: str, x: np.ndarray) -> jax.Array:
-        place = {"a": found.a, "b": found.b}.get(name)
-        place = spec_of_extra(found, weight, x.shape) if place is None else place
-        sharding = NamedSharding(mesh, place)
+        sharding = NamedSharding(mesh, spec_of_part(found, weight, name, x.shape))
         return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
     return on_parts(lay, weight)

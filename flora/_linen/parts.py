@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as Spec
 from flora._linen.starts import of_base
 from flora._tree.errors import LoraError, fail
 from flora._tree.paths import named_leaves, path_of
-from flora._tree.placement import spec_of_extra, specs
+from flora._tree.placement import spec_of_part, specs
 from flora._tree.quantized import abstract, is_quantized
 from flora._tree.weight import LoraWeight, Trained, is_node, parts_of, trained_parts
 
@@ -103,8 +103,7 @@ def _boxed(box: Any, node: Any, name: str, part: Any) -> Any:
     if name == DELTA:
         return box.replace(value=part)
     found = specs(node.layout, Spec(*box.names), len(node.base.shape))
-    by_part = {"a": found.a, "b": found.b}
-    spec = by_part.get(name) or spec_of_extra(found, node, part.shape)
+    spec = spec_of_part(found, node, name, part.shape)
     names = (*spec, *(None for _ in range(len(part.shape) - len(spec))))
     return box.replace(value=part, names=names)
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
-from flora._tree.placement import spec_of_extra, specs
+from flora._tree.placement import spec_of_part, specs
 from flora._tree.weight import LoraWeight, Trained, is_node, parts_of, trained_parts
 
 SLOTS = "_lora"  # the static attribute
@@ -153,8 +153,9 @@ def _sharding_of_parts(variable: nnx.Variable, node: LoraWeight) -> dict[str, An
     given = told[name]
     spec = given.spec if isinstance(given, NamedSharding) else Spec(*given)
     found = specs(node.layout, spec, len(node.base.shape))
-    by_part = {"a": found.a, "b": found.b} | {
-        n: spec_of_extra(found, node, x.shape) for n, x in (node.extra or {}).items()
+    by_part = {
+        part: spec_of_part(found, node, part, x.shape)
+        for part, x in parts_of(node).items()
     }
     kept = ("mesh", "sharding_rules", "eager_sharding")
     also = {k: told[k] for k in kept if told.get(k) is not None}

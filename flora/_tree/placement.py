@@ -74,6 +74,12 @@ def spec_of_extra(found: Specs, w: LoraWeight, shape: Sequence[int]) -> Spec:
     )
 
 
+def spec_of_part(found: Specs, w: LoraWeight, name: str, shape: Sequence[int]) -> Spec:
+    """The spec of A, of B, or of an array that a variant has besides them."""
+    own = {"a": found.a, "b": found.b}.get(name)
+    return spec_of_extra(found, w, shape) if own is None else own
+
+
 def names(entries: Any) -> list[str]:
     """The mesh axes in a spec's entries, in order."""
     parts = [x if isinstance(x, tuple) else (x,) for x in entries]
@@ -137,9 +143,7 @@ def placed_as_base(w: LoraWeight) -> LoraWeight:
     found = specs(w.layout, spec, len(w.base.shape))
 
     def place(name: str, x: Any) -> Any:
-        own = {"a": found.a, "b": found.b}.get(name)
-        own = spec_of_extra(found, w, x.shape) if own is None else own
-        sharding = NamedSharding(mesh, own)
+        sharding = NamedSharding(mesh, spec_of_part(found, w, name, x.shape))
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         return x if isinstance(x, Tracer) else jax.device_put(x, sharding)

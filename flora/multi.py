@@ -17,17 +17,29 @@ from flora._multi.combine import Combined, combine
 from flora._multi.extract import extract
 from flora._multi.mixed import lora
 from flora._multi.runs import Runs, finish, start, train_step
-from flora._multi.stacked import pad, put, select, stack, unstack
+from flora._multi.stacked import (
+    add,
+    pad,
+    prepare,
+    put,
+    remove,
+    select,
+    stack,
+    unstack,
+)
 
 __all__ = [
     "Combined",
     "Runs",
+    "add",
     "combine",
     "extract",
     "finish",
     "lora",
     "pad",
+    "prepare",
     "put",
+    "remove",
     "select",
     "stack",
     "start",

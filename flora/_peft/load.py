@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from flora._peft.config import PeftConfig
+from flora._peft.convention import matched_slots
 from flora._peft.factors import Piece
 from flora._peft.file import CONFIG, WEIGHTS
 from flora._peft.keys import Content, Lora
 from flora._peft.layouts import conv_layout, layouts, leaf_word, turned
-from flora._peft.names import Finder, Slot, given_slots, matched_slots, split_name
+from flora._peft.names import Finder, Slot, given_slots, split_name
 from flora._peft.parameters import (
     in_order,
     parameter_layouts,

@@ -14,10 +14,11 @@ from jax.core import Tracer
 from flora._algebra.variants import DoRA
 from flora._files.items import statistics
 from flora._peft.config import WORDLESS, parse
+from flora._peft.convention import default_slots, doubts
 from flora._peft.file import CONFIG
 from flora._peft.groups import AcrossGroups
 from flora._peft.keys import PREFIX
-from flora._peft.names import Slot, default_slots, given_slots, split_name
+from flora._peft.names import Slot, given_slots, split_name
 from flora._peft.parts import Part, is_idle, joined, parts, slots_beside
 from flora._peft.serving import for_serving
 from flora._peft.start import with_start
@@ -29,7 +30,7 @@ from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.finite import require_finite
 from flora._tree.paths import Pattern, check_pattern, exactly, matches, named_leaves
 from flora._tree.selection import idle_entries
-from flora._tree.weight import LoraWeight, Trained, base_of, parts_of
+from flora._tree.weight import LoraWeight, Trained, base_of, is_node, parts_of
 
 Slots = Mapping[str, Sequence[Slot]]
 Named = Sequence[tuple[str, Any]]
@@ -62,7 +63,7 @@ def written(
     paths = [path for path, _ in named]
     bare = any(isinstance(x, LoraWeight) and x.base is None for _, x in named)
     slots = (
-        default_slots(paths)
+        default_slots(paths, partial=bare)
         if names is None
         else given_slots(names, paths, partial=bare)
     )
@@ -70,6 +71,8 @@ def written(
     for slot in (*slots, *tied_slots(tied or {}, paths)):
         by_path[slot.path].append(slot)
     fail(_unnamed(named, by_path))
+    unsure = doubts(paths, partial=bare) if names is None else {}
+    fail(text for path, text in unsure.items() if is_node(dict(named)[path]))
     known = tied is not None or about["task_type"] in WORDLESS
     fail(save_problems(named, by_path, readers, known))
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}

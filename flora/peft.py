@@ -6,9 +6,9 @@
 PEFT's y = x Wᵀ + scale (x Aᵀ) Bᵀ: its A and B are flora's a and b transposed.  A leaf
 is found by its path, which is the parameter's name in PyTorch by the convention of HF's
 Flax models: `model.layers.0.mlp.up_proj.weight` is `model/layers/0/mlp/up_proj/kernel`.
-A list of Linen's, `layers_0`, `layers_1`, … with the same modules in each, is `layers.0`;
-in a tree that writes lists as `layers/0`, `wi_0` is the module's name.  Other trees need
-`names=`.
+A list of Linen's, `layers_0`, `layers_1`, … with the same modules in each, is
+`layers.0`; in a tree that writes lists as `layers/0`, `wi_0` is a module's own name.
+Other trees need `names=`.
 
 References: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """

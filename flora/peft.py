@@ -51,7 +51,7 @@ from flora._tree.layout import Layout
 from flora._tree.paths import Pattern, named_leaves
 from flora._tree.placement import mesh_of, spec_of, specs
 from flora._tree.quantized import abstract, is_quantized
-from flora._tree.weight import LoraWeight, Trained, base_of, uniform
+from flora._tree.weight import LoraWeight, Trained, base_of, is_node, uniform
 
 __all__ = ["Module", "Names", "load", "match_names", "save"]
 
@@ -132,6 +132,11 @@ def load(
     new = {path: _node(site, config, folder) for path, site in found.adapted.items()}
     fail(_base_problems(found, leaves, folder))
     new |= _whole(found, leaves, folder)
+    new |= {
+        path: dataclasses.replace(new[path], origin=memory.origin(path))
+        for path, memory in found.memories.items()
+        if is_node(new[path])
+    }
     return treedef.unflatten(
         [new.get(p, x if is_quantized(x) else base_of(x)) for p, x in named]
     )

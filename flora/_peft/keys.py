@@ -42,6 +42,7 @@ class Lora:
       parameter: the parameter's name.
       raw: whether `target_parameters` selected it.
       inner: whether it lies in a module that is adapted itself.
+      dtype: of A in the file.
     """
 
     module: str
@@ -54,6 +55,7 @@ class Lora:
     parameter: str = "weight"
     raw: bool = False
     inner: bool = False
+    dtype: str = ""
 
     @property
     def name(self) -> str:
@@ -159,7 +161,8 @@ def _lora(owner: str, embedding: bool, parts: Mapping[str, np.ndarray]) -> Lora:
     module = module.replace(f"{_BASE}.", ".")
     kind = "embedding" if embedding else "linear" if parts["a"].ndim == 2 else "conv"
     known = (parts["a"], parts["b"], parts.get("magnitude"), parts.get("bias"))
-    return Lora(module, *known, kind=kind, depth=depth, inner=inner)
+    dtype = str(parts["a"].dtype)
+    return Lora(module, *known, kind=kind, depth=depth, inner=inner, dtype=dtype)
 
 
 def _flag_problems(file: Path, lora: Lora, config: PeftConfig) -> Iterator[str]:

@@ -198,7 +198,7 @@ def given_slots(
             "path -> module, or what flora.peft.match_names returned."
         )
     slots = [s for path, rule in found.items() for s in _slots_of(path, rule, names)]
-    return slots + _siblings(slots, paths)
+    return slots + siblings(slots, paths)
 
 
 def _by_patterns(
@@ -282,7 +282,7 @@ def _slots_of(path: str, rule: Rule, names: Any) -> list[Slot]:
     return slots
 
 
-def _siblings(slots: Sequence[Slot], paths: Sequence[str]) -> list[Slot]:
+def siblings(slots: Sequence[Slot], paths: Sequence[str]) -> list[Slot]:
     """The slots of biases: they belong to the modules of the weight beside them."""
     named = {s.path for s in slots}
     by_parent: dict[str, list[Slot]] = {}

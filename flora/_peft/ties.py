@@ -15,7 +15,7 @@ import numpy as np
 from flora._peft.config import PeftConfig
 from flora._peft.keys import Content, Lora
 from flora._peft.layouts import leaf_word
-from flora._peft.names import Finder, Module, Slot
+from flora._peft.names import Finder, Module, Slot, split_name
 from flora._tree.errors import LoraError, LoraTypeError
 from flora._tree.weight import LoraWeight, Trained, base_of
 
@@ -67,6 +67,27 @@ def without_ties(
         content, loras=tuple(kept), whole=whole, of_base=of_base
     )
     return found, frozenset(agreed)
+
+
+def tied_modules(content: Content, finder: Finder) -> dict[str, str]:
+    """The leaf of each module that no name has, and whose changes an embedding has."""
+    embeddings = [x for x in content.loras if x.kind == "embedding"]
+    twins = [
+        (lora.module, twin.name)
+        for lora in content.loras
+        if lora.kind == "linear" and not finder.all(lora.name)
+        for twin in embeddings
+        if _is_twin(twin, lora)
+    ]
+    matrices = [(n, x) for n, x in content.whole.items() if x.ndim == 2]
+    twins += [
+        (split_name(n)[0], twin)
+        for n, x in matrices
+        if not finder.all(n)
+        for twin, other in matrices
+        if n != twin and np.array_equal(x, other)
+    ]
+    return {module: s.path for module, name in twins for s, _ in finder.all(name)}
 
 
 def _is_twin(embedding: Lora, lora: Lora) -> bool:
@@ -169,6 +190,7 @@ def save_problems(
     by_path: Mapping[str, Sequence[Slot]],
     readers: Readers | None,
     known: bool,
+    sure: Collection[str] = (),
 ) -> Iterator[str]:
     """Leaves of which a file without `ensure_weight_tying` would hold one use, or may.
 
@@ -177,6 +199,7 @@ def save_problems(
       by_path: the slots of each.
       readers: how the function reads each leaf; `None` where none was given.
       known: whether all shared weights are, those of `by_path` alone.
+      sure: leaves of which that is known.
     """
     shapes = {p: tuple(getattr(base_of(x), "shape", ())) for p, x in named}
     for path, leaf in named:
@@ -193,7 +216,7 @@ def save_problems(
             )
             continue
         table = leaf_word(path) == "embedding" or first.module.kind == "embedding"
-        if readers is not None or known or not table:
+        if readers is not None or known or path in sure or not table:
             continue
         shape = _shape(leaf)
         if shape and _is_alone(path, shape[0], shapes):

@@ -127,7 +127,9 @@ def test_stacked_layers(tmp_path, axis):
     got = jnp.moveaxis(flora.merge(loaded)["m"]["h"]["up"]["kernel"], axis, 0)
     close(got, values(3, D, 5) + change)
     with pytest.raises(flora.LoraError, match="has 1 stacked axes and its name"):
-        flora.peft.save(tmp_path / "none", loaded)
+        flora.peft.save(tmp_path / "none", files.forgotten(loaded))
+    flora.peft.save(tmp_path / "same", loaded)  # it knows
+    assert {*files.read(tmp_path / "same")[1]} == {*tensors}
     names = {"m/h/up": "m.h.{i}.up"}
     flora.peft.save(tmp_path / "b", loaded, names=names)
     config, written = files.read(tmp_path / "b")

@@ -24,6 +24,7 @@ from flora._peft.parameters import (
 )
 from flora._peft.targets import plain, target_problems, whole_problems
 from flora._peft.ties import Readers, load_problems, tied_modules, without_ties
+from flora._peft.twice import IN
 from flora._tree.errors import fail
 from flora._tree.layout import Layout
 from flora._tree.weight import LoraWeight, Trained, base_of
@@ -287,7 +288,8 @@ def _layout(
         experts = lora.a.shape[0] // piece.rank
         found = parameter_layouts(lora, slot, shape, experts)
     else:
-        torch = leaf_word(path) == "weight" and not flips[1] and lora.kind == "linear"
+        word = leaf_word(path)
+        torch = word in ("weight", IN) and not flips[1] and lora.kind == "linear"
         sizes = lora.a.shape[1], _out_features(piece, beside)
         first = torch or (flips[0] and leaf_word(path) == "kernel")
         found = layouts(path, shape, slot.holes, sizes, out_first=first)

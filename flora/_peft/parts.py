@@ -11,6 +11,7 @@ from flora._peft.groups import AcrossGroups, gathered
 from flora._peft.keys import Lora
 from flora._peft.layouts import leaf_word
 from flora._peft.names import Slot, split_name
+from flora._peft.twice import IN
 from flora._tree.blocks import Block
 from flora._tree.errors import LoraError
 from flora._tree.weight import LoraWeight, uniform
@@ -119,6 +120,8 @@ def _stack_problem(path: str, slot: Slot, node: LoraWeight, count: int) -> str:
 def kind_of(path: str, node: LoraWeight, slot: Slot, known: str) -> str:
     """'linear', 'conv', 'embedding' or 'raw': by the names, then by convention."""
     word, layout = leaf_word(path), node.layout
+    if split_name(slot.name)[1] == IN:
+        return "linear"
     if split_name(slot.name)[1] != "weight":
         return "raw"
     if slot.module.kind or known:

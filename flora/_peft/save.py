@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from flora._algebra.variants import DoRA
 from flora._files.items import statistics
+from flora._peft.attention import attentions
 from flora._peft.config import WORDLESS, parse
 from flora._peft.convention import default_slots, doubts
 from flora._peft.file import CONFIG
@@ -25,6 +26,7 @@ from flora._peft.serving import for_serving
 from flora._peft.start import with_start
 from flora._peft.targets import ends, selects
 from flora._peft.ties import Readers, save_problems, tied_slots
+from flora._peft.twice import AddedTwice
 from flora._peft.whole import taken
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
@@ -91,6 +93,7 @@ def written(
             in_parts.setdefault(part.lora.name, []).append(part)
     made = [joined(some) for some in in_parts.values()]
     made = [part for part in made if not is_idle(part)]
+    made = attentions(made, nodes, slots)
     made = _nested(made, None if names is None and not known else slots)
     whole = _whole(named, by_path, made)
     fail(_lost_statistics(adapted, named, by_path, whole, base, ignore))
@@ -140,7 +143,7 @@ class Whole:
 
 def _problems(path: str, leaf: Any) -> Iterator[str]:
     if isinstance(leaf, LoraWeight):
-        if not isinstance(leaf.variant, DoRA | AcrossGroups | None):
+        if not isinstance(leaf.variant, AddedTwice | AcrossGroups | DoRA | None):
             yield (
                 f"save: '{path}' is {leaf.variant!r}, which PEFT's LoRA files cannot "
                 "hold. Ship flora.merge(adapted)."
@@ -343,7 +346,7 @@ def _config(
             "other. Adapt all in one way, or ship flora.merge(adapted)."
         )
     raw = [p.lora.name for p in made if p.lora.raw]
-    modules = [p.lora.module for p in made if not p.lora.raw]
+    modules = [p.lora.module for p in made if not p.lora.raw and not p.lora.inner]
     config = {
         "peft_type": "LORA",
         "task_type": None,

@@ -83,6 +83,10 @@ CASES = {
         "target_parameters": ["gate_up_proj", "down_proj"],
         "rank_pattern": {"experts.down_proj": 3},
         "alpha_pattern": {"gate_up_proj": 1}}),
+    "attention": ("attention", {"r": 2, "lora_alpha": 5, "target_modules": ["attn"]}),
+    "attention, patterns": ("attention", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["attn", "mix"], "use_rslora": True,
+        "rank_pattern": {"attn": 3}, "alpha_pattern": {"attn": 2}}),
     "llama": ("llama", {"r": 2, "lora_alpha": 4, "target_modules": ATTENTION}),
     "llama, all-linear": ("llama", {
         "r": 2, "lora_alpha": 4, "target_modules": "all-linear",

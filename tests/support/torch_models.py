@@ -231,6 +231,37 @@ def _experts(torch):
     return Net(), fn, np.random.default_rng(0).normal(size=(5, 6))
 
 
+def _attention(torch):
+    nn = torch.nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(6, 6)
+            self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x):
+            h = self.mix(x)
+            return self.attn(h, h, h, need_weights=False)[0]
+
+    def fn(p, x):
+        q, h = p["attn"], dense(p["mix"], x)
+        both = h @ q["in_proj_weight"].T + q["in_proj_bias"]
+        return dense(q["out_proj"], mixed(*jnp.split(both, 3, -1)))
+
+    return Net(), fn, np.random.default_rng(0).normal(size=(3, 5, 6))
+
+
+def mixed(query, key, value, heads=2):
+    """Attention over `[batch, length, features]`, all heads."""
+    query, key, value = (
+        x.reshape(*x.shape[:2], heads, -1) for x in (query, key, value)
+    )
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+    y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
+    return y.reshape(*y.shape[:2], -1)
+
+
 def _llama(torch, *, tied=False):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -295,6 +326,7 @@ MODELS = {
     "grouped": _grouped,
     "embedding": _embedding,
     "experts": _experts,
+    "attention": _attention,
 }
 
 

@@ -277,6 +277,8 @@ def _slots_of(path: str, rule: Rule, names: Any) -> list[Slot]:
     slots = []
     for m in modules:
         parameter = own if own and m.parameter == "weight" else m.parameter
+        if own == "bias" and m.parameter == "in_proj_weight":
+            parameter = "in_proj_bias"  # of nn.MultiheadAttention
         part = (0, 1) if m.tied else (sharing.index(m), len(sharing))
         slots.append(Slot(path, f"{m.name}.{parameter}", m, part))
     return slots

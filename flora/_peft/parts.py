@@ -225,18 +225,20 @@ def _as_conv(
     )
 
 
-def joined(parts: Sequence[Part]) -> Part:
-    """The adapter of a module whose rows lie in several places."""
+def joined(parts: Sequence[Part], beside: Sequence[Slot]) -> Part:
+    """The adapter of a module whose rows lie in several places.
+
+    Rows in leaves that are not adapted, those of `beside`, have zeros in B.
+    """
     first = parts[0]
-    if len(parts) == 1:
-        rows = first.slot.module.order
-        if rows is None or first.slot.module.tied:
-            return _trimmed(first)
-        _check_rows(parts)
-    else:
-        _check_rows(parts)
-    total = sum(len(p.slot.module.order or ()) for p in parts)
-    rank = sum(p.rank for p in parts)
+    whole = first.slot.module.order is None or first.slot.module.tied
+    if len(parts) == 1 and whole:
+        return _trimmed(first)
+    total = len(_rows_of(parts, beside))
+    alike = all(
+        p.scale == first.scale and np.array_equal(p.lora.a, first.lora.a) for p in parts
+    )  # as they were loaded
+    rank = first.rank if alike else sum(p.rank for p in parts)
     scale = max((p.scale for p in parts), key=abs)
     dtype = np.result_type(*(p.lora.b.dtype for p in parts))
     b, m, start = np.zeros((total, rank), dtype), np.zeros(total, np.float64), 0
@@ -247,8 +249,8 @@ def joined(parts: Sequence[Part]) -> Part:
         )
         if p.lora.magnitude is not None:
             m[rows] = p.lora.magnitude
-        start += p.rank
-    a = np.concatenate([p.lora.a for p in parts])
+        start += 0 if alike else p.rank
+    a = first.lora.a if alike else np.concatenate([p.lora.a for p in parts])
     magnitude = first.lora.magnitude
     lora = dataclasses.replace(
         first.lora,
@@ -256,20 +258,28 @@ def joined(parts: Sequence[Part]) -> Part:
         b=b,
         magnitude=None if magnitude is None else m.astype(magnitude.dtype),
     )
-    stabilized = first.rank_stabilized and len(parts) == 1
+    stabilized = first.rank_stabilized and alike
     return _trimmed(Part(lora, first.slot, rank, scale, stabilized))
 
 
-def _check_rows(parts: Sequence[Part]) -> None:
-    rows = [i for p in parts for i in p.slot.module.order or ()]
-    if any(p.slot.module.order is None for p in parts) or sorted(rows) != [
-        *range(len(rows))
-    ]:
+def _rows_of(parts: Sequence[Part], beside: Sequence[Slot]) -> list[int]:
+    """All rows of a module, checked."""
+    slots = list(dict.fromkeys([*(p.slot for p in parts), *beside]))
+    held = [i for p in parts for i in p.slot.module.order or ()]
+    rows = sorted(i for s in slots for i in s.module.order or ())
+    some = any(p.slot.module.order is None for p in parts)
+    if len(held) < len(rows) and parts[0].lora.magnitude is not None:
+        raise LoraError(
+            f"save: '{parts[0].lora.module}' is DoRA in some of its rows, and PEFT has "
+            "a magnitude for each. Adapt all leaves that hold it."
+        )
+    if some or rows != [*range(len(rows))]:
         where = "', '".join(p.slot.path for p in parts)
         raise LoraError(
             f"save: '{parts[0].lora.name}' is the name of '{where}', whose rows= are "
             "not all of its rows, each once. Write rows= for each, or another name."
         )
+    return rows
 
 
 def _trimmed(part: Part) -> Part:

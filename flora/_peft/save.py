@@ -91,7 +91,11 @@ def written(
         kind = min((readers or {}).get(path, ()), default="")
         for part in parts(path, node, by_path[path], kind):
             in_parts.setdefault(part.lora.name, []).append(part)
-    made = [joined(some) for some in in_parts.values()]
+    with_rows = [s for s in slots if s.module.order is not None]
+    made = [
+        joined(some, [s for s in with_rows if s.index(name) is not None])
+        for name, some in in_parts.items()
+    ]
     made = [part for part in made if not is_idle(part)]
     made = attentions(made, nodes, slots)
     made = _nested(made, None if names is None and not known else slots)

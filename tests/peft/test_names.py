@@ -1,5 +1,7 @@
 """Names: split heads, RoPE's order, fused and stacked leaves; found by values too."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,9 +105,14 @@ def test_several_leaves_for_one_module(tmp_path):
     change = files.delta(tensors, "qkv", 3.0)
     for i, n in enumerate("qkv"):
         close(flora.merge(loaded)[n]["kernel"], values(D, H, seed=i) + change[:, i::3])
+    round_trip(tmp_path, tensors, loaded, names)
+    # Trained, each has an A of its own.
+    q = loaded["q"]["kernel"]
+    loaded["q"]["kernel"] = dataclasses.replace(q, a=q.a + values(D, 2, seed=9))
     flora.peft.save(tmp_path / "b", loaded, names=names)
     config, written = files.read(tmp_path / "b")
     assert written[f"{PREFIX}qkv.lora_A.weight"].shape == (6, D)
+    change[:, ::3] += 3 * values(D, 2, seed=9) @ q.b
     close(files.delta(written, "qkv", config["lora_alpha"] / config["r"]), change)
 
 

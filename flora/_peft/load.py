@@ -137,19 +137,19 @@ def _memories(
 ) -> dict[str, Memory]:
     """What each leaf remembers of the file."""
     ties = tied_modules(named, finder)
-    kept: dict[str, list[str]] = {}
-    for name in named.of_base:
+    kept: dict[str, dict[str, str]] = {}
+    for name, x in named.of_base.items():
         module = split_name(plain(name))[0]
         own = [s.path for s, _ in finder.all(plain(name))] or [ties.get(module, "")]
         for path in own:
-            kept.setdefault(path, []).append(module)
+            kept.setdefault(path, {})[module] = str(x.dtype)
     found = {}
     for path, site in sites.items():
         kinds = {p.slot.name: p for p in site.pieces}
         slots = [_with_kind(s, kinds.get(s.name, site.pieces[0])) for s in site.beside]
         slots += [s for s in finder.slots if s.path == path and s.module.tied]
         first = site.pieces[0].lora
-        own = tuple(dict.fromkeys(kept.get(path, ())))
+        own = kept.get(path, {})
         found[path] = Memory(tuple(slots), first.dtype, first.depth, own, about)
     for path, some in whole.items():
         slots = tuple(s for s in finder.slots if s.path == path)

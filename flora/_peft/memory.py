@@ -9,12 +9,17 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
 from flora._peft.config import ABOUT
 from flora._peft.convention import matched_slots
 from flora._peft.names import Module, Slot, siblings, split_name
+from flora._peft.parts import slots_beside
+from flora._peft.whole import taken
 from flora._tree.errors import LoraError
 from flora._tree.origin import Origin
-from flora._tree.weight import LoraWeight, Trained
+from flora._tree.weight import LoraWeight, Trained, base_of
 
 _MODULE = ("rows", "columns", "kind", "groups", "tied")
 _PLAIN = Module("-")
@@ -28,14 +33,14 @@ class Memory:
       slots: the parameters that lie in it.
       dtype: of its tensors in the file.
       depth: how many adapters of other parameters of its module lie outside of its own.
-      kept: the modules whose base weights are in the file.
+      kept: the dtypes of base weights in the file, by module.
       about: the fields of the config.
     """
 
     slots: tuple[Slot, ...]
     dtype: str
     depth: int = 0
-    kept: tuple[str, ...] = ()
+    kept: Mapping[str, str] = dataclasses.field(default_factory=dict)
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def origin(self, path: str) -> Origin:
@@ -93,7 +98,7 @@ def _of(path: str, text: str) -> tuple[str, Memory] | None:
             tuple(_slot(path, x) for x in record.get("slots", ())),
             str(record.get("dtype", "")),
             int(record.get("depth", 0)),
-            tuple(map(str, record.get("kept", ()))),
+            {k: str(v) for k, v in dict(record.get("kept", {})).items()},
             {k: v for k, v in dict(record.get("about", {})).items() if k in ABOUT},
         )
     except (
@@ -176,3 +181,26 @@ def agreed(found: Mapping[str, Sequence[Memory]]) -> dict[str, Any]:
         for k in ABOUT
         if every and all(k in x and x[k] == every[0].get(k) for x in every)
     }
+
+
+def base_weights(
+    found: Mapping[str, Sequence[Memory]],
+    named: Sequence[tuple[str, Any]],
+    by_path: Mapping[str, Sequence[Slot]],
+) -> Iterator[tuple[str, np.ndarray, str]]:
+    """Name, value and dtype of weights of the base that the file had too.
+
+    Those of an adapter without its base are left out: the file's user has them, unless
+    the vocabulary was resized.
+    """
+    for path, leaf in named:
+        kept = found[path][0].kept if path in found else {}
+        base = base_of(leaf)
+        if not kept or not isinstance(base, jax.Array | np.ndarray):
+            continue
+        for slot in by_path[path]:
+            for i in np.ndindex(*base.shape[: slot.holes]):
+                module = split_name(slot.at(i))[0]
+                if module in kept:
+                    value = taken(base, slot, i, slots_beside(by_path[path]))
+                    yield f"{module}.base_layer.weight", value, kept[module]

@@ -58,8 +58,13 @@ def parts(
     held: dict[tuple[int, ...], list[Block]] = {}
     for block in node.blocks:
         held.setdefault(block.index, []).append(block)
+    first = beside_kind(path, node, slots, known)
     for slot in slots:
-        kind = kind_of(path, node, slot, known)
+        kind = kind_of(path, node, slot, known) if not slot.module.tied else ""
+        if slot.module.tied:  # the weight's other use
+            other = "linear" if first == "embedding" else "embedding"
+            kind = slot.module.kind or other
+        words_in = first == "embedding" and node.layout.in_ < node.layout.out
         if slot.holes > len(stack) or (slot.holes < len(stack) and kind != "raw"):
             raise LoraError(_stack_problem(path, slot, node, len(stack)))
         at = positions(slot, slots_beside(slots), b.shape[-1])
@@ -72,8 +77,14 @@ def parts(
             for block in own_blocks:
                 ranks = slice(block.start, block.stop)
                 pair = a[index][..., ranks], b[index][..., ranks, at]
-                part = _part(node, slot, index, kind, pair, own)
+                part = _part(node, slot, index, kind, pair, own, words_in)
                 yield dataclasses.replace(part, scale=block.scale)
+
+
+def beside_kind(path: str, node: LoraWeight, slots: Sequence[Slot], known: str) -> str:
+    """The kind of the module whose weight the leaf is."""
+    own = [s for s in slots if not s.module.tied]
+    return kind_of(path, node, own[0], known) if own else ""
 
 
 def _share(block: Block, at: np.ndarray) -> str:
@@ -159,6 +170,7 @@ def _part(
     kind: str,
     factors: tuple[np.ndarray, np.ndarray],
     m: np.ndarray | None,
+    words_in: bool,
 ) -> Part:
     a, b = factors
     name = slot.at(index)
@@ -177,17 +189,14 @@ def _part(
     else:
         if slot.module.columns is not None:
             a = a[np.argsort(slot.module.columns)]
-        a, b = a.T, b.T
-        if kind == "embedding" and node.layout.in_ > node.layout.out:
-            if m is not None:
-                raise LoraError(
-                    f"save: '{slot.path}' has a magnitude for each row, and PEFT's "
-                    "embeddings one for each column. Ship flora.merge(adapted)."
-                )
-            a, b = b.T, a.T
-        if slot.module.tied:
-            a, b = b.T, a.T
-            kind = "linear"
+        turned = kind == "embedding" and not words_in
+        turned |= slot.module.tied and kind == "linear" and words_in
+        if m is not None and (turned or slot.module.tied):
+            raise LoraError(
+                f"save: '{slot.path}' has a magnitude for each output of one use, and "
+                f"PEFT's '{module}' needs others. Ship flora.merge(adapted)."
+            )
+        a, b = (b, a) if turned else (a.T, b.T)
     lora = Lora(module, a, b, m, None, "linear" if kind == "raw" else kind)
     lora = dataclasses.replace(lora, parameter=parameter, raw=kind == "raw")
     stabilized = node.rank_stabilized and (bool(node.blocks) or rank == node.rank)

@@ -19,7 +19,13 @@ from flora._peft.convention import default_slots, doubts
 from flora._peft.file import CONFIG
 from flora._peft.groups import AcrossGroups
 from flora._peft.keys import PREFIX
-from flora._peft.memory import agreed, conflicts, memories, remembered_slots
+from flora._peft.memory import (
+    agreed,
+    base_weights,
+    conflicts,
+    memories,
+    remembered_slots,
+)
 from flora._peft.names import Slot, given_slots, split_name
 from flora._peft.parts import Part, is_idle, joined, parts, slots_beside
 from flora._peft.serving import for_serving
@@ -120,6 +126,10 @@ def written(
         key = f"{owner}.base_layer.{last}" if inside else name
         tensors[f"{PREFIX}{key}"] = x
         own_dtype[f"{PREFIX}{key}"] = dtypes.get(whole.paths[name])
+    if not serving:  # a server has the base
+        for name, x, had in base_weights(found, named, by_path):
+            key = f"{PREFIX}{name}"
+            tensors[key], own_dtype[key] = x, had
     with np.errstate(over="ignore"):
         cast = {
             k: x.astype(dtype or own_dtype[k] or x.dtype) for k, x in tensors.items()

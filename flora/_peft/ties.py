@@ -27,12 +27,12 @@ def without_ties(
     content: Content, finder: Finder, file: Path
 ) -> tuple[Content, frozenset[str]]:
     """The content without second copies for one leaf, and the leaves that had one."""
-    embeddings = [x for x in content.loras if x.kind == "embedding"]
     kept, of_base, agreed = [], dict(content.of_base), set()
     for lora in content.loras:
         slots = [slot for slot, _ in finder.all(lora.name)]
-        twins = [e for e in embeddings if _is_twin(e, lora)]
-        if lora.kind != "linear" or (slots and not all(s.module.tied for s in slots)):
+        twins = [x for x in content.loras if _are_twins(x, lora)]
+        twins = [x for x in twins if _is_own(x, finder)]
+        if _is_own(lora, finder) or (not slots and lora.kind != "linear"):
             kept.append(lora)
         elif twins:
             agreed |= {s.path for s, _ in finder.all(twins[0].name)}
@@ -45,7 +45,7 @@ def without_ties(
         else:
             raise LoraError(
                 f"{file}: '{lora.key('b')}' adapts a weight that is tied to "
-                f"'{slots[0].path}', but is not the transpose of the embedding's "
+                f"'{slots[0].path}', but is not the transpose of the other use's "
                 "factors. Train with ensure_weight_tying=True, or untie the weights in "
                 "the tree."
             )
@@ -88,6 +88,19 @@ def tied_modules(content: Content, finder: Finder) -> dict[str, str]:
         if n != twin and np.array_equal(x, other)
     ]
     return {module: s.path for module, name in twins for s, _ in finder.all(name)}
+
+
+def _is_own(lora: Lora, finder: Finder) -> bool:
+    """Whether a leaf is its module's, and not another one's that it uses too."""
+    slots = [slot for slot, _ in finder.all(lora.name)]
+    return bool(slots) and not all(s.module.tied for s in slots)
+
+
+def _are_twins(one: Lora, other: Lora) -> bool:
+    kinds = {one.kind, other.kind}
+    return kinds == _BOTH and (
+        _is_twin(one, other) if one.kind == "embedding" else _is_twin(other, one)
+    )
 
 
 def _is_twin(embedding: Lora, lora: Lora) -> bool:

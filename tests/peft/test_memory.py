@@ -175,3 +175,63 @@ def test_damage_is_named(tmp_path, text):
     flora.peft.save(
         tmp_path / "a", {"w": foreign}, names={"w": Module("w", kind="linear")}
     )
+
+
+def embedding_folder(path, table):
+    """Adapters of an embedding and of the head with the same weight, and both bases."""
+    a, b = values(2, 7, seed=5), values(4, 2, seed=6)
+    tensors = {
+        f"{PREFIX}embed.lora_embedding_A": a,
+        f"{PREFIX}embed.lora_embedding_B": b,
+        f"{PREFIX}lm_head.lora_A.weight": b.T,
+        f"{PREFIX}lm_head.lora_B.weight": a.T,
+    }
+    tensors = {k: np.ascontiguousarray(x) for k, x in tensors.items()}
+    base = {f"{PREFIX}{n}.base_layer.weight": table for n in ("embed", "lm_head")}
+    return files.write(
+        path,
+        tensors | base,
+        target_modules=["embed", "lm_head"],
+        ensure_weight_tying=True,
+    )
+
+
+def lookup(p, ids):
+    return p["w"]["t"][ids]
+
+
+def product(p, x):
+    return x @ p["w"]["t"].T
+
+
+def head(p, x):
+    return x @ p["w"]["kernel"]
+
+
+@pytest.mark.parametrize("use", ["lookup", "product", "head"])
+def test_both_uses_of_a_tied_weight(tmp_path, use):
+    """Whichever use the leaf's axes are of, and whichever comes first in names."""
+    table = values(7, 4, seed=1)
+    folder = embedding_folder(tmp_path / "a", table)
+    embed = Module("embed", kind="embedding")
+    if use == "head":  # [features, words]
+        leaf, fn, x = table.T, head, jnp.ones((1, 4))
+        one = [Module("lm_head", kind="linear"), dataclasses.replace(embed, tied=True)]
+    else:
+        leaf, one = table, [embed, Module("lm_head", tied=True)]
+        fn, x = (lookup, jnp.arange(2)) if use == "lookup" else (product, jnp.ones(4))
+    word = "kernel" if use == "head" else "t"
+    tree, names = {"w": {word: jnp.asarray(leaf)}}, {f"w/{word}": one}
+    loaded = flora.peft.load(folder, tree, names=names, fn=fn, args=(x,))
+    merged = np.asarray(flora.merge(loaded)["w"][word])
+    want = table + 3 * values(2, 7, seed=5).T @ values(4, 2, seed=6).T
+    np.testing.assert_allclose(merged.T if use == "head" else merged, want, rtol=1e-5)
+    for i, given in enumerate(({}, {"names": names})):
+        flora.peft.save(tmp_path / str(i), loaded, **given)
+        check_same(folder, tmp_path / str(i))
+    other = embedding_folder(tmp_path / "b", table + 1)
+    with pytest.raises(flora.LoraError, match=r"differs from 'w/.*' of the base"):
+        flora.peft.load(other, tree, names=names, fn=fn, args=(x,))
+    flora.peft.save(tmp_path / "bare", flora.split(loaded)[1])
+    left = {k for k in files.read(folder)[1] if "base_layer" not in k}
+    assert {*files.read(tmp_path / "bare")[1]} == left

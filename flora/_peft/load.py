@@ -22,6 +22,7 @@ from flora._peft.parameters import (
     turned_parameter,
     with_parameters,
 )
+from flora._peft.renamed import with_renamed
 from flora._peft.targets import plain, target_problems, whole_problems
 from flora._peft.ties import Readers, load_problems, tied_modules, without_ties
 from flora._peft.twice import IN
@@ -86,9 +87,12 @@ def assign(
         *map(plain, [*content.whole, *content.of_base]),
     ]
     paths = list(leaves)
-    slots = matched_slots(paths, wanted) if names is None else given_slots(names, paths)
-    finder = Finder(slots)
     shapes = {p: tuple(getattr(base_of(x), "shape", ())) for p, x in leaves.items()}
+    if names is None:
+        slots = with_renamed(matched_slots(paths, wanted), content, shapes)
+    else:
+        slots = given_slots(names, paths)
+    finder = Finder(slots)
     content = in_order(content, config, finder, shapes, file, ordered=names is not None)
     named = content
     content, agreed = without_ties(content, finder, file)

@@ -144,38 +144,27 @@ def remembered_slots(paths: Sequence[str], known: Mapping[str, Memory]) -> list[
 
 
 def conflicts(
-    found: Mapping[str, Sequence[Memory]], given: Mapping[str, Any]
+    found: Mapping[str, Sequence[Memory]], names: Any, dtype: Any
 ) -> Iterator[str]:
-    """What may have come from several files that do not agree, and was not given."""
-    facts = {
-        "names": lambda m: m.slots,
-        "dtype": lambda m: m.dtype,
-        **{k: lambda m, k=k: json.dumps(m.about.get(k)) for k in ABOUT if k in given},
-    }
-    for name, fact in facts.items():
-        if given.get(name) is not None:
+    """Leaves that a compiled function took for those of a file with other facts."""
+    for path, some in found.items():
+        slots = [m.slots[0].name for m in some if m.slots]
+        dtypes = [m.dtype for m in some]
+        if names is None and any(m.slots != some[0].slots for m in some):
+            said = "names", f"it is '{slots[0]}' or '{slots[-1]}'"
+        elif dtype is None and {*dtypes} != {dtypes[0]}:
+            said = "dtype", f"it is {dtypes[0]} or {dtypes[-1]}"
+        else:
             continue
-        one_leaf = name in ("names", "dtype")  # which may differ between leaves
-        every = {"": [m for some in found.values() for m in some]}
-        for path, own in (found if one_leaf else every).items():
-            values = list(dict.fromkeys(map(fact, own)))
-            if len(values) > 1:
-                shown = " or ".join(_shown(v) for v in values[:2])
-                at = f"'{path}'" if path else "the adapter"
-                yield (
-                    f"save: {at} may come from several files, whose {name} "
-                    f"{'are' if name == 'names' else 'is'} {shown}. Write {name}=."
-                )
-                break
-
-
-def _shown(value: Any) -> str:
-    return value[0].name if isinstance(value, tuple) else str(value)
+        yield (
+            f"save: '{path}' ran in a compiled function with that of another file, and "
+            f"may come from either: {said[1]}. Write {said[0]}=."
+        )
 
 
 def agreed(found: Mapping[str, Sequence[Memory]]) -> dict[str, Any]:
-    """The fields of the config in which all memories agree."""
-    every = [m.about for some in found.values() for m in some]
+    """The fields of the config in which all leaves agree."""
+    every = [some[0].about for some in found.values()]
     return {
         k: every[0][k]
         for k in ABOUT

@@ -72,7 +72,7 @@ def written(
     paths = [path for path, _ in named]
     bare = any(isinstance(x, LoraWeight) and x.base is None for _, x in named)
     found = {p: some for p, x in named if (some := memories(p, x))}
-    fail(conflicts(found, {"names": names, "dtype": dtype, **about}))
+    fail(conflicts(found, names, dtype))
     known = {p: some[0] for p, some in found.items()} if names is None else {}
     if names is not None:
         slots = given_slots(names, paths, partial=bare)
@@ -82,8 +82,9 @@ def written(
             slots = [s for s in slots if not s.module.tied]
     else:
         slots = default_slots(paths, partial=bare)
+    slots = [*slots, *tied_slots(tied or {}, paths)]
     by_path: dict[str, list[Slot]] = collections.defaultdict(list)
-    for slot in (*slots, *tied_slots(tied or {}, paths)):
+    for slot in slots:
         by_path[slot.path].append(slot)
     fail(_unnamed(named, by_path))
     unsure = doubts(paths, partial=bare) if names is None else {}

@@ -150,3 +150,122 @@ def test_a_doubtful_name_is_not_saved(tmp_path):
         flora.peft.save(tmp_path / "a", adapted)
     flora.peft.save(tmp_path / "a", adapted, names={"lin_0": "lin_0"})
     assert files.read(tmp_path / "a")[0]["target_modules"] == ["lin_0"]
+
+
+# --- Names of another version ---------------------------------------------------------
+
+
+def vit(layers=2, d=4, f=6):
+    """As HF's Flax model has it, named as transformers 4 does."""
+
+    def dense(seed, in_, out):
+        return {
+            "kernel": jnp.asarray(values(in_, out, seed=seed)),
+            "bias": jnp.asarray(values(out, seed=seed)),
+        }
+
+    def layer(i):
+        qkv = {n: dense(10 * i + k, d, d) for k, n in enumerate(("query", "key"))}
+        qkv["value"] = dense(10 * i + 2, d, d)
+        return {
+            "attention": {
+                "attention": qkv,
+                "output": {"dense": dense(10 * i + 3, d, d)},
+            },
+            "intermediate": {"dense": dense(10 * i + 4, d, f)},
+            "output": {"dense": dense(10 * i + 5, f, d)},
+            "layernorm_before": {"scale": jnp.ones(d), "bias": jnp.zeros(d)},
+        }
+
+    encoder = {"layer": {str(i): layer(i) for i in range(layers)}}
+    return {"vit": {"encoder": encoder}, "classifier": dense(99, d, 3)}
+
+
+NEW = {
+    "attention.q_proj": "attention/attention/query",
+    "attention.k_proj": "attention/attention/key",
+    "attention.v_proj": "attention/attention/value",
+    "attention.o_proj": "attention/output/dense",
+    "mlp.fc1": "intermediate/dense",
+    "mlp.fc2": "output/dense",
+}
+
+
+def renamed_folder(path, words, layers=(0, 1), root="vit.layers", **config):
+    sizes = {"mlp.fc1": (4, 6), "mlp.fc2": (6, 4)}
+    tensors = {}
+    for i in layers:
+        for k, word in enumerate(words):
+            at, (in_, out) = f"{root}.{i}.{word}", sizes.get(word, (4, 4))
+            tensors |= linear(at, in_, out, seed=100 * i + 3 * k)
+    return files.write(path, tensors, target_modules=[*words], **config), tensors
+
+
+@pytest.mark.parametrize("words", [[*NEW], ["attention.q_proj", "attention.v_proj"],
+    ["mlp.fc1"], ["mlp.fc2", "attention.o_proj"]])  # fmt: skip
+def test_names_of_transformers_5(tmp_path, words):
+    """Found by words and sizes, and written again as they came."""
+    folder, tensors = renamed_folder(tmp_path / "a", words)
+    tree = vit()
+    loaded = flora.peft.load(folder, tree)
+    merged = flora.merge(loaded)["vit"]["encoder"]["layer"]
+    for i in (0, 1):
+        for word in words:
+            got, had = merged[str(i)], tree["vit"]["encoder"]["layer"][str(i)]
+            for step in NEW[word].split("/"):
+                got, had = got[step], had[step]
+            change = files.delta(tensors, f"vit.layers.{i}.{word}", 3.0)
+            want = had["kernel"] + change
+            assert jnp.allclose(got["kernel"], want, rtol=1e-5, atol=1e-5)
+    flora.peft.save(tmp_path / "b", flora.split(loaded)[1])
+    config, written = files.read(tmp_path / "b")
+    assert {*written} == {*tensors}
+    assert {*config["target_modules"]} == {
+        f"vit.layers.{i}.{w}" for i in (0, 1) for w in words
+    }
+
+
+def test_biases_and_heads_of_transformers_5(tmp_path):
+    words = ["attention.q_proj", "mlp.fc1"]
+    folder, tensors = renamed_folder(
+        tmp_path / "a", words, bias="lora_only", modules_to_save=["classifier"]
+    )
+    tensors |= {
+        f"base_model.model.vit.layers.{i}.{w}.base_layer.bias": values(n, seed=5)
+        for i in (0, 1)
+        for w, n in zip(words, (4, 6), strict=True)
+    }
+    tensors |= {
+        f"base_model.model.classifier.{n}": values(*shape, seed=6)
+        for n, shape in (("weight", (3, 4)), ("bias", (3,)))
+    }
+    config, _ = files.read(folder)
+    files.write(folder, tensors, **config)
+    loaded = flora.peft.load(folder, vit())
+    layer = loaded["vit"]["encoder"]["layer"]["1"]
+    bias = layer["attention"]["attention"]["query"]["bias"]
+    assert jnp.array_equal(bias.value, values(4, seed=5))
+    flora.peft.save(tmp_path / "b", loaded)
+    assert {*files.read(tmp_path / "b")[1]} == {*tensors}
+
+
+def test_what_is_renamed_is_complete_or_refused(tmp_path):
+    tree = vit()
+    words = ["attention.q_proj"]
+    # A module that the config selects, by its new name, and the file lacks.
+    folder, _ = renamed_folder(tmp_path / "a", words, layers=(0,))
+    with pytest.raises(
+        flora.LoraError, match=r"vit.layers.1.attention.q_proj.*missing"
+    ):
+        flora.peft.load(folder, tree)
+    for root, some in (
+        ("deit.layers", words),  # another model
+        ("vit.layers", ["attention.w"]),  # any of four
+        ("vit.layers", ["attention.q_proj", "attn.query"]),  # one for two
+    ):
+        folder, _ = renamed_folder(tmp_path / "b", some, root=root)
+        with pytest.raises(flora.LoraError, match="which none of the base's"):
+            flora.peft.load(folder, tree)
+    folder, _ = renamed_folder(tmp_path / "c", words, layers=(0, 1, 2))
+    with pytest.raises(flora.LoraError, match=r"vit.layers.2.attention.*none of the"):
+        flora.peft.load(folder, tree)

@@ -317,6 +317,59 @@ def llama(p, tokens, heads=4, groups=2, layers=2):
     return x @ m["embed_tokens"]["embedding"].T
 
 
+def _vit(torch):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
+        image_size=8, patch_size=4, attn_implementation="eager", num_labels=3,
+    )  # fmt: skip
+
+    class Net(ViTForImageClassification):  # logits alone
+        def forward(self, pixel_values=None, **kwargs):
+            return super().forward(pixel_values, **kwargs).logits
+
+    return Net(config), vit, np.random.default_rng(0).normal(size=(2, 3, 8, 8))
+
+
+def vit(p, x):
+    """HF's Flax ViT, whose names are those of transformers 4."""
+    m = p["vit"]
+    e = m["embeddings"]
+    q = e["patch_embeddings"]["projection"]
+    x = jax.lax.conv_general_dilated(
+        jnp.moveaxis(x, 1, -1), q["kernel"], (4, 4), "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    x = (x + q["bias"]).reshape(x.shape[0], -1, x.shape[-1])
+    first = jnp.broadcast_to(e["cls_token"], (x.shape[0], 1, x.shape[-1]))
+    x = jnp.concatenate([first, x], 1) + e["position_embeddings"]
+    for i in range(2):
+        q = m["encoder"]["layer"][str(i)]
+        a, h = q["attention"], norm(q["layernorm_before"], x, 1e-12)
+        split = (dense(a["attention"][n], h) for n in ("query", "key", "value"))
+        x = x + dense(a["output"]["dense"], mixed(*split))
+        h = dense(q["intermediate"]["dense"], norm(q["layernorm_after"], x, 1e-12))
+        x = x + dense(q["output"]["dense"], jax.nn.gelu(h, approximate=False))
+    return dense(p["classifier"], norm(m["layernorm"], x, 1e-12)[:, 0])
+
+
+def _as_flax(tree):
+    """The tree with the names of transformers 4, which Flax's models keep."""
+    m = dict(tree["vit"])
+    layers = {}
+    for i, q in m.pop("layers").items():
+        a = q["attention"]
+        qkv = {n: a[f"{n[0]}_proj"] for n in ("query", "key", "value")}
+        layers[i] = {
+            "attention": {"attention": qkv, "output": {"dense": a["o_proj"]}},
+            "intermediate": {"dense": q["mlp"]["fc1"]},
+            "output": {"dense": q["mlp"]["fc2"]},
+            **{n: q[n] for n in ("layernorm_before", "layernorm_after")},
+        }
+    return {**tree, "vit": m | {"encoder": {"layer": layers}}}
+
+
 MODELS = {
     "llama": _llama,
     "tied": functools.partial(_llama, tied=True),
@@ -327,6 +380,7 @@ MODELS = {
     "embedding": _embedding,
     "experts": _experts,
     "attention": _attention,
+    "vit": _vit,
 }
 
 
@@ -335,6 +389,8 @@ def params_of(kind, model):
     tree = flax_tree(model)
     if kind == "tied":
         tree.pop("lm_head", None)
+    if kind == "vit":
+        tree = _as_flax(tree)
     if kind == "experts":  # as Flax has them, [expert, in, out]
         tree["experts"] = {k: x.swapaxes(1, 2) for k, x in tree["experts"].items()}
     return tree

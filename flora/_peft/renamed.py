@@ -101,7 +101,21 @@ def _assigned(lost: Mapping[str, Fits], free: Mapping[str, Shape]) -> dict[str, 
                 found[paths[0]] = name
                 taken.add(name)
 
+    def follow() -> None:
+        """Biases of modules whose weights have leaves."""
+        homes = {split_name(n)[0]: p.rpartition("/")[0] for p, n in found.items()}
+        for name in lost.keys() - taken:
+            module, parameter = split_name(name)
+            for path, words in at.items():
+                own = path.rpartition("/")[0] == homes.get(module)
+                if own and path not in found and words[-1] == parameter:
+                    found[path] = name
+                    taken.add(name)
+
     settle(lambda name, leaf: _within(name, leaf) or _within(leaf, name))
+    follow()
+    settle(lambda name, leaf: name[-1] == "weight" and _are_of_one_layer(name, leaf))
+    follow()
     settle(_are_of_one_layer)
     return found
 

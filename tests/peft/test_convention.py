@@ -226,14 +226,14 @@ def test_names_of_transformers_5(tmp_path, words):
 
 
 def test_biases_and_heads_of_transformers_5(tmp_path):
-    words = ["attention.q_proj", "mlp.fc1"]
+    words = ["attention.q_proj", "mlp.fc2"]
     folder, tensors = renamed_folder(
         tmp_path / "a", words, bias="lora_only", modules_to_save=["classifier"]
     )
     tensors |= {
         f"base_model.model.vit.layers.{i}.{w}.base_layer.bias": values(n, seed=5)
         for i in (0, 1)
-        for w, n in zip(words, (4, 6), strict=True)
+        for w, n in zip(words, (4, 4), strict=True)
     }
     tensors |= {
         f"base_model.model.classifier.{n}": values(*shape, seed=6)

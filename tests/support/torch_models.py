@@ -278,11 +278,46 @@ def _llama(torch, *, tied=False):
     return Net(config), llama, np.random.default_rng(0).integers(0, 13, (2, 6))
 
 
+def _mixtral(torch):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=13, hidden_size=8, intermediate_size=6, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+        num_local_experts=3, num_experts_per_tok=2, attn_implementation="eager",
+        rms_norm_eps=1e-6, tie_word_embeddings=False, experts_implementation="eager",
+    )  # fmt: skip
+
+    class Net(MixtralForCausalLM):  # logits alone
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs).logits
+
+    tokens = np.random.default_rng(0).integers(0, 13, (2, 6))
+    return Net(config), functools.partial(llama, mlp=moe), tokens
+
+
+def moe(q, x):
+    """Two of the experts for each token, all of them computed; axes as in PyTorch."""
+    chances = jax.nn.softmax(x @ q["gate"]["weight"].T)
+    kept, _ = jax.lax.top_k(chances, 2)
+    chances = jnp.where(chances < kept[..., -1:], 0, chances)
+    chances = chances / chances.sum(-1, keepdims=True)
+    both = jnp.einsum("bld,efd->blef", x, q["experts"]["gate_up_proj"])
+    gate, up = jnp.split(both, 2, -1)
+    h = jax.nn.silu(gate) * up * chances[..., None]
+    return jnp.einsum("blef,edf->bld", h, q["experts"]["down_proj"])
+
+
+def gated(q, x):
+    h = jax.nn.silu(dense(q["gate_proj"], x)) * dense(q["up_proj"], x)
+    return dense(q["down_proj"], h)
+
+
 def rms(p, x):
     return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p["scale"]
 
 
-def llama(p, tokens, heads=4, groups=2, layers=2):
+def llama(p, tokens, heads=4, groups=2, layers=2, mlp=gated):
     m = p["model"]
     x = jnp.take(m["embed_tokens"]["embedding"], tokens, axis=0)
     size = x.shape[-1] // heads
@@ -306,11 +341,7 @@ def llama(p, tokens, heads=4, groups=2, layers=2):
         scores = jnp.where(steps[:, None] >= steps, scores, -jnp.inf)
         y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
         x = x + dense(a["o_proj"], y.reshape(x.shape))
-        h, f = rms(q["post_attention_layernorm"], x), q["mlp"]
-        x = x + dense(
-            f["down_proj"],
-            jax.nn.silu(dense(f["gate_proj"], h)) * dense(f["up_proj"], h),
-        )
+        x = x + mlp(q["mlp"], rms(q["post_attention_layernorm"], x))
     x = rms(m["norm"], x)
     if "lm_head" in p:
         return dense(p["lm_head"], x)
@@ -381,6 +412,7 @@ MODELS = {
     "experts": _experts,
     "attention": _attention,
     "vit": _vit,
+    "mixtral": _mixtral,
 }
 
 

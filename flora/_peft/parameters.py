@@ -59,7 +59,7 @@ def in_order(
     found: dict[int, Lora] = {}
     for module, loras in groups.items():
         inner_first = sorted(loras, key=lambda x: -x.depth)
-        words = inner_first[0].parameter.split("|")
+        words = inner_first[0].words
         held = [w for w in words if finder.all(f"{module}.{w}")]
         if len(loras) > _NESTED:
             raise LoraError(

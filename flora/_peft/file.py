@@ -20,7 +20,7 @@ _PICKLE = "adapter_model.bin"
 
 _MOST = 10_000_000  # bytes of a config, which may name each module three times
 _LONGEST = 1_000  # characters of a key
-_COUNTERS = ".num_batches_tracked"  # of batches; Flax counts none
+COUNTER = ".num_batches_tracked"  # of batches; Flax counts none
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -106,7 +106,7 @@ def read_tensors(folder: Path, ignored: Ignored) -> dict[str, np.ndarray]:
     infos = {
         key: info
         for key, info in sorted(file.infos.items())
-        if not key.endswith(_COUNTERS) and not ignored(key)
+        if not key.endswith(COUNTER) and not ignored(key)
     }
     fail(
         _other_dtype(path, key, NAMES[info.dtype])

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from flora._algebra.variants import DoRA
 from flora._files.items import statistics
 from flora._peft.config import WORDLESS, parse
-from flora._peft.file import CONFIG
+from flora._peft.file import CONFIG, COUNTER
 from flora._peft.groups import AcrossGroups
 from flora._peft.keys import PREFIX
 from flora._peft.names import Slot, default_slots, given_slots, split_name
@@ -104,6 +104,10 @@ def written(
             cast = {k: x.astype(dtype) for k, x in tensors.items()}
         require_finite("save", cast, allow_nonfinite, before=tensors)
         tensors = cast
+    for key in [k for k in tensors if k.endswith(".running_mean")]:
+        # PyTorch counts batches beside them, and PEFT asks for the number.
+        count = key.removesuffix(".running_mean") + COUNTER
+        tensors[count] = np.zeros((), np.int64)
     return config, tensors
 
 

@@ -40,6 +40,9 @@ def flax_tree(model):
             elif "Norm" in type(module).__name__ and key == "weight":
                 path[-1] = "scale"
             put(path, x)
+        for key, x in module.named_buffers(recurse=False):
+            if key.startswith("running_"):
+                put([*name.split("."), key.removeprefix("running_")], x)
     return tree
 
 

@@ -38,7 +38,7 @@ from flora._peft.load import (
 )
 from flora._peft.names import Module, Names, Slot
 from flora._peft.names_match import match_names
-from flora._peft.residual import residual
+from flora._peft.residual import is_changed, residual, start_of
 from flora._peft.save import written
 from flora._peft.targets import listed
 from flora._peft.whole import put
@@ -229,6 +229,9 @@ def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
             left, base.sharding if isinstance(base, jax.Array) else None
         )
     made = node(site.path, site.base, site.layout, site.pieces, site.beside)
+    if config.residual and any(is_changed(p.lora) for p in site.pieces):
+        scales = ((p.rank, p.scale) for p in site.pieces)
+        made = dataclasses.replace(made, start=start_of(config.residual, scales))
     new = dataclasses.replace(
         made, base=base, dropout=float(config.lora_dropout), **_placed(made)
     )

@@ -20,7 +20,7 @@ from flora._peft.keys import PREFIX
 from flora._peft.names import Slot, default_slots, given_slots, split_name
 from flora._peft.parts import Part, is_idle, joined, parts, slots_beside
 from flora._peft.serving import for_serving
-from flora._peft.start import with_start
+from flora._peft.start import common_start, with_start
 from flora._peft.targets import ends, selects
 from flora._peft.ties import Readers, save_problems, tied_slots
 from flora._peft.whole import taken
@@ -75,10 +75,13 @@ def written(
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
     nodes = nodes if base is None else with_start(nodes, base)
     found: dict[str, list[Part]] = {}
+    of_leaf: dict[str, list[Part]] = {}
     for path, node in nodes.items():
         kind = min((readers or {}).get(path, ()), default="")
-        for part in parts(path, node, by_path[path], kind):
+        of_leaf[path] = [*parts(path, node, by_path[path], kind)]
+        for part in of_leaf[path]:
             found.setdefault(part.lora.name, []).append(part)
+    start = common_start(nodes, of_leaf, serving=serving)
     made = [joined(some) for some in found.values()]
     made = [part for part in made if not is_idle(part)]
     made = _nested(made, None if names is None else slots)
@@ -87,6 +90,7 @@ def written(
     if serving:
         made = for_serving(made, whole, named, by_path)
     config = _config(made, whole, nodes, by_path, named) | dict(about)
+    config["init_lora_weights"] = start or True
     tensors = {}
     for part in made:
         for field in ("a", "b", "magnitude"):

@@ -4,7 +4,6 @@ Needs the extra peft-test.
 """
 
 import copy
-import json
 
 import jax
 import numpy as np
@@ -31,7 +30,8 @@ CASES = {
     "llama, layers": ("llama", R | {
         "target_modules": QKVO, "layers_to_transform": [1], "use_rslora": True}),
     "llama, layers and their name": ("llama", R | {
-        "target_modules": QKVO, "layers_to_transform": [0], "layers_pattern": "layers"}),
+        "target_modules": QKVO, "layers_to_transform": [0],
+        "layers_pattern": "layers"}),
     "llama, patterns": ("llama", R | {
         "target_modules": QKVO, "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 4},
         "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 1, "k_proj": 3}}),
@@ -78,13 +78,15 @@ CASES = {
     "t5 v1.1, dora": ("t5 v1.1", R | {
         "target_modules": "all-linear", "use_dora": True,
         "task_type": "SEQ_2_SEQ_LM"}),
-    "bert": ("bert", R | {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
+    "bert": ("bert", R | {
+        "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     "bert, all-linear": ("bert", R | {
         "target_modules": "all-linear", "task_type": "SEQ_CLS", "bias": "all"}),
     "bert, embeddings": ("bert", R | {
         "target_modules": ["word_embeddings", "dense"], "task_type": "SEQ_CLS"}),
     "roberta": ("roberta", R | {
-        "target_modules": ["query", "key"], "task_type": "TOKEN_CLS", "use_dora": True}),
+        "target_modules": ["query", "key"], "task_type": "TOKEN_CLS",
+        "use_dora": True}),
     "distilbert": ("distilbert", R | {
         "target_modules": ["q_lin", "v_lin"],
         "modules_to_save": ["pre_classifier", "classifier"]}),
@@ -98,7 +100,8 @@ CASES = {
     "dinov2": ("dinov2", R | {"target_modules": "all-linear"}),
     "resnet": ("resnet", R | {
         "target_modules": ["convolution"], "modules_to_save": ["classifier"]}),
-    "resnet, dora": ("resnet", R | {"target_modules": ["convolution"], "use_dora": True}),
+    "resnet, dora": ("resnet", R | {
+        "target_modules": ["convolution"], "use_dora": True}),
     "whisper": ("whisper", R | {"target_modules": ["q_proj", "v_proj", "fc1"]}),
     "whisper, convolutions": ("whisper", R | {
         "target_modules": ["conv1", "conv2", "k_proj"]}),
@@ -150,3 +153,69 @@ def test_merged_weights(tmp_path, name):
         load_file(tmp_path / f / "adapter_model.safetensors") for f in ("peft", "flora")
     )
     assert {k for k in written if "lora_" in k} == {k for k in held if "lora_" in k}
+
+
+# Of base and residual in float32, which PEFT needs for these.
+STARTS = {
+    "pissa": ("llama", R | {"target_modules": QKVO, "init_lora_weights": "pissa"}),
+    "pissa, dora": ("llama", R | {
+        "target_modules": MLP, "init_lora_weights": "pissa", "use_dora": True}),
+    "pissa, patterns": ("qwen2", R | {
+        "target_modules": QKVO, "init_lora_weights": "pissa",
+        "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 1}}),
+    "pissa, Conv1D": ("gpt2", R | {
+        "target_modules": ["c_attn", "c_proj"], "init_lora_weights": "pissa",
+        "fan_in_fan_out": True}),
+    "pissa, convolutions and embeddings": ("plain", R | {
+        "target_modules": ["table", "conv", "blocks.0", "head.1"],
+        "init_lora_weights": "PiSSA", "task_type": "FEATURE_EXTRACTION"}),
+    "olora": ("llama", R | {
+        "target_modules": QKVO, "init_lora_weights": "olora", "use_rslora": True}),
+    "olora, patterns": ("bert", R | {
+        "target_modules": ["query", "dense"], "init_lora_weights": "OLoRA",
+        "task_type": "SEQ_CLS", "rank_pattern": {"query": 3},
+        "alpha_pattern": {"dense": 1}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_starts_that_change_the_base(tmp_path, name):
+    kind, config = STARTS[name]
+    model = zoo.build(kind).float()
+    params = models.flax_tree(model)
+    adapted = models.adapt(model, config)
+    folder = models.saved(adapted, tmp_path / "peft")
+    want = models.flax_tree(copy.deepcopy(adapted).merge_and_unload())
+    loaded = flora.peft.load(folder, params)
+    check(flora.merge(loaded), want, 1e-5)
+    for folder, base in (("as it came", None), ("plain", params)):
+        flora.peft.save(tmp_path / folder, loaded, base=base, tied={})
+        again = models.reloaded(model, tmp_path / folder).merge_and_unload()
+        check(models.flax_tree(again), want, 1e-5)
+        check(flora.merge(flora.peft.load(tmp_path / folder, params)), want, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_bases_in_half_precision(tmp_path, dtype, kind):
+    """PEFT keeps the factors in float32, and merges in the base's dtype."""
+    import torch
+
+    model = zoo.build(kind).to(getattr(torch, dtype))
+    params = models.flax_tree(model)
+    config = R | {
+        "target_modules": ["q_proj", "c_attn"],
+        "fan_in_fan_out": kind == "gpt2",
+    }
+    adapted = models.adapt(model, config)
+    folder = models.saved(adapted, tmp_path / "peft")
+    want = models.flax_tree(copy.deepcopy(adapted).merge_and_unload())
+    loaded = flora.peft.load(folder, params)
+    check(flora.merge(loaded), want, 2.0**-7)
+    flora.peft.save(tmp_path / "flora", loaded, tied={})
+    held, written = (
+        load_file(tmp_path / f / "adapter_model.safetensors") for f in ("peft", "flora")
+    )
+    assert {*held} == {*written}
+    for key, x in held.items():
+        np.testing.assert_array_equal(written[key], x)

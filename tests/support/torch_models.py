@@ -24,7 +24,9 @@ def flax_tree(model):
         *parents, last = path
         for word in parents:
             node = node.setdefault(word, {})
-        node[last] = jnp.asarray(value.detach().numpy())
+        half = value.dtype == torch.bfloat16  # which NumPy lacks
+        array = (value.float() if half else value).detach().numpy()
+        node[last] = jnp.asarray(array, jnp.bfloat16 if half else None)
 
     for name, module in model.named_modules():
         for key, x in module.named_parameters(recurse=False):

@@ -168,7 +168,7 @@ STARTS = {
         "fan_in_fan_out": True}),
     "pissa, convolutions and embeddings": ("plain", R | {
         "target_modules": ["table", "conv", "blocks.0", "head.1"],
-        "init_lora_weights": "PiSSA", "task_type": "FEATURE_EXTRACTION"}),
+        "init_lora_weights": "pissa", "task_type": "FEATURE_EXTRACTION"}),
     "olora": ("llama", R | {
         "target_modules": QKVO, "init_lora_weights": "olora", "use_rslora": True}),
     "olora, patterns": ("bert", R | {

@@ -1,7 +1,5 @@
 """Tiny models of many architectures, as transformers builds them, without weights."""
 
-import functools
-
 # A few words of vocabulary, a few features: one second a model.
 _SIZES = {
     "vocab_size": 17, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,

@@ -10,7 +10,7 @@ import numpy as np
 
 from flora._peft.config import RESIDUAL_STARTS
 from flora._peft.parts import Part
-from flora._peft.residual import is_changed, start_of
+from flora._peft.residual import start_of
 from flora._tree.errors import LoraError, fail
 from flora._tree.matrices import matrices
 from flora._tree.paths import named_leaves
@@ -57,7 +57,9 @@ def common_start(
         return all(
             nodes[path].start == start_of(how, ((p.rank, p.scale) for p in some))
             for path, some in of_leaf.items()
-            if path in started or any(is_changed(p.lora) for p in some)
+            # PEFT starts embeddings as plain LoRA then, and refuses convolutions.
+            if path in started
+            or any(p.lora.kind != "embedding" and not p.lora.raw for p in some)
         )
 
     known = [how for how in RESIDUAL_STARTS if again(how)]

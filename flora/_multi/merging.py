@@ -1,4 +1,4 @@
-"""`merge` and `unmerge`: an adapter in the base's place, and the base again, bit by bit.
+"""An adapter in the base's place (`merge`), and the base again, bit for bit.
 
 W + scale A B, rounded, minus scale A B is not W.  What is between the two, counted in
 floating-point numbers that lie between them, is small for almost every element, so

@@ -19,7 +19,7 @@ from flora._peft.groups import AcrossGroups
 from flora._peft.keys import PREFIX
 from flora._peft.names import Slot, default_slots, given_slots, split_name
 from flora._peft.parts import Part, is_idle, joined, parts, slots_beside
-from flora._peft.serving import for_serving
+from flora._peft.serving import for_serving, with_neighbors
 from flora._peft.start import with_start
 from flora._peft.targets import ends, selects
 from flora._peft.ties import Readers, save_problems, tied_slots
@@ -81,11 +81,13 @@ def written(
             found.setdefault(part.lora.name, []).append(part)
     made = [joined(some) for some in found.values()]
     made = [part for part in made if not is_idle(part)]
+    if serving:
+        made = with_neighbors(made, named, by_path)
     made = _nested(made, None if names is None else slots)
     whole = _whole(named, by_path, made)
     fail(_lost_statistics(adapted, named, by_path, whole, base, ignore))
     if serving:
-        made = for_serving(made, whole, named, by_path)
+        made = for_serving(made, whole)
     config = _config(made, whole, nodes, by_path, named) | dict(about)
     tensors = {}
     for part in made:

@@ -229,22 +229,98 @@ def test_serving(tmp_path):
             flora.peft.save(tmp_path / "b", adapted(**settings), serving=True)
 
 
-def test_serving_writes_zeros_beside_a_projection(tmp_path):
-    tree = {
-        n: {"kernel": jnp.asarray(values(D, F))} for n in ("q_proj", "k_proj", "v_proj")
-    }
+TOGETHER = {
+    "attention": {"q_proj": (D, 6), "k_proj": (D, 2), "v_proj": (D, 2)},
+    "mlp": {"gate_proj": (D, F), "up_proj": (D, F)},
+    "mamba": {"gate_proj": (D, F), "x_proj": (D, F)},
+    "latent attention": {"q_a_proj": (D, 3), "kv_a_proj_with_mqa": (D, 5)},
+    "delta net": {"in_proj_q": (D, 2), "in_proj_k": (D, 2), "in_proj_v": (D, 6),
+                  "in_proj_z": (D, 6)},
+    "relative attention": {"wq_du": (D, 6), "wk_dv": (D, 2), "wv_dv": (D, 2),
+                           "wr_du": (D, 4)},
+    "experts": {f"experts.{i}.{w}": (F, D) if w == "w2" else (D, F)
+                for i in (0, 1) for w in ("w1", "w2", "w3")},
+    "named experts": {f"experts.{i}.{w}_proj": (F, D) if w == "down" else (D, F)
+                      for i in (0, 1) for w in ("gate", "up", "down")},
+}  # fmt: skip
 
-    def fn(p, x):
-        return sum(x @ p[n]["kernel"] for n in p)
 
-    config = flora.LoraConfig(rank=2, target="q_proj/kernel")
-    made = flora.init(jax.random.key(0), config, fn, tree, jnp.ones((2, D)))
+@pytest.mark.parametrize(
+    ("kind", "one"), [(kind, one) for kind, sizes in TOGETHER.items() for one in sizes]
+)
+def test_serving_writes_zeros_for_what_servers_read_together(tmp_path, kind, one):
+    sizes = TOGETHER[kind] | {"o_proj": (D, D)}
+    tree = {n: {"kernel": jnp.asarray(values(*s))} for n, s in sizes.items()}
+    tree = {"layers": {"0": tree}}
+
+    def fn(p, d, f):
+        own = {k: x["kernel"] for k, x in p["layers"]["0"].items()}
+        return sum(((f if len(w) == F else d) @ w).sum() for w in own.values())
+
+    config = flora.LoraConfig(rank=2, target=f"{one}/kernel")
+    call = jnp.ones((2, D)), jnp.ones((2, F))
+    made = randomized(flora.init(jax.random.key(0), config, fn, tree, *call))
     flora.peft.save(tmp_path / "a", made, serving=True)
     written, tensors = files.read(tmp_path / "a")
-    assert {*written["target_modules"]} == {*tree}
-    for n in ("k_proj", "v_proj"):
-        assert not tensors[f"{PREFIX}{n}.lora_A.weight"].any()
-        assert tensors[f"{PREFIX}{n}.lora_B.weight"].shape == (F, 2)
+    assert {*written["target_modules"]} == {f"layers.0.{n}" for n in TOGETHER[kind]}
+    for n, (in_, out) in TOGETHER[kind].items():
+        a, b = (tensors[f"{PREFIX}layers.0.{n}.lora_{c}.weight"] for c in "AB")
+        assert (a.shape, b.shape) == ((2, in_), (out, 2))
+        assert a.any() == b.any() == (n == one)
+    flora.peft.load(tmp_path / "a", tree)
+    flora.peft.save(tmp_path / "plain", made)
+    assert files.read(tmp_path / "plain")[0]["target_modules"] == [f"layers.0.{one}"]
+
+
+def test_serving_an_adapter_without_its_base(tmp_path):
+    """Whether there is a gate beside up, the adapter alone does not tell."""
+    sizes = {"up_proj": F, "gate_proj": F, "q_proj": 6, "k_proj": 2, "v_proj": 2}
+    tree = {n: {"kernel": jnp.asarray(values(D, out))} for n, out in sizes.items()}
+
+    def fn(p, x):
+        return sum((x @ w["kernel"]).sum() for w in p.values())
+
+    def made(*targets):
+        config = flora.LoraConfig(rank=2, target=[f"{t}/kernel" for t in targets])
+        return flora.init(jax.random.key(0), config, fn, tree, jnp.ones((2, D)))
+
+    alone = flora.split(made("up_proj"))[1]
+    with pytest.raises(flora.LoraError, match=r"'gate_proj.weight' is not.*flora.join"):
+        flora.peft.save(tmp_path / "a", alone, serving=True)
+    alone = flora.split(made("q_proj", "v_proj"))[1]  # servers fill in k themselves
+    flora.peft.save(tmp_path / "a", alone, serving=True)
+    assert files.read(tmp_path / "a")[0]["target_modules"] == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("one", ["gate_up_proj", "down_proj"])
+def test_serving_writes_zeros_for_the_other_stack_of_experts(tmp_path, one):
+    """vLLM takes the outer adapter of a module with experts for that of down_proj."""
+    tree = {"experts": {"gate_up_proj": jnp.asarray(values(3, D, 2 * F)),
+                        "down_proj": jnp.asarray(values(3, F, D))}}  # fmt: skip
+
+    def fn(p, x):
+        y = jnp.einsum("betd,edf->betf", x, p["experts"]["gate_up_proj"])
+        return jnp.einsum("betf,efd->betd", y[..., :F], p["experts"]["down_proj"])
+
+    config = flora.LoraConfig(rank=2, target=f"experts/{one}")
+    made = flora.init(jax.random.key(0), config, fn, tree, jnp.ones((1, 3, 2, D)))
+    made = randomized(made)
+    flora.peft.save(tmp_path / "a", made, serving=True)
+    written, tensors = files.read(tmp_path / "a")
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    assert sorted(written["target_parameters"]) == sorted(names)
+    inner, outer = "experts.base_layer", "experts"
+    for front, name, in_, out in (
+        (inner, "gate_up_proj", D, 2 * F),
+        (outer, "down_proj", F, D),
+    ):
+        a, b = (tensors[f"{PREFIX}{front}.lora_{c}.weight"] for c in "AB")
+        assert (a.shape, b.shape) == ((6, in_), (out, 6))
+        assert a.any() == b.any() == (name == one)
+    loaded = flora.peft.load(
+        tmp_path / "a", tree, fn=fn, args=(jnp.ones((1, 3, 2, D)),)
+    )
+    close(flora.merge(loaded)["experts"][one], flora.merge(made)["experts"][one])
 
 
 def test_what_cannot_be_written(tmp_path):

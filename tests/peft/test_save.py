@@ -229,41 +229,18 @@ def test_serving(tmp_path):
             flora.peft.save(tmp_path / "b", adapted(**settings), serving=True)
 
 
-TOGETHER = {
-    "attention": {"q_proj": (D, 6), "k_proj": (D, 2), "v_proj": (D, 2)},
-    "mlp": {"gate_proj": (D, F), "up_proj": (D, F)},
-    "mamba": {"gate_proj": (D, F), "x_proj": (D, F)},
-    "latent attention": {"q_a_proj": (D, 3), "kv_a_proj_with_mqa": (D, 5)},
-    "delta net": {"in_proj_q": (D, 2), "in_proj_k": (D, 2), "in_proj_v": (D, 6),
-                  "in_proj_z": (D, 6)},
-    "relative attention": {"wq_du": (D, 6), "wk_dv": (D, 2), "wv_dv": (D, 2),
-                           "wr_du": (D, 4)},
-    "experts": {f"experts.{i}.{w}": (F, D) if w == "w2" else (D, F)
-                for i in (0, 1) for w in ("w1", "w2", "w3")},
-    "named experts": {f"experts.{i}.{w}_proj": (F, D) if w == "down" else (D, F)
-                      for i in (0, 1) for w in ("gate", "up", "down")},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    ("kind", "one"), [(kind, one) for kind, sizes in TOGETHER.items() for one in sizes]
+    ("kind", "one"),
+    [(kind, one) for kind, sizes in files.TOGETHER.items() for one in sizes],
 )
 def test_serving_writes_zeros_for_what_servers_read_together(tmp_path, kind, one):
-    sizes = TOGETHER[kind] | {"o_proj": (D, D)}
-    tree = {n: {"kernel": jnp.asarray(values(*s))} for n, s in sizes.items()}
-    tree = {"layers": {"0": tree}}
-
-    def fn(p, d, f):
-        own = {k: x["kernel"] for k, x in p["layers"]["0"].items()}
-        return sum(((f if len(w) == F else d) @ w).sum() for w in own.values())
-
-    config = flora.LoraConfig(rank=2, target=f"{one}/kernel")
-    call = jnp.ones((2, D)), jnp.ones((2, F))
-    made = randomized(flora.init(jax.random.key(0), config, fn, tree, *call))
+    tree, made = files.together(kind, one)
     flora.peft.save(tmp_path / "a", made, serving=True)
     written, tensors = files.read(tmp_path / "a")
-    assert {*written["target_modules"]} == {f"layers.0.{n}" for n in TOGETHER[kind]}
-    for n, (in_, out) in TOGETHER[kind].items():
+    assert {*written["target_modules"]} == {
+        f"layers.0.{n}" for n in files.TOGETHER[kind]
+    }
+    for n, (in_, out) in files.TOGETHER[kind].items():
         a, b = (tensors[f"{PREFIX}layers.0.{n}.lora_{c}.weight"] for c in "AB")
         assert (a.shape, b.shape) == ((2, in_), (out, 2))
         assert a.any() == b.any() == (n == one)

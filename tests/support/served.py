@@ -15,6 +15,7 @@ from language_models.llama_config import LlamaConfig, frequencies
 import flora
 import flora.hf
 import flora.peft
+from flora._tree.paths import named_leaves
 
 NEW, LENGTH = 12, 32  # tokens of an answer, and of prompt and answer with padding
 ALL = ["self_attn/*/kernel", "mlp/*/kernel"]
@@ -106,6 +107,22 @@ def save(folder, served, tree, **options):
     """Writes the adapter for servers."""
     about = {"base_model_name_or_path": "tiny", "task_type": "CAUSAL_LM"}
     flora.peft.save(folder, tree, names=served.names, serving=True, **about | options)
+
+
+def merged_deltas(served, tree):
+    """ΔW `[out, in]` of each of HF's parameters, in float64, by module."""
+    plain, merged = (
+        dict(named_leaves(x)[0]) for x in (served.params, flora.merge(tree))
+    )
+    found = {}
+    for path, tensor in served.tensors.items():
+        change = np.asarray(merged[path], np.float64) - np.asarray(
+            plain[path], np.float64
+        )
+        for i, name in enumerate(tensor.names):
+            one = change if isinstance(tensor.keys, str) else change[i]
+            found[name.removesuffix(".weight")] = tensor.taken(one)
+    return found
 
 
 def prompts(vocab, count=2, seed=0):

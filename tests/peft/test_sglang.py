@@ -1,4 +1,4 @@
-"""Files for servers, read by SGLang's own code; needs its package, without what it asks.
+"""Files for servers, read by SGLang's own code; needs its package without the rest.
 
 `tests/README.md` says how to install that.  Its kernels, which need GPUs, do not run:
 what they would multiply by is compared, as SGLang stacks it for them.
@@ -46,6 +46,7 @@ def check(found, wanted):
     for name, (scaling, a, b, count) in found.items():
         head, _, last = name.rpartition(".")
         last = {"w2": "down_proj"}.get(last, last)
+        assert not any(last in some for some in STACKED.values()), f"{name} is alone"
         parts = [name] if name in left else [f"{head}.{n}" for n in STACKED[last]]
         rank = a.shape[0] // count
         ends = np.cumsum([len(left[part]) for part in parts])

@@ -272,16 +272,7 @@ def test_serving_an_adapter_without_its_base(tmp_path):
 @pytest.mark.parametrize("one", ["gate_up_proj", "down_proj"])
 def test_serving_writes_zeros_for_the_other_stack_of_experts(tmp_path, one):
     """vLLM takes the outer adapter of a module with experts for that of down_proj."""
-    tree = {"experts": {"gate_up_proj": jnp.asarray(values(3, D, 2 * F)),
-                        "down_proj": jnp.asarray(values(3, F, D))}}  # fmt: skip
-
-    def fn(p, x):
-        y = jnp.einsum("betd,edf->betf", x, p["experts"]["gate_up_proj"])
-        return jnp.einsum("betf,efd->betd", y[..., :F], p["experts"]["down_proj"])
-
-    config = flora.LoraConfig(rank=2, target=f"experts/{one}")
-    made = flora.init(jax.random.key(0), config, fn, tree, jnp.ones((1, 3, 2, D)))
-    made = randomized(made)
+    tree, fn, x, made = files.stacked_experts(one)
     flora.peft.save(tmp_path / "a", made, serving=True)
     written, tensors = files.read(tmp_path / "a")
     names = ["experts.gate_up_proj", "experts.down_proj"]

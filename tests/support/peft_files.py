@@ -141,3 +141,22 @@ def together(kind, one):
     node = dataclasses.replace(node, b=jnp.asarray(values(*node.b.shape, seed=3)))
     made["layers"]["0"][one]["kernel"] = node
     return tree, made
+
+
+def stacked_experts(*targets):
+    """Three experts in two leaves, as transformers has them, and an adapter of some."""
+    gate_up, down = values(3, D, 2 * F), values(3, F, D)
+    own = {"gate_up_proj": jnp.asarray(gate_up), "down_proj": jnp.asarray(down)}
+    tree, x = {"experts": own}, jnp.ones((1, 3, 2, D))
+
+    def fn(p, x):
+        y = jnp.einsum("betd,edf->betf", x, p["experts"]["gate_up_proj"])
+        return jnp.einsum("betf,efd->betd", y[..., :F], p["experts"]["down_proj"])
+
+    config = flora.LoraConfig(rank=2, target=[f"experts/{t}" for t in targets])
+    made = flora.init(jax.random.key(0), config, fn, tree, x)
+    for name in targets:
+        node = made["experts"][name]
+        b = jnp.asarray(values(*node.b.shape, seed=3))
+        made["experts"][name] = dataclasses.replace(node, b=b)
+    return tree, fn, x, made

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import flax
 import jax
@@ -95,6 +96,18 @@ def _within_blocks(node):
     return dataclasses.replace(node, a=jnp.asarray(a), b=jnp.asarray(b))
 
 
+def moved(tree, seed):
+    """The adapter as if it had been trained from where it is."""
+    base, adapter = flora.split(tree)
+    draw = np.random.default_rng(seed)
+
+    def one(x):
+        noise = draw.normal(size=x.shape) * 0.3 * jnp.abs(x).mean()
+        return x + jnp.asarray(noise, x.dtype)
+
+    return flora.join(base, jax.tree.map(one, adapter))
+
+
 def adapted(served, seed, **settings):
     """An adapter of a decoder."""
     config = flora.LoraConfig(**{"rank": 4, "alpha": 8.0} | settings)
@@ -150,31 +163,55 @@ def answers(fn, tree, given):
     return logprobs.argmax(-1), logprobs
 
 
-def llama(folder, **changes):
-    """The examples' decoder, its layers in one scan, and a checkpoint of HF's."""
-    lm_tiny.write_checkpoint(folder, steps=0, layers=2)
-    if changes:
+def llama(folder, *, scan=True, dtype=jnp.float32, **changes):
+    """The examples' decoder and a checkpoint of HF's, with changes of its config."""
+    if not (folder / "config.json").exists():
+        lm_tiny.write_checkpoint(folder, steps=0, layers=2)
         given = json.loads((folder / "config.json").read_text()) | changes
-        draw = jax.random.key(1)
-        model = Llama(LlamaConfig.from_hf(given), dtype=jnp.float32)
-        params = jax.jit(model.init)(draw, jnp.zeros((1, 8), jnp.int32))
-        for path in folder.glob("*.safetensors*"):
-            path.unlink()
-        flora.hf.save(folder, params, hf_llama.tensors(model.config))
-        (folder / "config.json").write_text(json.dumps(given))
+        config = LlamaConfig.from_hf(given)
+        params = _drawn(Llama(config, dtype=jnp.float32, param_dtype=jnp.float32))
+        _replace(folder, params, hf_llama.tensors(config), given)
     config = hf_llama.read_config(folder)
-    model = Llama(config, dtype=jnp.float32, param_dtype=jnp.float32)
+    model = Llama(config, scan=scan, dtype=dtype, param_dtype=dtype)
     params = hf_llama.load(folder, model)
+    names = hf_llama.peft_names(config, scan=scan)
     return Served(
-        folder,
-        model.apply,
-        params,
-        hf_llama.peft_names(config),
-        hf_llama.tensors(config),
+        folder, model.apply, params, names, hf_llama.tensors(config, scan=scan)
     )
 
 
-def of_parts(folder, kind, *, experts=0):
+def _drawn(model):
+    """Random weights, biases too, so that answers differ much from one another."""
+    ids, draw = jnp.zeros((1, 8), jnp.int32), np.random.default_rng(2)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)
+
+    def one(path, x):
+        if path[-1].key == "weight":  # of a norm
+            return jnp.ones(x.shape)
+        size = 0.3 if path[-1].key == "bias" else x.shape[-2] ** -0.5
+        size = 1.0 if path[-1].key == "embedding" else size
+        return jnp.asarray(size * draw.normal(size=x.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def _replace(folder, params, tensors, config):
+    """Writes other weights, and their config, where a checkpoint lies."""
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    flora.hf.save(folder, params, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def merged(folder, served, tree):
+    """A checkpoint of the merged model."""
+    shutil.copytree(served.folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    _replace(folder, flora.merge(tree), served.tensors, config)
+    return folder
+
+
+def of_parts(folder, kind):
     """A decoder whose leaves are HF's parameters, one by one, and its checkpoint.
 
     kind: 'phi3' (fused qkv_proj and gate_up_proj) or 'mixtral' (experts).
@@ -183,22 +220,27 @@ def of_parts(folder, kind, *, experts=0):
     given = json.loads((folder / "config.json").read_text())
     config = LlamaConfig.from_hf(given)
     given |= {"phi3": _PHI3, "mixtral": _MIXTRAL}[kind]
-    shapes = _shapes(config, kind, experts)
+    shapes = _shapes(config, kind)
     draw = np.random.default_rng(2)
     flat = {k: draw.normal(size=s) / np.sqrt(s[-2]) for k, s in shapes.items()}
     flat = {k: jnp.asarray(x, jnp.float32) for k, x in flat.items()}
     ones = {k: jnp.ones(s[-1]) for k, s in shapes.items() if k.endswith("norm/weight")}
     params = flax.traverse_util.unflatten_dict(flat | ones, sep="/")
     tensors = {path: _tensor(path, x.shape) for path, x in (flat | ones).items()}
-    for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    flora.hf.save(folder, params, tensors)
-    (folder / "config.json").write_text(json.dumps(given))
+    _replace(folder, params, tensors, given)
 
     def fn(params, ids):
         return _decoder(params, ids, config)
 
-    return Served(folder, fn, params, None, tensors)
+    return Served(folder, fn, params, _module, tensors)
+
+
+def _module(path):
+    """HF's module of a leaf; a leaf of experts holds one module for each."""
+    head, _, last = path.replace("/", ".").rpartition(".")
+    if last in ("w1", "w2", "w3"):
+        return flora.peft.Module(f"{head}.{{j}}.{last}", kind="linear")
+    return head
 
 
 _PHI3 = {
@@ -217,7 +259,7 @@ _MIXTRAL = {
 }
 
 
-def _shapes(config, kind, experts):
+def _shapes(config, kind):
     d, ff, dim = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
     found = {

@@ -1,11 +1,13 @@
-"""vLLM in a process of its own: reads a job, writes what it generated.
+"""vLLM in a process of its own: reads jobs, writes what it generated.
 
-    python vllm_worker.py job.json answers.json
+    python vllm_worker.py jobs.json answers.json
 
-The job has the `engine`'s options, the `base`'s prompts, `batches` of `[adapter's
-folder, prompt]` that are asked at once, and `refused`, folders that must not load.
+A job has the options of an `engine`, how many `new` tokens to make, the `base`'s
+prompts, `batch`, rows of `[adapter's folder, prompt]` that are asked at once, and
+`refused`, folders that must not load.
 """
 
+import gc
 import json
 import os
 import pathlib
@@ -15,24 +17,27 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
 
 ENGINE = {
+    "dtype": "float32",
     "enforce_eager": True,
     "max_model_len": 64,
     "max_num_batched_tokens": 512,
+    "max_num_seqs": 64,
     "disable_log_stats": True,
     "skip_tokenizer_init": True,
 }
 
 
-def main(job, out):
+def done(job):
+    """The answers to one job."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    llm = LLM(**ENGINE | job["engine"])
+    llm, requests = LLM(**ENGINE | job["engine"]), {}
     wanted = SamplingParams(
         temperature=0,
         max_tokens=job["new"],
@@ -40,14 +45,12 @@ def main(job, out):
         ignore_eos=True,
         detokenize=False,
     )
-    requests = {}
 
     def request(folder):
         if folder is None:
             return None
-        more = {"is_3d_lora_weight": True} if "stacked" in folder else {}
         given = (pathlib.Path(folder).name, len(requests) + 1, folder)
-        return requests.setdefault(folder, LoRARequest(*given, **more))
+        return requests.setdefault(folder, LoRARequest(*given))
 
     def generated(rows):
         outs = llm.generate(
@@ -56,23 +59,36 @@ def main(job, out):
             lora_request=[request(folder) for folder, _ in rows],
             use_tqdm=False,
         )
-        for x in (o.outputs[0] for o in outs):
-            yield {
-                "tokens": list(x.token_ids),
-                "logprobs": [{t: v.logprob for t, v in d.items()} for d in x.logprobs],
-            }
+        return [_shown(o.outputs[0]) for o in outs]
 
-    found = {"refused": {}}
-    found["base"] = list(generated([(None, p) for p in job["base"]]))
-    found["batches"] = [list(generated(rows)) for rows in job["batches"]]
-    for folder in job.get("refused", ()):
+    # The base alone: beside adapters in one batch its rows take an adapter's slot.
+    found = {"base": generated([(None, p) for p in job["base"]]), "refused": {}}
+    found["batch"] = generated(job["batch"]) if job["batch"] else []
+    for folder in job["refused"]:
         try:
             llm.llm_engine.add_lora(request(folder))
             found["refused"][folder] = ""
         except Exception as error:
             found["refused"][folder] = str(error)
+    return found
+
+
+def _shown(out):
+    logprobs = [{t: x.logprob for t, x in step.items()} for step in out.logprobs]
+    return {"tokens": list(out.token_ids), "logprobs": logprobs}
+
+
+def main(jobs, out):
+    """Runs the jobs one after the other."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    found = {}
+    for name, job in json.loads(pathlib.Path(jobs).read_text()).items():
+        found[name] = done(job)
+        gc.collect()
+        cleanup_dist_env_and_memory()
     pathlib.Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(json.loads(pathlib.Path(sys.argv[1]).read_text()), sys.argv[2])
+    main(*sys.argv[1:])

@@ -204,7 +204,7 @@ def _nested(made: Sequence[Part], declared: Sequence[Slot] | None) -> list[Part]
     count = collections.Counter(p.lora.module for p in made)
     if declared is not None:
         at = {slot.name: i for i, slot in enumerate(declared)}
-        made = sorted(made, key=lambda p: at[p.slot.name])
+        made = sorted(made, key=lambda p: at.get(p.slot.name, len(at)))  # tied: last
     else:
         made = sorted(made, key=lambda p: p.lora.parameter.startswith("down"))
     first = {

@@ -14,6 +14,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import lm_tiny
 import numpy as np
 import pytest
 
@@ -78,6 +79,7 @@ class Engine:
 def engines(tmp_path_factory):
     root = tmp_path_factory.mktemp("vllm")
     found = {}
+    lm_tiny.write_checkpoint(root / "llama", steps=0, layers=2)  # with a tokenizer
     model = served.llama(root / "llama")
     found["llama"] = engine = Engine(model, root / "of_llama")
     for n, (name, settings) in enumerate(served.KINDS.items()):
@@ -87,8 +89,7 @@ def engines(tmp_path_factory):
     found["phi3"] = engine = Engine(phi3, root / "of_phi3")
     for n, (name, settings) in enumerate(FUSED.items()):
         engine.add(name, served.adapted(phi3, n + 1, **settings))
-    kind = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-    tied = served.llama(root / "tied", **kind, tie_word_embeddings=True)
+    tied = served.llama(root / "tied", **QWEN2)
     found["tied"] = engine = Engine(tied, root / "of_tied")
     for n, (name, settings) in enumerate(TIED.items()):
         engine.add(name, served.adapted(tied, n + 1, **settings))
@@ -106,6 +107,10 @@ def engines(tmp_path_factory):
     return found
 
 
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+    "tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 1,
+}  # fmt: skip
 MERGED = {
     "everything": ("llama", served.KINDS["everything"]),
     "a tied embedding": ("tied", {"target": ["embedding", "q_proj/kernel"]}),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import flax
 import jax
@@ -18,6 +17,13 @@ import flora.hf
 import flora.peft
 from flora._tree.paths import named_leaves
 
+CONFIG = lm_tiny.CONFIG | {
+    "num_hidden_layers": 2,
+    "vocab_size": 448,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
 NEW, LENGTH = 12, 32  # tokens of an answer, and of prompt and answer with padding
 ALL = ["self_attn/*/kernel", "mlp/*/kernel"]
 # LoraConfig of each kind of adapter of the Llama; a number is a layer of the stack.
@@ -165,12 +171,10 @@ def answers(fn, tree, given):
 
 def llama(folder, *, scan=True, dtype=jnp.float32, **changes):
     """The examples' decoder and a checkpoint of HF's, with changes of its config."""
-    if not (folder / "config.json").exists():
-        lm_tiny.write_checkpoint(folder, steps=0, layers=2)
-        given = json.loads((folder / "config.json").read_text()) | changes
-        config = LlamaConfig.from_hf(given)
+    if not folder.exists():
+        config = LlamaConfig.from_hf(CONFIG | changes)
         params = _drawn(Llama(config, dtype=jnp.float32, param_dtype=jnp.float32))
-        _replace(folder, params, hf_llama.tensors(config), given)
+        write(folder, params, hf_llama.tensors(config), CONFIG | changes)
     config = hf_llama.read_config(folder)
     model = Llama(config, scan=scan, dtype=dtype, param_dtype=dtype)
     params = hf_llama.load(folder, model)
@@ -188,26 +192,23 @@ def _drawn(model):
     def one(path, x):
         if path[-1].key == "weight":  # of a norm
             return jnp.ones(x.shape)
-        size = 0.3 if path[-1].key == "bias" else x.shape[-2] ** -0.5
-        size = 1.0 if path[-1].key == "embedding" else size
+        fan = x.shape[-1 if path[-1].key == "embedding" else -2]
+        size = 0.3 if path[-1].key == "bias" else fan**-0.5
         return jnp.asarray(size * draw.normal(size=x.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
-def _replace(folder, params, tensors, config):
-    """Writes other weights, and their config, where a checkpoint lies."""
-    for path in folder.glob("*.safetensors*"):
-        path.unlink()
+def write(folder, params, tensors, config):
+    """A checkpoint, without a tokenizer."""
     flora.hf.save(folder, params, tensors)
     (folder / "config.json").write_text(json.dumps(config))
 
 
 def merged(folder, served, tree):
     """A checkpoint of the merged model."""
-    shutil.copytree(served.folder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    _replace(folder, flora.merge(tree), served.tensors, config)
+    config = json.loads((served.folder / "config.json").read_text())
+    write(folder, flora.merge(tree), served.tensors, config)
     return folder
 
 
@@ -216,10 +217,8 @@ def of_parts(folder, kind):
 
     kind: 'phi3' (fused qkv_proj and gate_up_proj) or 'mixtral' (experts).
     """
-    lm_tiny.write_checkpoint(folder, steps=0, layers=2)
-    given = json.loads((folder / "config.json").read_text())
-    config = LlamaConfig.from_hf(given)
-    given |= {"phi3": _PHI3, "mixtral": _MIXTRAL}[kind]
+    config = LlamaConfig.from_hf(CONFIG)
+    given = CONFIG | {"phi3": _PHI3, "mixtral": _MIXTRAL}[kind]
     shapes = _shapes(config, kind)
     draw = np.random.default_rng(2)
     flat = {k: draw.normal(size=s) / np.sqrt(s[-2]) for k, s in shapes.items()}
@@ -227,7 +226,7 @@ def of_parts(folder, kind):
     ones = {k: jnp.ones(s[-1]) for k, s in shapes.items() if k.endswith("norm/weight")}
     params = flax.traverse_util.unflatten_dict(flat | ones, sep="/")
     tensors = {path: _tensor(path, x.shape) for path, x in (flat | ones).items()}
-    _replace(folder, params, tensors, given)
+    write(folder, params, tensors, given)
 
     def fn(params, ids):
         return _decoder(params, ids, config)

@@ -28,7 +28,7 @@ from flora._peft.memory import (
 )
 from flora._peft.names import Slot, given_slots, split_name
 from flora._peft.parts import Part, is_idle, joined, parts, slots_beside
-from flora._peft.serving import for_serving
+from flora._peft.serving import for_serving, with_neighbors
 from flora._peft.start import common_start, with_start
 from flora._peft.targets import ends, selects
 from flora._peft.ties import Readers, save_problems, tied_slots
@@ -107,12 +107,14 @@ def written(
         for name, some in in_parts.items()
     ]
     made = [part for part in made if not is_idle(part)]
+    if serving:
+        made = with_neighbors(made, named, by_path)
     made = attentions(made, nodes, slots)
     made = _nested(made, None if names is None and not known else slots)
     whole = _whole(named, by_path, made)
     fail(_lost_statistics(adapted, named, by_path, whole, base, ignore))
     if serving:
-        made = for_serving(made, whole, named, by_path)
+        made = for_serving(made, whole)
     config = _config(made, whole, nodes, by_path, named)
     config |= agreed(found) | {k: v for k, v in about.items() if v is not None}
     config["init_lora_weights"] = start or True
@@ -244,7 +246,7 @@ def _nested(made: Sequence[Part], declared: Sequence[Slot] | None) -> list[Part]
     count = collections.Counter(p.lora.module for p in made)
     if declared is not None:
         at = {slot.name: i for i, slot in enumerate(declared)}
-        made = sorted(made, key=lambda p: at[p.slot.name])
+        made = sorted(made, key=lambda p: at.get(p.slot.name, len(at)))  # tied: last
     else:
         made = sorted(made, key=lambda p: p.lora.parameter.startswith("down"))
     first = {

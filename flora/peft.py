@@ -128,6 +128,7 @@ def load(
     found = assign(folder, config, content, leaves, names, given, readers=readers)
     fail(coverage_problems(leaves, found, folder / WEIGHTS))
     new = {path: _node(site, config, folder) for path, site in found.adapted.items()}
+    new |= {p: dataclasses.replace(x, **_placed(x)) for p, x in found.rows.items()}
     fail(_base_problems(found, leaves, folder))
     new |= _whole(found, leaves, folder)
     return treedef.unflatten(
@@ -169,7 +170,8 @@ def _in_dtype(content: Content, dtype: Any) -> Content:
         )
         for x in content.loras
     )
-    return dataclasses.replace(content, loras=loras)
+    tokens = {module: cast(x) for module, x in content.tokens.items()}
+    return dataclasses.replace(content, loras=loras, tokens=tokens)
 
 
 def _followed(

@@ -37,7 +37,6 @@ _OFF = {
     "layer_replication": "repeated layers",
     "megatron_config": "Megatron layers",
     "monteclora_config": "MonteCLoRA",
-    "trainable_token_indices": "trained rows of an embedding",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
@@ -74,6 +73,7 @@ class PeftConfig:
     use_dora: bool = False
     lora_bias: bool = False
     ensure_weight_tying: bool = False
+    trainable_token_indices: tuple[int, ...] | Mapping[str, list[int]] = ()
     task_type: str | None = None
     auto_mapping: Mapping[str, Any] | None = None
 
@@ -148,6 +148,14 @@ class PeftConfig:
         r = self.rank(module)
         return self.alpha(module) / (math.sqrt(r) if self.use_rslora else r)
 
+    def tokens_of(self, module: str) -> tuple[int, ...] | None:
+        """The rows of a module's weight that train; `None` if it is not named."""
+        given = self.trainable_token_indices
+        if not isinstance(given, Mapping):
+            return tuple(given) or None
+        held = [rows for name, rows in given.items() if module.endswith(name)]
+        return tuple(held[0]) if held else None
+
     @property
     def residual(self) -> str:
         """How the base was changed as the adapter started, or ''."""
@@ -177,6 +185,8 @@ def read(folder: Path) -> PeftConfig:
 def parse(raw: Mapping[str, Any], path: Path) -> PeftConfig:
     """A config from its JSON object, checked."""
     kind = raw.get("peft_type")
+    if kind == "TRAINABLE_TOKENS":
+        raw, kind = _of_tokens(raw), "LORA"
     if kind != "LORA":
         raise LoraError(f"{path}: {_kind_problem(kind)}")
     fail(f"{path}: {problem}" for problem in _problems(raw))
@@ -191,6 +201,20 @@ def parse(raw: Mapping[str, Any], path: Path) -> PeftConfig:
     }
     given |= {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
     return PeftConfig(**given)
+
+
+def _of_tokens(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """As LoRA's config would say it: trained rows and no adapted module."""
+    kept = {k: v for k, v in raw.items() if k not in _TOKENS_ALONE}
+    return kept | {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 1,
+        "trainable_token_indices": raw.get("token_indices"),
+    }
+
+
+_TOKENS_ALONE = ("token_indices", "target_modules", "init_weights")
 
 
 def _kind_problem(kind: Any) -> str:
@@ -217,7 +241,8 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
                 )
         elif not good(raw[name]):
             yield f"{name} is {raw[name]!r}; expected {wanted}. Correct it."
-    if not raw.get("target_modules") and not raw.get("target_parameters"):
+    fields = ("target_modules", "target_parameters", "trainable_token_indices")
+    if not any(map(raw.get, fields)):
         yield (
             "target_modules and target_parameters are both empty; expected the names "
             "of the adapted modules. Write them in."
@@ -295,6 +320,10 @@ def _is_index(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31
 
 
+def _are_rows(x: Any) -> bool:
+    return _list_of(_is_index)(x) and len({*x}) == len(x)
+
+
 def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda x: isinstance(x, list) and len(x) <= _MOST and all(map(good, x))
 
@@ -358,5 +387,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_dora": _FLAG,
     "lora_bias": _FLAG,
     "ensure_weight_tying": _FLAG,
+    "trainable_token_indices": (
+        _optional(_are_rows, _dict_of(_are_rows)),
+        "a list of different indices from 0, or an object {module: list}",
+    ),
     "auto_mapping": (_optional(lambda x: isinstance(x, dict)), "an object"),
 }

@@ -25,6 +25,8 @@ _PARTS = {
     _BIAS: "bias",
 }
 _BASE = ".base_layer"
+TOKENS = "trainable_tokens_delta"  # which are the new rows
+_WRAPPER = ".token_adapter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +77,19 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a file holds: adapters by module, and whole parameters by name."""
+    """What a file holds: adapters by module, and whole parameters by name.
+
+    Attributes:
+      loras: the adapters.
+      whole: the parameters that train whole.
+      of_base: those that the base has too.
+      tokens: by module, the rows of its weight that train.
+    """
 
     loras: tuple[Lora, ...]
     whole: Mapping[str, np.ndarray]
     of_base: Mapping[str, np.ndarray]
+    tokens: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def sort_out(
@@ -89,9 +99,15 @@ def sort_out(
     file = folder / WEIGHTS
     fail(p for key, x in tensors.items() for p in _tensor_problems(file, key, x))
     groups: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
-    whole, of_base = {}, {}
+    whole, of_base, tokens = {}, {}, {}
     for key, x in tensors.items():
         name = key.removeprefix(PREFIX)
+        if name.endswith(f".{TOKENS}"):
+            if x.size:
+                owner = name.removesuffix(f".{TOKENS}").removesuffix(_WRAPPER)
+                tokens[owner] = x
+            continue
+        name = name.replace(f"{_WRAPPER}.", ".")
         suffix = next((s for s in sorted(_PARTS, key=len) if name.endswith(s)), None)
         if suffix is None:
             (of_base if f"{_BASE}." in name else whole)[name] = x
@@ -112,7 +128,7 @@ def sort_out(
     fail(p for lora in loras for p in _flag_problems(file, lora, config))
     for name in [n for n in of_base if n.endswith(f"{_BASE}.bias")]:
         whole[name] = of_base.pop(name)
-    return Content(loras, _without_copies(whole), of_base)
+    return Content(loras, _without_copies(whole), of_base, tokens)
 
 
 def _without_copies(whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -146,7 +162,7 @@ def _tensor_problems(file: Path, key: str, x: np.ndarray) -> Iterator[str]:
             f"{file}: '{key}' names an adapter inside; expected a key without it, such "
             "as '….lora_A.weight'. Save the adapter with PEFT's save_pretrained."
         )
-    elif not x.size:
+    elif not x.size and not key.endswith(f".{TOKENS}"):
         yield f"{file}: '{key}' has shape {x.shape}, no elements. Save it anew."
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from flora._peft.config import PeftConfig
 from flora._peft.factors import Piece
 from flora._peft.file import CONFIG, WEIGHTS
-from flora._peft.keys import Content, Lora
+from flora._peft.keys import PREFIX, TOKENS, Content, Lora
 from flora._peft.layouts import conv_layout, layouts, leaf_word, turned
 from flora._peft.names import Finder, Slot, given_slots, matched_slots, split_name
 from flora._peft.parameters import (
@@ -22,6 +22,7 @@ from flora._peft.parameters import (
 )
 from flora._peft.targets import plain, target_problems, whole_problems
 from flora._peft.ties import Readers, load_problems, without_ties
+from flora._peft.tokens import nodes, without_copies
 from flora._tree.errors import fail
 from flora._tree.layout import Layout
 from flora._tree.weight import LoraWeight, Trained, base_of
@@ -52,12 +53,14 @@ class Assignment:
 
     Attributes:
       adapted: the adapted leaves, by path.
+      rows: the nodes of leaves some of whose rows train, by path.
       whole: for each path `(slot, index, value)` of what trains whole.
       bias: for each path `(slot, index, value)` that is added to a bias.
       of_base: for each path `(slot, index, value)` that the base must hold.
     """
 
     adapted: Mapping[str, AdaptedLeaf]
+    rows: Mapping[str, LoraWeight]
     whole: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
     bias: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
     of_base: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
@@ -78,6 +81,7 @@ def assign(
     content = with_parameters(content, config, file)
     wanted = [
         *(lora.name for lora in content.loras),
+        *(f"{module}.weight" for module in content.tokens),
         *map(plain, [*content.whole, *content.of_base]),
     ]
     paths = list(leaves)
@@ -86,7 +90,7 @@ def assign(
     shapes = {p: tuple(getattr(base_of(x), "shape", ())) for p, x in leaves.items()}
     content = in_order(content, config, finder, shapes, file, ordered=names is not None)
     named = content
-    content, agreed = without_ties(content, finder, file)
+    content, agreed = without_ties(without_copies(content, finder), finder, file)
     fail(_lost(content, finder, file, paths))
     fail(load_problems(content, agreed, finder, config, shapes, readers, file))
     sites = _sites(config, content, finder, leaves, given, file)
@@ -118,8 +122,13 @@ def assign(
         for lora in content.loras
         if lora.bias is not None and not finder.all(f"{lora.module}.bias")
     )
+    rows = nodes(content, config, finder, leaves, given, file)
+    fail(
+        f"{file}: '{path}' is adapted, and rows of it train alone. Do one of both."
+        for path in {*rows} & {*sites}
+    )
     return Assignment(
-        sites, placed(content.whole), placed(bias), placed(content.of_base)
+        sites, rows, placed(content.whole), placed(bias), placed(content.of_base)
     )
 
 
@@ -127,6 +136,7 @@ def _lost(
     content: Content, finder: Finder, file: Path, paths: Sequence[str]
 ) -> Iterator[str]:
     keys = {x.name: x.key("a") for x in content.loras}
+    keys |= {f"{m}.weight": f"{PREFIX}{m}.….{TOKENS}" for m in content.tokens}
     keys |= {
         plain(n): f"base_model.model.{n}" for n in (*content.whole, *content.of_base)
     }
@@ -342,15 +352,16 @@ def coverage_problems(
     leaves: Mapping[str, Any], found: Assignment, file: Path
 ) -> Iterator[str]:
     """What only the adapted tree holds, and what only the file holds."""
-    nodes = {p for p, x in leaves.items() if isinstance(x, LoraWeight)}
-    if not nodes:
+    held = {p for p, x in leaves.items() if isinstance(x, LoraWeight)}
+    filled = {*found.adapted, *found.rows}
+    if not held:
         return
-    for path in sorted(nodes - {*found.adapted}):
+    for path in sorted(held - filled):
         yield (
             f"'{path}' is adapted in the tree, but {file} has no factors for it. Pass "
             "the plain tree, or adapt with the same targets."
         )
-    for path in sorted({*found.adapted} - nodes):
+    for path in sorted(filled - held):
         yield (
             f"{file} has factors for '{path}', which is not adapted in the tree. Pass "
             "the plain tree, or adapt with the same targets."

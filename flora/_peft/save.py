@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flora._algebra.variants import DoRA
+from flora._algebra.variants import DoRA, Rows
 from flora._files.items import statistics
+from flora._peft import tokens
 from flora._peft.config import WORDLESS, parse
 from flora._peft.file import CONFIG
 from flora._peft.groups import AcrossGroups
-from flora._peft.keys import PREFIX
+from flora._peft.keys import PREFIX, TOKENS
 from flora._peft.names import Slot, default_slots, given_slots, split_name
 from flora._peft.parts import Part, is_idle, joined, parts, slots_beside
 from flora._peft.serving import for_serving
@@ -73,6 +74,8 @@ def written(
     known = tied is not None or about["task_type"] in WORDLESS
     fail(save_problems(named, by_path, readers, known))
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
+    rows = {p: x for p, x in nodes.items() if isinstance(x.variant, Rows)}
+    nodes = {p: x for p, x in nodes.items() if p not in rows}
     nodes = nodes if base is None else with_start(nodes, base)
     found: dict[str, list[Part]] = {}
     for path, node in nodes.items():
@@ -86,25 +89,32 @@ def written(
     fail(_lost_statistics(adapted, named, by_path, whole, base, ignore))
     if serving:
         made = for_serving(made, whole, named, by_path)
-    config = _config(made, whole, nodes, by_path, named) | dict(about)
-    tensors = {}
+    everything = _modules(named, by_path)
+    indices, held = tokens.written(rows, by_path, everything, serving=serving)
+    if made or whole.values or not rows:
+        config = _config(made, whole, nodes, by_path, named) | dict(about)
+        config |= {"trainable_token_indices": indices or None}
+    else:
+        config = tokens.alone(indices, about)
+    wrapper = "" if config["peft_type"] == "TRAINABLE_TOKENS" else ".token_adapter"
+    arrays = {f"{PREFIX}{m}{wrapper}.{TOKENS}": x for m, x in held.items()}
     for part in made:
         for field in ("a", "b", "magnitude"):
             x = getattr(part.lora, field)
             if x is not None:
-                tensors[part.lora.key(field)] = x
+                arrays[part.lora.key(field)] = x
     adapted_modules = {p.lora.module for p in made}
     for name, x in whole.values.items():
         owner, last = split_name(name)
         inside = owner in adapted_modules and name not in whole.modules
         key = f"{owner}.base_layer.{last}" if inside else name
-        tensors[f"{PREFIX}{key}"] = x
+        arrays[f"{PREFIX}{key}"] = x
     if dtype is not None:
         with np.errstate(over="ignore"):
-            cast = {k: x.astype(dtype) for k, x in tensors.items()}
-        require_finite("save", cast, allow_nonfinite, before=tensors)
-        tensors = cast
-    return config, tensors
+            cast = {k: x.astype(dtype) for k, x in arrays.items()}
+        require_finite("save", cast, allow_nonfinite, before=arrays)
+        arrays = cast
+    return config, arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +134,7 @@ class Whole:
 
 def _problems(path: str, leaf: Any) -> Iterator[str]:
     if isinstance(leaf, LoraWeight):
-        if not isinstance(leaf.variant, DoRA | AcrossGroups | None):
+        if not isinstance(leaf.variant, DoRA | AcrossGroups | Rows | None):
             yield (
                 f"save: '{path}' is {leaf.variant!r}, which PEFT's LoRA files cannot "
                 "hold. Ship flora.merge(adapted)."
@@ -364,14 +374,18 @@ def _config(
             "flora.merge(adapted)."
         )
     _patterns(config, made, rank, alpha)
-    everything = [
+    _exclude_others(config, modules, _modules(named, by_path))
+    return config
+
+
+def _modules(named: Named, by_path: Slots) -> list[str]:
+    """The modules that the leaves are parameters of."""
+    return [
         split_name(slot.at(i))[0]
         for path, leaf in named
         for slot in by_path.get(path, ())
         for i in np.ndindex(*_named_stack(leaf, slot))
     ]
-    _exclude_others(config, modules, everything)
-    return config
 
 
 def _named_stack(leaf: Any, slot: Slot) -> tuple[int, ...]:

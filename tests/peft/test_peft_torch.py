@@ -93,6 +93,25 @@ CASES = {
     "llama, layers": ("llama", {
         "r": 2, "lora_alpha": 4, "target_modules": ATTENTION,
         "layers_to_transform": 1}),
+    "tokens": ("embedding", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["mix"],
+        "trainable_token_indices": [7, 2]}),
+    "tokens of table and head": ("embedding", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["mix"],
+        "trainable_token_indices": {"embed_tokens": [3], "lm_head": [2, 1, 10]}}),
+    "tokens, head whole": ("embedding", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["mix"],
+        "trainable_token_indices": {"embed_tokens": [3, 0]},
+        "modules_to_save": ["lm_head"]}),
+    "llama, tokens": ("llama", {
+        "r": 2, "lora_alpha": 4, "target_modules": ATTENTION,
+        "trainable_token_indices": [1, 5]}),
+    "tied, tokens": ("tied", {
+        "r": 2, "lora_alpha": 4, "target_modules": ATTENTION,
+        "trainable_token_indices": [1, 5]}),
+    "tied, tokens of both": ("tied", {
+        "r": 2, "lora_alpha": 4, "target_modules": ATTENTION,
+        "trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [1, 5]}}),
     "tied": ("tied", {
         "r": 2, "lora_alpha": 4,
         "target_modules": ["embed_tokens", "lm_head", "q_proj"],

@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flora._algebra.norms import compiled_norms, zero_problems
 from flora._algebra.variants import DoRA
 from flora._files.atomic import steadily
+from flora._peft.bias import Added, with_bias
 from flora._peft.config import PeftConfig, read
 from flora._peft.factors import magnitude, node
 from flora._peft.file import CONFIG, WEIGHTS, directory, read_tensors, write
@@ -214,6 +215,9 @@ def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
             left, base.sharding if isinstance(base, jax.Array) else None
         )
     made = node(site.path, site.base, site.layout, site.pieces, site.beside)
+    if not site.layout.in_:  # a bias
+        return dataclasses.replace(made, variant=Added(), **_placed(made))
+    made = with_bias(made, site.pieces, site.beside)
     new = dataclasses.replace(
         made, base=base, dropout=float(config.lora_dropout), **_placed(made)
     )
@@ -248,8 +252,8 @@ def _placed(made: LoraWeight) -> dict[str, Any]:
 def _whole(found: Assignment, leaves: Mapping[str, Any], folder: Any) -> dict[str, Any]:
     """The leaves that train whole, with the values of the file."""
     new, problems = {}, []
-    for path in [*found.whole, *(p for p in found.bias if p not in found.whole)]:
-        base, parts = base_of(leaves[path]), found.whole.get(path, [])
+    for path, parts in found.whole.items():
+        base = base_of(leaves[path])
         if is_quantized(base):
             problems.append(f"'{path}' is {base!r} and cannot train whole.")
             continue
@@ -267,16 +271,6 @@ def _whole(found: Assignment, leaves: Mapping[str, Any], folder: Any) -> dict[st
                     f"{x.shape}, which does not fit the base's '{path}' "
                     f"{tuple(base.shape)}: {error}. Is it the adapter of another base?"
                 )
-        for slot, index, x in found.bias.get(path, []):
-            added = np.zeros_like(value)
-            try:
-                put(added, slot, index, x.astype(value.dtype), (slot,))
-            except ValueError as error:
-                problems.append(
-                    f"{folder / WEIGHTS}: the lora_bias of '{slot.at(index)}' does not "
-                    f"fit '{path}' {tuple(base.shape)}: {error}. Save it anew."
-                )
-            value = value + added
         statistics = path.rpartition("/")[2] in ("mean", "var")
         array = jax.device_put(value, getattr(base, "sharding", None))
         new[path] = array if statistics else Trained(array)

@@ -247,6 +247,11 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
             "target_modules and target_parameters are both empty; expected the names "
             "of the adapted modules. Write them in."
         )
+    if raw.get("lora_bias") is True and raw.get("use_dora") is True:
+        yield (
+            "lora_bias and use_dora are both true, and PEFT has no such adapter. Write "
+            "false for the one that the file has no tensors of."
+        )
     yield from _regex_problems(raw)
     yield from _start_problems(raw.get("init_lora_weights", True))
     known = {field.name for field in dataclasses.fields(PeftConfig)} | _METADATA

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from flora._peft.bias import layout_of, pieces_of
 from flora._peft.config import PeftConfig
 from flora._peft.factors import Piece
 from flora._peft.file import CONFIG, WEIGHTS
@@ -55,14 +56,12 @@ class Assignment:
       adapted: the adapted leaves, by path.
       rows: the nodes of leaves some of whose rows train, by path.
       whole: for each path `(slot, index, value)` of what trains whole.
-      bias: for each path `(slot, index, value)` that is added to a bias.
       of_base: for each path `(slot, index, value)` that the base must hold.
     """
 
     adapted: Mapping[str, AdaptedLeaf]
     rows: Mapping[str, LoraWeight]
     whole: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
-    bias: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
     of_base: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
 
 
@@ -93,7 +92,14 @@ def assign(
     content, agreed = without_ties(without_copies(content, finder), finder, file)
     fail(_lost(content, finder, file, paths))
     fail(load_problems(content, agreed, finder, config, shapes, readers, file))
+    full = {slot.path for n in content.whole for slot, _ in finder.all(plain(n))}
+    content, biases = pieces_of(content, config, finder, full)
     sites = _sites(config, content, finder, leaves, given, file)
+    for path, pieces in biases.items():
+        beside = tuple(s for s in finder.slots if s.path == path)
+        base = base_of(leaves[path])
+        layout = layout_of(path, base.shape, pieces, beside, file)
+        sites[path] = AdaptedLeaf(path, base, layout, tuple(pieces), beside)
     weights, parameters = _universe(slots, sites, shapes)
     tied = {x.module for x in named.loras} - {x.module for x in content.loras}
     fail(
@@ -110,26 +116,12 @@ def assign(
                 found.setdefault(slot.path, []).append((slot, index, value))
         return found
 
-    bias = {
-        f"{lora.module}.bias": config.scale(lora.site) * np.asarray(lora.bias)
-        for lora in content.loras
-        if lora.bias is not None
-    }
-    fail(
-        f"{file}: '{lora.key('bias')}' is added to what '{lora.module}' gives, but the "
-        "base has no bias there to hold it. Give the module a bias of zeros in the "
-        "tree."
-        for lora in content.loras
-        if lora.bias is not None and not finder.all(f"{lora.module}.bias")
-    )
     rows = nodes(content, config, finder, leaves, given, file)
     fail(
         f"{file}: '{path}' is adapted, and rows of it train alone. Do one of both."
         for path in {*rows} & {*sites}
     )
-    return Assignment(
-        sites, rows, placed(content.whole), placed(bias), placed(content.of_base)
-    )
+    return Assignment(sites, rows, placed(content.whole), placed(content.of_base))
 
 
 def _lost(
@@ -367,7 +359,7 @@ def coverage_problems(
             "the plain tree, or adapt with the same targets."
         )
     for path, leaf in leaves.items():
-        if isinstance(leaf, Trained) and path not in {**found.whole, **found.bias}:
+        if isinstance(leaf, Trained) and path not in found.whole:
             yield (
                 f"'{path}' trains whole in the tree, but {file} does not hold it. Pass "
                 "the plain tree."

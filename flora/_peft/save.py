@@ -14,12 +14,13 @@ from jax.core import Tracer
 from flora._algebra.variants import DoRA, Rows
 from flora._files.items import statistics
 from flora._peft import tokens
+from flora._peft.bias import Added, Biased
 from flora._peft.config import WORDLESS, parse
 from flora._peft.file import CONFIG
 from flora._peft.groups import AcrossGroups
 from flora._peft.keys import PREFIX, TOKENS
 from flora._peft.names import Slot, default_slots, given_slots, split_name
-from flora._peft.parts import Part, is_idle, joined, parts, slots_beside
+from flora._peft.parts import Part, is_idle, joined, parts, slots_beside, with_biases
 from flora._peft.serving import for_serving
 from flora._peft.start import with_start
 from flora._peft.targets import ends, selects
@@ -75,14 +76,15 @@ def written(
     fail(save_problems(named, by_path, readers, known))
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
     rows = {p: x for p, x in nodes.items() if isinstance(x.variant, Rows)}
-    nodes = {p: x for p, x in nodes.items() if p not in rows}
+    added = {p: x for p, x in nodes.items() if isinstance(x.variant, Added)}
+    nodes = {p: x for p, x in nodes.items() if p not in rows and p not in added}
     nodes = nodes if base is None else with_start(nodes, base)
     found: dict[str, list[Part]] = {}
     for path, node in nodes.items():
         kind = min((readers or {}).get(path, ()), default="")
         for part in parts(path, node, by_path[path], kind):
             found.setdefault(part.lora.name, []).append(part)
-    made = [joined(some) for some in found.values()]
+    made = with_biases([joined(some) for some in found.values()], added, by_path)
     made = [part for part in made if not is_idle(part)]
     made = _nested(made, None if names is None else slots)
     whole = _whole(named, by_path, made)
@@ -99,7 +101,7 @@ def written(
     wrapper = "" if config["peft_type"] == "TRAINABLE_TOKENS" else ".token_adapter"
     arrays = {f"{PREFIX}{m}{wrapper}.{TOKENS}": x for m, x in held.items()}
     for part in made:
-        for field in ("a", "b", "magnitude"):
+        for field in ("a", "b", "magnitude", "bias"):
             x = getattr(part.lora, field)
             if x is not None:
                 arrays[part.lora.key(field)] = x
@@ -132,9 +134,12 @@ class Whole:
     bias: str
 
 
+_KINDS = DoRA | AcrossGroups | Rows | Added | Biased | None
+
+
 def _problems(path: str, leaf: Any) -> Iterator[str]:
     if isinstance(leaf, LoraWeight):
-        if not isinstance(leaf.variant, DoRA | AcrossGroups | Rows | None):
+        if not isinstance(leaf.variant, _KINDS):
             yield (
                 f"save: '{path}' is {leaf.variant!r}, which PEFT's LoRA files cannot "
                 "hold. Ship flora.merge(adapted)."
@@ -354,7 +359,7 @@ def _config(
         "fan_in_fan_out": False,
         "use_rslora": stabilized,
         "use_dora": dora,
-        "lora_bias": False,
+        "lora_bias": any(p.lora.bias is not None for p in made),
         "init_lora_weights": True,
         "modules_to_save": sorted({*whole.modules.values()}) or None,
         "layers_to_transform": None,

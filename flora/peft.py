@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flora._algebra.norms import compiled_norms, zero_problems
-from flora._algebra.variants import DoRA
+from flora._algebra.variants import DoRA, MiCA
 from flora._files.atomic import steadily
 from flora._peft.bias import Added, with_bias
 from flora._peft.config import PeftConfig, read
@@ -38,7 +38,7 @@ from flora._peft.load import (
 )
 from flora._peft.names import Module, Names
 from flora._peft.names_match import match_names
-from flora._peft.residual import residual
+from flora._peft.residual import Starts, read_starts, residual, without_start
 from flora._peft.save import written
 from flora._peft.whole import put
 from flora._trace.discover import Finding, discover
@@ -63,6 +63,7 @@ def load(
     fn: Callable | None = None,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
+    start: str | os.PathLike[str] | None = None,
     dtype: Any = None,
     allow_nonfinite: bool = False,
 ) -> Any:
@@ -82,13 +83,18 @@ def load(
         to find each leaf's layout instead of inferring it from sizes and names.
       args: the other positional arguments of one call of `fn`.
       kwargs: its keyword arguments.
+      start: the directory of the same adapter as it was saved before training, for
+        starts that changed the base and cannot be repeated (pissa_niter, CorDA,
+        LoRA-GA): PEFT's `path_initial_model_for_weight_conversion`.  Its scale B A is
+        taken off the base.
       dtype: of the factors; by default float32, or float64 where the file has it.
       allow_nonfinite: True to take NaN and infinity too.
 
     Returns:
       The tree with `LoraWeight`s, and `Trained` leaves for `modules_to_save` and
-      biases.  The bases are the arrays of `tree` themselves, except for adapters that
-      started by PiSSA or OLoRA: those need the base minus what was taken out of it.
+      biases.  The bases are the arrays of `tree` themselves, except for adapters whose
+      start changed the base, PiSSA and OLoRA among them: those need the base minus what
+      was taken out of it.
 
     Raises:
       LoraError: a file is missing, damaged or not a LoRA adapter; or config, tensors
@@ -116,8 +122,9 @@ def load(
         )
     config, tensors = steadily(
         (folder / CONFIG, folder / WEIGHTS),
-        lambda: (read(folder), read_tensors(folder)),
+        lambda: (read(folder, started=start is not None), read_tensors(folder)),
     )
+    starts = None if start is None else directory("load", start)
     content = _in_dtype(sort_out(tensors, config, folder), dtype)
     require_finite(f"{folder / WEIGHTS}", tensors, allow_nonfinite)
     given = expected_layouts(leaves)
@@ -128,7 +135,8 @@ def load(
     readers = None if fn is None else {p: _readers(f) for p, f in uses.items()}
     found = assign(folder, config, content, leaves, names, given, readers=readers)
     fail(coverage_problems(leaves, found, folder / WEIGHTS))
-    new = {path: _node(site, config, folder) for path, site in found.adapted.items()}
+    taken = None if starts is None else (read_starts(starts), starts)
+    new = {p: _node(site, config, folder, taken) for p, site in found.adapted.items()}
     new |= {p: dataclasses.replace(x, **_placed(x)) for p, x in found.rows.items()}
     fail(_base_problems(found, leaves, folder))
     new |= _whole(found, leaves, folder)
@@ -200,17 +208,24 @@ def _readers(finding: Finding) -> set[str]:
     return {kinds.get(use.primitive, "linear") for use in finding.uses if use.binding}
 
 
-def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
+def _node(
+    site: AdaptedLeaf, config: PeftConfig, folder: Any, taken: tuple[Starts, Any] | None
+) -> LoraWeight:
     """The node of a leaf, sharded as its base is."""
     base = site.base
-    if config.residual:
+    if site.layout.in_ and (config.residual or taken):
         if isinstance(base, jax.ShapeDtypeStruct) or is_quantized(base):
             raise LoraError(
                 f"{folder / CONFIG}: init_lora_weights is "
                 f"{config.init_lora_weights!r}, which changes the base, but "
                 f"'{site.path}' is {base!r}. Pass arrays."
             )
-        left = residual(base, site.layout, site.pieces, site.beside, config.residual)
+        known = base, site.layout, site.pieces, site.beside
+        left = (
+            without_start(*known, *taken)
+            if taken
+            else residual(*known, config.residual)
+        )
         base = jax.device_put(
             left, base.sharding if isinstance(base, jax.Array) else None
         )
@@ -221,6 +236,15 @@ def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
     new = dataclasses.replace(
         made, base=base, dropout=float(config.lora_dropout), **_placed(made)
     )
+    if config.init_lora_weights == "mica" and new.variant is None:
+        if site.pieces[0].lora.kind == "embedding" and site.layout.in_ > (
+            site.layout.out
+        ):
+            raise LoraError(
+                f"'{site.path}' has the layout {site.layout}, of a product, and the B "
+                "that MiCA keeps is of a lookup. Pass the plain tree, and no fn=."
+            )
+        return dataclasses.replace(new, variant=MiCA())
     if not config.use_dora:
         return new
     m = magnitude(site.layout, base.shape, site.pieces, site.beside)

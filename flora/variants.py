@@ -13,7 +13,16 @@ LoRA does; `examples/custom_variant.py` is a complete one.
 """
 
 from flora._algebra.norms import column_norms
-from flora._algebra.variants import AdaLoRA, DoRA, Rows, VeRA
+from flora._algebra.variants import AdaLoRA, DoRA, MiCA, Rows, VeRA
 from flora._tree.weight import Product, Variant
 
-__all__ = ["AdaLoRA", "DoRA", "Product", "Rows", "Variant", "VeRA", "column_norms"]
+__all__ = [
+    "AdaLoRA",
+    "DoRA",
+    "MiCA",
+    "Product",
+    "Rows",
+    "Variant",
+    "VeRA",
+    "column_norms",
+]

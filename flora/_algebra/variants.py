@@ -1,4 +1,4 @@
-"""What `flora.variants` exports: DoRA, VeRA, AdaLoRA, Rows."""
+"""What `flora.variants` exports: DoRA, VeRA, AdaLoRA, MiCA, Rows."""
 
 import dataclasses
 import math
@@ -11,6 +11,7 @@ from jax import lax
 from flora._algebra.norms import column_norms, compiled_norms
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
+from flora._tree.matrices import matrices, svd
 from flora._tree.quantized import dequantized
 from flora._tree.weight import LoraWeight, Product, uniform
 
@@ -118,6 +119,36 @@ class AdaLoRA:
 
     def product(self, weight: LoraWeight) -> Product:
         return Product(_scaled(weight, weight.extra["e"]), weight.b)
+
+
+@dataclasses.dataclass(frozen=True)
+class MiCA:
+    """ΔW = scale A B with A = 0 at first and a B that never trains.
+
+    B is the `rank` last right singular vectors of W `[in, out]`, those of its smallest
+    singular values.
+
+    References: https://arxiv.org/abs/2604.01694
+    """
+
+    frozen = ("b",)
+
+    def start(self, key: Any, weight: LoraWeight) -> LoraWeight:
+        _, *sizes = weight.layout.matrix(weight.base.shape)
+        if weight.rank > min(sizes):
+            raise LoraError(
+                f"{self!r}: a weight of shape {weight.base.shape} ({weight.layout}) "
+                f"has {min(sizes)} singular vectors and the rank is {weight.rank}. "
+                f"Write a rank of at most {min(sizes)}."
+            )
+        wide = jnp.promote_types(weight.b.dtype, jnp.float32)
+        w = matrices(dequantized(weight.base).astype(wide), weight.layout)
+        last = svd(w, min(sizes))[2][..., -weight.rank :, :]
+        b = last.reshape(weight.b.shape).astype(weight.b.dtype)
+        return dataclasses.replace(weight, a=jnp.zeros_like(weight.a), b=b)
+
+    def product(self, weight: LoraWeight) -> Product:
+        return Product(weight.a, weight.b)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -177,19 +177,25 @@ def _regex(field: str, entry: str, steps: Steps | None = None) -> Regex:
     return Regex(text, f"{field} {entry!r}", steps)
 
 
-def read(folder: Path) -> PeftConfig:
+def read(folder: Path, *, started: bool = False) -> PeftConfig:
     """The config of a directory, checked."""
-    return parse(read_json(folder), folder / CONFIG)
+    return parse(read_json(folder), folder / CONFIG, started=started)
 
 
-def parse(raw: Mapping[str, Any], path: Path) -> PeftConfig:
-    """A config from its JSON object, checked."""
+def parse(raw: Mapping[str, Any], path: Path, *, started: bool = False) -> PeftConfig:
+    """A config from its JSON object, checked.
+
+    Args:
+      raw: the object.
+      path: of the file.
+      started: whether it is known what the start took out of the base.
+    """
     kind = raw.get("peft_type")
     if kind == "TRAINABLE_TOKENS":
         raw, kind = _of_tokens(raw), "LORA"
     if kind != "LORA":
         raise LoraError(f"{path}: {_kind_problem(kind)}")
-    fail(f"{path}: {problem}" for problem in _problems(raw))
+    fail(f"{path}: {problem}" for problem in _problems(raw, started))
     names = {field.name for field in dataclasses.fields(PeftConfig)}
     given = {k: v for k, v in raw.items() if k in names and v is not None}
     for name in ("layers_to_transform", "layers_pattern"):
@@ -231,7 +237,7 @@ def _kind_problem(kind: Any) -> str:
     )
 
 
-def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
+def _problems(raw: Mapping[str, Any], started: bool) -> Iterator[str]:
     for name, (good, wanted) in _CHECKS.items():
         if name not in raw:
             if name in ("r", "lora_alpha"):
@@ -253,7 +259,7 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
             "false for the one that the file has no tensors of."
         )
     yield from _regex_problems(raw)
-    yield from _start_problems(raw.get("init_lora_weights", True))
+    yield from _start_problems(raw.get("init_lora_weights", True), started)
     known = {field.name for field in dataclasses.fields(PeftConfig)} | _METADATA
     for name, value in raw.items():
         if name in _OFF and value:
@@ -287,18 +293,28 @@ def _regex_problems(raw: Mapping[str, Any]) -> Iterator[str]:
                 )
 
 
-def _start_problems(start: Any) -> Iterator[str]:
+def _start_problems(start: Any, started: bool) -> Iterator[str]:
     low = start.lower() if isinstance(start, str) else start
     if low in _PLAIN_STARTS or low in RESIDUAL_STARTS or low is None:
         return
-    changed = ("pissa_niter", "corda", "loftq", "lora_ga")
-    if isinstance(low, str) and low.startswith(changed):
+    if low == "loftq":
         yield (
-            f"init_lora_weights is {start!r}: the base was changed as the adapter "
-            "started, in a way that cannot be repeated from the base alone. In PEFT, "
-            "save it as plain LoRA: save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...)."
+            "init_lora_weights is 'loftq': the base was quantized as the adapter "
+            "started. Pass that base, dequantized, as the tree (in PEFT, what "
+            "get_base_model() holds), and write init_lora_weights: true."
         )
+        return
+    changed = ("pissa_niter_", "corda", "lora_ga")
+    if isinstance(low, str) and low.startswith(changed):
+        if not started:
+            yield (
+                f"init_lora_weights is {start!r}: the base was changed as the adapter "
+                "started, in a way that cannot be repeated from the base alone. Pass "
+                "start=, the directory that PEFT saved before training, or save it as "
+                "plain LoRA in PEFT: save_pretrained(..., "
+                "path_initial_model_for_weight_conversion=...). If the tree is the "
+                "changed base, write init_lora_weights: true."
+            )
         return
     yield (
         f"init_lora_weights is {start!r}; expected true, false, "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flora._algebra.variants import DoRA, Rows
+from flora._algebra.variants import DoRA, MiCA, Rows
 from flora._files.items import statistics
 from flora._peft import tokens
 from flora._peft.bias import Added, Biased
@@ -91,6 +91,7 @@ def written(
     fail(_lost_statistics(adapted, named, by_path, whole, base, ignore))
     if serving:
         made = for_serving(made, whole, named, by_path)
+        nodes = {p: dataclasses.replace(x, variant=None) for p, x in nodes.items()}
     everything = _modules(named, by_path)
     indices, held = tokens.written(rows, by_path, everything, serving=serving)
     if made or whole.values or not rows:
@@ -134,7 +135,7 @@ class Whole:
     bias: str
 
 
-_KINDS = DoRA | AcrossGroups | Rows | Added | Biased | None
+_KINDS = DoRA | MiCA | AcrossGroups | Rows | Added | Biased | None
 
 
 def _problems(path: str, leaf: Any) -> Iterator[str]:
@@ -360,7 +361,7 @@ def _config(
         "use_rslora": stabilized,
         "use_dora": dora,
         "lora_bias": any(p.lora.bias is not None for p in made),
-        "init_lora_weights": True,
+        "init_lora_weights": _start(nodes),
         "modules_to_save": sorted({*whole.modules.values()}) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -391,6 +392,18 @@ def _modules(named: Named, by_path: Slots) -> list[str]:
         for slot in by_path.get(path, ())
         for i in np.ndindex(*_named_stack(leaf, slot))
     ]
+
+
+def _start(nodes: Mapping[str, LoraWeight]) -> bool | str:
+    """What tells PEFT which factors do not train."""
+    fixed = [p for p, x in nodes.items() if isinstance(x.variant, MiCA)]
+    free = [p for p in nodes if p not in fixed]
+    if fixed and free:
+        raise LoraError(
+            f"save: '{fixed[0]}' is MiCA and '{free[0]}' is not; PEFT has one or the "
+            "other. Adapt all in one way, or ship flora.merge(adapted)."
+        )
+    return "mica" if fixed else True
 
 
 def _named_stack(leaf: Any, slot: Slot) -> tuple[int, ...]:

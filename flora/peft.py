@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flora._algebra.norms import compiled_norms, zero_problems
 from flora._algebra.variants import DoRA, MiCA
 from flora._files.atomic import steadily
+from flora._peft.activated import Activated, activate
 from flora._peft.bias import Added, with_bias
 from flora._peft.config import PeftConfig, read
 from flora._peft.factors import magnitude, node
@@ -52,7 +53,7 @@ from flora._tree.placement import mesh_of, spec_of, specs
 from flora._tree.quantized import abstract, is_quantized
 from flora._tree.weight import LoraWeight, Trained, base_of, uniform
 
-__all__ = ["Module", "Names", "load", "match_names", "save"]
+__all__ = ["Module", "Names", "activate", "load", "match_names", "save"]
 
 
 def load(
@@ -236,6 +237,8 @@ def _node(
     new = dataclasses.replace(
         made, base=base, dropout=float(config.lora_dropout), **_placed(made)
     )
+    if config.alora_invocation_tokens:
+        return _activated(new, site, config, folder)
     if config.init_lora_weights == "mica" and new.variant is None:
         if site.pieces[0].lora.kind == "embedding" and site.layout.in_ > (
             site.layout.out
@@ -259,6 +262,22 @@ def _node(
     if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(new)):
         fail(zero_problems(site.path, new, compiled_norms(uniform(new))))
     return new
+
+
+def _activated(
+    new: LoraWeight, site: AdaptedLeaf, config: PeftConfig, folder: Any
+) -> LoraWeight:
+    """The node as one that acts from its invocation tokens on."""
+    lora = site.pieces[0].lora
+    plain = lora.kind == "linear" and not lora.raw and new.variant is None
+    if not plain or config.use_dora or config.init_lora_weights == "mica":
+        raise LoraError(
+            f"{folder / CONFIG}: alora_invocation_tokens is "
+            f"{[*config.alora_invocation_tokens]}, and '{lora.name}' is no plain LoRA "
+            "of a linear layer, the only one that PEFT activates. Train without it."
+        )
+    variant = Activated(config.alora_invocation_tokens)
+    return dataclasses.replace(new, variant=variant)
 
 
 def _placed(made: LoraWeight) -> dict[str, Any]:

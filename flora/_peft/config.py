@@ -31,7 +31,6 @@ _METADATA = {
 }
 # Fields of which flora knows only the value that switches them off.
 _OFF = {
-    "alora_invocation_tokens": "Activated LoRA",
     "arrow_config": "routing between adapters",
     "kasa_config": "KaSA",
     "layer_replication": "repeated layers",
@@ -73,6 +72,7 @@ class PeftConfig:
     use_dora: bool = False
     lora_bias: bool = False
     ensure_weight_tying: bool = False
+    alora_invocation_tokens: tuple[int, ...] = ()
     trainable_token_indices: tuple[int, ...] | Mapping[str, list[int]] = ()
     task_type: str | None = None
     auto_mapping: Mapping[str, Any] | None = None
@@ -408,6 +408,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_dora": _FLAG,
     "lora_bias": _FLAG,
     "ensure_weight_tying": _FLAG,
+    "alora_invocation_tokens": (
+        _optional(_list_of(_is_index)),
+        "a list of indices from 0",
+    ),
     "trainable_token_indices": (
         _optional(_are_rows, _dict_of(_are_rows)),
         "a list of different indices from 0, or an object {module: list}",

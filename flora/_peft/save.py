@@ -14,6 +14,7 @@ from jax.core import Tracer
 from flora._algebra.variants import DoRA, MiCA, Rows
 from flora._files.items import statistics
 from flora._peft import tokens
+from flora._peft.activated import Activated
 from flora._peft.bias import Added, Biased
 from flora._peft.config import WORDLESS, parse
 from flora._peft.file import CONFIG
@@ -90,6 +91,12 @@ def written(
     whole = _whole(named, by_path, made)
     fail(_lost_statistics(adapted, named, by_path, whole, base, ignore))
     if serving:
+        fail(
+            f"save: '{path}' is activated by tokens (aLoRA), which vLLM and SGLang do "
+            "not serve. Train without alora_invocation_tokens."
+            for path, x in nodes.items()
+            if isinstance(x.variant, Activated)
+        )
         made = for_serving(made, whole, named, by_path)
         nodes = {p: dataclasses.replace(x, variant=None) for p, x in nodes.items()}
     everything = _modules(named, by_path)
@@ -97,6 +104,8 @@ def written(
     if made or whole.values or not rows:
         config = _config(made, whole, nodes, by_path, named) | dict(about)
         config |= {"trainable_token_indices": indices or None}
+        if config["alora_invocation_tokens"] and not config["task_type"]:
+            config["task_type"] = "CAUSAL_LM"  # PEFT activates no other
     else:
         config = tokens.alone(indices, about)
     wrapper = "" if config["peft_type"] == "TRAINABLE_TOKENS" else ".token_adapter"
@@ -135,7 +144,7 @@ class Whole:
     bias: str
 
 
-_KINDS = DoRA | MiCA | AcrossGroups | Rows | Added | Biased | None
+_KINDS = DoRA | MiCA | Activated | AcrossGroups | Rows | Added | Biased | None
 
 
 def _problems(path: str, leaf: Any) -> Iterator[str]:
@@ -362,6 +371,7 @@ def _config(
         "use_dora": dora,
         "lora_bias": any(p.lora.bias is not None for p in made),
         "init_lora_weights": _start(nodes),
+        "alora_invocation_tokens": _invocation(nodes),
         "modules_to_save": sorted({*whole.modules.values()}) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -392,6 +402,21 @@ def _modules(named: Named, by_path: Slots) -> list[str]:
         for slot in by_path.get(path, ())
         for i in np.ndindex(*_named_stack(leaf, slot))
     ]
+
+
+def _invocation(nodes: Mapping[str, LoraWeight]) -> list[int] | None:
+    """The tokens that activate the adapter, the same for all its leaves."""
+    found: dict[Any, str] = {}
+    for path, x in nodes.items():
+        own = x.variant.tokens if isinstance(x.variant, Activated) else None
+        found.setdefault(own, path)
+    if len(found) > 1:
+        paths = "' and '".join([*found.values()][:2])
+        raise LoraError(
+            f"save: '{paths}' are activated by other tokens, or one is not; PEFT has "
+            "one list for all. Save them apart."
+        )
+    return next(([*own] for own in found if own), None)
 
 
 def _start(nodes: Mapping[str, LoraWeight]) -> bool | str:

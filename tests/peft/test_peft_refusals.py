@@ -68,9 +68,9 @@ CASES = {
         {}, {"init_lora_weights": "pissa_niter_4"},
         ["pissa_niter_4", "path_initial_model_for_weight_conversion"]),
     "corda": ({}, {"init_lora_weights": "corda"}, ["corda", "cannot be repeated"]),
-    "activated": (
-        {}, {"alora_invocation_tokens": [1, 2]},
-        ["alora_invocation_tokens", "Activated"]),
+    "activated by text": (
+        {}, {"alora_invocation_tokens": ["<go>"]},
+        ["alora_invocation_tokens is ['<go>']", "a list of indices"]),
     "replicated": ({}, {"layer_replication": [[0, 2]]}, ["layer_replication"]),
     "unknown field": ({}, {"use_magic": True}, ["use_magic", "does not know"]),
     "bias mode": ({}, {"bias": "some"}, ["bias is 'some'", "'lora_only'"]),

@@ -27,8 +27,10 @@ from flora._files.atomic import steadily
 from flora._peft.activated import Activated, activate
 from flora._peft.bias import Added, with_bias
 from flora._peft.config import PeftConfig, read
+from flora._peft.diagonal import variant_of
 from flora._peft.factors import magnitude, node
 from flora._peft.file import CONFIG, WEIGHTS, directory, read_tensors, write
+from flora._peft.kasa import KaSA, diagonal, truncated
 from flora._peft.keys import PREFIX, Content, sort_out
 from flora._peft.load import (
     AdaptedLeaf,
@@ -174,10 +176,9 @@ def _in_dtype(content: Content, dtype: Any) -> Content:
         wide = np.float64 if x.dtype == np.float64 else np.float32
         return x.astype(wide if dtype is None else dtype)
 
+    parts = ("a", "b", "magnitude", "bias", "diag")
     loras = tuple(
-        dataclasses.replace(
-            x, **{n: cast(getattr(x, n)) for n in ("a", "b", "magnitude", "bias")}
-        )
+        dataclasses.replace(x, **{n: cast(getattr(x, n)) for n in parts})
         for x in content.loras
     )
     tokens = {module: cast(x) for module, x in content.tokens.items()}
@@ -214,17 +215,20 @@ def _node(
 ) -> LoraWeight:
     """The node of a leaf, sharded as its base is."""
     base = site.base
-    if site.layout.in_ and (config.residual or taken):
+    kasa = config.kasa_config is not None
+    if site.layout.in_ and (config.residual or taken or kasa):
         if isinstance(base, jax.ShapeDtypeStruct) or is_quantized(base):
             raise LoraError(
-                f"{folder / CONFIG}: init_lora_weights is "
-                f"{config.init_lora_weights!r}, which changes the base, but "
-                f"'{site.path}' is {base!r}. Pass arrays."
+                f"{folder / CONFIG}: the start of the adapter (init_lora_weights "
+                f"{config.init_lora_weights!r}{' and KaSA' * kasa}) changed the base, "
+                f"but '{site.path}' is {base!r}. Pass arrays."
             )
         known = base, site.layout, site.pieces, site.beside
         left = (
             without_start(*known, *taken)
             if taken
+            else truncated(*known, folder / CONFIG)
+            if kasa
             else residual(*known, config.residual)
         )
         base = jax.device_put(
@@ -237,6 +241,15 @@ def _node(
     new = dataclasses.replace(
         made, base=base, dropout=float(config.lora_dropout), **_placed(made)
     )
+    if config.kasa_config is not None:
+        e = jax.device_put(diagonal(made, site.pieces))
+        if spec_of(base) is not None:
+            e = jax.device_put(e, NamedSharding(mesh_of(base), PartitionSpec()))
+        named = {k: v for k, v in config.kasa_config.items() if k in ("beta", "gamma")}
+        return dataclasses.replace(new, variant=KaSA(**named), extra={"e": e})
+    if config.use_bdlora:
+        variant = variant_of(new, site.pieces, folder / CONFIG)
+        return new if variant is None else dataclasses.replace(new, variant=variant)
     if config.alora_invocation_tokens:
         return _activated(new, site, config, folder)
     if config.init_lora_weights == "mica" and new.variant is None:
@@ -364,6 +377,7 @@ def save(
     tied: Mapping[str, Any] | None = None,
     base: Any = None,
     serving: bool = False,
+    layer_replication: Sequence[Sequence[int]] | None = None,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
     dtype: Any = None,
@@ -396,6 +410,8 @@ def save(
         must be of low rank, is written as further rows of A and columns of B.
       serving: write what vLLM and SGLang apply in full: one rank, and a scale of
         alpha/r for all modules.
+      layer_replication: the ranges of the base's layers that the tree's layers are,
+        where PEFT shall repeat them, such as `[[0, 2], [1, 3]]`.
       base_model_name_or_path: of the model, for the config.
       task_type: such as 'CAUSAL_LM', for the config.
       dtype: of the tensors; by default each array's own.
@@ -423,6 +439,7 @@ def save(
         readers=readers,
         base=base,
         serving=serving,
+        layer_replication=layer_replication,
         dtype=dtype,
         ignore=ignore,
         about={

@@ -25,6 +25,7 @@ _METADATA = {
     "peft_type",
     "peft_version",
     "qalora_group_size",
+    "use_qalora",  # PEFT obeys it in layers of GPTQ alone, where A is smaller
     "revision",
     "runtime_config",
     "task_type",
@@ -32,12 +33,8 @@ _METADATA = {
 # Fields of which flora knows only the value that switches them off.
 _OFF = {
     "arrow_config": "routing between adapters",
-    "kasa_config": "KaSA",
-    "layer_replication": "repeated layers",
     "megatron_config": "Megatron layers",
     "monteclora_config": "MonteCLoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
 }
 # How A and B started where that left the base as it was.
@@ -73,6 +70,9 @@ class PeftConfig:
     lora_bias: bool = False
     ensure_weight_tying: bool = False
     alora_invocation_tokens: tuple[int, ...] = ()
+    layer_replication: tuple[list[int], ...] = ()
+    use_bdlora: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kasa_config: Mapping[str, Any] | None = None
     trainable_token_indices: tuple[int, ...] | Mapping[str, list[int]] = ()
     task_type: str | None = None
     auto_mapping: Mapping[str, Any] | None = None
@@ -156,6 +156,19 @@ class PeftConfig:
         held = [rows for name, rows in given.items() if module.endswith(name)]
         return tuple(held[0]) if held else None
 
+    def diagonal_of(self, module: str) -> tuple[str, int]:
+        """Which factor has blocks on its diagonal: 'a', 'b', 'both' or ''; how many."""
+        given = self.use_bdlora
+        sides = [
+            side
+            for side in "ab"
+            if any(
+                part in module for part in given.get(f"target_modules_bd_{side}", ())
+            )
+        ]
+        side = "both" if len(sides) > 1 else "".join(sides)
+        return side, given.get("nblocks", 1)
+
     @property
     def residual(self) -> str:
         """How the base was changed as the adapter started, or ''."""
@@ -206,6 +219,9 @@ def parse(raw: Mapping[str, Any], path: Path, *, started: bool = False) -> PeftC
         k: frozenset(v) for k, v in given.items() if k in sets and isinstance(v, list)
     }
     given |= {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
+    if "use_bdlora" in given:
+        parts = {k: v for k, v in given["use_bdlora"].items() if v is not None}
+        given["use_bdlora"] = {"nblocks": 1, "match_strict": True} | parts
     return PeftConfig(**given)
 
 
@@ -253,6 +269,7 @@ def _problems(raw: Mapping[str, Any], started: bool) -> Iterator[str]:
             "target_modules and target_parameters are both empty; expected the names "
             "of the adapted modules. Write them in."
         )
+    yield from _kind_problems(raw)
     if raw.get("lora_bias") is True and raw.get("use_dora") is True:
         yield (
             "lora_bias and use_dora are both true, and PEFT has no such adapter. Write "
@@ -271,6 +288,26 @@ def _problems(raw: Mapping[str, Any], started: bool) -> Iterator[str]:
             yield (
                 f"{name} is {value!r}, a field that flora does not know and that may "
                 "change the computation. Remove it if it does not."
+            )
+
+
+def _kind_problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Kinds of adapters of which PEFT has one at a time."""
+    low = raw.get("init_lora_weights")
+    kinds = ("use_dora", "use_bdlora", "alora_invocation_tokens", "kasa_config")
+    some = [kind for kind in kinds if raw.get(kind)]
+    some += ["init_lora_weights 'mica'"] * (low == "mica")
+    if len(some) > 1:
+        yield (
+            f"{' and '.join(some)} are on together, and PEFT has no such adapter. "
+            "Correct what is not so."
+        )
+    plain = low in _PLAIN_STARTS or low is None
+    for kind in ("use_bdlora", "kasa_config"):
+        if raw.get(kind) and not plain:
+            yield (
+                f"{kind} is on and init_lora_weights is {low!r}, which flora does not "
+                "have together. Merge the adapter in PEFT, or train one without."
             )
 
 
@@ -345,6 +382,23 @@ def _are_rows(x: Any) -> bool:
     return _list_of(_is_index)(x) and len({*x}) == len(x)
 
 
+def _is_span(x: Any) -> bool:
+    return _list_of(_is_index)(x) and len(x) == 2 and x[0] < x[1]
+
+
+def _is_bdlora(x: Any) -> bool:
+    if x is None:
+        return True
+    names = ("target_modules_bd_a", "target_modules_bd_b")
+    return (
+        isinstance(x, dict)
+        and {*x} <= {*names, "nblocks", "match_strict"}
+        and all(_optional(_list_of(_is_name))(x.get(name)) for name in names)
+        and _is_rank(x.get("nblocks", 1))
+        and isinstance(x.get("match_strict", True), bool)
+    )
+
+
 def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda x: isinstance(x, list) and len(x) <= _MOST and all(map(good, x))
 
@@ -408,6 +462,12 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_dora": _FLAG,
     "lora_bias": _FLAG,
     "ensure_weight_tying": _FLAG,
+    "layer_replication": (
+        _optional(_list_of(_is_span)),
+        "a list of pairs, the first layer of each range and the one behind its last",
+    ),
+    "use_bdlora": (_is_bdlora, "an object with nblocks of at least 1 and lists"),
+    "kasa_config": (_optional(lambda x: isinstance(x, dict)), "an object"),
     "alora_invocation_tokens": (
         _optional(_list_of(_is_index)),
         "a list of indices from 0",

@@ -23,6 +23,7 @@ _PARTS = {
     _MAGNITUDE: "magnitude",
     f"{_MAGNITUDE}.weight": "magnitude",
     _BIAS: "bias",
+    ".lora_diag": "diag",
 }
 _BASE = ".base_layer"
 TOKENS = "trainable_tokens_delta"  # which are the new rows
@@ -44,6 +45,9 @@ class Lora:
       parameter: the parameter's name.
       raw: whether `target_parameters` selected it.
       inner: whether it lies in a module that is adapted itself.
+      diag: of KaSA, between A and B, `[r]`.
+      diagonal: of BD-LoRA, which factor has blocks on its diagonal, 'a' or 'b', and
+        how many.
     """
 
     module: str
@@ -56,6 +60,8 @@ class Lora:
     parameter: str = "weight"
     raw: bool = False
     inner: bool = False
+    diag: np.ndarray | None = None
+    diagonal: tuple[str, int] | None = None
 
     @property
     def name(self) -> str:
@@ -175,7 +181,8 @@ def _lora(owner: str, embedding: bool, parts: Mapping[str, np.ndarray]) -> Lora:
     module = module.replace(f"{_BASE}.", ".")
     kind = "embedding" if embedding else "linear" if parts["a"].ndim == 2 else "conv"
     known = (parts["a"], parts["b"], parts.get("magnitude"), parts.get("bias"))
-    return Lora(module, *known, kind=kind, depth=depth, inner=inner)
+    lora = Lora(module, *known, kind=kind, depth=depth, inner=inner)
+    return dataclasses.replace(lora, diag=parts.get("diag"))
 
 
 def _flag_problems(file: Path, lora: Lora, config: PeftConfig) -> Iterator[str]:
@@ -183,6 +190,17 @@ def _flag_problems(file: Path, lora: Lora, config: PeftConfig) -> Iterator[str]:
         yield (
             f"{file}: '{lora.key('a')}' has shape {lora.a.shape} and '{lora.key('b')}' "
             f"{lora.b.shape}; expected as many axes each, at least 2. Save it anew."
+        )
+    if (lora.diag is not None) != (config.kasa_config is not None):
+        there = "is there" if config.kasa_config is None else "is missing"
+        yield (
+            f"{file}: '{lora.key('diag')}' {there}, and the config has kasa_config "
+            f"{config.kasa_config}; expected both or none. Save the adapter anew."
+        )
+    elif lora.diag is not None and lora.diag.shape != lora.a.shape[:1]:
+        yield (
+            f"{file}: '{lora.key('diag')}' has shape {lora.diag.shape}; expected "
+            f"{lora.a.shape[:1]}, one value a rank. Save it anew."
         )
     for part, flag in (("magnitude", "use_dora"), ("bias", "lora_bias")):
         has, wants = getattr(lora, part) is not None, getattr(config, flag)

@@ -9,6 +9,7 @@ import numpy as np
 
 from flora._peft.bias import layout_of, pieces_of
 from flora._peft.config import PeftConfig
+from flora._peft.diagonal import expanded
 from flora._peft.factors import Piece
 from flora._peft.file import CONFIG, WEIGHTS
 from flora._peft.keys import PREFIX, TOKENS, Content, Lora
@@ -21,6 +22,7 @@ from flora._peft.parameters import (
     turned_parameter,
     with_parameters,
 )
+from flora._peft.replicated import problems as repeats
 from flora._peft.targets import plain, target_problems, whole_problems
 from flora._peft.ties import Readers, load_problems, without_ties
 from flora._peft.tokens import nodes, without_copies
@@ -77,7 +79,7 @@ def assign(
 ) -> Assignment:
     """Assigns each tensor to a leaf; all that does not fit is reported at once."""
     file = folder / WEIGHTS
-    content = with_parameters(content, config, file)
+    content = expanded(with_parameters(content, config, file), config, file)
     wanted = [
         *(lora.name for lora in content.loras),
         *(f"{module}.weight" for module in content.tokens),
@@ -85,6 +87,9 @@ def assign(
     ]
     paths = list(leaves)
     slots = matched_slots(paths, wanted) if names is None else given_slots(names, paths)
+    if config.layer_replication:
+        spans = config.layer_replication
+        fail(f"{folder / CONFIG}: {p}" for p in repeats(spans, slots, leaves))
     finder = Finder(slots)
     shapes = {p: tuple(getattr(base_of(x), "shape", ())) for p, x in leaves.items()}
     content = in_order(content, config, finder, shapes, file, ordered=names is not None)

@@ -55,6 +55,7 @@ def parts(
     b = b.reshape(*stack, b.shape[len(stack)], -1)
     columns = (node.extra or {}).get("magnitude")
     m = None if columns is None else np.asarray(columns).reshape(*stack, -1)
+    e = (node.extra or {}).get("e")
     held: dict[tuple[int, ...], list[Block]] = {}
     for block in node.blocks:
         held.setdefault(block.index, []).append(block)
@@ -74,6 +75,10 @@ def parts(
                 pair = a[index][..., ranks], b[index][..., ranks, at]
                 part = _part(node, slot, index, kind, pair, own)
                 part = dataclasses.replace(part, scale=block.scale)
+                if e is not None:
+                    diag = np.asarray(e)[index][..., ranks]
+                    lora = dataclasses.replace(part.lora, diag=diag)
+                    part = dataclasses.replace(part, lora=lora)
                 yield part if c is None else biased(part, c[index][..., at])
 
 
@@ -234,6 +239,11 @@ def joined(parts: Sequence[Part]) -> Part:
         _check_rows(parts)
     else:
         _check_rows(parts)
+    if first.lora.diag is not None:
+        raise LoraError(
+            f"save: '{first.lora.name}' lies in several leaves, or in another order, "
+            "and is KaSA, whose base is truncated as one. Ship flora.merge(adapted)."
+        )
     total = sum(len(p.slot.module.order or ()) for p in parts)
     rank = sum(p.rank for p in parts)
     scale = max((p.scale for p in parts), key=abs)
@@ -330,6 +340,8 @@ def _trimmed(part: Part) -> Part:
     if rank == part.rank:
         return part
     lora = dataclasses.replace(part.lora, a=a[:rank], b=b[:, :rank])
+    if lora.diag is not None:
+        return part  # whose rank says how much the base lacks
     return dataclasses.replace(part, lora=lora, rank=rank, rank_stabilized=False)
 
 

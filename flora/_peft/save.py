@@ -17,11 +17,14 @@ from flora._peft import tokens
 from flora._peft.activated import Activated
 from flora._peft.bias import Added, Biased
 from flora._peft.config import WORDLESS, parse
+from flora._peft.diagonal import BlockDiagonal, compact, config_of
 from flora._peft.file import CONFIG
 from flora._peft.groups import AcrossGroups
+from flora._peft.kasa import KaSA
 from flora._peft.keys import PREFIX, TOKENS
 from flora._peft.names import Slot, default_slots, given_slots, split_name
 from flora._peft.parts import Part, is_idle, joined, parts, slots_beside, with_biases
+from flora._peft.replicated import problems as repeated
 from flora._peft.serving import for_serving
 from flora._peft.start import with_start
 from flora._peft.targets import ends, selects
@@ -46,6 +49,7 @@ def written(
     readers: Readers | None,
     base: Any,
     serving: bool,
+    layer_replication: Any,
     dtype: Any,
     ignore: Pattern,
     about: Mapping[str, str | None],
@@ -73,13 +77,15 @@ def written(
     for slot in (*slots, *tied_slots(tied or {}, paths)):
         by_path[slot.path].append(slot)
     fail(_unnamed(named, by_path))
+    fail(_repeats(layer_replication, by_path, dict(named), serving))
     known = tied is not None or about["task_type"] in WORDLESS
     fail(save_problems(named, by_path, readers, known))
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
     rows = {p: x for p, x in nodes.items() if isinstance(x.variant, Rows)}
     added = {p: x for p, x in nodes.items() if isinstance(x.variant, Added)}
     nodes = {p: x for p, x in nodes.items() if p not in rows and p not in added}
-    nodes = nodes if base is None else with_start(nodes, base)
+    started = {p: x for p, x in nodes.items() if not isinstance(x.variant, KaSA)}
+    nodes |= {} if base is None else with_start(started, base)
     found: dict[str, list[Part]] = {}
     for path, node in nodes.items():
         kind = min((readers or {}).get(path, ()), default="")
@@ -97,13 +103,24 @@ def written(
             for path, x in nodes.items()
             if isinstance(x.variant, Activated)
         )
+        fail(
+            f"save: '{path}' is KaSA, whose base is another one (truncated). Ship "
+            "flora.merge(adapted)."
+            for path, x in nodes.items()
+            if isinstance(x.variant, KaSA)
+        )
         made = for_serving(made, whole, named, by_path)
         nodes = {p: dataclasses.replace(x, variant=None) for p, x in nodes.items()}
+    else:
+        variants = {p: x.variant for p, x in nodes.items()}
+        made = [compact(p, variants.get(p.slot.path)) for p in made]
     everything = _modules(named, by_path)
     indices, held = tokens.written(rows, by_path, everything, serving=serving)
     if made or whole.values or not rows:
         config = _config(made, whole, nodes, by_path, named) | dict(about)
         config |= {"trainable_token_indices": indices or None}
+        if layer_replication:
+            config["layer_replication"] = [[*span] for span in layer_replication]
         if config["alora_invocation_tokens"] and not config["task_type"]:
             config["task_type"] = "CAUSAL_LM"  # PEFT activates no other
     else:
@@ -111,7 +128,7 @@ def written(
     wrapper = "" if config["peft_type"] == "TRAINABLE_TOKENS" else ".token_adapter"
     arrays = {f"{PREFIX}{m}{wrapper}.{TOKENS}": x for m, x in held.items()}
     for part in made:
-        for field in ("a", "b", "magnitude", "bias"):
+        for field in ("a", "b", "magnitude", "bias", "diag"):
             x = getattr(part.lora, field)
             if x is not None:
                 arrays[part.lora.key(field)] = x
@@ -129,6 +146,30 @@ def written(
     return config, arrays
 
 
+def _repeats(
+    spans: Any, by_path: Slots, leaves: Mapping[str, Any], serving: bool
+) -> Iterator[str]:
+    """What is wrong with the layers that PEFT shall repeat."""
+    if not spans:
+        return
+    pairs = isinstance(spans, list | tuple) and all(map(_is_span, spans))
+    if not pairs:
+        yield (
+            f"save: layer_replication={spans!r}. Write ranges of the base's layers, "
+            "such as [[0, 2], [1, 3]]."
+        )
+        return
+    if serving:
+        yield "save: layer_replication is on, which vLLM and SGLang do not serve."
+    slots = [slot for some in by_path.values() for slot in some]
+    yield from (f"save: {p}" for p in repeated(spans, slots, leaves))
+
+
+def _is_span(x: Any) -> bool:
+    ints = isinstance(x, list | tuple) and all(type(i) is int for i in x)
+    return ints and len(x) == 2 and 0 <= x[0] < x[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Whole:
     """Parameters that are saved whole.
@@ -144,7 +185,10 @@ class Whole:
     bias: str
 
 
-_KINDS = DoRA | MiCA | Activated | AcrossGroups | Rows | Added | Biased | None
+_KINDS = (
+    DoRA, MiCA, KaSA, Rows, Activated, AcrossGroups, Added, Biased, BlockDiagonal,
+    type(None),
+)  # fmt: skip
 
 
 def _problems(path: str, leaf: Any) -> Iterator[str]:
@@ -371,6 +415,8 @@ def _config(
         "use_dora": dora,
         "lora_bias": any(p.lora.bias is not None for p in made),
         "init_lora_weights": _start(nodes),
+        "use_bdlora": config_of(made),
+        "kasa_config": _kasa(nodes),
         "alora_invocation_tokens": _invocation(nodes),
         "modules_to_save": sorted({*whole.modules.values()}) or None,
         "layers_to_transform": None,
@@ -402,6 +448,17 @@ def _modules(named: Named, by_path: Slots) -> list[str]:
         for slot in by_path.get(path, ())
         for i in np.ndindex(*_named_stack(leaf, slot))
     ]
+
+
+def _kasa(nodes: Mapping[str, LoraWeight]) -> dict[str, float] | None:
+    """KaSA's config, the same for all leaves."""
+    found = {x.variant if isinstance(x.variant, KaSA) else None for x in nodes.values()}
+    if len(found) > 1:
+        raise LoraError(
+            "save: some leaves are KaSA and some are not, or of other beta and gamma; "
+            "PEFT has one or the other. Ship flora.merge(adapted)."
+        )
+    return next((dataclasses.asdict(x) for x in found if x is not None), None)
 
 
 def _invocation(nodes: Mapping[str, LoraWeight]) -> list[int] | None:

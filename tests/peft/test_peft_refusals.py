@@ -71,7 +71,7 @@ CASES = {
     "activated by text": (
         {}, {"alora_invocation_tokens": ["<go>"]},
         ["alora_invocation_tokens is ['<go>']", "a list of indices"]),
-    "replicated": ({}, {"layer_replication": [[0, 2]]}, ["layer_replication"]),
+    "replicated": ({}, {"layer_replication": [[0, 1]]}, ["layer_replication"]),
     "unknown field": ({}, {"use_magic": True}, ["use_magic", "does not know"]),
     "bias mode": ({}, {"bias": "some"}, ["bias is 'some'", "'lora_only'"]),
     "dropout": ({}, {"lora_dropout": 1.5}, ["lora_dropout is 1.5"]),

@@ -32,10 +32,15 @@ _METADATA = {
 }
 # Fields of which flora knows only the value that switches them off.
 _OFF = {
-    "arrow_config": "routing between adapters",
-    "megatron_config": "Megatron layers",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
+    "arrow_config": "routing between adapters (Arrow). Load the experts one by one, "
+    "and mix them with flora.multi",
+    "megatron_config": "Megatron layers. Save the adapter from a model without them",
+    "monteclora_config": "training with sampled factors (MonteCLoRA). To run or merge "
+    "the adapter, which is then plain LoRA, write null and take the tensors "
+    "'lora_monteclora_sampler' out of the file",
+    "velora_config": "gradients by compressed activations (VeLoRA). To run or merge "
+    "the adapter, which is then plain LoRA, write null and take the tensors "
+    "'lora_velora_embed' out of the file",
 }
 # How A and B started where that left the base as it was.
 _PLAIN_STARTS = (True, False, "true", "gaussian", "eva", "orthogonal", "mica")
@@ -280,10 +285,7 @@ def _problems(raw: Mapping[str, Any], started: bool) -> Iterator[str]:
     known = {field.name for field in dataclasses.fields(PeftConfig)} | _METADATA
     for name, value in raw.items():
         if name in _OFF and value:
-            yield (
-                f"{name} is {value!r}; expected it off: flora has no {_OFF[name]}. "
-                "Merge the adapter in PEFT, or train one without."
-            )
+            yield (f"{name} is {value!r}; expected it off: flora has no {_OFF[name]}.")
         elif name not in known and name not in _OFF and value:
             yield (
                 f"{name} is {value!r}, a field that flora does not know and that may "

@@ -182,3 +182,29 @@ def test_servers_get_them_in_full(tmp_path, name):
     again = models.reloaded(model, tmp_path / "served")
     assert again.peft_config["default"].use_bdlora is None
     close(run(again, x), run(adapted, x))
+
+
+def test_layers_that_are_repeated(tmp_path):
+    """Each copy has factors of its own over the base's one layer."""
+    spans = [[0, 2], [1, 2], [0, 1]]
+    model, _, x, params = build("llama")
+    config = {
+        "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"],
+        "layer_replication": spans,
+    }  # fmt: skip
+    adapted = adapted_from(model, config)
+    layers = params["model"]["layers"]
+    params["model"]["layers"] = {str(i): layers[j] for i, j in enumerate("0110")}
+
+    def fn(p, x):
+        return models.llama(p, x, layers=4)
+
+    loaded = flora.peft.load(models.saved(adapted, tmp_path / "start"), params)
+    close(flora.lora(fn)(loaded, jnp.asarray(x)), run(adapted, x))
+    y = np.random.default_rng(1).normal(size=(*x.shape, 13)).astype(np.float32)
+    losses = train(adapted, x, y)
+    after, ours = train_here(loaded, flora.lora(fn), jnp.asarray(x), y)
+    close(ours, losses, 1e-4)
+    flora.peft.save(tmp_path / "trained", after, layer_replication=spans)
+    again = models.reloaded(model, tmp_path / "trained")
+    close(run(again, x), run(adapted, x), 1e-4)

@@ -36,7 +36,6 @@ EXCEPTIONS = {
     "_peft/names_match.py": ("peft/test_names.py", "names, found by values too"),
     "_peft/parameters.py": ("peft/test_peft_layers.py", "parameters of experts"),
     "_peft/parts.py": ("peft/test_names.py", "heads and fused leaves in parts"),
-    "_peft/residual.py": (REFUSED, "starts that change the base"),
     "_peft/serving.py": (SAVED, "what is written for servers"),
     "_peft/start.py": (REFUSED, "starts that change the base"),
     "_peft/targets.py": (REFUSED, "what PEFT would not select"),

@@ -55,7 +55,15 @@ from flora._tree.placement import mesh_of, spec_of, specs
 from flora._tree.quantized import abstract, is_quantized
 from flora._tree.weight import LoraWeight, Trained, base_of, uniform
 
-__all__ = ["Module", "Names", "activate", "load", "match_names", "save"]
+__all__ = [
+    "Activated",
+    "Module",
+    "Names",
+    "activate",
+    "load",
+    "match_names",
+    "save",
+]
 
 
 def load(

@@ -20,12 +20,20 @@ from flora._tree.weight import LoraWeight, Product
 class Activated:
     """The variant: y = x W + scale m (x A) B, m 1 at active positions and else 0.
 
+    Where these are, `flora.peft.activate` tells a tree for each call.  No weight is
+    that: `flora.merge` refuses.
+
     Attributes:
       tokens: that invoke the adapter.
+
+    References: https://arxiv.org/abs/2504.12397
     """
 
     tokens: tuple[int, ...]
     frozen = ("active",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", tuple(int(i) for i in self.tokens))
 
     def start(self, key: Any, weight: LoraWeight) -> LoraWeight:
         return weight

@@ -26,6 +26,7 @@ _PARTS = {
     _MAGNITUDE: "magnitude",
     f"{_MAGNITUDE}.weight": "magnitude",
     _BIAS: "bias",
+    ".lora_diag": "diag",
 }
 _BASE = ".base_layer"
 # What torch.compile, FSDP and checkpointing put around modules.
@@ -33,8 +34,11 @@ _WRAPPERS = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_mod
 # The name of an adapter, which files do not have and states of a whole model do.
 _NAMED = re.compile(
     r"\.(lora_[AB])\.([^.]+)\.(weight|bias)$"
-    r"|\.(lora_embedding_[AB]|lora_magnitude_vector)\.(?!weight$)([^.]+)(?:\.weight)?$"
+    r"|\.(lora_embedding_[AB]|lora_magnitude_vector|lora_diag|trainable_tokens_delta)"
+    r"\.(?!weight$)([^.]+)(?:\.weight)?$"
 )
+TOKENS = "trainable_tokens_delta"  # which are the new rows
+_WRAPPER = ".token_adapter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,9 @@ class Lora:
       inner: whether it lies in a module that is adapted itself, `out_proj` in an
         `nn.MultiheadAttention`.
       dtype: of A in the file.
+      diag: of KaSA, between A and B, `[r]`.
+      diagonal: of BD-LoRA, which factor has blocks on its diagonal, 'a' or 'b', and
+        how many.
     """
 
     module: str
@@ -67,6 +74,8 @@ class Lora:
     raw: bool = False
     inner: bool = False
     dtype: str = ""
+    diag: np.ndarray | None = None
+    diagonal: tuple[str, int] | None = None
 
     @property
     def name(self) -> str:
@@ -97,11 +106,19 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a file holds: adapters by module, and whole parameters by name."""
+    """What a file holds: adapters by module, and whole parameters by name.
+
+    Attributes:
+      loras: the adapters.
+      whole: the parameters that train whole.
+      of_base: those that the base has too.
+      tokens: by module, the rows of its weight that train.
+    """
 
     loras: tuple[Lora, ...]
     whole: Mapping[str, np.ndarray]
     of_base: Mapping[str, np.ndarray]
+    tokens: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def plain_keys(tensors: Mapping[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
@@ -156,9 +173,15 @@ def sort_out(
     tensors = plain_keys(tensors, file)
     fail(p for key, x in tensors.items() for p in _tensor_problems(file, key, x))
     groups: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
-    whole, of_base = {}, {}
+    whole, of_base, tokens = {}, {}, {}
     for key, x in tensors.items():
         name = key.removeprefix(PREFIX)
+        if name.endswith(f".{TOKENS}"):
+            if x.size:
+                owner = name.removesuffix(f".{TOKENS}").removesuffix(_WRAPPER)
+                tokens[owner] = x
+            continue
+        name = name.replace(f"{_WRAPPER}.", ".")
         suffix = next((s for s in sorted(_PARTS, key=len) if name.endswith(s)), None)
         if suffix is None:
             (of_base if f"{_BASE}." in name else whole)[name] = x
@@ -179,7 +202,7 @@ def sort_out(
     fail(p for lora in loras for p in _flag_problems(file, lora, config))
     for name in [n for n in of_base if n.endswith(f"{_BASE}.bias")]:
         whole[name] = of_base.pop(name)
-    return Content(loras, _without_copies(whole), of_base)
+    return Content(loras, _without_copies(whole), of_base, tokens)
 
 
 def _with_attention(loras: Sequence[Lora], file: Path) -> tuple[Lora, ...]:
@@ -230,7 +253,7 @@ def _tensor_problems(file: Path, key: str, x: np.ndarray) -> Iterator[str]:
             f"{file}: '{key}' does not start with '{PREFIX}', as every key of PEFT's "
             "does. Save the adapter with PEFT's save_pretrained."
         )
-    elif not x.size:
+    elif not x.size and not key.endswith(f".{TOKENS}"):
         yield f"{file}: '{key}' has shape {x.shape}, no elements. Save it anew."
 
 
@@ -244,7 +267,8 @@ def _lora(owner: str, embedding: bool, parts: Mapping[str, np.ndarray]) -> Lora:
     kind = "embedding" if embedding else "linear" if parts["a"].ndim == 2 else "conv"
     known = (parts["a"], parts["b"], parts.get("magnitude"), parts.get("bias"))
     dtype = str(parts["a"].dtype)
-    return Lora(module, *known, kind=kind, depth=depth, inner=inner, dtype=dtype)
+    lora = Lora(module, *known, kind=kind, depth=depth, inner=inner, dtype=dtype)
+    return dataclasses.replace(lora, diag=parts.get("diag"))
 
 
 def _flag_problems(file: Path, lora: Lora, config: PeftConfig) -> Iterator[str]:
@@ -252,6 +276,17 @@ def _flag_problems(file: Path, lora: Lora, config: PeftConfig) -> Iterator[str]:
         yield (
             f"{file}: '{lora.key('a')}' has shape {lora.a.shape} and '{lora.key('b')}' "
             f"{lora.b.shape}; expected as many axes each, at least 2. Save it anew."
+        )
+    if (lora.diag is not None) != (config.kasa_config is not None):
+        there = "is there" if config.kasa_config is None else "is missing"
+        yield (
+            f"{file}: '{lora.key('diag')}' {there}, and the config has kasa_config "
+            f"{config.kasa_config}; expected both or none. Save the adapter anew."
+        )
+    elif lora.diag is not None and lora.diag.shape != lora.a.shape[:1]:
+        yield (
+            f"{file}: '{lora.key('diag')}' has shape {lora.diag.shape}; expected "
+            f"{lora.a.shape[:1]}, one value a rank. Save it anew."
         )
     for part, flag in (("magnitude", "use_dora"), ("bias", "lora_bias")):
         has, wants = getattr(lora, part) is not None, getattr(config, flag)

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from flora._peft.bias import layout_of, pieces_of
 from flora._peft.config import PeftConfig
 from flora._peft.convention import matched_slots
+from flora._peft.diagonal import expanded
 from flora._peft.factors import Piece
 from flora._peft.file import CONFIG, WEIGHTS
 from flora._peft.ignored import Ignored
-from flora._peft.keys import PREFIX, Content, Lora
+from flora._peft.keys import PREFIX, TOKENS, Content, Lora
 from flora._peft.layouts import conv_layout, layouts, leaf_word, turned
 from flora._peft.memory import Memory
 from flora._peft.names import Finder, Module, Slot, given_slots, split_name
@@ -25,8 +27,10 @@ from flora._peft.parameters import (
     with_parameters,
 )
 from flora._peft.renamed import with_renamed
+from flora._peft.replicated import problems as repeats
 from flora._peft.targets import plain, target_problems, unnamed, whole_problems
 from flora._peft.ties import Readers, load_problems, tied_modules, without_ties
+from flora._peft.tokens import nodes, rows_of, without_copies
 from flora._peft.twice import IN
 from flora._tree.errors import fail
 from flora._tree.layout import Layout
@@ -58,16 +62,16 @@ class Assignment:
 
     Attributes:
       adapted: the adapted leaves, by path.
+      rows: the nodes of leaves some of whose rows train, by path.
       whole: for each path `(slot, index, value)` of what trains whole.
-      bias: for each path `(slot, index, value)` that is added to a bias.
       of_base: for each path `(slot, index, value)` that the base must hold.
       memories: for each path of `adapted` and `whole` what it remembers of the file.
       unnamed: likewise, of parameters that need not be in the file.
     """
 
     adapted: Mapping[str, AdaptedLeaf]
+    rows: Mapping[str, LoraWeight]
     whole: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
-    bias: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
     of_base: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
     memories: Mapping[str, Memory]
     unnamed: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
@@ -92,8 +96,10 @@ def assign(
     )
     bad = config.pattern_problems(x.site for x in named)
     fail(f"{folder / CONFIG}: {problem}" for problem in bad)
+    content = expanded(content, config, file)
     wanted = [
         *(lora.name for lora in content.loras),
+        *(f"{module}.weight" for module in content.tokens),
         *map(plain, [*content.whole, *content.of_base]),
     ]
     paths = list(leaves)
@@ -102,16 +108,25 @@ def assign(
         slots = with_renamed(matched_slots(paths, wanted), content, shapes)
     else:
         slots = given_slots(names, paths)
+    if spans := config.layer_replication:
+        fail(f"{folder / CONFIG}: {p}" for p in repeats(spans, slots, leaves))
     finder = Finder(slots)
     content = in_order(content, config, finder, shapes, file, ordered=names is not None)
     named = content
-    content, agreed = without_ties(content, finder, file)
+    content, agreed = without_ties(without_copies(content, finder), finder, file)
     others = {name: content.whole[name] for name in unnamed(config, content)}
     trained = {name: x for name, x in content.whole.items() if name not in others}
     content = dataclasses.replace(content, whole=trained)
     fail(_lost(content, others, finder, file, paths))
     fail(load_problems(content, agreed, finder, config, shapes, readers, file))
+    full = {slot.path for n in content.whole for slot, _ in finder.all(plain(n))}
+    content, biases = pieces_of(content, config, finder, full)
     sites = _sites(config, content, finder, leaves, given, file)
+    for path, pieces in biases.items():
+        beside = tuple(s for s in finder.slots if s.path == path)
+        base = base_of(leaves[path])
+        layout = layout_of(path, base.shape, pieces, beside, file)
+        sites[path] = AdaptedLeaf(path, base, layout, tuple(pieces), beside)
     weights, parameters = _universe(slots, sites, shapes)
     tied = {x.module for x in named.loras} - {x.module for x in content.loras}
     fail(
@@ -128,26 +143,20 @@ def assign(
                 found.setdefault(slot.path, []).append((slot, index, value))
         return found
 
-    bias = {
-        f"{lora.module}.bias": config.scale(lora.site) * np.asarray(lora.bias)
-        for lora in content.loras
-        if lora.bias is not None
-    }
+    rows = nodes(content, config, finder, leaves, given, file, ignored)
     fail(
-        f"{file}: '{lora.key('bias')}' is added to what '{lora.module}' gives, but the "
-        "base has no bias there to hold it. Give the module a bias of zeros in the "
-        "tree."
-        for lora in content.loras
-        if lora.bias is not None and not finder.all(f"{lora.module}.bias")
+        f"{file}: '{path}' is adapted, and rows of it train alone. Do one of both."
+        for path in {*rows} & {*sites}
     )
     whole = placed(content.whole)
-    memories = _memories(sites, whole, named, finder, config.about)
+    memories = _memories(sites, rows, whole, named, finder, config.about)
     of_base = placed(content.of_base)
-    return Assignment(sites, whole, placed(bias), of_base, memories, placed(others))
+    return Assignment(sites, rows, whole, of_base, memories, placed(others))
 
 
 def _memories(
     sites: Mapping[str, AdaptedLeaf],
+    rows: Mapping[str, LoraWeight],
     whole: Mapping[str, Sequence[tuple[Slot, tuple[int, ...], Any]]],
     named: Content,
     finder: Finder,
@@ -169,9 +178,12 @@ def _memories(
         first = site.pieces[0].lora
         own = kept.get(path, {})
         found[path] = Memory(tuple(slots), first.dtype, first.depth, own, about)
-    for path, some in whole.items():
+    dtypes = {path: some[0][2].dtype for path, some in whole.items()}
+    dtypes |= {path: rows_of(node).dtype for path, node in rows.items()}
+    for path, dtype in dtypes.items():
         slots = tuple(s for s in finder.slots if s.path == path)
-        found.setdefault(path, Memory(slots, str(some[0][2].dtype), about=about))
+        own = kept.get(path, {}) if path in rows else {}
+        found.setdefault(path, Memory(slots, str(dtype), kept=own, about=about))
     for module, path in ties.items():
         if path in found:
             tied = Slot(path, f"{module}.weight", Module(module, tied=True))
@@ -185,7 +197,7 @@ def _with_kind(slot: Slot, piece: Piece) -> Slot:
     lora, module = piece.lora, slot.module
     groups = piece.rank // lora.b.shape[1] if lora.kind == "conv" else 1
     name = split_name(slot.name)[0] if module.name == "-" else module.name
-    if lora.raw:
+    if lora.raw or lora.parameter == "bias":
         return slot
     kind, groups = module.kind or lora.kind, max(groups, module.groups)
     module = dataclasses.replace(module, name=name, kind=kind, groups=groups)
@@ -200,6 +212,7 @@ def _lost(
     paths: Sequence[str],
 ) -> Iterator[str]:
     keys = {x.name: x.key("a") for x in content.loras}
+    keys |= {f"{m}.weight": f"{PREFIX}{m}.….{TOKENS}" for m in content.tokens}
     whole = (*content.whole, *content.of_base, *others)
     keys |= {plain(n): f"{PREFIX}{n}" for n in whole}
     for name, key in keys.items():
@@ -459,21 +472,22 @@ def coverage_problems(
     leaves: Mapping[str, Any], found: Assignment, file: Path
 ) -> Iterator[str]:
     """What only the adapted tree holds, and what only the file holds."""
-    nodes = {p for p, x in leaves.items() if isinstance(x, LoraWeight)}
-    if not nodes:
+    held = {p for p, x in leaves.items() if isinstance(x, LoraWeight)}
+    filled = {*found.adapted, *found.rows}
+    if not held:
         return
-    for path in sorted(nodes - {*found.adapted}):
+    for path in sorted(held - filled):
         yield (
             f"'{path}' is adapted in the tree, but {file} has no factors for it. Pass "
             "the plain tree, or adapt with the same targets."
         )
-    for path in sorted({*found.adapted} - nodes):
+    for path in sorted(filled - held):
         yield (
             f"{file} has factors for '{path}', which is not adapted in the tree. Pass "
             "the plain tree, or adapt with the same targets."
         )
     for path, leaf in leaves.items():
-        if isinstance(leaf, Trained) and path not in {**found.whole, **found.bias}:
+        if isinstance(leaf, Trained) and path not in found.whole:
             yield (
                 f"'{path}' trains whole in the tree, but {file} does not hold it. Pass "
                 "the plain tree."

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from flora._peft.bias import apart, biases, joined_bias
 from flora._peft.factors import is_channel_last, positions
 from flora._peft.groups import AcrossGroups, gathered
 from flora._peft.keys import Lora
@@ -13,7 +14,7 @@ from flora._peft.layouts import leaf_word
 from flora._peft.names import Slot, split_name
 from flora._peft.twice import IN
 from flora._tree.blocks import Block
-from flora._tree.errors import LoraError
+from flora._tree.errors import LoraError, fail
 from flora._tree.weight import LoraWeight, uniform
 
 
@@ -48,13 +49,14 @@ def parts(
     path: str, node: LoraWeight, slots: Sequence[Slot], known: str = ""
 ) -> Iterator[Part]:
     """The part of a leaf's node that belongs to each module in the leaf."""
-    node = _as_modules(node, slots)
+    node, c = apart(_as_modules(node, slots))
     stack = node.a.shape[: len(node.layout.stack)]
     a, b = np.asarray(node.a), np.asarray(node.b)
     a = a.reshape(*stack, -1, a.shape[-1])
     b = b.reshape(*stack, b.shape[len(stack)], -1)
     columns = (node.extra or {}).get("magnitude")
     m = None if columns is None else np.asarray(columns).reshape(*stack, -1)
+    e = (node.extra or {}).get("e")
     held: dict[tuple[int, ...], list[Block]] = {}
     for block in node.blocks:
         held.setdefault(block.index, []).append(block)
@@ -78,7 +80,12 @@ def parts(
                 ranks = slice(block.start, block.stop)
                 pair = a[index][..., ranks], b[index][..., ranks, at]
                 part = _part(node, slot, index, kind, pair, own, words_in)
-                yield dataclasses.replace(part, scale=block.scale)
+                part = dataclasses.replace(part, scale=block.scale)
+                if e is not None:
+                    diag = np.asarray(e)[index][..., ranks]
+                    lora = dataclasses.replace(part.lora, diag=diag)
+                    part = dataclasses.replace(part, lora=lora)
+                yield part if c is None else biased(part, c[index][..., at])
 
 
 def beside_kind(path: str, node: LoraWeight, slots: Sequence[Slot], known: str) -> str:
@@ -244,6 +251,11 @@ def joined(parts: Sequence[Part], beside: Sequence[Slot]) -> Part:
     if len(parts) == 1 and whole:
         return _trimmed(first)
     total = len(_rows_of(parts, beside))
+    if first.lora.diag is not None:
+        raise LoraError(
+            f"save: '{first.lora.name}' lies in several leaves, or in another order, "
+            "and is KaSA, whose base is truncated as one. Ship flora.merge(adapted)."
+        )
     alike = all(
         p.scale == first.scale and np.array_equal(p.lora.a, first.lora.a) for p in parts
     )  # as they were loaded
@@ -260,11 +272,16 @@ def joined(parts: Sequence[Part], beside: Sequence[Slot]) -> Part:
             m[rows] = p.lora.magnitude
         start += 0 if alike else p.rank
     a = first.lora.a if alike else np.concatenate([p.lora.a for p in parts])
+    c = None
+    if first.lora.bias is not None:
+        some = [(p.scale, p.slot.module.order, np.asarray(p.lora.bias)) for p in parts]
+        c = joined_bias(some, scale, total)
     magnitude = first.lora.magnitude
     lora = dataclasses.replace(
         first.lora,
         a=a,
         b=b,
+        bias=c,
         magnitude=None if magnitude is None else m.astype(magnitude.dtype),
     )
     stabilized = first.rank_stabilized and alike
@@ -291,6 +308,49 @@ def _rows_of(parts: Sequence[Part], beside: Sequence[Slot]) -> list[int]:
     return rows
 
 
+def biased(part: Part, c: np.ndarray) -> Part:
+    """The part with c, of lora_bias."""
+    return dataclasses.replace(part, lora=dataclasses.replace(part.lora, bias=c))
+
+
+def with_biases(
+    made: Sequence[Part],
+    nodes: Mapping[str, LoraWeight],
+    by_path: Mapping[str, Sequence[Slot]],
+) -> list[Part]:
+    """The parts with what changes the biases, the leaves `nodes`; PEFT has all or none.
+
+    Parts that have none get zeros.
+    """
+    held, result = biases(nodes, by_path), []
+    for part in made:
+        if not part.lora.raw:
+            scale, c = held.pop(part.lora.module, (part.scale, None))
+            if c is not None:
+                ratio = c.dtype.type(scale / part.scale)
+                part = biased(part, c if scale == part.scale else c * ratio)
+        result.append(part)
+    fail(
+        f"save: the bias of '{module}' is changed, but its weight is not adapted, for "
+        "which PEFT has no place. Ship flora.merge(adapted)."
+        for module in held
+    )
+    if all(part.lora.bias is None for part in result):
+        return result
+    fail(
+        f"save: '{part.lora.name}' is adapted beside modules with a lora_bias, which "
+        "PEFT has of linear layers and convolutions alone. Ship flora.merge(adapted)."
+        for part in result
+        if part.lora.raw or part.lora.kind == "embedding" or part.slot.module.tied
+    )
+    return [
+        biased(p, np.zeros_like(p.lora.b, shape=p.lora.b.shape[:1]))
+        if p.lora.bias is None
+        else p
+        for p in result
+    ]
+
+
 def _trimmed(part: Part) -> Part:
     """The part without the zero ranks that stacking layers adds."""
     a, b = part.lora.a, part.lora.b
@@ -302,6 +362,8 @@ def _trimmed(part: Part) -> Part:
     if rank == part.rank:
         return part
     lora = dataclasses.replace(part.lora, a=a[:rank], b=b[:, :rank])
+    if lora.diag is not None:
+        return part  # whose rank says how much the base lacks
     return dataclasses.replace(part, lora=lora, rank=rank, rank_stabilized=False)
 
 
@@ -309,5 +371,7 @@ def is_idle(part: Part) -> bool:
     """Whether it is a layer of a stack that is not adapted."""
     lora = part.lora
     if not part.slot.holes or lora.magnitude is not None:
+        return False
+    if lora.bias is not None and lora.bias.any():
         return False
     return not lora.a.any() and not lora.b.any()

@@ -11,14 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flora._algebra.variants import DoRA
+from flora._algebra.variants import DoRA, MiCA, Rows
 from flora._files.items import statistics
+from flora._peft import tokens
+from flora._peft.activated import Activated
 from flora._peft.attention import attentions
+from flora._peft.bias import Added, Biased
 from flora._peft.config import WORDLESS, parse
 from flora._peft.convention import default_slots, doubts
+from flora._peft.diagonal import BlockDiagonal, compact, config_of
 from flora._peft.file import CONFIG, COUNTER
 from flora._peft.groups import AcrossGroups
-from flora._peft.keys import PREFIX
+from flora._peft.kasa import KaSA
+from flora._peft.keys import PREFIX, TOKENS
 from flora._peft.memory import (
     agreed,
     base_weights,
@@ -27,7 +32,8 @@ from flora._peft.memory import (
     remembered_slots,
 )
 from flora._peft.names import Slot, given_slots, split_name
-from flora._peft.parts import Part, is_idle, joined, parts, slots_beside
+from flora._peft.parts import Part, is_idle, joined, parts, slots_beside, with_biases
+from flora._peft.replicated import problems as repeated
 from flora._peft.serving import for_serving, with_neighbors
 from flora._peft.start import common_start, with_start
 from flora._peft.targets import ends, selects
@@ -53,6 +59,7 @@ def written(
     readers: Readers | None,
     base: Any,
     serving: bool,
+    layer_replication: Any,
     dtype: Any,
     ignore: Pattern,
     about: Mapping[str, str | None],
@@ -87,12 +94,20 @@ def written(
     for slot in slots:
         by_path[slot.path].append(slot)
     fail(_unnamed(named, by_path))
+    about = agreed(found) | {k: v for k, v in about.items() if v is not None}
+    spans = about.pop("layer_replication", None)
+    spans = spans if layer_replication is None else layer_replication
+    fail(_repeats(spans, by_path, dict(named), serving))
     unsure = doubts(paths, partial=bare) if names is None else {}
     fail(unsure[p] for p, x in named if p in unsure and p not in known and is_node(x))
-    one_use = tied is not None or about["task_type"] in WORDLESS
+    one_use = tied is not None or about.get("task_type") in WORDLESS
     fail(save_problems(named, by_path, readers, one_use, known))
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
-    nodes = nodes if base is None else with_start(nodes, base)
+    rows = {p: x for p, x in nodes.items() if isinstance(x.variant, Rows)}
+    added = {p: x for p, x in nodes.items() if isinstance(x.variant, Added)}
+    nodes = {p: x for p, x in nodes.items() if p not in rows and p not in added}
+    started = {p: x for p, x in nodes.items() if not isinstance(x.variant, KaSA)}
+    nodes |= {} if base is None else with_start(started, base)
     in_parts: dict[str, list[Part]] = {}
     of_leaf: dict[str, list[Part]] = {}
     for path, node in nodes.items():
@@ -100,12 +115,13 @@ def written(
         of_leaf[path] = [*parts(path, node, by_path[path], kind)]
         for part in of_leaf[path]:
             in_parts.setdefault(part.lora.name, []).append(part)
-    start = common_start(nodes, of_leaf, serving=serving)
+    start = common_start(nodes, of_leaf, serving=serving) or _start(nodes)
     with_rows = [s for s in slots if s.module.order is not None]
     made = [
         joined(some, [s for s in with_rows if s.index(name) is not None])
         for name, some in in_parts.items()
     ]
+    made = with_biases(made, added, by_path)
     made = [part for part in made if not is_idle(part)]
     if serving:
         made = with_neighbors(made, named, by_path)
@@ -114,14 +130,45 @@ def written(
     whole = _whole(named, by_path, made)
     fail(_lost_statistics(adapted, named, by_path, whole, base, ignore))
     if serving:
+        fail(
+            f"save: '{path}' is activated by tokens (aLoRA), which vLLM and SGLang do "
+            "not serve. Train without alora_invocation_tokens."
+            for path, x in nodes.items()
+            if isinstance(x.variant, Activated)
+        )
+        fail(
+            f"save: '{path}' is KaSA, whose base is another one (truncated). Ship "
+            "flora.merge(adapted)."
+            for path, x in nodes.items()
+            if isinstance(x.variant, KaSA)
+        )
         made = for_serving(made, whole)
-    config = _config(made, whole, nodes, by_path, named)
-    config |= agreed(found) | {k: v for k, v in about.items() if v is not None}
-    config["init_lora_weights"] = start or True
+        nodes = {p: dataclasses.replace(x, variant=None) for p, x in nodes.items()}
+        start = True
+    else:
+        variants = {p: x.variant for p, x in nodes.items()}
+        made = [compact(p, variants.get(p.slot.path)) for p in made]
+    everything = _modules(named, by_path)
+    indices, held = tokens.written(rows, by_path, everything, serving=serving)
+    if made or whole.values or not rows:
+        config = _config(made, whole, nodes, by_path, named) | about
+        config |= {
+            "init_lora_weights": start,
+            "trainable_token_indices": indices or None,
+            "layer_replication": [[*span] for span in spans or ()] or None,
+        }
+        if config["alora_invocation_tokens"] and not config["task_type"]:
+            config["task_type"] = "CAUSAL_LM"  # PEFT activates no other
+    else:
+        config = tokens.alone(indices, about)
+    wrapper = "" if config["peft_type"] == "TRAINABLE_TOKENS" else ".token_adapter"
     dtypes = {p: some[0].dtype for p, some in found.items()}
     tensors, own_dtype = {}, {}
+    for module, (path, x) in held.items():
+        key = f"{PREFIX}{module}{wrapper}.{TOKENS}"
+        tensors[key], own_dtype[key] = x, dtypes.get(path)
     for part in made:
-        for field in ("a", "b", "magnitude"):
+        for field in ("a", "b", "magnitude", "bias", "diag"):
             x = getattr(part.lora, field)
             if x is not None:
                 key = part.lora.key(field)
@@ -134,8 +181,9 @@ def written(
         tensors[f"{PREFIX}{key}"] = x
         own_dtype[f"{PREFIX}{key}"] = dtypes.get(whole.paths[name])
     if not serving:  # a server has the base
-        for name, x, had in base_weights(found, named, by_path):
-            key = f"{PREFIX}{name}"
+        for module, x, had in base_weights(found, named, by_path):
+            around = wrapper if module in held else ""
+            key = f"{PREFIX}{module}{around}.base_layer.weight"
             tensors[key], own_dtype[key] = x, had
     with np.errstate(over="ignore"):
         cast = {
@@ -147,6 +195,30 @@ def written(
         count = key.removesuffix(".running_mean") + COUNTER
         cast[count] = np.zeros((), np.int64)
     return config, cast
+
+
+def _repeats(
+    spans: Any, by_path: Slots, leaves: Mapping[str, Any], serving: bool
+) -> Iterator[str]:
+    """What is wrong with the layers that PEFT shall repeat."""
+    if not spans:
+        return
+    pairs = isinstance(spans, list | tuple) and all(map(_is_span, spans))
+    if not pairs:
+        yield (
+            f"save: layer_replication={spans!r}. Write ranges of the base's layers, "
+            "such as [[0, 2], [1, 3]]."
+        )
+        return
+    if serving:
+        yield "save: layer_replication is on, which vLLM and SGLang do not serve."
+    slots = [slot for some in by_path.values() for slot in some]
+    yield from (f"save: {p}" for p in repeated(spans, slots, leaves))
+
+
+def _is_span(x: Any) -> bool:
+    ints = isinstance(x, list | tuple) and all(type(i) is int for i in x)
+    return ints and len(x) == 2 and 0 <= x[0] < x[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +238,16 @@ class Whole:
     paths: Mapping[str, str]
 
 
+_KINDS = (
+    DoRA, MiCA, KaSA, Rows, Activated, AcrossGroups, Added, AddedTwice, Biased,
+    BlockDiagonal,
+    type(None),
+)  # fmt: skip
+
+
 def _problems(path: str, leaf: Any) -> Iterator[str]:
     if isinstance(leaf, LoraWeight):
-        if not isinstance(leaf.variant, AddedTwice | AcrossGroups | DoRA | None):
+        if not isinstance(leaf.variant, _KINDS):
             yield (
                 f"save: '{path}' is {leaf.variant!r}, which PEFT's LoRA files cannot "
                 "hold. Ship flora.merge(adapted)."
@@ -387,8 +466,11 @@ def _config(
         "fan_in_fan_out": False,
         "use_rslora": stabilized,
         "use_dora": dora,
-        "lora_bias": False,
+        "lora_bias": any(p.lora.bias is not None for p in made),
         "init_lora_weights": True,
+        "use_bdlora": config_of(made),
+        "kasa_config": _kasa(nodes),
+        "alora_invocation_tokens": _invocation(nodes),
         "modules_to_save": sorted({*whole.modules.values()}) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -407,14 +489,56 @@ def _config(
             "flora.merge(adapted)."
         )
     _patterns(config, made, rank, alpha)
-    everything = [
+    _exclude_others(config, modules, _modules(named, by_path))
+    return config
+
+
+def _modules(named: Named, by_path: Slots) -> list[str]:
+    """The modules that the leaves are parameters of."""
+    return [
         split_name(slot.at(i))[0]
         for path, leaf in named
         for slot in by_path.get(path, ())
         for i in np.ndindex(*_named_stack(leaf, slot))
     ]
-    _exclude_others(config, modules, everything)
-    return config
+
+
+def _kasa(nodes: Mapping[str, LoraWeight]) -> dict[str, float] | None:
+    """KaSA's config, the same for all leaves."""
+    found = {x.variant if isinstance(x.variant, KaSA) else None for x in nodes.values()}
+    if len(found) > 1:
+        raise LoraError(
+            "save: some leaves are KaSA and some are not, or of other beta and gamma; "
+            "PEFT has one or the other. Ship flora.merge(adapted)."
+        )
+    return next((dataclasses.asdict(x) for x in found if x is not None), None)
+
+
+def _invocation(nodes: Mapping[str, LoraWeight]) -> list[int] | None:
+    """The tokens that activate the adapter, the same for all its leaves."""
+    found: dict[Any, str] = {}
+    for path, x in nodes.items():
+        own = x.variant.tokens if isinstance(x.variant, Activated) else None
+        found.setdefault(own, path)
+    if len(found) > 1:
+        paths = "' and '".join([*found.values()][:2])
+        raise LoraError(
+            f"save: '{paths}' are activated by other tokens, or one is not; PEFT has "
+            "one list for all. Save them apart."
+        )
+    return next(([*own] for own in found if own), None)
+
+
+def _start(nodes: Mapping[str, LoraWeight]) -> bool | str:
+    """What tells PEFT which factors do not train."""
+    fixed = [p for p, x in nodes.items() if isinstance(x.variant, MiCA)]
+    free = [p for p in nodes if p not in fixed]
+    if fixed and free:
+        raise LoraError(
+            f"save: '{fixed[0]}' is MiCA and '{free[0]}' is not; PEFT has one or the "
+            "other. Adapt all in one way, or ship flora.merge(adapted)."
+        )
+    return "mica" if fixed else True
 
 
 def _named_stack(leaf: Any, slot: Slot) -> tuple[int, ...]:

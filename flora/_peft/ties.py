@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from flora._algebra.variants import Rows
 from flora._peft.config import PeftConfig
 from flora._peft.keys import Content, Lora
 from flora._peft.layouts import leaf_word
@@ -220,6 +221,8 @@ def save_problems(
             continue
         if any(slot.module.tied for slot in by_path[path]):
             continue
+        if isinstance(leaf, LoraWeight) and isinstance(leaf.variant, Rows):
+            continue  # PEFT ties those of the embedding itself
         first = by_path[path][0]
         if {*(readers or {}).get(path, ())} >= _BOTH:
             yield (

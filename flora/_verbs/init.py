@@ -270,7 +270,7 @@ def _given_layouts(config: LoraConfig, targets: Named) -> dict[str, Layout]:
         f"Name each of 0 to {len(leaf.shape) - 1} once, with at least one in and one "
         "out axis."
         for path, leaf in targets
-        if path in given and not given[path].fits(len(leaf.shape))
+        if path in given and not (given[path].in_ and given[path].fits(len(leaf.shape)))
     )
     return given
 

@@ -74,10 +74,20 @@ CASES = {
         {}, {"init_lora_weights": "pissa_niter_4"},
         ["pissa_niter_4", "path_initial_model_for_weight_conversion"]),
     "corda": ({}, {"init_lora_weights": "corda"}, ["corda", "cannot be repeated"]),
-    "activated": (
-        {}, {"alora_invocation_tokens": [1, 2]},
-        ["alora_invocation_tokens", "Activated"]),
-    "replicated": ({}, {"layer_replication": [[0, 2]]}, ["layer_replication"]),
+    "loftq": (
+        {}, {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+        ["'loftq'", "was quantized", "dequantized"]),
+    "lora_ga": ({}, {"init_lora_weights": "lora_ga"}, ["lora_ga", "Pass start="]),
+    "velora": (
+        {}, {"velora_config": {"num_groups": 2}}, ["VeLoRA", "lora_velora_embed"]),
+    "monteclora": (
+        {}, {"monteclora_config": {"num_samples": 8}}, ["MonteCLoRA", "ignore="]),
+    "arrow": ({}, {"arrow_config": {"top_k": 2}}, ["routing", "flora.multi"]),
+    "megatron": ({}, {"megatron_config": {"x": 1}}, ["Megatron layers"]),
+    "activated by text": (
+        {}, {"alora_invocation_tokens": ["<go>"]},
+        ["alora_invocation_tokens is ['<go>']", "a list of indices"]),
+    "replicated": ({}, {"layer_replication": [[0, 1]]}, ["layer_replication"]),
     "unknown field": ({}, {"use_magic": True}, ["use_magic", "does not know"]),
     "bias mode": ({}, {"bias": "some"}, ["bias is 'some'", "'lora_only'"]),
     "dropout": ({}, {"lora_dropout": 1.5}, ["lora_dropout is 1.5"]),

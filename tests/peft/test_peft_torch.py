@@ -43,6 +43,13 @@ CASES = {
     "bias lora_only, modules_to_save": ("mlp", UP | {
         "bias": "lora_only", "modules_to_save": ["classifier"]}),
     "lora_bias": ("mlp", UP | {"lora_bias": True}),
+    "lora_bias, rslora, patterns": ("mlp", UP | {
+        "lora_bias": True, "use_rslora": True, "rank_pattern": {"up": 5}}),
+    "lora_bias, no bias": ("mlp", UP | {
+        "lora_bias": True, "target_modules": ["up", "gate"]}),
+    "lora_bias, biases": ("mlp", UP | {"lora_bias": True, "bias": "lora_only"}),
+    "conv, lora_bias": ("conv", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["two", "one"], "lora_bias": True}),
     "dora": ("mlp", UP | {"target_modules": ["up", "mix"], "use_dora": True}),
     "dora, rslora, patterns": ("mlp", UP | {
         "use_dora": True, "use_rslora": True, "rank_pattern": {"up": 2}}),
@@ -103,6 +110,25 @@ CASES = {
     "llama, layers": ("llama", {
         "r": 2, "lora_alpha": 4, "target_modules": ATTENTION,
         "layers_to_transform": 1}),
+    "tokens": ("embedding", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["mix"],
+        "trainable_token_indices": [7, 2]}),
+    "tokens of table and head": ("embedding", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["mix"],
+        "trainable_token_indices": {"embed_tokens": [3], "lm_head": [2, 1, 10]}}),
+    "tokens, head whole": ("embedding", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["mix"],
+        "trainable_token_indices": {"embed_tokens": [3, 0]},
+        "modules_to_save": ["lm_head"]}),
+    "llama, tokens": ("llama", {
+        "r": 2, "lora_alpha": 4, "target_modules": ATTENTION,
+        "trainable_token_indices": [1, 5]}),
+    "tied, tokens": ("tied", {
+        "r": 2, "lora_alpha": 4, "target_modules": ATTENTION,
+        "trainable_token_indices": [1, 5]}),
+    "tied, tokens of both": ("tied", {
+        "r": 2, "lora_alpha": 4, "target_modules": ATTENTION,
+        "trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [1, 5]}}),
     "tied": ("tied", {
         "r": 2, "lora_alpha": 4,
         "target_modules": ["embed_tokens", "lm_head", "q_proj"],
@@ -178,7 +204,7 @@ def _check_gradients(adapted, loaded, fn, x, names, scratch, tolerance):
         key = path.replace(".default", "").replace(".modules_to_save", "")
         if "magnitude" in key:
             key = key.removesuffix(".weight")
-        if not p.requires_grad or key.endswith("lora_B.bias"):
+        if not p.requires_grad:
             continue
         if key not in got and "lm_head" in key:
             continue  # of a tied weight
@@ -198,7 +224,11 @@ def _check_gradients(adapted, loaded, fn, x, names, scratch, tolerance):
 
 
 def _check_merged(kind, adapted, loaded, fn, x):
-    if kind == "grouped":  # neither can
+    config = adapted.peft_config["default"]
+    alone = config.lora_bias and (
+        "gate" in config.target_modules or config.bias != "none"
+    )
+    if kind == "grouped" or alone:  # PEFT neither, or not if a bias is missing
         with pytest.raises(flora.LoraError, match="puts a function between"):
             flora.merge(loaded)
         return

@@ -489,5 +489,6 @@ NOISE = (
     ".*groups > 1. Merging is not supported.*",
     ".*fan_in_fan_out.*",
     ".*tie.*",
+    ".*lora_bias=True. was passed.*",  # and the layer has no bias
     ".*pattern keys did not match any.*",  # said of every key for target_parameters
 )

@@ -16,6 +16,7 @@ from flora._peft.layouts import conv_layout, layouts, leaf_word, turned
 from flora._peft.memory import Memory
 from flora._peft.names import Finder, Module, Slot, given_slots, split_name
 from flora._peft.parameters import (
+    expert_layout,
     in_order,
     parameter_layouts,
     turned_embedding,
@@ -93,7 +94,9 @@ def assign(
     else:
         slots = given_slots(names, paths)
     finder = Finder(slots)
-    content = in_order(content, config, finder, shapes, file, ordered=names is not None)
+    content = in_order(
+        content, config, finder, shapes, given, file, ordered=names is not None
+    )
     named = content
     content, agreed = without_ties(content, finder, file)
     fail(_lost(content, finder, file, paths))
@@ -280,10 +283,10 @@ def _layout(
     file: Path,
 ) -> tuple[Layout | None, list[str]]:
     """The layout of a leaf, or what is wrong."""
-    if path in given:
-        return given[path], []
     piece, shape = pieces[0], tuple(base.shape)
     lora, slot = piece.lora, piece.slot
+    if path in given:
+        return expert_layout(piece, shape, given[path]), []
     if lora.kind == "conv":
         window = lora.a.shape[2:]
         layout = conv_layout(path, shape, slot.holes, window, lora.b.shape[0])

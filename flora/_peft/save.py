@@ -19,6 +19,7 @@ from flora._peft.convention import default_slots, doubts
 from flora._peft.file import CONFIG
 from flora._peft.groups import AcrossGroups
 from flora._peft.keys import PREFIX
+from flora._peft.layouts import is_conv1d
 from flora._peft.memory import (
     agreed,
     base_weights,
@@ -374,7 +375,7 @@ def _config(
         "target_parameters": raw or None,
         "lora_dropout": rates[0] if rates else 0.0,
         "bias": whole.bias,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(is_conv1d(p, x.layout) for p, x in nodes.items()),
         "use_rslora": stabilized,
         "use_dora": dora,
         "lora_bias": False,

@@ -20,6 +20,7 @@ from flora._peft.layouts import conv_layout, layouts, leaf_word, turned
 from flora._peft.memory import Memory
 from flora._peft.names import Finder, Module, Slot, given_slots, split_name
 from flora._peft.parameters import (
+    expert_layout,
     in_order,
     parameter_layouts,
     turned_embedding,
@@ -111,7 +112,9 @@ def assign(
     if spans := config.layer_replication:
         fail(f"{folder / CONFIG}: {p}" for p in repeats(spans, slots, leaves))
     finder = Finder(slots)
-    content = in_order(content, config, finder, shapes, file, ordered=names is not None)
+    content = in_order(
+        content, config, finder, shapes, given, file, ordered=names is not None
+    )
     named = content
     content, agreed = without_ties(without_copies(content, finder), finder, file)
     others = {name: content.whole[name] for name in unnamed(config, content)}
@@ -329,10 +332,10 @@ def _layout(
     file: Path,
 ) -> tuple[Layout | None, list[str]]:
     """The layout of a leaf, or what is wrong."""
-    if path in given:
-        return given[path], []
     piece, shape = pieces[0], tuple(base.shape)
     lora, slot = piece.lora, piece.slot
+    if path in given:
+        return expert_layout(piece, shape, given[path]), []
     word = leaf_word(path)
     torch = word in ("weight", IN) and not flips[1] and lora.kind == "linear"
     if lora.kind == "conv":

@@ -24,6 +24,7 @@ from flora._peft.file import CONFIG, COUNTER
 from flora._peft.groups import AcrossGroups
 from flora._peft.kasa import KaSA
 from flora._peft.keys import PREFIX, TOKENS
+from flora._peft.layouts import is_conv1d
 from flora._peft.memory import (
     agreed,
     base_weights,
@@ -463,7 +464,7 @@ def _config(
         "target_parameters": raw or None,
         "lora_dropout": rates[0] if rates else 0.0,
         "bias": whole.bias,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(is_conv1d(p, x.layout) for p, x in nodes.items()),
         "use_rslora": stabilized,
         "use_dora": dora,
         "lora_bias": any(p.lora.bias is not None for p in made),

@@ -15,7 +15,7 @@ References: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from flora._files.atomic import steadily
 from flora._peft.config import PeftConfig, read
 from flora._peft.factors import magnitude, node
 from flora._peft.file import CONFIG, WEIGHTS, directory, read_tensors, write
+from flora._peft.ignored import Ignored
 from flora._peft.keys import PREFIX, Content, sort_out
 from flora._peft.load import (
     AdaptedLeaf,
@@ -37,10 +38,11 @@ from flora._peft.load import (
     coverage_problems,
     expected_layouts,
 )
-from flora._peft.names import Module, Names
+from flora._peft.names import Module, Names, Slot
 from flora._peft.names_match import match_names
-from flora._peft.residual import residual
+from flora._peft.residual import is_changed, residual, start_of
 from flora._peft.save import written
+from flora._peft.targets import listed
 from flora._peft.whole import put
 from flora._trace.discover import Finding, discover
 from flora._trace.stage import stage
@@ -65,6 +67,7 @@ def load(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     dtype: Any = None,
+    ignore: Pattern = (),
     allow_nonfinite: bool = False,
 ) -> Any:
     """The tree with PEFT's adapter in it, ready to run and to train on.
@@ -84,6 +87,9 @@ def load(
       args: the other positional arguments of one call of `fn`.
       kwargs: its keyword arguments.
       dtype: of the factors; by default float32, or float64 where the file has it.
+      ignore: a pattern (see `LoraConfig`; dots in the place of '/') of what to pass
+        over: keys that the file has and this base or config does not, keys that it
+        lacks, and entries of the config, such as 'vision_tower.*' or 'use_qalora'.
       allow_nonfinite: True to take NaN and infinity too.
 
     Returns:
@@ -115,9 +121,10 @@ def load(
         raise LoraTypeError(
             f"flora.peft.load: dtype={dtype!r}. Write a floating dtype."
         )
+    ignored = Ignored(ignore)
     config, tensors = steadily(
         (folder / CONFIG, folder / WEIGHTS),
-        lambda: (read(folder), read_tensors(folder)),
+        lambda: (read(folder, ignored), read_tensors(folder, ignored)),
     )
     content = _in_dtype(sort_out(tensors, config, folder), dtype)
     require_finite(f"{folder / WEIGHTS}", tensors, allow_nonfinite)
@@ -127,10 +134,20 @@ def load(
     )
     given |= {path: f.layout for path, f in uses.items() if f.layout is not None}
     readers = None if fn is None else {p: _readers(f) for p, f in uses.items()}
-    found = assign(folder, config, content, leaves, names, given, readers=readers)
+    found = assign(
+        folder,
+        config,
+        content,
+        leaves,
+        names,
+        given,
+        readers=readers,
+        ignored=ignored,
+    )
+    ignored.require_used(tensors)
     fail(coverage_problems(leaves, found, folder / WEIGHTS))
     new = {path: _node(site, config, folder) for path, site in found.adapted.items()}
-    fail(_base_problems(found, leaves, folder))
+    fail(_base_problems(found, leaves, config, folder))
     new |= _whole(found, leaves, folder)
     new |= {
         path: dataclasses.replace(new[path], origin=memory.origin(path))
@@ -219,6 +236,9 @@ def _node(site: AdaptedLeaf, config: PeftConfig, folder: Any) -> LoraWeight:
             left, base.sharding if isinstance(base, jax.Array) else None
         )
     made = node(site.path, site.base, site.layout, site.pieces, site.beside)
+    if config.residual and any(is_changed(p.lora) for p in site.pieces):
+        scales = ((p.rank, p.scale) for p in site.pieces)
+        made = dataclasses.replace(made, start=start_of(config.residual, scales))
     new = dataclasses.replace(
         made, base=base, dropout=float(config.lora_dropout), **_placed(made)
     )
@@ -290,35 +310,47 @@ def _whole(found: Assignment, leaves: Mapping[str, Any], folder: Any) -> dict[st
 
 
 def _base_problems(
-    found: Assignment, leaves: Mapping[str, Any], folder: Any
-) -> list[str]:
+    found: Assignment, leaves: Mapping[str, Any], config: PeftConfig, folder: Any
+) -> Iterator[str]:
     """Weights of the base in the file that differ from this base's."""
-    problems = []
     for path, parts in found.of_base.items():
-        base = base_of(leaves[path])
         for slot, index, x in parts:
-            own = f"{folder / WEIGHTS}: the base weight of '{slot.at(index)}'"
-            if not is_array(base) or isinstance(base, jax.ShapeDtypeStruct):
-                continue
-            want = np.zeros(base.shape, np.float64)
-            have = np.asarray(base).astype(np.float64)
-            try:
-                put(want, slot, index, x.astype(np.float64), (slot,))
-            except ValueError as error:
-                problems.append(
-                    f"{own} does not fit '{path}' {tuple(base.shape)}: {error}. Resize "
-                    "the base as the adapter's was."
+            if gap := _gap(base_of(leaves[path]), slot, index, x):
+                yield (
+                    f"{folder / WEIGHTS}: the base weight of '{slot.at(index)}' {gap}. "
+                    "The adapter was trained on another base, or with a vocabulary of "
+                    "another size: resize the base as the adapter's was."
                 )
-                continue
-            at = tuple(index)
-            gap = np.abs(want[at] - have[at]).max() / max(np.abs(have[at]).max(), 1e-30)
-            if gap > 2**-7:  # bfloat16 keeps 8 bits
-                problems.append(
-                    f"{own} differs from '{path}' of the base by {gap:.1e} of its "
-                    "largest value; expected the same. The adapter was trained on "
-                    "another base."
+    for path, parts in found.unnamed.items():
+        for slot, index, x in parts:
+            name = slot.at(index)
+            if gap := _gap(base_of(leaves[path]), slot, index, x):
+                yield (
+                    f"{folder / WEIGHTS}: '{PREFIX}{name}' {gap}, and is not part of "
+                    f"the adapter by {CONFIG}: modules_to_save is "
+                    f"{listed(config.modules_to_save)} and bias is '{config.bias}'. "
+                    f"Name its module there, or write ignore={name!r}."
                 )
-    return problems
+
+
+def _gap(base: Any, slot: Slot, index: Sequence[int], x: np.ndarray) -> str:
+    """How a weight in the file differs from the base's; '' if it does not."""
+    if not is_array(base) or isinstance(base, jax.ShapeDtypeStruct):
+        return ""
+    want = np.zeros(base.shape, np.float64)
+    have = np.asarray(base).astype(np.float64)
+    try:
+        put(want, slot, index, x.astype(np.float64), (slot,))
+    except ValueError as error:
+        return f"does not fit '{slot.path}' {tuple(base.shape)}: {error}"
+    at = tuple(index)
+    gap = np.abs(want[at] - have[at]).max() / max(np.abs(have[at]).max(), 1e-30)
+    if gap <= 2**-7:  # bfloat16 keeps 8 bits
+        return ""
+    return (
+        f"differs from '{slot.path}' of the base by {gap:.1e} of its largest value; "
+        "expected the same"
+    )
 
 
 def save(

@@ -41,6 +41,7 @@ def record_of(path: str, leaf: Any, also: Pattern) -> dict[str, Any]:
             kind, leaf = "trained", leaf.value
         return {"kind": kind, "shape": [*np.shape(abstract(leaf))], **beside}
     apart = _APART if leaf.blocks else (*_APART, "blocks")
+    apart = apart if leaf.start else (*apart, "start")
     names = [f.name for f in dataclasses.fields(leaf) if f.name not in apart]
     settings = {name: _encoded(getattr(leaf, name)) for name in names}
     layout = leaf.layout
@@ -111,6 +112,7 @@ def record_problem(path: str, record: Mapping[str, Any]) -> str:
     if "blocks" in settings:
         given = settings["blocks"]
         good["blocks"] = isinstance(given, tuple) and all(map(_is_block, given))
+    good["start"] = isinstance(settings.get("start", ""), str)
     bad = next((k for k, fits in good.items() if not fits), "")
     return bad and f"{at}.settings.{bad} is {record['settings'][bad]!r}"
 

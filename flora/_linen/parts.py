@@ -188,6 +188,7 @@ def _shapes(node: Any, base: Any) -> dict[str, Any]:
 
 def differences(has: Settings, wants: Settings) -> Iterator[str]:
     """Where the settings of a tree are not those of a module's config."""
+    has = {path: _whatever_start(node) for path, node in has.items()}
     for path in sorted(has.keys() | wants.keys()):
         if has.get(path) != wants.get(path):
             yield (
@@ -195,6 +196,11 @@ def differences(has: Settings, wants: Settings) -> Iterator[str]:
                 f"in the tree and {wants.get(path, 'not adapted')!r} by the module's "
                 "config. Write a config with the tree's settings."
             )
+
+
+def _whatever_start(node: Any) -> Any:
+    """The node without what its base went through, which variables do not tell."""
+    return dataclasses.replace(node, start="") if isinstance(node, LoraWeight) else node
 
 
 def require_factors(params: Any, verb: str) -> Any:

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from flora._peft.file import CONFIG, read_json
+from flora._peft.ignored import Ignored
 from flora._peft.regex import Invalid, Patterns, Regex, Steps, is_plain
 from flora._tree.errors import LoraError, fail
 
@@ -48,8 +49,6 @@ ABOUT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
 _PLAIN_STARTS = (True, False, "true", "gaussian", "eva", "orthogonal", "mica")
 # Ways to start that took BA out of the base and can be repeated.
 RESIDUAL_STARTS = ("pissa", "olora")
-# Heads that PEFT saves whole for tasks of classification, whichever there is.
-HEADS = ("classifier", "score")
 # Tasks of models that end in something else than words.
 WORDLESS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -146,6 +145,25 @@ class PeftConfig:
         key = self.alphas.first(module)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
+    def pattern_problems(self, modules: Iterable[str]) -> Iterator[str]:
+        """Ranks and alphas of patterns that decide for a module and are none."""
+        for module in modules:
+            for field, wanted, found, key in (
+                ("rank_pattern", "r", self.rank(module), self.ranks.first(module)),
+                (
+                    "alpha_pattern",
+                    "lora_alpha",
+                    self.alpha(module),
+                    self.alphas.first(module),
+                ),
+            ):
+                good, what = _CHECKS[wanted]
+                if not good(found):
+                    yield (
+                        f"{field} has {found!r} at {key!r}, which decides for "
+                        f"'{module}'; expected {what}. Correct it."
+                    )
+
     def scale(self, module: str) -> float:
         """alpha/r or alpha/√r of one module."""
         r = self.rank(module)
@@ -172,9 +190,11 @@ def _regex(field: str, entry: str, steps: Steps | None = None) -> Regex:
     return Regex(text, f"{field} {entry!r}", steps)
 
 
-def read(folder: Path) -> PeftConfig:
-    """The config of a directory, checked."""
-    return parse(read_json(folder), folder / CONFIG)
+def read(folder: Path, ignored: Ignored) -> PeftConfig:
+    """The config of a directory, checked, without the entries that are ignored."""
+    raw = read_json(folder)
+    raw = {k: v for k, v in raw.items() if k == "peft_type" or not ignored(k, v)}
+    return parse(raw, folder / CONFIG)
 
 
 def parse(raw: Mapping[str, Any], path: Path) -> PeftConfig:
@@ -185,6 +205,7 @@ def parse(raw: Mapping[str, Any], path: Path) -> PeftConfig:
     fail(f"{path}: {problem}" for problem in _problems(raw))
     names = {field.name for field in dataclasses.fields(PeftConfig)}
     given = {k: v for k, v in raw.items() if k in names and v is not None}
+    given |= {k: bool(v) for k, v in given.items() if _CHECKS.get(k) is _FLAG}
     for name in ("layers_to_transform", "layers_pattern"):
         if isinstance(given.get(name), int | str):
             given[name] = [given[name]] if given[name] != "" else []
@@ -235,11 +256,18 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
                 f"{name} is {value!r}; expected it off: flora has no {_OFF[name]}. "
                 "Merge the adapter in PEFT, or train one without."
             )
-        elif name not in known and name not in _OFF and value:
+        elif name not in known and name not in _OFF and not _is_inert(value):
             yield (
                 f"{name} is {value!r}, a field that flora does not know and that may "
-                "change the computation. Remove it if it does not."
+                f"change the computation. If it does not, write ignore={name!r}."
             )
+
+
+def _is_inert(value: Any) -> bool:
+    """Whether a field of another version of PEFT's is off."""
+    if isinstance(value, dict):
+        return all(map(_is_inert, value.values()))
+    return not value or (isinstance(value, str) and value.lower() in ("none", "false"))
 
 
 def _regex_problems(raw: Mapping[str, Any]) -> Iterator[str]:
@@ -288,15 +316,19 @@ def _is_number(x: Any) -> bool:
 
 
 def _is_alpha(x: Any) -> bool:
-    return _is_number(x) and x > 1e-38
+    return _is_number(x) and (x == 0 or abs(x) > 1e-38)
 
 
 def _is_rank(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and 0 < x < 2**31
+    return _is_index(x) and x > 0
 
 
 def _is_index(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31
+    return isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**31
+
+
+def _is_any_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def _list_of(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -323,7 +355,7 @@ def _is_name(x: Any) -> bool:
 
 
 def _is_flag(x: Any) -> bool:
-    return isinstance(x, bool)
+    return x is None or x in (0, 1)  # `True == 1`
 
 
 def _optional(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -332,14 +364,15 @@ def _optional(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 _NAMES = _list_of(_is_name)
 _FLAG = (_is_flag, "true or false")
+_ALPHA = "a finite number"
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "an int of at least 1"),
-    "lora_alpha": (_is_alpha, "a finite number above 0"),
+    "lora_alpha": (_is_alpha, _ALPHA),
     "target_modules": (_optional(_NAMES, _is_name), "a list of names or one regex"),
     "exclude_modules": (_optional(_NAMES, _is_name), "a list of names or one regex"),
     "target_parameters": (_optional(_NAMES), "a list of names"),
-    "rank_pattern": (_dict_of(_is_rank), "an object {regex: int of at least 1}"),
-    "alpha_pattern": (_dict_of(_is_alpha), "an object {regex: finite number above 0}"),
+    "rank_pattern": (_dict_of(_is_index), "an object {regex: int of at least 1}"),
+    "alpha_pattern": (_dict_of(_is_any_number), "an object {regex: finite number}"),
     "modules_to_save": (_optional(_NAMES), "a list of names"),
     "layers_to_transform": (
         _optional(_is_index, _list_of(_is_index)),

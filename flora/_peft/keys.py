@@ -1,6 +1,8 @@
 """The keys of adapter_model.safetensors: the module and the role of each tensor."""
 
+import collections
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 from flora._peft.config import PeftConfig
 from flora._peft.file import WEIGHTS
 from flora._peft.twice import IN, OUT
-from flora._tree.errors import fail
+from flora._tree.errors import LoraError, fail
 
 PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -26,6 +28,13 @@ _PARTS = {
     _BIAS: "bias",
 }
 _BASE = ".base_layer"
+# What torch.compile, FSDP and checkpointing put around modules.
+_WRAPPERS = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+# The name of an adapter, which files do not have and states of a whole model do.
+_NAMED = re.compile(
+    r"\.(lora_[AB])\.([^.]+)\.(weight|bias)$"
+    r"|\.(lora_embedding_[AB]|lora_magnitude_vector)\.(?!weight$)([^.]+)(?:\.weight)?$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +80,11 @@ class Lora:
             return self.module.rpartition(".")[0]
         return self.name if self.raw else self.module
 
+    @property
+    def words(self) -> list[str]:
+        """The parameters that it may be of, as long as nothing decides."""
+        return self.parameter.split("|")
+
     def key(self, part: str) -> str:
         """The tensor's key in the file."""
         ends = {v: k for k, v in reversed(_PARTS.items())}
@@ -90,11 +104,56 @@ class Content:
     of_base: Mapping[str, np.ndarray]
 
 
+def plain_keys(tensors: Mapping[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
+    """The tensors by the keys that PEFT's `save_pretrained` gives them.
+
+    States of a model that is compiled, sharded or not taken out of its `PeftModel` have
+    more in them, and those of a model that PEFT was injected into have no prefix.
+    """
+    bare = not any(PREFIX in key for key in tensors)
+    found = [(key, _NAMED.search(key)) for key in tensors]
+    names = {named[2] or named[5] for _, named in found if named}
+    if len(names) > 1:
+        raise LoraError(
+            f"{file}: holds the adapters {', '.join(map(repr, sorted(names)))}; "
+            "expected one. Write ignore= for those to leave out, such as "
+            f"ignore='*.{max(names)}*', or save each with PEFT's save_pretrained."
+        )
+    name = max(names, default="")
+
+    def plain(key: str, named: re.Match[str] | None) -> str:
+        if named is not None:
+            end = f"{named[1]}.{named[3]}" if named[1] else named[4]
+            key = f"{key[: named.start()]}.{end}"
+        elif name:
+            key = key.replace(f".modules_to_save.{name}.", ".")
+        key = unwrapped(key).removeprefix("module.")
+        while key.startswith(2 * PREFIX):
+            key = key.removeprefix(PREFIX)
+        return PREFIX + key if bare else key
+
+    keys = {key: plain(key, named) for key, named in found}
+    counts = collections.Counter(keys.values())
+    fail(
+        f"{file}: '{key}' and another key are both '{plain}'. Save the adapter with "
+        "PEFT's save_pretrained."
+        for key, plain in keys.items()
+        if counts[plain] > 1 and key != plain
+    )
+    return {keys[key]: x for key, x in tensors.items()}
+
+
+def unwrapped(name: str) -> str:
+    """A module's name without what torch.compile and FSDP put around it."""
+    return _WRAPPERS.sub("", name)
+
+
 def sort_out(
     tensors: Mapping[str, np.ndarray], config: PeftConfig, folder: Path
 ) -> Content:
     """The content of a file, checked against its config but for names."""
     file = folder / WEIGHTS
+    tensors = plain_keys(tensors, file)
     fail(p for key, x in tensors.items() for p in _tensor_problems(file, key, x))
     groups: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
     whole, of_base = {}, {}
@@ -170,11 +229,6 @@ def _tensor_problems(file: Path, key: str, x: np.ndarray) -> Iterator[str]:
         yield (
             f"{file}: '{key}' does not start with '{PREFIX}', as every key of PEFT's "
             "does. Save the adapter with PEFT's save_pretrained."
-        )
-    elif ".default." in key or key.endswith(".default"):
-        yield (
-            f"{file}: '{key}' names an adapter inside; expected a key without it, such "
-            "as '….lora_A.weight'. Save the adapter with PEFT's save_pretrained."
         )
     elif not x.size:
         yield f"{file}: '{key}' has shape {x.shape}, no elements. Save it anew."

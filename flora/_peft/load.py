@@ -1,7 +1,8 @@
 """From an adapter's directory and a base to an adapted tree."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from flora._peft.config import PeftConfig
 from flora._peft.convention import matched_slots
 from flora._peft.factors import Piece
 from flora._peft.file import CONFIG, WEIGHTS
-from flora._peft.keys import Content, Lora
+from flora._peft.ignored import Ignored
+from flora._peft.keys import PREFIX, Content, Lora
 from flora._peft.layouts import conv_layout, layouts, leaf_word, turned
 from flora._peft.memory import Memory
 from flora._peft.names import Finder, Module, Slot, given_slots, split_name
@@ -24,7 +26,7 @@ from flora._peft.parameters import (
     with_parameters,
 )
 from flora._peft.renamed import with_renamed
-from flora._peft.targets import plain, target_problems, whole_problems
+from flora._peft.targets import plain, target_problems, unnamed, whole_problems
 from flora._peft.ties import Readers, load_problems, tied_modules, without_ties
 from flora._peft.twice import IN
 from flora._tree.errors import fail
@@ -61,6 +63,7 @@ class Assignment:
       bias: for each path `(slot, index, value)` that is added to a bias.
       of_base: for each path `(slot, index, value)` that the base must hold.
       memories: for each path of `adapted` and `whole` what it remembers of the file.
+      unnamed: likewise, of parameters that need not be in the file.
     """
 
     adapted: Mapping[str, AdaptedLeaf]
@@ -68,6 +71,7 @@ class Assignment:
     bias: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
     of_base: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
     memories: Mapping[str, Memory]
+    unnamed: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
 
 
 def assign(
@@ -79,10 +83,16 @@ def assign(
     given: Mapping[str, Layout],
     *,
     readers: Readers | None,
+    ignored: Ignored,
 ) -> Assignment:
     """Assigns each tensor to a leaf; all that does not fit is reported at once."""
     file = folder / WEIGHTS
     content = with_parameters(content, config, file)
+    named = (
+        dataclasses.replace(x, parameter=w) for x in content.loras for w in x.words
+    )
+    bad = config.pattern_problems(x.site for x in named)
+    fail(f"{folder / CONFIG}: {problem}" for problem in bad)
     wanted = [
         *(lora.name for lora in content.loras),
         *map(plain, [*content.whole, *content.of_base]),
@@ -99,15 +109,18 @@ def assign(
     )
     named = content
     content, agreed = without_ties(content, finder, file)
-    fail(_lost(content, finder, file, paths))
+    others = {name: content.whole[name] for name in unnamed(config, content)}
+    trained = {name: x for name, x in content.whole.items() if name not in others}
+    content = dataclasses.replace(content, whole=trained)
+    fail(_lost(content, others, finder, file, paths))
     fail(load_problems(content, agreed, finder, config, shapes, readers, file))
     sites = _sites(config, content, finder, leaves, given, file)
     weights, parameters = _universe(slots, sites, shapes)
     tied = {x.module for x in named.loras} - {x.module for x in content.loras}
     fail(
         [
-            *target_problems(config, named, weights, tied, folder),
-            *whole_problems(config, content, parameters, folder),
+            *target_problems(config, named, weights, tied, folder, ignored),
+            *whole_problems(config, content, parameters, folder, ignored),
         ]
     )
 
@@ -132,7 +145,8 @@ def assign(
     )
     whole = placed(content.whole)
     memories = _memories(sites, whole, named, finder, config.about)
-    return Assignment(sites, whole, placed(bias), placed(content.of_base), memories)
+    of_base = placed(content.of_base)
+    return Assignment(sites, whole, placed(bias), of_base, memories, placed(others))
 
 
 def _memories(
@@ -182,18 +196,22 @@ def _with_kind(slot: Slot, piece: Piece) -> Slot:
 
 
 def _lost(
-    content: Content, finder: Finder, file: Path, paths: Sequence[str]
+    content: Content,
+    others: Iterable[str],
+    finder: Finder,
+    file: Path,
+    paths: Sequence[str],
 ) -> Iterator[str]:
     keys = {x.name: x.key("a") for x in content.loras}
-    keys |= {
-        plain(n): f"base_model.model.{n}" for n in (*content.whole, *content.of_base)
-    }
+    whole = (*content.whole, *content.of_base, *others)
+    keys |= {plain(n): f"{PREFIX}{n}" for n in whole}
     for name, key in keys.items():
         if not finder.all(name):
             yield (
                 f"{file}: '{key}' belongs to '{name}', which none of the base's "
                 f"{len(paths)} leaves is, such as '{paths[0] if paths else ''}'. Is it "
-                "the adapter of another base? Or pass names={leaf: module}."
+                "the adapter of another base? If not, pass names={leaf: module}, or "
+                f"ignore='{split_name(name)[0]}.*' to leave it out."
             )
 
 
@@ -253,24 +271,42 @@ def _padded(lora: Lora, rank: int) -> Lora:
 def _rank_problems(piece: Piece, file: Path) -> Iterator[str]:
     lora, rank = piece.lora, piece.rank
     a, b = lora.a.shape[0], lora.b.shape[1]
-    config = file.parent / CONFIG
     if lora.raw:
         if a != b or a % rank:
             yield (
                 f"{file}: '{lora.key('a')}' has {a} rows and '{lora.key('b')}' {b} "
-                f"columns; {config} gives rank {rank}, so expected both to be {rank} "
-                "times the number of experts. Correct r or rank_pattern."
+                f"columns; expected both to be {rank} times the number of experts, "
+                f"since {CONFIG} gives rank {rank}. Correct r or rank_pattern."
             )
         return
     groups = a // b if lora.kind == "conv" and b and a % b == 0 else 1
     if a != rank or b * groups != rank:
         yield (
-            f"{file}: '{lora.key('a')}' has shape {lora.a.shape} and '{lora.key('b')}' "
-            f"{lora.b.shape}, rank {a}; {config} gives rank {rank} for "
-            f"'{lora.site}'. Correct r or rank_pattern, or save the adapter anew."
+            f"{file}: {_shapes(lora)}; expected rank {rank}, that {CONFIG} gives for "
+            f"'{lora.site}', as A's rows and B's columns. {_rank_remedy(lora, rank)}"
         )
     elif any(n != 1 for n in lora.b.shape[2:]):
-        yield f"{file}: '{lora.key('b')}' has shape {lora.b.shape}; expected 1×1."
+        wanted = (*lora.b.shape[:2], *(1 for _ in lora.b.shape[2:]))
+        yield (
+            f"{file}: '{lora.key('b')}' has shape {lora.b.shape}; expected {wanted}. "
+            "Save the adapter anew."
+        )
+
+
+def _shapes(lora: Lora) -> str:
+    return (
+        f"'{lora.key('a')}' has shape {lora.a.shape} and '{lora.key('b')}' "
+        f"{lora.b.shape}"
+    )
+
+
+def _rank_remedy(lora: Lora, rank: int) -> str:
+    turned = lora.a.shape[1], lora.b.shape[0]
+    if turned == (rank, rank):
+        return "A and B seem to be transposed, or exchanged: save the adapter anew."
+    if lora.a.shape[0] == lora.b.shape[1]:
+        return f"Write {lora.a.shape[0]} in r or rank_pattern, or save it anew."
+    return "A and B are of different adapters, or damaged: save the adapter anew."
 
 
 def _layout(
@@ -287,6 +323,8 @@ def _layout(
     lora, slot = piece.lora, piece.slot
     if path in given:
         return expert_layout(piece, shape, given[path]), []
+    word = leaf_word(path)
+    torch = word in ("weight", IN) and not flips[1] and lora.kind == "linear"
     if lora.kind == "conv":
         window = lora.a.shape[2:]
         layout = conv_layout(path, shape, slot.holes, window, lora.b.shape[0])
@@ -295,8 +333,6 @@ def _layout(
         experts = lora.a.shape[0] // piece.rank
         found = parameter_layouts(lora, slot, shape, experts)
     else:
-        word = leaf_word(path)
-        torch = word in ("weight", IN) and not flips[1] and lora.kind == "linear"
         sizes = lora.a.shape[1], _out_features(piece, beside)
         first = torch or (flips[0] and leaf_word(path) == "kernel")
         found = layouts(path, shape, slot.holes, sizes, out_first=first)
@@ -309,13 +345,17 @@ def _layout(
             f"{'; '.join(map(str, found[:3]))}. Pass fn= and args= to follow it, or a "
             "tree that flora.init adapted."
         ]
+    wanted = "A (r, in) and B (out, r) for in and out features that are axes of"
+    if len(shape) - slot.holes == 2 and not lora.raw and lora.kind != "conv":
+        first, last = reversed(shape[-2:]) if flips[0] or torch else shape[-2:]
+        wanted = f"{_expected(lora, first, last)} for"
     return None, [
-        f"{file}: {a} and {b} do not fit the base's '{path}' of shape {shape}: "
-        f"expected "
-        f"in features {lora.a.shape[1]} and out features {lora.b.shape[0]} among its "
-        f"axes"
-        ". Is it the adapter of another base? Or pass names={leaf: module}."
+        f"{file}: {_shapes(lora)}; expected {wanted} the base's '{path}' of shape "
+        f"{shape}. {_REMEDY}"
     ]
+
+
+_REMEDY = "Is it the adapter of another base? Or pass names={leaf: module}."
 
 
 def _out_features(piece: Piece, beside: Sequence[Slot]) -> int:
@@ -362,14 +402,35 @@ def _checked(
         experts = int(np.prod(stack[slot.holes :]))
         if need != have or (lora.raw and lora.a.shape[0] != piece.rank * experts):
             problems.append(
-                f"{file}: '{lora.key('a')}' has shape {lora.a.shape} and "
-                f"'{lora.key('b')}' {lora.b.shape}; the base's '{path}' of shape "
-                f"{shape} ({layout}) has {in_} in and {out} out features. Is it the "
-                "adapter of another base?"
+                f"{file}: {_shapes(lora)}; expected {_expected(lora, in_, out)} for "
+                f"the {in_} in and {out} out features of the base's '{path}' of shape "
+                f"{shape} ({layout}). {_REMEDY}"
+            )
+            continue
+        m = piece.lora.magnitude
+        if m is not None and m.size != piece.lora.b.shape[0]:
+            wanted = (piece.lora.b.shape[0],)
+            wanted = (1, *wanted, *(1 for _ in m.shape[2:])) if m.ndim > 1 else wanted
+            problems.append(
+                f"{file}: '{lora.key('magnitude')}' has shape {m.shape}; expected "
+                f"{wanted}, one for each output. Save the adapter anew."
             )
             continue
         new.append(piece)
     return new, problems
+
+
+def _expected(lora: Lora, in_: int, out: int) -> str:
+    """The shapes that the factors of a leaf with so many features have in a file."""
+    r = lora.b.shape[1]
+    if lora.kind == "embedding":
+        return f"A ({r}, {in_}) and B ({out}, {r})"
+    if lora.kind == "conv":
+        window = lora.a.shape[2:]
+        ones = ", 1" * len(window)
+        a = ", ".join(map(str, (lora.a.shape[0], in_ // math.prod(window), *window)))
+        return f"A ({a}) and B ({out}, {r}{ones})"
+    return f"A ({lora.a.shape[0]}, {in_}) and B ({out}, {r})"
 
 
 def _universe(

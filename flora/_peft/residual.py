@@ -4,12 +4,13 @@ References: Meng et al. 2024 (PiSSA). https://arxiv.org/abs/2404.02948
   Büyükakyüz 2024 (OLoRA). https://arxiv.org/abs/2406.01775
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from flora._peft.factors import Piece, positions
+from flora._peft.keys import Lora
 from flora._peft.names import Slot
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
@@ -27,6 +28,22 @@ def start(weight: np.ndarray, rank: int, how: str) -> np.ndarray:
         return (u[:, :rank] * s[:rank]) @ v[:rank]
     q, r = np.linalg.qr(w)
     return q[:, :rank] @ r[:rank]
+
+
+def start_of(how: str, scales: Iterable[tuple[int, float]]) -> str:
+    """What a node says of a base that PEFT can change in the same way again.
+
+    Args:
+      how: 'pissa' or 'olora'.
+      scales: `(rank, scale)` of each adapter in the leaf.
+    """
+    shown = sorted({f"rank {rank} and scale {scale:g}" for rank, scale in scales})
+    return f"PEFT's {how} of {', '.join(shown)}"
+
+
+def is_changed(lora: Lora) -> bool:
+    """Whether those starts change a module's base; PEFT starts others as plain LoRA."""
+    return lora.kind == "linear" and not lora.raw
 
 
 def residual(
@@ -61,8 +78,8 @@ def changed(
     turned = value.transpose(layout.order)
     flat = turned.reshape(*stack, in_, out).copy()
     for piece in pieces:
-        if piece.lora.kind != "linear" or piece.lora.raw:
-            continue  # PEFT starts those as plain LoRA
+        if not is_changed(piece.lora):
+            continue
         slot = piece.slot
         at = positions(slot, beside, flat.shape[-1])
         rows = np.asarray(slot.module.order or range(len(at)))

@@ -16,7 +16,7 @@ from flora._files.items import statistics
 from flora._peft.attention import attentions
 from flora._peft.config import WORDLESS, parse
 from flora._peft.convention import default_slots, doubts
-from flora._peft.file import CONFIG
+from flora._peft.file import CONFIG, COUNTER
 from flora._peft.groups import AcrossGroups
 from flora._peft.keys import PREFIX
 from flora._peft.layouts import is_conv1d
@@ -29,8 +29,8 @@ from flora._peft.memory import (
 )
 from flora._peft.names import Slot, given_slots, split_name
 from flora._peft.parts import Part, is_idle, joined, parts, slots_beside
-from flora._peft.serving import for_serving
-from flora._peft.start import with_start
+from flora._peft.serving import for_serving, with_neighbors
+from flora._peft.start import common_start, with_start
 from flora._peft.targets import ends, selects
 from flora._peft.ties import Readers, save_problems, tied_slots
 from flora._peft.twice import AddedTwice
@@ -95,24 +95,30 @@ def written(
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
     nodes = nodes if base is None else with_start(nodes, base)
     in_parts: dict[str, list[Part]] = {}
+    of_leaf: dict[str, list[Part]] = {}
     for path, node in nodes.items():
         kind = min((readers or {}).get(path, ()), default="")
-        for part in parts(path, node, by_path[path], kind):
+        of_leaf[path] = [*parts(path, node, by_path[path], kind)]
+        for part in of_leaf[path]:
             in_parts.setdefault(part.lora.name, []).append(part)
+    start = common_start(nodes, of_leaf, serving=serving)
     with_rows = [s for s in slots if s.module.order is not None]
     made = [
         joined(some, [s for s in with_rows if s.index(name) is not None])
         for name, some in in_parts.items()
     ]
     made = [part for part in made if not is_idle(part)]
+    if serving:
+        made = with_neighbors(made, named, by_path)
     made = attentions(made, nodes, slots)
     made = _nested(made, None if names is None and not known else slots)
     whole = _whole(named, by_path, made)
     fail(_lost_statistics(adapted, named, by_path, whole, base, ignore))
     if serving:
-        made = for_serving(made, whole, named, by_path)
+        made = for_serving(made, whole)
     config = _config(made, whole, nodes, by_path, named)
     config |= agreed(found) | {k: v for k, v in about.items() if v is not None}
+    config["init_lora_weights"] = start or True
     dtypes = {p: some[0].dtype for p, some in found.items()}
     tensors, own_dtype = {}, {}
     for part in made:
@@ -137,6 +143,10 @@ def written(
             k: x.astype(dtype or own_dtype[k] or x.dtype) for k, x in tensors.items()
         }
     require_finite("save", cast, allow_nonfinite, before=tensors)
+    for key in [k for k in cast if k.endswith(".running_mean")]:
+        # PyTorch counts batches beside them, and PEFT asks for the number.
+        count = key.removesuffix(".running_mean") + COUNTER
+        cast[count] = np.zeros((), np.int64)
     return config, cast
 
 
@@ -237,7 +247,7 @@ def _nested(made: Sequence[Part], declared: Sequence[Slot] | None) -> list[Part]
     count = collections.Counter(p.lora.module for p in made)
     if declared is not None:
         at = {slot.name: i for i, slot in enumerate(declared)}
-        made = sorted(made, key=lambda p: at[p.slot.name])
+        made = sorted(made, key=lambda p: at.get(p.slot.name, len(at)))  # tied: last
     else:
         made = sorted(made, key=lambda p: p.lora.parameter.startswith("down"))
     first = {

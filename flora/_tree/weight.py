@@ -88,6 +88,8 @@ class LoraWeight(_Listed):
       dropout: dropout rate on the input of the low-rank path.
       fallback: 'error' or 'materialize', for uses that have no factored rule.
       form: how its products are computed, see `LoraConfig.form`.
+      start: what took a part of W into A and B as they started, such as
+        'flora.starts.pissa'; '' where the base is the model's own.
       variant: how A, B and `extra` become a product, see `flora.variants`; `None` is
         LoRA.
       blocks: the adapters that A and B hold where they are not one: with ranks and
@@ -113,6 +115,7 @@ class LoraWeight(_Listed):
     dropout: float = 0.0
     fallback: str = "error"
     form: str = "auto"
+    start: str = ""
     variant: Variant | None = None
     blocks: tuple[Block, ...] = ()
     origin: Origin = dataclasses.field(default_factory=Origin)
@@ -166,6 +169,7 @@ jax.tree_util.register_dataclass(
         "dropout",
         "fallback",
         "form",
+        "start",
         "variant",
         "blocks",
         "origin",

@@ -24,7 +24,9 @@ def flax_tree(model):
         *parents, last = path
         for word in parents:
             node = node.setdefault(word, {})
-        node[last] = jnp.asarray(value.detach().numpy())
+        half = value.dtype == torch.bfloat16  # which NumPy lacks
+        array = (value.float() if half else value).detach().numpy()
+        node[last] = jnp.asarray(array, jnp.bfloat16 if half else None)
 
     for name, module in model.named_modules():
         for key, x in module.named_parameters(recurse=False):
@@ -40,6 +42,9 @@ def flax_tree(model):
             elif "Norm" in type(module).__name__ and key == "weight":
                 path[-1] = "scale"
             put(path, x)
+        for key, x in module.named_buffers(recurse=False):
+            if key.startswith("running_"):
+                put([*name.split("."), key.removeprefix("running_")], x)
     return tree
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ _PICKLE = "adapter_model.bin"
 
 _MOST = 10_000_000  # bytes of a config, which may name each module three times
 _LONGEST = 1_000  # characters of a key
+# What torch.compile, FSDP and checkpointing put around modules, in keys and regexes.
+WRAPPERS = re.compile(
+    r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\\?\."
+)
 COUNTER = ".num_batches_tracked"  # of batches; Flax counts none
 _DTYPES = ("F64", "F32", "F16", "BF16")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from flora._peft.config import PeftConfig
-from flora._peft.file import WEIGHTS
+from flora._peft.file import WEIGHTS, WRAPPERS
 from flora._tree.errors import LoraError, fail
 
 PREFIX = "base_model.model."
@@ -27,8 +27,6 @@ _PARTS = {
     _BIAS: "bias",
 }
 _BASE = ".base_layer"
-# What torch.compile, FSDP and checkpointing put around modules.
-_WRAPPERS = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 # The name of an adapter, which files do not have and states of a whole model do.
 _NAMED = re.compile(
     r"\.(lora_[AB])\.([^.]+)\.(weight|bias)$"
@@ -119,7 +117,7 @@ def plain_keys(tensors: Mapping[str, np.ndarray], file: Path) -> dict[str, np.nd
             key = f"{key[: named.start()]}.{end}"
         elif name:
             key = key.replace(f".modules_to_save.{name}.", ".")
-        key = unwrapped(key).removeprefix("module.")
+        key = WRAPPERS.sub("", key).removeprefix("module.")
         while key.startswith(2 * PREFIX):
             key = key.removeprefix(PREFIX)
         return PREFIX + key if bare else key
@@ -133,11 +131,6 @@ def plain_keys(tensors: Mapping[str, np.ndarray], file: Path) -> dict[str, np.nd
         if counts[plain] > 1 and key != plain
     )
     return {keys[key]: x for key, x in tensors.items()}
-
-
-def unwrapped(name: str) -> str:
-    """A module's name without what torch.compile and FSDP put around it."""
-    return _WRAPPERS.sub("", name)
 
 
 def sort_out(

@@ -152,6 +152,13 @@ def sort_out(
         owner, embedding = name.removesuffix(suffix), suffix.startswith(".lora_emb")
         embedding |= f"{PREFIX}{owner}{_EMBEDDING_A}" in tensors
         groups.setdefault((owner, embedding), {})[_PARTS[suffix]] = x
+    if not groups:
+        raise LoraError(
+            f"{file}: has {len(tensors)} tensors, such as '{min(tensors)}', and none "
+            f"of an adapter; expected '….lora_A.weight' and '….lora_B.weight'. Save "
+            "the adapter with PEFT's save_pretrained; weights of a whole model are for "
+            "flora.hf.load."
+        )
     fail(
         f"{file}: '{PREFIX}{owner}' has {', '.join(sorted(parts))} but no "
         f"{' and no '.join(sorted({'a', 'b'} - {*parts}))}; expected both "

@@ -147,15 +147,21 @@ def load(
             f"flora.peft.load: dtype={dtype!r}. Write a floating dtype."
         )
     ignored = Ignored(ignore)
-    config, tensors = steadily(
-        (folder / CONFIG, folder / WEIGHTS),
-        lambda: (
-            read(folder, ignored, started=start is not None),
-            read_tensors(folder, ignored),
-        ),
-    )
     starts = None if start is None else directory("load", start)
-    taken = None if starts is None else (read_starts(starts, ignored), starts)
+    try:
+        config, tensors = steadily(
+            (folder / CONFIG, folder / WEIGHTS),
+            lambda: (
+                read(folder, ignored, started=start is not None),
+                read_tensors(folder, ignored),
+            ),
+        )
+        taken = None if starts is None else (read_starts(starts, ignored), starts)
+    except OSError as error:
+        raise LoraError(
+            f"{error.filename or folder}: cannot be read: {error.strerror}. Pass a "
+            "directory that this user may read."
+        ) from error
     content = _in_dtype(sort_out(tensors, config, folder), dtype)
     require_finite(f"{folder / WEIGHTS}", tensors, allow_nonfinite)
     given = expected_layouts(leaves)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flora._peft.file import CONFIG, read_json
+from flora._peft.file import CONFIG, WRAPPERS, read_json
 from flora._peft.ignored import Ignored
 from flora._peft.regex import Invalid, Patterns, Regex, Steps, is_plain
 from flora._tree.errors import LoraError, fail
@@ -233,8 +233,30 @@ def _regex(field: str, entry: str, steps: Steps | None = None) -> Regex:
 def read(folder: Path, ignored: Ignored, *, started: bool = False) -> PeftConfig:
     """The config of a directory, checked, without the entries that are ignored."""
     raw = read_json(folder)
-    raw = {k: v for k, v in raw.items() if k == "peft_type" or not ignored(k, v)}
-    return parse(raw, folder / CONFIG, started=started)
+    kept = {k: v for k, v in raw.items() if k == "peft_type" or not ignored(k, v)}
+    plain = {k: _unwrapped(v) for k, v in kept.items() if k in _NAMED}
+    return parse(kept | plain, folder / CONFIG, started=started)
+
+
+_NAMED = (
+    *_AROUND,
+    "target_modules",
+    "exclude_modules",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+)
+
+
+def _unwrapped(names: Any) -> Any:
+    """Names as those of the keys, without what was put around modules."""
+    if isinstance(names, str):
+        return WRAPPERS.sub("", names)
+    if isinstance(names, list):
+        return [_unwrapped(x) for x in names]
+    if isinstance(names, dict):
+        return {_unwrapped(k): _unwrapped(v) for k, v in names.items()}
+    return names
 
 
 def parse(raw: Mapping[str, Any], path: Path, *, started: bool = False) -> PeftConfig:

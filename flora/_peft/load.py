@@ -224,7 +224,7 @@ def _lost(
                 f"{file}: '{key}' belongs to '{name}', which none of the base's "
                 f"{len(paths)} leaves is, such as '{paths[0] if paths else ''}'. Is it "
                 "the adapter of another base? If not, pass names={leaf: module}, or "
-                f"ignore='{split_name(name)[0]}.*' to leave it out."
+                f"ignore='{split_name(name)[0] or key}.*' to leave it out."
             )
 
 
@@ -349,6 +349,8 @@ def _layout(
         sizes = lora.a.shape[1], _out_features(piece, beside)
         first = torch or (flips[0] and leaf_word(path) == "kernel")
         found = layouts(path, shape, slot.holes, sizes, out_first=first)
+    if other := _other_kind(lora, slot, file):
+        return None, [other]
     if len(found) == 1:
         return found[0], []
     a, b = f"'{lora.key('a')}' {lora.a.shape}", f"'{lora.key('b')}' {lora.b.shape}"
@@ -366,6 +368,20 @@ def _layout(
         f"{file}: {_shapes(lora)}; expected {wanted} the base's '{path}' of shape "
         f"{shape}. {_REMEDY}"
     ]
+
+
+def _other_kind(lora: Lora, slot: Slot, file: Path) -> str:
+    """A linear layer's factors for an embedding or the reverse, by the names alone."""
+    word = leaf_word(slot.path)
+    kind = {"embedding": "embedding", "kernel": "linear"}.get(word)
+    named = slot.module.name != "-" or lora.raw or lora.kind == "conv"
+    if named or kind in (None, lora.kind):
+        return ""
+    wanted = dataclasses.replace(lora, kind=kind)
+    return (
+        f"{file}: '{lora.key('a')}' is there; expected '{wanted.key('a')}', since the "
+        f"base's '{slot.path}' is called {word!r}. {_REMEDY}"
+    )
 
 
 _REMEDY = "Is it the adapter of another base? Or pass names={leaf: module}."
@@ -421,9 +437,17 @@ def _checked(
             )
             continue
         m = piece.lora.magnitude
+        if m is not None and not m.any():
+            problems.append(
+                f"{file}: '{lora.key('magnitude')}' is zero throughout, which leaves "
+                "nothing of the weight; expected its norms, trained. Save the adapter "
+                "anew."
+            )
+            continue
         if m is not None and m.size != piece.lora.b.shape[0]:
             wanted = (piece.lora.b.shape[0],)
-            wanted = (1, *wanted, *(1 for _ in m.shape[2:])) if m.ndim > 1 else wanted
+            if lora.kind == "conv":
+                wanted = (1, *wanted, *(1 for _ in lora.a.shape[2:]))
             problems.append(
                 f"{file}: '{lora.key('magnitude')}' has shape {m.shape}; expected "
                 f"{wanted}, one for each output. Save the adapter anew."

@@ -436,19 +436,27 @@ def _config(
     stabilized = bool(made) and all(p.rank_stabilized for p in made)
     if not stabilized:
         made = [dataclasses.replace(p, rank_stabilized=False) for p in made]
-    rates = sorted({x.dropout for x in nodes.values()})
+    rates = {x.dropout: path for path, x in nodes.items()}
     if len(rates) > 1:
+        shown = ", ".join(f"{rate} in '{path}'" for rate, path in rates.items())
         raise LoraError(
-            f"save: dropout rates differ between leaves: {rates}; PEFT has one. Set "
-            "one rate by dataclasses.replace."
+            f"save: dropout rates differ: {shown}; PEFT has one, for training alone. "
+            "Set one: jax.tree.map(lambda x: dataclasses.replace(x, dropout=0.1) if "
+            "isinstance(x, flora.LoraWeight) else x, adapted, is_leaf=lambda x: "
+            "isinstance(x, flora.LoraWeight))."
         )
     rank = _most([p.rank for p in made], 8)
     alpha = _most([p.alpha for p in made], 8)
     dora = any(p.lora.magnitude is not None for p in made)
-    if dora and any(p.lora.magnitude is None for p in made):
+    plain = [p for p in made if p.lora.magnitude is None]
+    if dora and plain:
+        other = next(p for p in made if p.lora.magnitude is not None)
         raise LoraError(
-            "save: some leaves are DoRA and some plain LoRA; PEFT has one or the "
-            "other. Adapt all in one way, or ship flora.merge(adapted)."
+            f"save: {len(made) - len(plain)} modules are DoRA, such as "
+            f"'{other.lora.module}' ('{other.slot.path}'), and {len(plain)} plain "
+            f"LoRA, such as '{plain[0].lora.module}' ('{plain[0].slot.path}'); PEFT "
+            "has one or the other. Train with one variant= of LoraConfig, or ship "
+            "flora.merge(adapted)."
         )
     raw = [p.lora.name for p in made if p.lora.raw]
     modules = [p.lora.module for p in made if not p.lora.raw and not p.lora.inner]
@@ -462,7 +470,7 @@ def _config(
         "target_modules": modules or None,
         "exclude_modules": None,
         "target_parameters": raw or None,
-        "lora_dropout": rates[0] if rates else 0.0,
+        "lora_dropout": next(iter(rates), 0.0),
         "bias": whole.bias,
         "fan_in_fan_out": any(is_conv1d(p, x.layout) for p, x in nodes.items()),
         "use_rslora": stabilized,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import lm_tiny
 import numpy as np
 import pytest
+import serve_many
 
 import flora
 import flora.hf
@@ -29,7 +30,8 @@ from tests.support import served, vllm_server
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
 WORKER = pathlib.Path(vllm_server.__file__).with_name("vllm_worker.py")
-TOLERANCE = {"float32": 2e-5, "bfloat16": 0.06}  # of log-probabilities, in nats
+# Of log-probabilities, in nats; adapters change them by more than 0.2 at the start.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 0.12}
 FUSED = {
     "fused": {"target": "*_proj/kernel", "rank": 8},
     "fused qkv": {"target": "qkv_proj/kernel"},
@@ -242,6 +244,14 @@ def test_the_server_loads_and_unloads(engines, tmp_path):
         assert found == [mine.wanted[other][0][1].tolist()]
         with pytest.raises(vllm_server.HTTPError, match="DoRA"):
             server.load("dora", mine.folder("dora"))
+
+
+def test_requests_of_the_example():
+    script = pathlib.Path(serve_many.__file__)
+    options = ["--requests=12", "--rounds=1", "--d=64", "--layers=2", "--vllm"]
+    command = [sys.executable, str(script), *options]
+    found = subprocess.run(command, check=True, capture_output=True, timeout=600)
+    assert b"vLLM against mixed: 192 of 192 tokens are the same" in found.stdout
 
 
 # --- Experts, as far as vLLM goes without a GPU ---------------------------------------

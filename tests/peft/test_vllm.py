@@ -339,3 +339,23 @@ def test_experts_in_stacks(tmp_path, targets):
     for k, want in enumerate((gate, down, up)):
         a, b = lora.loras["experts"].lora_a[k], lora.loras["experts"].lora_b[k]
         close((b @ a).numpy(), want)
+
+
+@pytest.mark.parametrize("one", ["in_proj_qkv", "in_proj_z"])
+def test_a_delta_net_of_two_modules(tmp_path, one):
+    """q, k and v in one module and z in another, which vLLM computes as four."""
+    from vllm.lora.layers import MergedColumnParallelLinearWithLoRA as Layer
+
+    words = "in_proj_qkv", "in_proj_z"
+    tree, made = files.together("delta net in two", one)
+    flora.peft.save(tmp_path / "a", made, serving=True)
+    lora = loaded(tmp_path / "a", {*words})
+    packed = {"layers.0.in_proj_qkvz": [f"layers.0.{word}" for word in words]}
+    manager(packed_modules=packed)._create_merged_loras_inplace(lora)
+    (both,) = lora.loras.values()
+    layer = types.SimpleNamespace(n_slices=4, output_sizes=[2, 2, 4, 6])
+    a, b = Layer.expand_packed_lora(layer, both.lora_a, both.lora_b)
+    got = np.concatenate([(y @ x).numpy() for x, y in zip(a, b, strict=True)])
+    merged, plain = (x["layers"]["0"] for x in (flora.merge(made), tree))
+    want = [np.asarray(merged[w]["kernel"] - plain[w]["kernel"]).T for w in words]
+    close(got, np.concatenate(want))

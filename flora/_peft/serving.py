@@ -20,12 +20,13 @@ _TOGETHER = (
     ("gate_proj", "x_proj"),  # Mamba's in_proj
     ("q_a_proj", "kv_a_proj_with_mqa"),  # of latent attention
     ("in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z"),  # of gated delta nets
+    ("in_proj_qkv", "in_proj_z"),  # the same, in vLLM
     ("wq_du", "wk_dv", "wv_dv", "wr_du"),
 )
 # vLLM takes all experts of a layer or none, and both parameters that are stacked.
 _OF_EXPERTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _STACKED = ("gate_up_proj", "down_proj")
-_EXPERT = re.compile(r"(.+\.experts)\.[0-9]+\.(\w+)")
+_EXPERT = re.compile(r"((?:.+\.)?experts)\.[0-9]+\.(\w+)")
 _DOWN = ("down_proj", "w2")
 
 Group = tuple[str, tuple[str, ...]]

@@ -183,7 +183,7 @@ def sort_out(
         owner, embedding = name.removesuffix(suffix), suffix.startswith(".lora_emb")
         embedding |= f"{PREFIX}{owner}{_EMBEDDING_A}" in tensors
         groups.setdefault((owner, embedding), {})[_PARTS[suffix]] = x
-    if not groups:
+    if not groups and not tokens:
         raise LoraError(
             f"{file}: has {len(tensors)} tensors, such as '{min(tensors)}', and none "
             f"of an adapter; expected '….lora_A.weight' and '….lora_B.weight'. Save "

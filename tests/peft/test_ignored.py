@@ -31,7 +31,9 @@ CASES = {
     "a head": ({}, {"modules_to_save": ["head"]}, "head.*", "no tensor of 'head'"),
     "biases": ({}, {"bias": "lora_only"}, "up.bias", "up.bias' is missing"),
     "an unknown setting": ({}, {"use_magic": True}, "use_magic", "does not know"),
-    "one that is off elsewhere": ({}, {"use_qalora": True}, "use_qalora", "no QALoRA"),
+    "one that is off elsewhere": (
+        {}, {"megatron_config": {"a": 1}}, "megatron_config", "no Megatron layers",
+    ),
     "one of training": ({}, {"lora_dropout": 1.0}, "lora_dropout", "below 1"),
     "a start on a base that has it": (
         {}, {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights",

@@ -10,6 +10,9 @@ A list of Linen's, `layers_0`, `layers_1`, … with the same modules in each, is
 `layers.0`; in a tree that writes lists as `layers/0`, `wi_0` is a module's own name.
 Other trees need `names=`.
 
+What was loaded remembers names, dtype and base model of its file, through training,
+`jax.jit`, `flora.split` and `flora.save`, and is saved as it came.
+
 References: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
@@ -118,9 +121,9 @@ def load(
 
     Returns:
       The tree with `LoraWeight`s, and `Trained` leaves for `modules_to_save` and
-      biases.  The bases are the arrays of `tree` themselves, except for adapters whose
-      start changed the base, PiSSA and OLoRA among them: those need the base minus what
-      was taken out of it.
+      biases, which remember the file.  The bases are the arrays of `tree` themselves,
+      except for adapters whose start changed the base, PiSSA and OLoRA among them:
+      those need the base minus what was taken out of it.
 
     Raises:
       LoraError: a file is missing, damaged or not a LoRA adapter; or config, tensors
@@ -466,7 +469,9 @@ def save(
       dir: the directory; it is made if it does not exist.
       adapted: an adapted tree, or the adapter that `flora.split` returned.
       names: as for `load`.  Adapters of several raw parameters of one module are nested
-        in the order of the names.
+        in the order of the names.  By default those of the file that the tree was
+        loaded from, or else HF's convention, which may not tell: `dense_0` is a name,
+        or the first of a list.
       fn: the function that the tree runs in, traced on `args` and `kwargs` to tell
         convolutions and embeddings from linear layers, and to find weights that two
         modules share.  Without it a kernel with three in axes, or with two in a module
@@ -482,10 +487,13 @@ def save(
       serving: write what vLLM and SGLang apply in full: one rank, and a scale of
         alpha/r for all modules.
       layer_replication: the ranges of the base's layers that the tree's layers are,
-        where PEFT shall repeat them, such as `[[0, 2], [1, 3]]`.
-      base_model_name_or_path: of the model, for the config.
-      task_type: such as 'CAUSAL_LM', for the config.
-      dtype: of the tensors; by default each array's own.
+        where PEFT shall repeat them, such as `[[0, 2], [1, 3]]`; by default those of
+        the file that the tree was loaded from.
+      base_model_name_or_path: of the model, for the config; by default that of the file
+        that the tree was loaded from.
+      task_type: such as 'CAUSAL_LM', for the config; by default the same.
+      dtype: of the tensors; by default that of the file that the tree was loaded from,
+        bfloat16 too if it was trained in float32 since, or else each array's own.
       ignore: a pattern (see `LoraConfig`) of batch statistics that the files shall
         lack.  PEFT saves those of modules that train whole, and no others.
       allow_nonfinite: True to write NaN and infinity too, which `load` must be told.

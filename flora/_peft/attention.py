@@ -24,7 +24,7 @@ def attentions(
     rest = []
     for part in made:
         owner, last = split_name(part.lora.module)
-        node = nodes.get(part.slot.path)  # zeros for servers have none
+        node = nodes.get(part.slot.path)  # a server's zeros have none
         twice = node is not None and isinstance(node.variant, AddedTwice)
         if part.lora.parameter == IN:
             found.setdefault(part.lora.module, {})[IN] = part

@@ -6,6 +6,8 @@
 PEFT's y = x Wᵀ + scale (x Aᵀ) Bᵀ: its A and B are flora's a and b transposed.  A leaf
 is found by its path, which is the parameter's name in PyTorch by the convention of HF's
 Flax models: `model.layers.0.mlp.up_proj.weight` is `model/layers/0/mlp/up_proj/kernel`.
+A list of Linen's, `layers_0`, `layers_1`, … with the same modules in each, is
+`layers.0`; in a tree that writes lists as `layers/0`, `wi_0` is a module's own name.
 Other trees need `names=`.
 
 References: https://huggingface.co/docs/peft/developer_guides/checkpoint
@@ -51,7 +53,7 @@ from flora._tree.layout import Layout
 from flora._tree.paths import Pattern, named_leaves
 from flora._tree.placement import mesh_of, spec_of, specs
 from flora._tree.quantized import abstract, is_quantized
-from flora._tree.weight import LoraWeight, Trained, base_of, uniform
+from flora._tree.weight import LoraWeight, Trained, base_of, is_node, uniform
 
 __all__ = ["Module", "Names", "load", "match_names", "save"]
 
@@ -153,6 +155,11 @@ def load(
     new = {path: _node(site, config, folder) for path, site in found.adapted.items()}
     fail(_base_problems(found, leaves, config, folder))
     new |= _whole(found, leaves, folder)
+    new |= {
+        path: dataclasses.replace(new[path], origin=memory.origin(path))
+        for path, memory in found.memories.items()
+        if is_node(new[path])
+    }
     return treedef.unflatten(
         [new.get(p, x if is_quantized(x) else base_of(x)) for p, x in named]
     )

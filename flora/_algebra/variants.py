@@ -1,4 +1,4 @@
-"""What `flora.variants` exports: DoRA, VeRA, AdaLoRA."""
+"""What `flora.variants` exports: DoRA, VeRA, AdaLoRA, Columns."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._algebra.norms import column_norms, compiled_norms
-from flora._tree.weight import LoraWeight, Product, uniform
+from flora._tree.weight import LoraWeight, Product, factor_sizes, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +115,24 @@ class AdaLoRA:
 
     def product(self, weight: LoraWeight) -> Product:
         return Product(_scaled(weight, weight.extra["e"]), weight.b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """W_eff = (W + scale A B) ⊙ c, with a fixed factor c for each output.
+
+    c, `extra["columns"]` `[*stack, *out]`, starts at one and never trains.  DoRA is of
+    this kind once its norm is divided out, which `flora.multi` does to serve it.
+    """
+
+    frozen = ("columns",)
+
+    def start(self, key: Any, weight: LoraWeight) -> LoraWeight:
+        stack, _, out = factor_sizes(weight)
+        return dataclasses.replace(weight, extra={"columns": jnp.ones((*stack, *out))})
+
+    def product(self, weight: LoraWeight) -> Product:
+        return Product(weight.a, weight.b, weight.extra["columns"])
 
 
 def _scaled(weight: LoraWeight, by_rank: Any) -> Any:

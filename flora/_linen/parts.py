@@ -52,7 +52,7 @@ def settings_of(adapted: Any) -> Settings:
 
 def _bare(node: Any) -> Any:
     if isinstance(node, Trained):
-        return Trained(None)
+        return Trained(None, node.origin)
     extra = dict.fromkeys(node.extra) if node.extra else None
     return dataclasses.replace(node, base=None, a=None, b=None, key=None, extra=extra)
 
@@ -117,7 +117,7 @@ def filled(base: Any, settings: Settings, trained: Any, frozen: Any) -> Any:
     def fill(path: str, value: Any) -> Any:
         node, own = settings.get(path), have.get(path, {})
         if isinstance(node, Trained):
-            return Trained(lax.stop_gradient(value) + own[DELTA])
+            return Trained(lax.stop_gradient(value) + own[DELTA], node.origin)
         if node is None:
             return value
         starts = of_base(node, value)

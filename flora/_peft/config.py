@@ -43,6 +43,8 @@ _OFF = {
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
 }
+# What saving writes again.
+ABOUT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
 # How A and B started where that left the base as it was.
 _PLAIN_STARTS = (True, False, "true", "gaussian", "eva", "orthogonal", "mica")
 # Ways to start that took BA out of the base and can be repeated.
@@ -75,6 +77,7 @@ class PeftConfig:
     ensure_weight_tying: bool = False
     task_type: str | None = None
     auto_mapping: Mapping[str, Any] | None = None
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def gives_words(self) -> bool:
@@ -224,6 +227,7 @@ def parse(raw: Mapping[str, Any], path: Path) -> PeftConfig:
         k: frozenset(v) for k, v in given.items() if k in sets and isinstance(v, list)
     }
     given |= {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
+    given["about"] = {k: raw[k] for k in ABOUT if raw.get(k) is not None}
     return PeftConfig(**given)
 
 

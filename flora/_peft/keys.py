@@ -3,13 +3,14 @@
 import collections
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from flora._peft.config import PeftConfig
 from flora._peft.file import WEIGHTS, WRAPPERS
+from flora._peft.twice import IN, OUT
 from flora._tree.errors import LoraError, fail
 
 PREFIX = "base_model.model."
@@ -48,7 +49,9 @@ class Lora:
       depth: how many adapters of other parameters of the module lie outside of it.
       parameter: the parameter's name.
       raw: whether `target_parameters` selected it.
-      inner: whether it lies in a module that is adapted itself.
+      inner: whether it lies in a module that is adapted itself, `out_proj` in an
+        `nn.MultiheadAttention`.
+      dtype: of A in the file.
     """
 
     module: str
@@ -61,6 +64,7 @@ class Lora:
     parameter: str = "weight"
     raw: bool = False
     inner: bool = False
+    dtype: str = ""
 
     @property
     def name(self) -> str:
@@ -70,6 +74,8 @@ class Lora:
     @property
     def site(self) -> str:
         """The name that rank and alpha patterns are matched against."""
+        if self.inner:  # it has the rank and alpha of what it lies in
+            return self.module.rpartition(".")[0]
         return self.name if self.raw else self.module
 
     @property
@@ -82,7 +88,9 @@ class Lora:
         ends = {v: k for k, v in reversed(_PARTS.items())}
         if self.kind == "embedding":
             ends |= {"a": _EMBEDDING_A, "b": _EMBEDDING_B}
-        return f"{PREFIX}{self.module}{_BASE * self.depth}{ends[part]}"
+        outer, _, last = self.module.rpartition(".")
+        module = f"{outer}{_BASE}.{last}" if self.inner else self.module
+        return f"{PREFIX}{module}{_BASE * self.depth}{ends[part]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,11 +175,33 @@ def sort_out(
         for (owner, emb), parts in groups.items()
         if not {"a", "b"} <= {*parts}
     )
-    loras = tuple(_lora(*owner, parts) for owner, parts in groups.items())
+    loras = _with_attention([_lora(*owner, x) for owner, x in groups.items()], file)
     fail(p for lora in loras for p in _flag_problems(file, lora, config))
     for name in [n for n in of_base if n.endswith(f"{_BASE}.bias")]:
         whole[name] = of_base.pop(name)
     return Content(loras, _without_copies(whole), of_base)
+
+
+def _with_attention(loras: Sequence[Lora], file: Path) -> tuple[Lora, ...]:
+    """Those of an `nn.MultiheadAttention` by the name of its parameter."""
+    outer = {x.site for x in loras if x.inner}
+    fail(
+        f"{file}: '{x.key('a')}' lies in '{x.site}', but {what}. PEFT has that in "
+        f"nn.MultiheadAttention alone, of which it adapts all. Save the adapter anew."
+        for x in loras
+        if x.inner
+        for what in (
+            *([f"is no '{OUT}'"] if not x.module.endswith(f".{OUT}") else []),
+            *(
+                [f"'{PREFIX}{x.site}{_A}' is missing"]
+                if not any(y.module == x.site for y in loras)
+                else []
+            ),
+        )
+    )
+    return tuple(
+        dataclasses.replace(x, parameter=IN) if x.module in outer else x for x in loras
+    )
 
 
 def _without_copies(whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -213,7 +243,8 @@ def _lora(owner: str, embedding: bool, parts: Mapping[str, np.ndarray]) -> Lora:
     module = module.replace(f"{_BASE}.", ".")
     kind = "embedding" if embedding else "linear" if parts["a"].ndim == 2 else "conv"
     known = (parts["a"], parts["b"], parts.get("magnitude"), parts.get("bias"))
-    return Lora(module, *known, kind=kind, depth=depth, inner=inner)
+    dtype = str(parts["a"].dtype)
+    return Lora(module, *known, kind=kind, depth=depth, inner=inner, dtype=dtype)
 
 
 def _flag_problems(file: Path, lora: Lora, config: PeftConfig) -> Iterator[str]:

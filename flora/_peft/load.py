@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from flora._peft.config import PeftConfig
+from flora._peft.convention import matched_slots
 from flora._peft.factors import Piece
 from flora._peft.file import CONFIG, WEIGHTS
 from flora._peft.ignored import Ignored
 from flora._peft.keys import PREFIX, Content, Lora
 from flora._peft.layouts import conv_layout, layouts, leaf_word, turned
-from flora._peft.names import Finder, Slot, given_slots, matched_slots, split_name
+from flora._peft.memory import Memory
+from flora._peft.names import Finder, Module, Slot, given_slots, split_name
 from flora._peft.parameters import (
     in_order,
     parameter_layouts,
@@ -22,8 +24,10 @@ from flora._peft.parameters import (
     turned_parameter,
     with_parameters,
 )
+from flora._peft.renamed import with_renamed
 from flora._peft.targets import plain, target_problems, unnamed, whole_problems
-from flora._peft.ties import Readers, load_problems, without_ties
+from flora._peft.ties import Readers, load_problems, tied_modules, without_ties
+from flora._peft.twice import IN
 from flora._tree.errors import fail
 from flora._tree.layout import Layout
 from flora._tree.weight import LoraWeight, Trained, base_of
@@ -57,6 +61,7 @@ class Assignment:
       whole: for each path `(slot, index, value)` of what trains whole.
       bias: for each path `(slot, index, value)` that is added to a bias.
       of_base: for each path `(slot, index, value)` that the base must hold.
+      memories: for each path of `adapted` and `whole` what it remembers of the file.
       unnamed: likewise, of parameters that need not be in the file.
     """
 
@@ -64,6 +69,7 @@ class Assignment:
     whole: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
     bias: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
     of_base: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
+    memories: Mapping[str, Memory]
     unnamed: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
 
 
@@ -91,9 +97,12 @@ def assign(
         *map(plain, [*content.whole, *content.of_base]),
     ]
     paths = list(leaves)
-    slots = matched_slots(paths, wanted) if names is None else given_slots(names, paths)
-    finder = Finder(slots)
     shapes = {p: tuple(getattr(base_of(x), "shape", ())) for p, x in leaves.items()}
+    if names is None:
+        slots = with_renamed(matched_slots(paths, wanted), content, shapes)
+    else:
+        slots = given_slots(names, paths)
+    finder = Finder(slots)
     content = in_order(content, config, finder, shapes, file, ordered=names is not None)
     named = content
     content, agreed = without_ties(content, finder, file)
@@ -131,13 +140,56 @@ def assign(
         for lora in content.loras
         if lora.bias is not None and not finder.all(f"{lora.module}.bias")
     )
-    return Assignment(
-        sites,
-        placed(content.whole),
-        placed(bias),
-        placed(content.of_base),
-        placed(others),
-    )
+    whole = placed(content.whole)
+    memories = _memories(sites, whole, named, finder, config.about)
+    of_base = placed(content.of_base)
+    return Assignment(sites, whole, placed(bias), of_base, memories, placed(others))
+
+
+def _memories(
+    sites: Mapping[str, AdaptedLeaf],
+    whole: Mapping[str, Sequence[tuple[Slot, tuple[int, ...], Any]]],
+    named: Content,
+    finder: Finder,
+    about: Mapping[str, Any],
+) -> dict[str, Memory]:
+    """What each leaf remembers of the file."""
+    ties = tied_modules(named, finder)
+    kept: dict[str, dict[str, str]] = {}
+    for name, x in named.of_base.items():
+        module = split_name(plain(name))[0]
+        own = [s.path for s, _ in finder.all(plain(name))] or [ties.get(module, "")]
+        for path in own:
+            kept.setdefault(path, {})[module] = str(x.dtype)
+    found = {}
+    for path, site in sites.items():
+        kinds = {p.slot.name: p for p in site.pieces}
+        slots = [_with_kind(s, kinds.get(s.name, site.pieces[0])) for s in site.beside]
+        slots += [s for s in finder.slots if s.path == path and s.module.tied]
+        first = site.pieces[0].lora
+        own = kept.get(path, {})
+        found[path] = Memory(tuple(slots), first.dtype, first.depth, own, about)
+    for path, some in whole.items():
+        slots = tuple(s for s in finder.slots if s.path == path)
+        found.setdefault(path, Memory(slots, str(some[0][2].dtype), about=about))
+    for module, path in ties.items():
+        if path in found:
+            tied = Slot(path, f"{module}.weight", Module(module, tied=True))
+            slots = (*found[path].slots, tied)
+            found[path] = dataclasses.replace(found[path], slots=slots)
+    return found
+
+
+def _with_kind(slot: Slot, piece: Piece) -> Slot:
+    """The slot with what the file says of its module."""
+    lora, module = piece.lora, slot.module
+    groups = piece.rank // lora.b.shape[1] if lora.kind == "conv" else 1
+    name = split_name(slot.name)[0] if module.name == "-" else module.name
+    if lora.raw:
+        return slot
+    kind, groups = module.kind or lora.kind, max(groups, module.groups)
+    module = dataclasses.replace(module, name=name, kind=kind, groups=groups)
+    return dataclasses.replace(slot, module=module)
 
 
 def _lost(
@@ -268,7 +320,8 @@ def _layout(
         return given[path], []
     piece, shape = pieces[0], tuple(base.shape)
     lora, slot = piece.lora, piece.slot
-    torch = leaf_word(path) == "weight" and not flips[1] and lora.kind == "linear"
+    word = leaf_word(path)
+    torch = word in ("weight", IN) and not flips[1] and lora.kind == "linear"
     if lora.kind == "conv":
         window = lora.a.shape[2:]
         layout = conv_layout(path, shape, slot.holes, window, lora.b.shape[0])

@@ -13,23 +13,33 @@ from jax.core import Tracer
 
 from flora._algebra.variants import DoRA
 from flora._files.items import statistics
+from flora._peft.attention import attentions
 from flora._peft.config import WORDLESS, parse
+from flora._peft.convention import default_slots, doubts
 from flora._peft.file import CONFIG, COUNTER
 from flora._peft.groups import AcrossGroups
 from flora._peft.keys import PREFIX
-from flora._peft.names import Slot, default_slots, given_slots, split_name
+from flora._peft.memory import (
+    agreed,
+    base_weights,
+    conflicts,
+    memories,
+    remembered_slots,
+)
+from flora._peft.names import Slot, given_slots, split_name
 from flora._peft.parts import Part, is_idle, joined, parts, slots_beside
-from flora._peft.serving import for_serving
+from flora._peft.serving import for_serving, with_neighbors
 from flora._peft.start import common_start, with_start
 from flora._peft.targets import ends, selects
 from flora._peft.ties import Readers, save_problems, tied_slots
+from flora._peft.twice import AddedTwice
 from flora._peft.whole import taken
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.finite import require_finite
 from flora._tree.paths import Pattern, check_pattern, exactly, matches, named_leaves
 from flora._tree.selection import idle_entries
-from flora._tree.weight import LoraWeight, Trained, base_of, parts_of
+from flora._tree.weight import LoraWeight, Trained, base_of, is_node, parts_of
 
 Slots = Mapping[str, Sequence[Slot]]
 Named = Sequence[tuple[str, Any]]
@@ -61,58 +71,82 @@ def written(
     require_finite("save", dict(_trained(named)), allow_nonfinite)
     paths = [path for path, _ in named]
     bare = any(isinstance(x, LoraWeight) and x.base is None for _, x in named)
-    slots = (
-        default_slots(paths)
-        if names is None
-        else given_slots(names, paths, partial=bare)
-    )
+    found = {p: some for p, x in named if (some := memories(p, x))}
+    fail(conflicts(found, names, dtype))
+    known = {p: some[0] for p, some in found.items()} if names is None else {}
+    if names is not None:
+        slots = given_slots(names, paths, partial=bare)
+    elif known:
+        slots = remembered_slots(paths, known)
+        if tied is not None:
+            slots = [s for s in slots if not s.module.tied]
+    else:
+        slots = default_slots(paths, partial=bare)
+    slots = [*slots, *tied_slots(tied or {}, paths)]
     by_path: dict[str, list[Slot]] = collections.defaultdict(list)
-    for slot in (*slots, *tied_slots(tied or {}, paths)):
+    for slot in slots:
         by_path[slot.path].append(slot)
     fail(_unnamed(named, by_path))
-    known = tied is not None or about["task_type"] in WORDLESS
-    fail(save_problems(named, by_path, readers, known))
+    unsure = doubts(paths, partial=bare) if names is None else {}
+    fail(unsure[p] for p, x in named if p in unsure and p not in known and is_node(x))
+    one_use = tied is not None or about["task_type"] in WORDLESS
+    fail(save_problems(named, by_path, readers, one_use, known))
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
     nodes = nodes if base is None else with_start(nodes, base)
-    found: dict[str, list[Part]] = {}
+    in_parts: dict[str, list[Part]] = {}
     of_leaf: dict[str, list[Part]] = {}
     for path, node in nodes.items():
         kind = min((readers or {}).get(path, ()), default="")
         of_leaf[path] = [*parts(path, node, by_path[path], kind)]
         for part in of_leaf[path]:
-            found.setdefault(part.lora.name, []).append(part)
+            in_parts.setdefault(part.lora.name, []).append(part)
     start = common_start(nodes, of_leaf, serving=serving)
-    made = [joined(some) for some in found.values()]
+    with_rows = [s for s in slots if s.module.order is not None]
+    made = [
+        joined(some, [s for s in with_rows if s.index(name) is not None])
+        for name, some in in_parts.items()
+    ]
     made = [part for part in made if not is_idle(part)]
-    made = _nested(made, None if names is None else slots)
+    if serving:
+        made = with_neighbors(made, named, by_path)
+    made = attentions(made, nodes, slots)
+    made = _nested(made, None if names is None and not known else slots)
     whole = _whole(named, by_path, made)
     fail(_lost_statistics(adapted, named, by_path, whole, base, ignore))
     if serving:
-        made = for_serving(made, whole, named, by_path)
-    config = _config(made, whole, nodes, by_path, named) | dict(about)
+        made = for_serving(made, whole)
+    config = _config(made, whole, nodes, by_path, named)
+    config |= agreed(found) | {k: v for k, v in about.items() if v is not None}
     config["init_lora_weights"] = start or True
-    tensors = {}
+    dtypes = {p: some[0].dtype for p, some in found.items()}
+    tensors, own_dtype = {}, {}
     for part in made:
         for field in ("a", "b", "magnitude"):
             x = getattr(part.lora, field)
             if x is not None:
-                tensors[part.lora.key(field)] = x
+                key = part.lora.key(field)
+                tensors[key], own_dtype[key] = x, dtypes.get(part.slot.path)
     adapted_modules = {p.lora.module for p in made}
     for name, x in whole.values.items():
         owner, last = split_name(name)
         inside = owner in adapted_modules and name not in whole.modules
         key = f"{owner}.base_layer.{last}" if inside else name
         tensors[f"{PREFIX}{key}"] = x
-    if dtype is not None:
-        with np.errstate(over="ignore"):
-            cast = {k: x.astype(dtype) for k, x in tensors.items()}
-        require_finite("save", cast, allow_nonfinite, before=tensors)
-        tensors = cast
-    for key in [k for k in tensors if k.endswith(".running_mean")]:
+        own_dtype[f"{PREFIX}{key}"] = dtypes.get(whole.paths[name])
+    if not serving:  # a server has the base
+        for name, x, had in base_weights(found, named, by_path):
+            key = f"{PREFIX}{name}"
+            tensors[key], own_dtype[key] = x, had
+    with np.errstate(over="ignore"):
+        cast = {
+            k: x.astype(dtype or own_dtype[k] or x.dtype) for k, x in tensors.items()
+        }
+    require_finite("save", cast, allow_nonfinite, before=tensors)
+    for key in [k for k in cast if k.endswith(".running_mean")]:
         # PyTorch counts batches beside them, and PEFT asks for the number.
         count = key.removesuffix(".running_mean") + COUNTER
-        tensors[count] = np.zeros((), np.int64)
-    return config, tensors
+        cast[count] = np.zeros((), np.int64)
+    return config, cast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,16 +157,18 @@ class Whole:
       values: by name.
       modules: which of them belong to `modules_to_save`, and to which module of it.
       bias: 'none', 'all' or 'lora_only', for the others, which are biases.
+      paths: the leaf of each.
     """
 
     values: Mapping[str, np.ndarray]
     modules: Mapping[str, str]
     bias: str
+    paths: Mapping[str, str]
 
 
 def _problems(path: str, leaf: Any) -> Iterator[str]:
     if isinstance(leaf, LoraWeight):
-        if not isinstance(leaf.variant, DoRA | AcrossGroups | None):
+        if not isinstance(leaf.variant, AddedTwice | AcrossGroups | DoRA | None):
             yield (
                 f"save: '{path}' is {leaf.variant!r}, which PEFT's LoRA files cannot "
                 "hold. Ship flora.merge(adapted)."
@@ -210,7 +246,7 @@ def _nested(made: Sequence[Part], declared: Sequence[Slot] | None) -> list[Part]
     count = collections.Counter(p.lora.module for p in made)
     if declared is not None:
         at = {slot.name: i for i, slot in enumerate(declared)}
-        made = sorted(made, key=lambda p: at[p.slot.name])
+        made = sorted(made, key=lambda p: at.get(p.slot.name, len(at)))  # tied: last
     else:
         made = sorted(made, key=lambda p: p.lora.parameter.startswith("down"))
     first = {
@@ -289,9 +325,8 @@ def _whole(named: Named, by_path: Slots, made: Sequence[Part]) -> Whole:
                     parts.setdefault(name, []).append((slot, value))
     for name, some in parts.items():
         values[name] = _assembled(some)
-    return Whole(
-        values, {n: split_name(n)[0] for n in values if split_name(n)[0] in saved}, mode
-    )
+    modules = {n: split_name(n)[0] for n in values if split_name(n)[0] in saved}
+    return Whole(values, modules, mode, {n: s[0][0].path for n, s in parts.items()})
 
 
 def _stack(leaf: Any, slot: Slot) -> tuple[int, ...]:
@@ -344,7 +379,7 @@ def _config(
             "flora.merge(adapted)."
         )
     raw = [p.lora.name for p in made if p.lora.raw]
-    modules = [p.lora.module for p in made if not p.lora.raw]
+    modules = [p.lora.module for p in made if not p.lora.raw and not p.lora.inner]
     config = {
         "peft_type": "LORA",
         "task_type": None,

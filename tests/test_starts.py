@@ -68,7 +68,8 @@ def same_model(new, old, tolerance=1e-12):
         np.testing.assert_allclose(
             *sums, rtol=0, atol=tolerance * np.abs(sums[1]).max()
         )
-        assert dataclasses.replace(x, base=y.base, a=y.a, b=y.b) == y
+        own = {"base": y.base, "a": y.a, "b": y.b, "start": y.start}
+        assert dataclasses.replace(x, **own) == y
         for one, other in ((x.base, y.base), (x.a, y.a), (x.b, y.b)):
             assert (one.shape, one.dtype) == (other.shape, other.dtype)
 

@@ -1,4 +1,4 @@
-"""What `flora.variants` exports: DoRA, VeRA, AdaLoRA, MiCA, Rows."""
+"""What `flora.variants` exports: DoRA, VeRA, AdaLoRA, Columns, MiCA, Rows."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
 from flora._tree.matrices import matrices, svd
 from flora._tree.quantized import dequantized
-from flora._tree.weight import LoraWeight, Product, uniform
+from flora._tree.weight import LoraWeight, Product, factor_sizes, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +119,24 @@ class AdaLoRA:
 
     def product(self, weight: LoraWeight) -> Product:
         return Product(_scaled(weight, weight.extra["e"]), weight.b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """W_eff = (W + scale A B) ⊙ c, with a fixed factor c for each output.
+
+    c, `extra["columns"]` `[*stack, *out]`, starts at one and never trains.  DoRA is of
+    this kind once its norm is divided out, which `flora.multi` does to serve it.
+    """
+
+    frozen = ("columns",)
+
+    def start(self, key: Any, weight: LoraWeight) -> LoraWeight:
+        stack, _, out = factor_sizes(weight)
+        return dataclasses.replace(weight, extra={"columns": jnp.ones((*stack, *out))})
+
+    def product(self, weight: LoraWeight) -> Product:
+        return Product(weight.a, weight.b, weight.extra["columns"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,8 @@ def pieces_of(
         hits = [] if lora.bias is None else finder.all(f"{lora.module}.bias")
         if hits and not any(slot.path in whole for slot, _ in hits):
             c = np.asarray(lora.bias).reshape(-1, 1)
-            own = Lora(lora.module, np.ones_like(c[:1]), c, parameter="bias")
+            one = np.ones_like(c[:1])
+            own = Lora(lora.module, one, c, parameter="bias", dtype=lora.dtype)
             for slot, index in hits:
                 piece = Piece(own, slot, index, 1, float(config.scale(lora.site)))
                 found.setdefault(slot.path, []).append(piece)
@@ -129,13 +130,19 @@ def _holds(block: Block, index: Sequence[int], at: np.ndarray) -> bool:
 
 
 def joined_bias(
-    some: Sequence[tuple[float, Sequence[int] | None, np.ndarray]], scale: float
+    some: Sequence[tuple[float, Sequence[int] | None, np.ndarray]],
+    scale: float,
+    total: int = 0,
 ) -> np.ndarray:
-    """The c of a module, of `(its scale, rows, c)` in each leaf that it lies in."""
+    """The c of a module, of `(its scale, rows, c)` in each leaf that it lies in.
+
+    It has `total` rows, or as many as these have together.
+    """
     own, rows, c = some[0]
     if rows is None:
         return c
-    whole = np.zeros(sum(len(rows or ()) for _, rows, _ in some), c.dtype)
+    held = sum(len(rows or ()) for _, rows, _ in some)
+    whole = np.zeros(max(total, held), c.dtype)
     for own, rows, values in some:
         whole[list(rows or ())] = values * c.dtype.type(own / scale)
     return whole

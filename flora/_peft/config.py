@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from flora._peft.file import CONFIG, read_json
+from flora._peft.ignored import Ignored
 from flora._peft.regex import Invalid, Patterns, Regex, Steps, is_plain
 from flora._tree.errors import LoraError, fail
 
@@ -36,18 +37,17 @@ _OFF = {
     "and mix them with flora.multi",
     "megatron_config": "Megatron layers. Save the adapter from a model without them",
     "monteclora_config": "training with sampled factors (MonteCLoRA). To run or merge "
-    "the adapter, which is then plain LoRA, write null and take the tensors "
-    "'lora_monteclora_sampler' out of the file",
+    "it, it is plain LoRA: write ignore=['monteclora_config', "
+    "'*.lora_monteclora_sampler.*']",
     "velora_config": "gradients by compressed activations (VeLoRA). To run or merge "
-    "the adapter, which is then plain LoRA, write null and take the tensors "
-    "'lora_velora_embed' out of the file",
+    "it, it is plain LoRA: write ignore=['velora_config', '*.lora_velora_embed']",
 }
+# What saving writes again.
+ABOUT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
 # How A and B started where that left the base as it was.
 _PLAIN_STARTS = (True, False, "true", "gaussian", "eva", "orthogonal", "mica")
 # Ways to start that took BA out of the base and can be repeated.
 RESIDUAL_STARTS = ("pissa", "olora")
-# Heads that PEFT saves whole for tasks of classification, whichever there is.
-HEADS = ("classifier", "score")
 # Tasks of models that end in something else than words.
 WORDLESS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -81,6 +81,7 @@ class PeftConfig:
     trainable_token_indices: tuple[int, ...] | Mapping[str, list[int]] = ()
     task_type: str | None = None
     auto_mapping: Mapping[str, Any] | None = None
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def gives_words(self) -> bool:
@@ -148,6 +149,25 @@ class PeftConfig:
         key = self.alphas.first(module)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
+    def pattern_problems(self, modules: Iterable[str]) -> Iterator[str]:
+        """Ranks and alphas of patterns that decide for a module and are none."""
+        for module in modules:
+            for field, wanted, found, key in (
+                ("rank_pattern", "r", self.rank(module), self.ranks.first(module)),
+                (
+                    "alpha_pattern",
+                    "lora_alpha",
+                    self.alpha(module),
+                    self.alphas.first(module),
+                ),
+            ):
+                good, what = _CHECKS[wanted]
+                if not good(found):
+                    yield (
+                        f"{field} has {found!r} at {key!r}, which decides for "
+                        f"'{module}'; expected {what}. Correct it."
+                    )
+
     def scale(self, module: str) -> float:
         """alpha/r or alpha/√r of one module."""
         r = self.rank(module)
@@ -195,9 +215,11 @@ def _regex(field: str, entry: str, steps: Steps | None = None) -> Regex:
     return Regex(text, f"{field} {entry!r}", steps)
 
 
-def read(folder: Path, *, started: bool = False) -> PeftConfig:
-    """The config of a directory, checked."""
-    return parse(read_json(folder), folder / CONFIG, started=started)
+def read(folder: Path, ignored: Ignored, *, started: bool = False) -> PeftConfig:
+    """The config of a directory, checked, without the entries that are ignored."""
+    raw = read_json(folder)
+    raw = {k: v for k, v in raw.items() if k == "peft_type" or not ignored(k, v)}
+    return parse(raw, folder / CONFIG, started=started)
 
 
 def parse(raw: Mapping[str, Any], path: Path, *, started: bool = False) -> PeftConfig:
@@ -216,6 +238,7 @@ def parse(raw: Mapping[str, Any], path: Path, *, started: bool = False) -> PeftC
     fail(f"{path}: {problem}" for problem in _problems(raw, started))
     names = {field.name for field in dataclasses.fields(PeftConfig)}
     given = {k: v for k, v in raw.items() if k in names and v is not None}
+    given |= {k: bool(v) for k, v in given.items() if _CHECKS.get(k) is _FLAG}
     for name in ("layers_to_transform", "layers_pattern"):
         if isinstance(given.get(name), int | str):
             given[name] = [given[name]] if given[name] != "" else []
@@ -227,6 +250,7 @@ def parse(raw: Mapping[str, Any], path: Path, *, started: bool = False) -> PeftC
     if "use_bdlora" in given:
         parts = {k: v for k, v in given["use_bdlora"].items() if v is not None}
         given["use_bdlora"] = {"nblocks": 1, "match_strict": True} | parts
+    given["about"] = {k: raw[k] for k in ABOUT if raw.get(k) is not None}
     return PeftConfig(**given)
 
 
@@ -285,11 +309,11 @@ def _problems(raw: Mapping[str, Any], started: bool) -> Iterator[str]:
     known = {field.name for field in dataclasses.fields(PeftConfig)} | _METADATA
     for name, value in raw.items():
         if name in _OFF and value:
-            yield (f"{name} is {value!r}; expected it off: flora has no {_OFF[name]}.")
-        elif name not in known and name not in _OFF and value:
+            yield f"{name} is {value!r}; expected it off: flora has no {_OFF[name]}."
+        elif name not in known and name not in _OFF and not _is_inert(value):
             yield (
                 f"{name} is {value!r}, a field that flora does not know and that may "
-                "change the computation. Remove it if it does not."
+                f"change the computation. If it does not, write ignore={name!r}."
             )
 
 
@@ -311,6 +335,13 @@ def _kind_problems(raw: Mapping[str, Any]) -> Iterator[str]:
                 f"{kind} is on and init_lora_weights is {low!r}, which flora does not "
                 "have together. Merge the adapter in PEFT, or train one without."
             )
+
+
+def _is_inert(value: Any) -> bool:
+    """Whether a field of another version of PEFT's is off."""
+    if isinstance(value, dict):
+        return all(map(_is_inert, value.values()))
+    return not value or (isinstance(value, str) and value.lower() in ("none", "false"))
 
 
 def _regex_problems(raw: Mapping[str, Any]) -> Iterator[str]:
@@ -369,23 +400,31 @@ def _is_number(x: Any) -> bool:
 
 
 def _is_alpha(x: Any) -> bool:
-    return _is_number(x) and x > 1e-38
+    return _is_number(x) and (x == 0 or abs(x) > 1e-38)
 
 
 def _is_rank(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and 0 < x < 2**31
+    return _is_index(x) and x > 0
 
 
 def _is_index(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31
+    return isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**31
+
+
+def _is_any_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _is_row(x: Any) -> bool:
+    return _is_index(x) and x >= 0
 
 
 def _are_rows(x: Any) -> bool:
-    return _list_of(_is_index)(x) and len({*x}) == len(x)
+    return _list_of(_is_row)(x) and len({*x}) == len(x)
 
 
 def _is_span(x: Any) -> bool:
-    return _list_of(_is_index)(x) and len(x) == 2 and x[0] < x[1]
+    return _list_of(_is_row)(x) and len(x) == 2 and x[0] < x[1]
 
 
 def _is_bdlora(x: Any) -> bool:
@@ -425,7 +464,7 @@ def _is_name(x: Any) -> bool:
 
 
 def _is_flag(x: Any) -> bool:
-    return isinstance(x, bool)
+    return x is None or x in (0, 1)  # `True == 1`
 
 
 def _optional(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -434,14 +473,15 @@ def _optional(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 _NAMES = _list_of(_is_name)
 _FLAG = (_is_flag, "true or false")
+_ALPHA = "a finite number"
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "an int of at least 1"),
-    "lora_alpha": (_is_alpha, "a finite number above 0"),
+    "lora_alpha": (_is_alpha, _ALPHA),
     "target_modules": (_optional(_NAMES, _is_name), "a list of names or one regex"),
     "exclude_modules": (_optional(_NAMES, _is_name), "a list of names or one regex"),
     "target_parameters": (_optional(_NAMES), "a list of names"),
-    "rank_pattern": (_dict_of(_is_rank), "an object {regex: int of at least 1}"),
-    "alpha_pattern": (_dict_of(_is_alpha), "an object {regex: finite number above 0}"),
+    "rank_pattern": (_dict_of(_is_index), "an object {regex: int of at least 1}"),
+    "alpha_pattern": (_dict_of(_is_any_number), "an object {regex: finite number}"),
     "modules_to_save": (_optional(_NAMES), "a list of names"),
     "layers_to_transform": (
         _optional(_is_index, _list_of(_is_index)),
@@ -471,7 +511,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_bdlora": (_is_bdlora, "an object with nblocks of at least 1 and lists"),
     "kasa_config": (_optional(lambda x: isinstance(x, dict)), "an object"),
     "alora_invocation_tokens": (
-        _optional(_list_of(_is_index)),
+        _optional(_list_of(_is_row)),
         "a list of indices from 0",
     ),
     "trainable_token_indices": (

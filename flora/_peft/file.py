@@ -11,6 +11,7 @@ import numpy as np
 from flora._files.atomic import Staged, alone, replace, staged
 from flora._files.parsed import parsed
 from flora._files.safetensors import NAMES, Damaged, checked_path, chunks, read
+from flora._peft.ignored import Ignored
 from flora._tree.errors import LoraError, fail
 
 CONFIG = "adapter_config.json"
@@ -19,6 +20,7 @@ _PICKLE = "adapter_model.bin"
 
 _MOST = 10_000_000  # bytes of a config, which may name each module three times
 _LONGEST = 1_000  # characters of a key
+COUNTER = ".num_batches_tracked"  # of batches; Flax counts none
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -79,27 +81,18 @@ def _no_config(folder: Path) -> str:
             f"{folder} {what}; expected the directory of a PEFT adapter, with {CONFIG} "
             f"and {WEIGHTS}. flora downloads nothing: fetch it first."
         )
+    if (folder / CONFIG).exists():
+        return f"{folder / CONFIG} is a directory; expected a file. Copy it anew."
     held = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
     hint = f" Adapters lie in its folders {', '.join(held)}: name one." if held else ""
     return f"{folder} has no {CONFIG}; expected the directory of a PEFT adapter.{hint}"
 
 
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """`{key: array}` of adapter_model.safetensors."""
+def read_tensors(folder: Path, ignored: Ignored) -> dict[str, np.ndarray]:
+    """`{key: array}` of adapter_model.safetensors, but for what is ignored."""
     path = folder / WEIGHTS
     if not path.is_file():
-        pickled = (folder / _PICKLE).is_file()
-        raise LoraError(
-            f"{folder} has no {WEIGHTS}"
-            + (
-                f", only {_PICKLE}. That is a pickle, which can run code as it is "
-                f"read, "
-                "and flora never opens one. Load it in PEFT and save it with "
-                "safe_serialization=True."
-                if pickled
-                else "; expected the weights of the adapter. Copy the file too."
-            )
-        )
+        raise LoraError(_no_weights(folder))
     try:
         file = read(path)
     except Damaged as error:
@@ -110,12 +103,43 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         for key in file.infos
         if len(key) > _LONGEST or not key.isprintable()
     )
+    infos = {
+        key: info
+        for key, info in sorted(file.infos.items())
+        if not key.endswith(COUNTER) and not ignored(key)
+    }
     fail(
         _other_dtype(path, key, NAMES[info.dtype])
-        for key, info in file.infos.items()
+        for key, info in infos.items()
         if NAMES[info.dtype] not in _DTYPES
     )
-    return {key: np.array(file.array(key)) for key in sorted(file.infos)}
+    if not infos:
+        raise LoraError(
+            f"{path}: has no tensors{' but those ignored' if file.infos else ''}; "
+            "expected '….lora_A.weight' and '….lora_B.weight'. Save the adapter anew."
+        )
+    return {key: np.array(file.array(key)) for key in infos}
+
+
+def _no_weights(folder: Path) -> str:
+    if (folder / WEIGHTS).exists():
+        return f"{folder / WEIGHTS} is a directory; expected a file. Copy it anew."
+    text = f"{folder} has no {WEIGHTS}"
+    if (folder / _PICKLE).is_file():
+        return (
+            f"{text}, only {_PICKLE}. That is a pickle, which can run code as it is "
+            "read, and flora never opens one. Load it in PEFT and save it with "
+            "safe_serialization=True."
+        )
+    others = sorted(x.name for x in folder.glob("*.safetensors"))
+    if others:
+        more = ", …" if len(others) > 3 else ""
+        return (
+            f"{text}, but {', '.join(others[:3])}{more}; expected the one file that "
+            "PEFT's save_pretrained writes. Put the adapter's tensors into it: "
+            "safetensors.torch.save_file."
+        )
+    return f"{text}; expected the weights of the adapter. Copy the file too."
 
 
 def _not_read(path: Path, error: Damaged) -> str:

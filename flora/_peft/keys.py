@@ -1,14 +1,17 @@
 """The keys of adapter_model.safetensors: the module and the role of each tensor."""
 
+import collections
 import dataclasses
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from flora._peft.config import PeftConfig
 from flora._peft.file import WEIGHTS
-from flora._tree.errors import fail
+from flora._peft.twice import IN, OUT
+from flora._tree.errors import LoraError, fail
 
 PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -28,6 +31,13 @@ _PARTS = {
 _BASE = ".base_layer"
 TOKENS = "trainable_tokens_delta"  # which are the new rows
 _WRAPPER = ".token_adapter"
+# What torch.compile, FSDP and checkpointing put around modules.
+_WRAPPERS = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+# The name of an adapter, which files do not have and states of a whole model do.
+_NAMED = re.compile(
+    r"\.(lora_[AB])\.([^.]+)\.(weight|bias)$"
+    r"|\.(lora_embedding_[AB]|lora_magnitude_vector)\.(?!weight$)([^.]+)(?:\.weight)?$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +54,9 @@ class Lora:
       depth: how many adapters of other parameters of the module lie outside of it.
       parameter: the parameter's name.
       raw: whether `target_parameters` selected it.
-      inner: whether it lies in a module that is adapted itself.
+      inner: whether it lies in a module that is adapted itself, `out_proj` in an
+        `nn.MultiheadAttention`.
+      dtype: of A in the file.
       diag: of KaSA, between A and B, `[r]`.
       diagonal: of BD-LoRA, which factor has blocks on its diagonal, 'a' or 'b', and
         how many.
@@ -60,6 +72,7 @@ class Lora:
     parameter: str = "weight"
     raw: bool = False
     inner: bool = False
+    dtype: str = ""
     diag: np.ndarray | None = None
     diagonal: tuple[str, int] | None = None
 
@@ -71,14 +84,23 @@ class Lora:
     @property
     def site(self) -> str:
         """The name that rank and alpha patterns are matched against."""
+        if self.inner:  # it has the rank and alpha of what it lies in
+            return self.module.rpartition(".")[0]
         return self.name if self.raw else self.module
+
+    @property
+    def words(self) -> list[str]:
+        """The parameters that it may be of, as long as nothing decides."""
+        return self.parameter.split("|")
 
     def key(self, part: str) -> str:
         """The tensor's key in the file."""
         ends = {v: k for k, v in reversed(_PARTS.items())}
         if self.kind == "embedding":
             ends |= {"a": _EMBEDDING_A, "b": _EMBEDDING_B}
-        return f"{PREFIX}{self.module}{_BASE * self.depth}{ends[part]}"
+        outer, _, last = self.module.rpartition(".")
+        module = f"{outer}{_BASE}.{last}" if self.inner else self.module
+        return f"{PREFIX}{module}{_BASE * self.depth}{ends[part]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +120,56 @@ class Content:
     tokens: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
+def plain_keys(tensors: Mapping[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
+    """The tensors by the keys that PEFT's `save_pretrained` gives them.
+
+    States of a model that is compiled, sharded or not taken out of its `PeftModel` have
+    more in them, and those of a model that PEFT was injected into have no prefix.
+    """
+    bare = not any(PREFIX in key for key in tensors)
+    found = [(key, _NAMED.search(key)) for key in tensors]
+    names = {named[2] or named[5] for _, named in found if named}
+    if len(names) > 1:
+        raise LoraError(
+            f"{file}: holds the adapters {', '.join(map(repr, sorted(names)))}; "
+            "expected one. Write ignore= for those to leave out, such as "
+            f"ignore='*.{max(names)}*', or save each with PEFT's save_pretrained."
+        )
+    name = max(names, default="")
+
+    def plain(key: str, named: re.Match[str] | None) -> str:
+        if named is not None:
+            end = f"{named[1]}.{named[3]}" if named[1] else named[4]
+            key = f"{key[: named.start()]}.{end}"
+        elif name:
+            key = key.replace(f".modules_to_save.{name}.", ".")
+        key = unwrapped(key).removeprefix("module.")
+        while key.startswith(2 * PREFIX):
+            key = key.removeprefix(PREFIX)
+        return PREFIX + key if bare else key
+
+    keys = {key: plain(key, named) for key, named in found}
+    counts = collections.Counter(keys.values())
+    fail(
+        f"{file}: '{key}' and another key are both '{plain}'. Save the adapter with "
+        "PEFT's save_pretrained."
+        for key, plain in keys.items()
+        if counts[plain] > 1 and key != plain
+    )
+    return {keys[key]: x for key, x in tensors.items()}
+
+
+def unwrapped(name: str) -> str:
+    """A module's name without what torch.compile and FSDP put around it."""
+    return _WRAPPERS.sub("", name)
+
+
 def sort_out(
     tensors: Mapping[str, np.ndarray], config: PeftConfig, folder: Path
 ) -> Content:
     """The content of a file, checked against its config but for names."""
     file = folder / WEIGHTS
+    tensors = plain_keys(tensors, file)
     fail(p for key, x in tensors.items() for p in _tensor_problems(file, key, x))
     groups: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
     whole, of_base, tokens = {}, {}, {}
@@ -130,11 +197,33 @@ def sort_out(
         for (owner, emb), parts in groups.items()
         if not {"a", "b"} <= {*parts}
     )
-    loras = tuple(_lora(*owner, parts) for owner, parts in groups.items())
+    loras = _with_attention([_lora(*owner, x) for owner, x in groups.items()], file)
     fail(p for lora in loras for p in _flag_problems(file, lora, config))
     for name in [n for n in of_base if n.endswith(f"{_BASE}.bias")]:
         whole[name] = of_base.pop(name)
     return Content(loras, _without_copies(whole), of_base, tokens)
+
+
+def _with_attention(loras: Sequence[Lora], file: Path) -> tuple[Lora, ...]:
+    """Those of an `nn.MultiheadAttention` by the name of its parameter."""
+    outer = {x.site for x in loras if x.inner}
+    fail(
+        f"{file}: '{x.key('a')}' lies in '{x.site}', but {what}. PEFT has that in "
+        f"nn.MultiheadAttention alone, of which it adapts all. Save the adapter anew."
+        for x in loras
+        if x.inner
+        for what in (
+            *([f"is no '{OUT}'"] if not x.module.endswith(f".{OUT}") else []),
+            *(
+                [f"'{PREFIX}{x.site}{_A}' is missing"]
+                if not any(y.module == x.site for y in loras)
+                else []
+            ),
+        )
+    )
+    return tuple(
+        dataclasses.replace(x, parameter=IN) if x.module in outer else x for x in loras
+    )
 
 
 def _without_copies(whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -163,11 +252,6 @@ def _tensor_problems(file: Path, key: str, x: np.ndarray) -> Iterator[str]:
             f"{file}: '{key}' does not start with '{PREFIX}', as every key of PEFT's "
             "does. Save the adapter with PEFT's save_pretrained."
         )
-    elif ".default." in key or key.endswith(".default"):
-        yield (
-            f"{file}: '{key}' names an adapter inside; expected a key without it, such "
-            "as '….lora_A.weight'. Save the adapter with PEFT's save_pretrained."
-        )
     elif not x.size and not key.endswith(f".{TOKENS}"):
         yield f"{file}: '{key}' has shape {x.shape}, no elements. Save it anew."
 
@@ -181,7 +265,8 @@ def _lora(owner: str, embedding: bool, parts: Mapping[str, np.ndarray]) -> Lora:
     module = module.replace(f"{_BASE}.", ".")
     kind = "embedding" if embedding else "linear" if parts["a"].ndim == 2 else "conv"
     known = (parts["a"], parts["b"], parts.get("magnitude"), parts.get("bias"))
-    lora = Lora(module, *known, kind=kind, depth=depth, inner=inner)
+    dtype = str(parts["a"].dtype)
+    lora = Lora(module, *known, kind=kind, depth=depth, inner=inner, dtype=dtype)
     return dataclasses.replace(lora, diag=parts.get("diag"))
 
 

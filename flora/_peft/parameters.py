@@ -10,7 +10,7 @@ from flora._peft.factors import Piece
 from flora._peft.keys import Content, Lora
 from flora._peft.layouts import layouts, leaf_word
 from flora._peft.names import Finder, Slot
-from flora._peft.targets import ends
+from flora._peft.targets import ends, selects
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
 
@@ -27,7 +27,9 @@ def with_parameters(content: Content, config: PeftConfig, file: Path) -> Content
         words.setdefault(module, []).append(word)
 
     def known(lora: Lora) -> Lora:
-        held = [w for end in ("", *ends(lora.module)) for w in words.get(end, ())]
+        owned = [w for end in ends(lora.module) for w in words.get(end, ())]
+        any_module = [] if selects(config, lora.module) else words.get("", ())
+        held = [*any_module, *owned]
         hits = sorted({*held}, key=order.__getitem__)
         if not hits:
             return lora
@@ -59,7 +61,7 @@ def in_order(
     found: dict[int, Lora] = {}
     for module, loras in groups.items():
         inner_first = sorted(loras, key=lambda x: -x.depth)
-        words = inner_first[0].parameter.split("|")
+        words = inner_first[0].words
         held = [w for w in words if finder.all(f"{module}.{w}")]
         if len(loras) > _NESTED:
             raise LoraError(

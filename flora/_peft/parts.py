@@ -12,6 +12,7 @@ from flora._peft.groups import AcrossGroups, gathered
 from flora._peft.keys import Lora
 from flora._peft.layouts import leaf_word
 from flora._peft.names import Slot, split_name
+from flora._peft.twice import IN
 from flora._tree.blocks import Block
 from flora._tree.errors import LoraError, fail
 from flora._tree.weight import LoraWeight, uniform
@@ -59,8 +60,13 @@ def parts(
     held: dict[tuple[int, ...], list[Block]] = {}
     for block in node.blocks:
         held.setdefault(block.index, []).append(block)
+    first = beside_kind(path, node, slots, known)
     for slot in slots:
-        kind = kind_of(path, node, slot, known)
+        kind = kind_of(path, node, slot, known) if not slot.module.tied else ""
+        if slot.module.tied:  # the weight's other use
+            other = "linear" if first == "embedding" else "embedding"
+            kind = slot.module.kind or other
+        words_in = first == "embedding" and node.layout.in_ < node.layout.out
         if slot.holes > len(stack) or (slot.holes < len(stack) and kind != "raw"):
             raise LoraError(_stack_problem(path, slot, node, len(stack)))
         at = positions(slot, slots_beside(slots), b.shape[-1])
@@ -73,13 +79,19 @@ def parts(
             for block in own_blocks:
                 ranks = slice(block.start, block.stop)
                 pair = a[index][..., ranks], b[index][..., ranks, at]
-                part = _part(node, slot, index, kind, pair, own)
+                part = _part(node, slot, index, kind, pair, own, words_in)
                 part = dataclasses.replace(part, scale=block.scale)
                 if e is not None:
                     diag = np.asarray(e)[index][..., ranks]
                     lora = dataclasses.replace(part.lora, diag=diag)
                     part = dataclasses.replace(part, lora=lora)
                 yield part if c is None else biased(part, c[index][..., at])
+
+
+def beside_kind(path: str, node: LoraWeight, slots: Sequence[Slot], known: str) -> str:
+    """The kind of the module whose weight the leaf is."""
+    own = [s for s in slots if not s.module.tied]
+    return kind_of(path, node, own[0], known) if own else ""
 
 
 def _share(block: Block, at: np.ndarray) -> str:
@@ -126,6 +138,8 @@ def _stack_problem(path: str, slot: Slot, node: LoraWeight, count: int) -> str:
 def kind_of(path: str, node: LoraWeight, slot: Slot, known: str) -> str:
     """'linear', 'conv', 'embedding' or 'raw': by the names, then by convention."""
     word, layout = leaf_word(path), node.layout
+    if split_name(slot.name)[1] == IN:
+        return "linear"
     if split_name(slot.name)[1] != "weight":
         return "raw"
     if slot.module.kind or known:
@@ -163,6 +177,7 @@ def _part(
     kind: str,
     factors: tuple[np.ndarray, np.ndarray],
     m: np.ndarray | None,
+    words_in: bool,
 ) -> Part:
     a, b = factors
     name = slot.at(index)
@@ -181,17 +196,14 @@ def _part(
     else:
         if slot.module.columns is not None:
             a = a[np.argsort(slot.module.columns)]
-        a, b = a.T, b.T
-        if kind == "embedding" and node.layout.in_ > node.layout.out:
-            if m is not None:
-                raise LoraError(
-                    f"save: '{slot.path}' has a magnitude for each row, and PEFT's "
-                    "embeddings one for each column. Ship flora.merge(adapted)."
-                )
-            a, b = b.T, a.T
-        if slot.module.tied:
-            a, b = b.T, a.T
-            kind = "linear"
+        turned = kind == "embedding" and not words_in
+        turned |= slot.module.tied and kind == "linear" and words_in
+        if m is not None and (turned or slot.module.tied):
+            raise LoraError(
+                f"save: '{slot.path}' has a magnitude for each output of one use, and "
+                f"PEFT's '{module}' needs others. Ship flora.merge(adapted)."
+            )
+        a, b = (b, a) if turned else (a.T, b.T)
     lora = Lora(module, a, b, m, None, "linear" if kind == "raw" else kind)
     lora = dataclasses.replace(lora, parameter=parameter, raw=kind == "raw")
     stabilized = node.rank_stabilized and (bool(node.blocks) or rank == node.rank)
@@ -229,23 +241,25 @@ def _as_conv(
     )
 
 
-def joined(parts: Sequence[Part]) -> Part:
-    """The adapter of a module whose rows lie in several places."""
+def joined(parts: Sequence[Part], beside: Sequence[Slot]) -> Part:
+    """The adapter of a module whose rows lie in several places.
+
+    Rows in leaves that are not adapted, those of `beside`, have zeros in B.
+    """
     first = parts[0]
-    if len(parts) == 1:
-        rows = first.slot.module.order
-        if rows is None or first.slot.module.tied:
-            return _trimmed(first)
-        _check_rows(parts)
-    else:
-        _check_rows(parts)
+    whole = first.slot.module.order is None or first.slot.module.tied
+    if len(parts) == 1 and whole:
+        return _trimmed(first)
+    total = len(_rows_of(parts, beside))
     if first.lora.diag is not None:
         raise LoraError(
             f"save: '{first.lora.name}' lies in several leaves, or in another order, "
             "and is KaSA, whose base is truncated as one. Ship flora.merge(adapted)."
         )
-    total = sum(len(p.slot.module.order or ()) for p in parts)
-    rank = sum(p.rank for p in parts)
+    alike = all(
+        p.scale == first.scale and np.array_equal(p.lora.a, first.lora.a) for p in parts
+    )  # as they were loaded
+    rank = first.rank if alike else sum(p.rank for p in parts)
     scale = max((p.scale for p in parts), key=abs)
     dtype = np.result_type(*(p.lora.b.dtype for p in parts))
     b, m, start = np.zeros((total, rank), dtype), np.zeros(total, np.float64), 0
@@ -256,12 +270,12 @@ def joined(parts: Sequence[Part]) -> Part:
         )
         if p.lora.magnitude is not None:
             m[rows] = p.lora.magnitude
-        start += p.rank
-    a = np.concatenate([p.lora.a for p in parts])
+        start += 0 if alike else p.rank
+    a = first.lora.a if alike else np.concatenate([p.lora.a for p in parts])
     c = None
     if first.lora.bias is not None:
         some = [(p.scale, p.slot.module.order, np.asarray(p.lora.bias)) for p in parts]
-        c = joined_bias(some, scale)
+        c = joined_bias(some, scale, total)
     magnitude = first.lora.magnitude
     lora = dataclasses.replace(
         first.lora,
@@ -270,20 +284,28 @@ def joined(parts: Sequence[Part]) -> Part:
         bias=c,
         magnitude=None if magnitude is None else m.astype(magnitude.dtype),
     )
-    stabilized = first.rank_stabilized and len(parts) == 1
+    stabilized = first.rank_stabilized and alike
     return _trimmed(Part(lora, first.slot, rank, scale, stabilized))
 
 
-def _check_rows(parts: Sequence[Part]) -> None:
-    rows = [i for p in parts for i in p.slot.module.order or ()]
-    if any(p.slot.module.order is None for p in parts) or sorted(rows) != [
-        *range(len(rows))
-    ]:
+def _rows_of(parts: Sequence[Part], beside: Sequence[Slot]) -> list[int]:
+    """All rows of a module, checked."""
+    slots = list(dict.fromkeys([*(p.slot for p in parts), *beside]))
+    held = [i for p in parts for i in p.slot.module.order or ()]
+    rows = sorted(i for s in slots for i in s.module.order or ())
+    some = any(p.slot.module.order is None for p in parts)
+    if len(held) < len(rows) and parts[0].lora.magnitude is not None:
+        raise LoraError(
+            f"save: '{parts[0].lora.module}' is DoRA in some of its rows, and PEFT has "
+            "a magnitude for each. Adapt all leaves that hold it."
+        )
+    if some or rows != [*range(len(rows))]:
         where = "', '".join(p.slot.path for p in parts)
         raise LoraError(
             f"save: '{parts[0].lora.name}' is the name of '{where}', whose rows= are "
             "not all of its rows, each once. Write rows= for each, or another name."
         )
+    return rows
 
 
 def biased(part: Part, c: np.ndarray) -> Part:

@@ -4,7 +4,7 @@ References: Meng et al. 2024 (PiSSA). https://arxiv.org/abs/2404.02948
   Büyükakyüz 2024 (OLoRA). https://arxiv.org/abs/2406.01775
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 from flora._peft.config import read
 from flora._peft.factors import Piece, positions
 from flora._peft.file import WEIGHTS, read_tensors
-from flora._peft.keys import sort_out
+from flora._peft.ignored import Ignored
+from flora._peft.keys import Lora, sort_out
 from flora._peft.names import Slot
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
@@ -38,7 +39,9 @@ Starts = Mapping[str, np.ndarray]  # scale B₀ A₀ `[out, in]`, by parameter
 
 def read_starts(folder: Path) -> Starts:
     """What the adapter of a directory, saved as it started, took out of the base."""
-    config, tensors = read(folder, started=True), read_tensors(folder)
+    nothing = Ignored()
+    config = read(folder, nothing, started=True)
+    tensors = read_tensors(folder, nothing)
     found = {}
     for lora in sort_out(tensors, config, folder).loras:
         if lora.kind == "linear" and not lora.raw:
@@ -76,6 +79,22 @@ def without_start(
     return changed(base, layout, pieces, beside, change)
 
 
+def start_of(how: str, scales: Iterable[tuple[int, float]]) -> str:
+    """What a node says of a base that PEFT can change in the same way again.
+
+    Args:
+      how: 'pissa' or 'olora'.
+      scales: `(rank, scale)` of each adapter in the leaf.
+    """
+    shown = sorted({f"rank {rank} and scale {scale:g}" for rank, scale in scales})
+    return f"PEFT's {how} of {', '.join(shown)}"
+
+
+def is_changed(lora: Lora) -> bool:
+    """Whether those starts change a module's base; PEFT starts others as plain LoRA."""
+    return lora.kind == "linear" and not lora.raw
+
+
 def residual(
     base: Any,
     layout: Layout,
@@ -108,8 +127,8 @@ def changed(
     turned = value.transpose(layout.order)
     flat = turned.reshape(*stack, in_, out).copy()
     for piece in pieces:
-        if piece.lora.kind != "linear" or piece.lora.raw:
-            continue  # PEFT starts those as plain LoRA
+        if not is_changed(piece.lora):
+            continue
         slot = piece.slot
         at = positions(slot, beside, flat.shape[-1])
         rows = np.asarray(slot.module.order or range(len(at)))

@@ -15,27 +15,37 @@ from flora._algebra.variants import DoRA, MiCA, Rows
 from flora._files.items import statistics
 from flora._peft import tokens
 from flora._peft.activated import Activated
+from flora._peft.attention import attentions
 from flora._peft.bias import Added, Biased
 from flora._peft.config import WORDLESS, parse
+from flora._peft.convention import default_slots, doubts
 from flora._peft.diagonal import BlockDiagonal, compact, config_of
-from flora._peft.file import CONFIG
+from flora._peft.file import CONFIG, COUNTER
 from flora._peft.groups import AcrossGroups
 from flora._peft.kasa import KaSA
 from flora._peft.keys import PREFIX, TOKENS
-from flora._peft.names import Slot, default_slots, given_slots, split_name
+from flora._peft.memory import (
+    agreed,
+    base_weights,
+    conflicts,
+    memories,
+    remembered_slots,
+)
+from flora._peft.names import Slot, given_slots, split_name
 from flora._peft.parts import Part, is_idle, joined, parts, slots_beside, with_biases
 from flora._peft.replicated import problems as repeated
-from flora._peft.serving import for_serving
-from flora._peft.start import with_start
+from flora._peft.serving import for_serving, with_neighbors
+from flora._peft.start import common_start, with_start
 from flora._peft.targets import ends, selects
 from flora._peft.ties import Readers, save_problems, tied_slots
+from flora._peft.twice import AddedTwice
 from flora._peft.whole import taken
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.finite import require_finite
 from flora._tree.paths import Pattern, check_pattern, exactly, matches, named_leaves
 from flora._tree.selection import idle_entries
-from flora._tree.weight import LoraWeight, Trained, base_of, parts_of
+from flora._tree.weight import LoraWeight, Trained, base_of, is_node, parts_of
 
 Slots = Mapping[str, Sequence[Slot]]
 Named = Sequence[tuple[str, Any]]
@@ -68,82 +78,106 @@ def written(
     require_finite("save", dict(_trained(named)), allow_nonfinite)
     paths = [path for path, _ in named]
     bare = any(isinstance(x, LoraWeight) and x.base is None for _, x in named)
-    slots = (
-        default_slots(paths)
-        if names is None
-        else given_slots(names, paths, partial=bare)
-    )
+    found = {p: some for p, x in named if (some := memories(p, x))}
+    fail(conflicts(found, names, dtype))
+    known = {p: some[0] for p, some in found.items()} if names is None else {}
+    if names is not None:
+        slots = given_slots(names, paths, partial=bare)
+    elif known:
+        slots = remembered_slots(paths, known)
+        if tied is not None:
+            slots = [s for s in slots if not s.module.tied]
+    else:
+        slots = default_slots(paths, partial=bare)
+    slots = [*slots, *tied_slots(tied or {}, paths)]
     by_path: dict[str, list[Slot]] = collections.defaultdict(list)
-    for slot in (*slots, *tied_slots(tied or {}, paths)):
+    for slot in slots:
         by_path[slot.path].append(slot)
     fail(_unnamed(named, by_path))
     fail(_repeats(layer_replication, by_path, dict(named), serving))
-    known = tied is not None or about["task_type"] in WORDLESS
-    fail(save_problems(named, by_path, readers, known))
+    unsure = doubts(paths, partial=bare) if names is None else {}
+    fail(unsure[p] for p, x in named if p in unsure and p not in known and is_node(x))
+    one_use = tied is not None or about["task_type"] in WORDLESS
+    fail(save_problems(named, by_path, readers, one_use, known))
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
     rows = {p: x for p, x in nodes.items() if isinstance(x.variant, Rows)}
     added = {p: x for p, x in nodes.items() if isinstance(x.variant, Added)}
     nodes = {p: x for p, x in nodes.items() if p not in rows and p not in added}
     started = {p: x for p, x in nodes.items() if not isinstance(x.variant, KaSA)}
     nodes |= {} if base is None else with_start(started, base)
-    found: dict[str, list[Part]] = {}
+    in_parts: dict[str, list[Part]] = {}
+    of_leaf: dict[str, list[Part]] = {}
     for path, node in nodes.items():
         kind = min((readers or {}).get(path, ()), default="")
-        for part in parts(path, node, by_path[path], kind):
-            found.setdefault(part.lora.name, []).append(part)
-    made = with_biases([joined(some) for some in found.values()], added, by_path)
+        of_leaf[path] = [*parts(path, node, by_path[path], kind)]
+        for part in of_leaf[path]:
+            in_parts.setdefault(part.lora.name, []).append(part)
+    start = common_start(nodes, of_leaf, serving=serving)
+    with_rows = [s for s in slots if s.module.order is not None]
+    made = [
+        joined(some, [s for s in with_rows if s.index(name) is not None])
+        for name, some in in_parts.items()
+    ]
+    made = with_biases(made, added, by_path)
     made = [part for part in made if not is_idle(part)]
-    made = _nested(made, None if names is None else slots)
+    made = attentions(made, nodes, slots)
+    if serving:
+        made = with_neighbors(made, named, by_path)
+    made = _nested(made, None if names is None and not known else slots)
     whole = _whole(named, by_path, made)
     fail(_lost_statistics(adapted, named, by_path, whole, base, ignore))
     if serving:
-        fail(
-            f"save: '{path}' is activated by tokens (aLoRA), which vLLM and SGLang do "
-            "not serve. Train without alora_invocation_tokens."
-            for path, x in nodes.items()
-            if isinstance(x.variant, Activated)
-        )
-        fail(
-            f"save: '{path}' is KaSA, whose base is another one (truncated). Ship "
-            "flora.merge(adapted)."
-            for path, x in nodes.items()
-            if isinstance(x.variant, KaSA)
-        )
-        made = for_serving(made, whole, named, by_path)
+        fail(_unserved(nodes))
+        made = for_serving(made, whole)
         nodes = {p: dataclasses.replace(x, variant=None) for p, x in nodes.items()}
     else:
         variants = {p: x.variant for p, x in nodes.items()}
         made = [compact(p, variants.get(p.slot.path)) for p in made]
     everything = _modules(named, by_path)
     indices, held = tokens.written(rows, by_path, everything, serving=serving)
+    own = agreed(found) | {k: v for k, v in about.items() if v is not None}
     if made or whole.values or not rows:
-        config = _config(made, whole, nodes, by_path, named) | dict(about)
-        config |= {"trainable_token_indices": indices or None}
-        if layer_replication:
-            config["layer_replication"] = [[*span] for span in layer_replication]
+        config = _config(made, whole, nodes, by_path, named) | own
+        config["init_lora_weights"] = start or config["init_lora_weights"]
+        config["trainable_token_indices"] = indices or None
+        config["layer_replication"] = _pairs(layer_replication)
         if config["alora_invocation_tokens"] and not config["task_type"]:
             config["task_type"] = "CAUSAL_LM"  # PEFT activates no other
     else:
-        config = tokens.alone(indices, about)
+        config = tokens.alone(indices, own)
+    dtypes = {p: some[0].dtype for p, some in found.items()}
+    arrays, own_dtype = {}, {}
     wrapper = "" if config["peft_type"] == "TRAINABLE_TOKENS" else ".token_adapter"
-    arrays = {f"{PREFIX}{m}{wrapper}.{TOKENS}": x for m, x in held.items()}
+    for module, (path, x) in held.items():
+        key = f"{PREFIX}{module}{wrapper}.{TOKENS}"
+        arrays[key], own_dtype[key] = x, dtypes.get(path)
     for part in made:
         for field in ("a", "b", "magnitude", "bias", "diag"):
             x = getattr(part.lora, field)
             if x is not None:
-                arrays[part.lora.key(field)] = x
+                key = part.lora.key(field)
+                arrays[key], own_dtype[key] = x, dtypes.get(part.slot.path)
     adapted_modules = {p.lora.module for p in made}
     for name, x in whole.values.items():
         owner, last = split_name(name)
         inside = owner in adapted_modules and name not in whole.modules
         key = f"{owner}.base_layer.{last}" if inside else name
         arrays[f"{PREFIX}{key}"] = x
-    if dtype is not None:
-        with np.errstate(over="ignore"):
-            cast = {k: x.astype(dtype) for k, x in arrays.items()}
-        require_finite("save", cast, allow_nonfinite, before=arrays)
-        arrays = cast
-    return config, arrays
+        own_dtype[f"{PREFIX}{key}"] = dtypes.get(whole.paths[name])
+    if not serving:  # a server has the base
+        for name, x, had in base_weights(found, named, by_path):
+            key = f"{PREFIX}{name}"
+            arrays[key], own_dtype[key] = x, had
+    with np.errstate(over="ignore"):
+        cast = {
+            k: x.astype(dtype or own_dtype[k] or x.dtype) for k, x in arrays.items()
+        }
+    require_finite("save", cast, allow_nonfinite, before=arrays)
+    for key in [k for k in cast if k.endswith(".running_mean")]:
+        # PyTorch counts batches beside them, and PEFT asks for the number.
+        count = key.removesuffix(".running_mean") + COUNTER
+        cast[count] = np.zeros((), np.int64)
+    return config, cast
 
 
 def _repeats(
@@ -170,6 +204,25 @@ def _is_span(x: Any) -> bool:
     return ints and len(x) == 2 and 0 <= x[0] < x[1]
 
 
+def _pairs(spans: Any) -> list[list[int]] | None:
+    return [[*span] for span in spans] if spans else None
+
+
+def _unserved(nodes: Mapping[str, LoraWeight]) -> Iterator[str]:
+    """Kinds of adapters that no server has."""
+    for path, x in nodes.items():
+        if isinstance(x.variant, Activated):
+            yield (
+                f"save: '{path}' is activated by tokens (aLoRA), which vLLM and SGLang "
+                "do not serve. Train without alora_invocation_tokens."
+            )
+        elif isinstance(x.variant, KaSA):
+            yield (
+                f"save: '{path}' is KaSA, whose base is another one (truncated). Ship "
+                "flora.merge(adapted)."
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class Whole:
     """Parameters that are saved whole.
@@ -178,16 +231,18 @@ class Whole:
       values: by name.
       modules: which of them belong to `modules_to_save`, and to which module of it.
       bias: 'none', 'all' or 'lora_only', for the others, which are biases.
+      paths: the leaf of each.
     """
 
     values: Mapping[str, np.ndarray]
     modules: Mapping[str, str]
     bias: str
+    paths: Mapping[str, str]
 
 
 _KINDS = (
-    DoRA, MiCA, KaSA, Rows, Activated, AcrossGroups, Added, Biased, BlockDiagonal,
-    type(None),
+    DoRA, MiCA, KaSA, Rows, Activated, AcrossGroups, AddedTwice, Added, Biased,
+    BlockDiagonal, type(None),
 )  # fmt: skip
 
 
@@ -271,7 +326,7 @@ def _nested(made: Sequence[Part], declared: Sequence[Slot] | None) -> list[Part]
     count = collections.Counter(p.lora.module for p in made)
     if declared is not None:
         at = {slot.name: i for i, slot in enumerate(declared)}
-        made = sorted(made, key=lambda p: at[p.slot.name])
+        made = sorted(made, key=lambda p: at.get(p.slot.name, len(at)))  # tied: last
     else:
         made = sorted(made, key=lambda p: p.lora.parameter.startswith("down"))
     first = {
@@ -350,9 +405,8 @@ def _whole(named: Named, by_path: Slots, made: Sequence[Part]) -> Whole:
                     parts.setdefault(name, []).append((slot, value))
     for name, some in parts.items():
         values[name] = _assembled(some)
-    return Whole(
-        values, {n: split_name(n)[0] for n in values if split_name(n)[0] in saved}, mode
-    )
+    modules = {n: split_name(n)[0] for n in values if split_name(n)[0] in saved}
+    return Whole(values, modules, mode, {n: s[0][0].path for n, s in parts.items()})
 
 
 def _stack(leaf: Any, slot: Slot) -> tuple[int, ...]:
@@ -397,7 +451,7 @@ def _config(
             "other. Adapt all in one way, or ship flora.merge(adapted)."
         )
     raw = [p.lora.name for p in made if p.lora.raw]
-    modules = [p.lora.module for p in made if not p.lora.raw]
+    modules = [p.lora.module for p in made if not p.lora.raw and not p.lora.inner]
     config = {
         "peft_type": "LORA",
         "task_type": None,

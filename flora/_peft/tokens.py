@@ -144,7 +144,7 @@ def _node(
     return variant.node(weight, held), ""
 
 
-def rows_of(path: str, node: LoraWeight) -> np.ndarray:
+def rows_of(node: LoraWeight) -> np.ndarray:
     """The rows that a node holds, `[rank, features]`, as PEFT has them."""
     variant = node.variant
     assert isinstance(variant, Rows)
@@ -158,8 +158,8 @@ def written(
     everything: Sequence[str],
     *,
     serving: bool,
-) -> tuple[dict[str, list[int]], dict[str, np.ndarray]]:
-    """`{module: indices}` and `{module: rows}` of the leaves some of whose rows train.
+) -> tuple[dict[str, list[int]], dict[str, tuple[str, np.ndarray]]]:
+    """`{module: indices}`, and `{module: (path, rows)}`, where rows of leaves train.
 
     Args:
       nodes: these leaves, by path.
@@ -191,7 +191,7 @@ def written(
                 f"'{rest[0]}' too, whose name ends so. Rename one of them."
             )
         indices[module] = [*node.variant.rows]  # type: ignore[union-attr]
-        tensors[module] = rows_of(path, node)
+        tensors[module] = path, rows_of(node)
     return indices, tensors
 
 

@@ -292,6 +292,9 @@ def test_a_whole_weight_for_one_of_two_uses(tmp_path):
         np.testing.assert_array_equal(
             loaded["embed"]["embedding"].value, values(7, 4, seed=3)
         )
+    flora.peft.save(tmp_path / "same", loaded)  # it knows of both
+    assert {*files.read(tmp_path / "same")[1]} == {*files.read(both)[1]}
+    loaded = files.forgotten(loaded)
     with pytest.raises(flora.LoraError, match=r"tied=\{'embed/embedding': 'lm_head'\}"):
         flora.peft.save(tmp_path / "b", loaded, fn=tied_fn, args=args)
     with pytest.raises(flora.LoraError, match="may be read by a head too"):

@@ -32,6 +32,8 @@ RUNS = {
     "tokens": ("embedding", {
         "r": 2, "lora_alpha": 5, "target_modules": ["mix"],
         "trainable_token_indices": {"embed_tokens": [3, 8], "lm_head": [2, 1, 10]}}),
+    "attention": ("attention", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["attn", "mix"]}),
     "experts": ("experts", {
         "r": 2, "lora_alpha": 5, "target_modules": ["proj"],
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),

@@ -229,22 +229,64 @@ def test_serving(tmp_path):
             flora.peft.save(tmp_path / "b", adapted(**settings), serving=True)
 
 
-def test_serving_writes_zeros_beside_a_projection(tmp_path):
-    tree = {
-        n: {"kernel": jnp.asarray(values(D, F))} for n in ("q_proj", "k_proj", "v_proj")
-    }
-
-    def fn(p, x):
-        return sum(x @ p[n]["kernel"] for n in p)
-
-    config = flora.LoraConfig(rank=2, target="q_proj/kernel")
-    made = flora.init(jax.random.key(0), config, fn, tree, jnp.ones((2, D)))
+@pytest.mark.parametrize(
+    ("kind", "one"),
+    [(kind, one) for kind, sizes in files.TOGETHER.items() for one in sizes],
+)
+def test_serving_writes_zeros_for_what_servers_read_together(tmp_path, kind, one):
+    tree, made = files.together(kind, one)
     flora.peft.save(tmp_path / "a", made, serving=True)
     written, tensors = files.read(tmp_path / "a")
-    assert {*written["target_modules"]} == {*tree}
-    for n in ("k_proj", "v_proj"):
-        assert not tensors[f"{PREFIX}{n}.lora_A.weight"].any()
-        assert tensors[f"{PREFIX}{n}.lora_B.weight"].shape == (F, 2)
+    assert {*written["target_modules"]} == {
+        f"layers.0.{n}" for n in files.TOGETHER[kind]
+    }
+    for n, (in_, out) in files.TOGETHER[kind].items():
+        a, b = (tensors[f"{PREFIX}layers.0.{n}.lora_{c}.weight"] for c in "AB")
+        assert (a.shape, b.shape) == ((2, in_), (out, 2))
+        assert a.any() == b.any() == (n == one)
+    flora.peft.load(tmp_path / "a", tree)
+    flora.peft.save(tmp_path / "plain", made)
+    assert files.read(tmp_path / "plain")[0]["target_modules"] == [f"layers.0.{one}"]
+
+
+def test_serving_an_adapter_without_its_base(tmp_path):
+    """Whether there is a gate beside up, the adapter alone does not tell."""
+    sizes = {"up_proj": F, "gate_proj": F, "q_proj": 6, "k_proj": 2, "v_proj": 2}
+    tree = {n: {"kernel": jnp.asarray(values(D, out))} for n, out in sizes.items()}
+
+    def fn(p, x):
+        return sum((x @ w["kernel"]).sum() for w in p.values())
+
+    def made(*targets):
+        config = flora.LoraConfig(rank=2, target=[f"{t}/kernel" for t in targets])
+        return flora.init(jax.random.key(0), config, fn, tree, jnp.ones((2, D)))
+
+    alone = flora.split(made("up_proj"))[1]
+    with pytest.raises(flora.LoraError, match=r"'gate_proj.weight' is not.*flora.join"):
+        flora.peft.save(tmp_path / "a", alone, serving=True)
+    alone = flora.split(made("q_proj", "v_proj"))[1]  # servers fill in k themselves
+    flora.peft.save(tmp_path / "a", alone, serving=True)
+    assert files.read(tmp_path / "a")[0]["target_modules"] == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("one", ["gate_up_proj", "down_proj"])
+def test_serving_writes_zeros_for_the_other_stack_of_experts(tmp_path, one):
+    """vLLM takes the outer adapter of a module with experts for that of down_proj."""
+    tree, fn, x, made = files.stacked_experts(one)
+    flora.peft.save(tmp_path / "a", made, serving=True)
+    written, tensors = files.read(tmp_path / "a")
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    assert sorted(written["target_parameters"]) == sorted(names)
+    inner, outer = "experts.base_layer", "experts"
+    for front, name, in_, out in (
+        (inner, "gate_up_proj", D, 2 * F),
+        (outer, "down_proj", F, D),
+    ):
+        a, b = (tensors[f"{PREFIX}{front}.lora_{c}.weight"] for c in "AB")
+        assert (a.shape, b.shape) == ((6, in_), (out, 6))
+        assert a.any() == b.any() == (name == one)
+    loaded = flora.peft.load(tmp_path / "a", tree, fn=fn, args=(x,))
+    close(flora.merge(loaded)["experts"][one], flora.merge(made)["experts"][one])
 
 
 def test_what_cannot_be_written(tmp_path):
@@ -396,11 +438,11 @@ def test_a_load_sees_one_version_of_an_adapter_that_is_saved_meanwhile(
     under_fire.write_peft(tmp_path, 1)
     read, saves = flora.peft.read_tensors, []
 
-    def late(folder):
+    def late(folder, *rest):
         if len(saves) < 3:
             saves.append(len(saves) + 2)
             under_fire.write_peft(folder, saves[-1])
-        return read(folder)
+        return read(folder, *rest)
 
     monkeypatch.setattr(flora.peft, "read_tensors", late)
     assert under_fire.load_peft(tmp_path) == 4

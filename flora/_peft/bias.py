@@ -65,9 +65,8 @@ def pieces_of(
         hits = [] if lora.bias is None else finder.all(f"{lora.module}.bias")
         if hits and not any(slot.path in whole for slot, _ in hits):
             c = np.asarray(lora.bias).reshape(-1, 1)
-            own = Lora(
-                lora.module, np.ones_like(c[:1]), c, parameter="bias", dtype=lora.dtype
-            )
+            one = np.ones_like(c[:1])
+            own = Lora(lora.module, one, c, parameter="bias", dtype=lora.dtype)
             for slot, index in hits:
                 piece = Piece(own, slot, index, 1, float(config.scale(lora.site)))
                 found.setdefault(slot.path, []).append(piece)
@@ -148,7 +147,10 @@ def joined_bias(
     scale: float,
     total: int,
 ) -> np.ndarray:
-    """The c of a module, of `(its scale, rows, c)` in each leaf that it lies in."""
+    """The c of a module, of `(its scale, rows, c)` in each leaf that it lies in.
+
+    It has `total` rows, zeros where no leaf has them.
+    """
     own, rows, c = some[0]
     if rows is None:
         return c

@@ -124,25 +124,14 @@ def written(
     ]
     made = with_biases(made, added, by_path)
     made = [part for part in made if not is_idle(part)]
+    made = attentions(made, nodes, slots)
     if serving:
         made = with_neighbors(made, named, by_path)
-    made = attentions(made, nodes, slots)
     made = _nested(made, None if names is None and not known else slots)
     whole = _whole(named, by_path, made)
     fail(_lost_statistics(adapted, named, by_path, whole, base, ignore))
     if serving:
-        fail(
-            f"save: '{path}' is activated by tokens (aLoRA), which vLLM and SGLang do "
-            "not serve. Train without alora_invocation_tokens."
-            for path, x in nodes.items()
-            if isinstance(x.variant, Activated)
-        )
-        fail(
-            f"save: '{path}' is KaSA, whose base is another one (truncated). Ship "
-            "flora.merge(adapted)."
-            for path, x in nodes.items()
-            if isinstance(x.variant, KaSA)
-        )
+        fail(_unserved(nodes))
         made = for_serving(made, whole)
         nodes = {p: dataclasses.replace(x, variant=None) for p, x in nodes.items()}
         start = True
@@ -220,6 +209,21 @@ def _repeats(
 def _is_span(x: Any) -> bool:
     ints = isinstance(x, list | tuple) and all(type(i) is int for i in x)
     return ints and len(x) == 2 and 0 <= x[0] < x[1]
+
+
+def _unserved(nodes: Mapping[str, LoraWeight]) -> Iterator[str]:
+    """Kinds of adapters that no server has."""
+    for path, x in nodes.items():
+        if isinstance(x.variant, Activated):
+            yield (
+                f"save: '{path}' is activated by tokens (aLoRA), which vLLM and SGLang "
+                "do not serve. Train without alora_invocation_tokens."
+            )
+        elif isinstance(x.variant, KaSA):
+            yield (
+                f"save: '{path}' is KaSA, whose base is another one (truncated). Ship "
+                "flora.merge(adapted)."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

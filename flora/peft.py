@@ -296,7 +296,8 @@ def _node(
         return dataclasses.replace(made, variant=Added(), **_placed(made))
     if (config.residual or taken) and any(is_changed(p.lora) for p in site.pieces):
         scales = ((p.rank, p.scale) for p in site.pieces)
-        how = str(config.init_lora_weights)
+        how = config.init_lora_weights
+        how = how if isinstance(how, str) else "start"
         how = f"PEFT's {how}" if taken else start_of(config.residual, scales)
         made = dataclasses.replace(made, start=how)
     made = with_bias(made, site.pieces, site.beside)

@@ -411,8 +411,11 @@ def _base_problems(
                 )
     for path, parts in found.unnamed.items():
         for slot, index, x in parts:
-            name = slot.at(index)
-            if gap := _gap(base_of(leaves[path]), slot, index, x):
+            name, base = slot.at(index), base_of(leaves[path])
+            gap = _gap(base, slot, index, x)
+            if not is_array(base) or isinstance(base, jax.ShapeDtypeStruct):
+                gap = f"cannot be compared with '{path}', which has no values"
+            if gap:
                 yield (
                     f"{folder / WEIGHTS}: '{PREFIX}{name}' {gap}, and is not part of "
                     f"the adapter by {CONFIG}: modules_to_save is "
@@ -503,7 +506,8 @@ def save(
       LoraError: a leaf has no name or not a unique one; it holds NaN or infinity, or
         would in `dtype`; it is of a kind that PEFT, or a server if `serving`, does not
         support; or it is a batch statistic that the files would lack, and `base` does
-        not show that it is as it was.
+        not show that it is as it was; or its base was changed at the start, in a way
+        that PEFT cannot repeat, and `base` is not there.
     """
     folder = directory("save", dir)
     readers = None

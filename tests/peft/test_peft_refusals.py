@@ -446,6 +446,16 @@ def test_trees_that_do_not_fit(tmp_path):
         flora.peft.load(folder, params(), dtype=jnp.int32)
 
 
+def test_a_base_without_values_shows_nothing(tmp_path):
+    held = tensors(**{"norm.weight": values(D)})  # as the base's
+    folder = files.write(tmp_path / "x", held)
+    flora.peft.load(folder, params())
+    shapes = jax.eval_shape(params)
+    with pytest.raises(flora.LoraError, match=r"norm\.weight' cannot be compared"):
+        flora.peft.load(folder, shapes)
+    flora.peft.load(folder, shapes, ignore="norm.weight")
+
+
 def test_names_that_do_not_fit(tmp_path):
     folder = files.write(tmp_path / "x", tensors())
     for names, fragment in (

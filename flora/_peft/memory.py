@@ -5,11 +5,13 @@ what says nothing about how it computes.  It is JSON, in the leaf's `Origin`.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flora._peft.config import ABOUT
@@ -143,23 +145,23 @@ def remembered_slots(paths: Sequence[str], known: Mapping[str, Memory]) -> list[
     return own + [s for s in rest if not {s.name, s.path} & taken]
 
 
-def conflicts(
-    found: Mapping[str, Sequence[Memory]], names: Any, dtype: Any
-) -> Iterator[str]:
-    """Leaves that a compiled function took for those of a file with other facts."""
-    for path, some in found.items():
-        slots = [m.slots[0].name for m in some if m.slots]
-        dtypes = [m.dtype for m in some]
-        if names is None and any(m.slots != some[0].slots for m in some):
-            said = "names", f"it is '{slots[0]}' or '{slots[-1]}'"
-        elif dtype is None and {*dtypes} != {dtypes[0]}:
-            said = "dtype", f"it is {dtypes[0]} or {dtypes[-1]}"
-        else:
-            continue
-        yield (
-            f"save: '{path}' ran in a compiled function with that of another file, and "
-            f"may come from either: {said[1]}. Write {said[0]}=."
-        )
+def conflicts(found: Mapping[str, Sequence[Memory]]) -> Iterator[str]:
+    """Leaves that a compiled function took for those of a file of other names."""
+    for path, (first, *rest) in found.items():
+        other = next((m for m in rest if m.slots != first.slots), None)
+        if other is not None:
+            named = " or ".join(
+                f"'{s.name}'" for m in (first, other) for s in m.slots[:1]
+            )
+            yield (
+                f"save: '{path}' ran in a compiled function with that of another file, "
+                f"and may come from either: it is {named}. Write names=."
+            )
+
+
+def widest(some: Sequence[Memory]) -> Any:
+    """The dtype in which no leaf that this one may be of is rounded."""
+    return functools.reduce(jnp.promote_types, [m.dtype for m in some])
 
 
 def agreed(found: Mapping[str, Sequence[Memory]]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from flora._peft.memory import (
     conflicts,
     memories,
     remembered_slots,
+    widest,
 )
 from flora._peft.names import Slot, given_slots, split_name
 from flora._peft.parts import Part, is_idle, joined, parts, slots_beside, with_biases
@@ -80,7 +81,7 @@ def written(
     paths = [path for path, _ in named]
     bare = any(isinstance(x, LoraWeight) and x.base is None for _, x in named)
     found = {p: some for p, x in named if (some := memories(p, x))}
-    fail(conflicts(found, names, dtype))
+    fail(conflicts(found) if names is None else ())
     known = {p: some[0] for p, some in found.items()} if names is None else {}
     if names is not None:
         slots = given_slots(names, paths, partial=bare)
@@ -152,7 +153,7 @@ def written(
     else:
         config = tokens.alone(indices, about)
     wrapper = "" if config["peft_type"] == "TRAINABLE_TOKENS" else ".token_adapter"
-    dtypes = {p: some[0].dtype for p, some in found.items()}
+    dtypes = {p: widest(some) for p, some in found.items()}
     tensors, own_dtype = {}, {}
     for module, (path, x) in held.items():
         key = f"{PREFIX}{module}{wrapper}.{TOKENS}"

@@ -128,12 +128,18 @@ def test_one_compiled_function_for_several_files(tmp_path):
     whole = load(folder_of(tmp_path / "b", np.float32))
     same = jax.jit(lambda x: x)
     same(half)
-    with pytest.raises(
-        flora.LoraError, match="may come from either: it is bfloat16 or float"
-    ):
-        flora.peft.save(tmp_path / "c", same(whole))
-    flora.peft.save(tmp_path / "c", same(whole), dtype=jnp.float32)
+    flora.peft.save(tmp_path / "c", same(whole))  # in the wider dtype of both
     check_same(tmp_path / "b", tmp_path / "c")
+    renamed = folder_of(tmp_path / "r", prefix="decoder.layers")
+    names = {
+        "blocks/q": "decoder.layers.{i}.self_attn.q_proj",
+        "blocks/kv": [Module(f"decoder.layers.{{i}}.self_attn.{n}_proj") for n in "kv"],
+    }
+    other = same(flora.peft.load(renamed, TREE, names=names))
+    with pytest.raises(flora.LoraError, match=r"'model\..* or 'decoder\..*names="):
+        flora.peft.save(tmp_path / "s", other)
+    flora.peft.save(tmp_path / "s", other, names=names, dtype=BF16)
+    check_same(renamed, tmp_path / "s")
     # Two files that agree, and trees of no file.
     again = load(folder_of(tmp_path / "d", np.float32))
     fresh = files.forgotten(whole)

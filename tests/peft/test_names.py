@@ -288,7 +288,13 @@ def test_names_found_by_values(tmp_path):
     want = flax_weights({k: v.astype(np.float32) for k, v in changed.items()})
     jax.tree.map(close, flora.merge(loaded), want)
     flora.peft.save(tmp_path / "b", loaded, names=names)
-    assert {*tensors} <= {*files.read(tmp_path / "b")[1]}
+    written = files.read(tmp_path / "b")[1]
+    assert {*tensors} <= {*written}
+    flora.peft.save(tmp_path / "c", loaded)  # it knows
+    again = files.read(tmp_path / "c")[1]
+    assert {*again} == {*written}
+    for key, x in tensors.items():
+        np.testing.assert_array_equal(again[key], x)
     assert "blocks/wq/kernel <- model.layers.{i}.q_proj.weight" in repr(names)
 
 

@@ -199,6 +199,7 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
     require_finite("loftq", chosen, remedy="Start from finite weights.")
 
     def one(w: LoraWeight) -> LoraWeight:
+        w = dataclasses.replace(w, start="flora.quantize.loftq")
         found = functools.partial(_nearest, qtype=qtype, block=block, steps=steps)
         if not isinstance(w.base, jax.ShapeDtypeStruct):
             return _placed_as(w, found(w))

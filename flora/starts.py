@@ -346,6 +346,7 @@ def to_plain(trained: Any, start: Any, original: Any) -> Any:
         twice = dataclasses.replace(
             leaf,
             base=base,
+            start="",
             rank=2 * leaf.rank,
             alpha=alpha_at(leaf, 2 * leaf.rank),
         )

@@ -13,7 +13,17 @@ LoRA does; `examples/custom_variant.py` is a complete one.
 """
 
 from flora._algebra.norms import column_norms
-from flora._algebra.variants import AdaLoRA, DoRA, VeRA
+from flora._algebra.variants import AdaLoRA, Columns, DoRA, MiCA, Rows, VeRA
 from flora._tree.weight import Product, Variant
 
-__all__ = ["AdaLoRA", "DoRA", "Product", "Variant", "VeRA", "column_norms"]
+__all__ = [
+    "AdaLoRA",
+    "Columns",
+    "DoRA",
+    "MiCA",
+    "Product",
+    "Rows",
+    "Variant",
+    "VeRA",
+    "column_norms",
+]

@@ -125,18 +125,61 @@ def _save_peft_dora(folder):
     for i in range(2):
         name = f"{peft_files.PREFIX}layers.{i}.up"
         tensors[f"{name}.lora_magnitude_vector"] = abs(peft_files.values(peft_files.F))
-        tensors[f"{name}.lora_B.bias"] = peft_files.values(peft_files.F)
     peft_files.write(
         folder,
         tensors,
         use_dora=True,
-        lora_bias=True,
         layers_to_transform=[0, 1],
         layers_pattern="layers",
         use_rslora=True,
         target_modules=["up"],
         exclude_modules=["down"],
     )
+
+
+def _save_peft_kinds(folder):
+    """Biases, new rows and layers that are there once, in one file."""
+    tensors = peft_files.up_adapters()
+    for i in range(2):
+        name = f"{peft_files.PREFIX}layers.{i}.up"
+        tensors[f"{name}.lora_B.bias"] = peft_files.values(peft_files.F)
+    rows = f"{peft_files.PREFIX}layers.1.down.token_adapter.trainable_tokens_delta"
+    tensors[rows] = peft_files.values(2, peft_files.F)
+    peft_files.write(
+        folder,
+        tensors,
+        lora_bias=True,
+        trainable_token_indices={"layers.1.down": [3, 0]},
+        layer_replication=[[0, 1], [1, 2]],
+    )
+
+
+def _load_peft_kinds(folder):
+    tree = peft_files.params()
+    del tree["layers"]["1"]["down"]["bias"]
+    return flora.peft.load(folder, tree)
+
+
+def _save_peft_diagonal(folder):
+    tensors = {
+        **peft_files.linear("layers.0.up", peft_files.D, peft_files.F),
+        **peft_files.linear("layers.1.up", peft_files.D // 2, peft_files.F),
+    }
+    kind = {"target_modules_bd_a": ["1.up"], "nblocks": 2, "match_strict": False}
+    peft_files.write(folder, tensors, use_bdlora=kind)
+
+
+def _save_peft_kasa(folder):
+    tensors = peft_files.up_adapters()
+    for i in range(2):
+        name = f"{peft_files.PREFIX}layers.{i}.up"
+        tensors[f"{name}.lora_diag"] = peft_files.values(2)
+    peft_files.write(folder, tensors, kasa_config={"beta": 1e-4, "gamma": 1e-3})
+
+
+def _save_peft_activated(folder):
+    tensors = peft_files.up_adapters()
+    peft_files.write(folder, tensors, alora_invocation_tokens=[3, 1])
 
 
 def _load_peft(folder):
@@ -204,6 +247,10 @@ KINDS = {
     "peft": Kind(_save_peft, _load_peft),
     "peft, stacked": Kind(_save_peft, _load_peft_stacked),
     "peft, dora": Kind(_save_peft_dora, _load_peft),
+    "peft, kinds": Kind(_save_peft_kinds, _load_peft_kinds),
+    "peft, diagonal": Kind(_save_peft_diagonal, _load_peft),
+    "peft, kasa": Kind(_save_peft_kasa, _load_peft),
+    "peft, activated": Kind(_save_peft_activated, _load_peft),
     "index": Kind(_save_hf, _load_hf),
     "checkpoint": Kind(_save_checkpoint, _load_checkpoint, checked=True),
     "checkpoint, signed": Kind(

@@ -141,12 +141,8 @@ def test_what_does_not_fit_is_named():
     refused(r"'w' is W with in=0 out=1.*\(6,\) x rank.*adapter 1", stack, [one, wide])
     refused(r"'w' is W.*in=1 out=0", stack, [one, swapped_layout(one)])
     refused("only adapter 1 has 'v'", stack, [one, two | {"v": two["w"]}])
-    refused(
-        "'v' is frozen in adapter 0", stack, [one | {"v": None}, one | {"v": one["w"]}]
-    )
-    dropped = {"w": dataclasses.replace(two["w"], dropout=0.5)}
-    refused(r"'w' has dropout=0.0 and 0.5.*like=adapters\[0\]", stack, [one, dropped])
-    stack([one, flora.multi.pad(dropped, like=flora.multi.pad(one, rank=2))][:1])
+    gap = one | {"v": None}, one | {"v": one["w"]}
+    refused("'v' is frozen in adapter 0", flora.multi.pad, gap[1], like=gap[0])
     refused("'w' has rank 2, above 1", stack, [one, two], rank=1)
     refused("expected a list", stack, one)
     refused("expected a list", stack, [])

@@ -228,24 +228,6 @@ def test_modules_and_biases_that_train_whole(tmp_path):
     assert isinstance(loaded["layers"]["0"]["down"]["bias"], jax.Array)
 
 
-def test_bias_of_b_goes_into_the_bias(tmp_path):
-    added = {
-        f"{PREFIX}layers.{i}.up.lora_B.bias": values(F, seed=40 + i) for i in range(2)
-    }
-    tensors = up_adapters() | added
-    loaded = flora.peft.load(
-        files.write(tmp_path / "a", tensors, lora_bias=True), params()
-    )
-    for i in range(2):
-        got = loaded["layers"][str(i)]["up"]["bias"].value
-        want = params()["layers"][str(i)]["up"]["bias"] + 3.0 * values(F, seed=40 + i)
-        close(got, want)
-    bare = params()
-    del bare["layers"]["1"]["up"]["bias"]
-    with pytest.raises(flora.LoraError, match="Give the module a bias of zeros"):
-        flora.peft.load(tmp_path / "a", bare)
-
-
 def test_dora(tmp_path):
     magnitudes = {f"layers.{i}.up": np.abs(values(F, seed=50 + i)) for i in range(2)}
     tensors = up_adapters() | {
@@ -319,5 +301,5 @@ def test_bases_that_the_start_changed(tmp_path, how):
     for i in "01":
         change = delta(written, f"layers.{i}.up", config["lora_alpha"] / 4)
         assert np.abs(change).max() < 2e-6
-    with pytest.raises(flora.LoraError, match="which changes the base"):
+    with pytest.raises(flora.LoraError, match="changed the base"):
         flora.peft.load(folder, jax.eval_shape(params))

@@ -1,4 +1,4 @@
-"""What `flora.variants` exports: DoRA, VeRA, AdaLoRA."""
+"""What `flora.variants` exports: DoRA, VeRA, AdaLoRA, Columns, MiCA, Rows."""
 
 import dataclasses
 import math
@@ -9,7 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._algebra.norms import column_norms, compiled_norms
-from flora._tree.weight import LoraWeight, Product, uniform
+from flora._tree.errors import LoraError
+from flora._tree.layout import Layout
+from flora._tree.matrices import matrices, svd
+from flora._tree.quantized import dequantized
+from flora._tree.weight import LoraWeight, Product, factor_sizes, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +119,155 @@ class AdaLoRA:
 
     def product(self, weight: LoraWeight) -> Product:
         return Product(_scaled(weight, weight.extra["e"]), weight.b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """W_eff = (W + scale A B) ⊙ c, with a fixed factor c for each output.
+
+    c, `extra["columns"]` `[*stack, *out]`, starts at one and never trains.  DoRA is of
+    this kind once its norm is divided out, which `flora.multi` does to serve it.
+    """
+
+    frozen = ("columns",)
+
+    def start(self, key: Any, weight: LoraWeight) -> LoraWeight:
+        stack, _, out = factor_sizes(weight)
+        return dataclasses.replace(weight, extra={"columns": jnp.ones((*stack, *out))})
+
+    def product(self, weight: LoraWeight) -> Product:
+        return Product(weight.a, weight.b, weight.extra["columns"])
+
+
+@dataclasses.dataclass(frozen=True)
+class MiCA:
+    """ΔW = scale A B with A = 0 at first and a B that never trains.
+
+    B is the `rank` last right singular vectors of W `[in, out]`, those of its smallest
+    singular values.
+
+    References: https://arxiv.org/abs/2604.01694
+    """
+
+    frozen = ("b",)
+
+    def start(self, key: Any, weight: LoraWeight) -> LoraWeight:
+        _, *sizes = weight.layout.matrix(weight.base.shape)
+        if weight.rank > min(sizes):
+            raise LoraError(
+                f"{self!r}: a weight of shape {weight.base.shape} ({weight.layout}) "
+                f"has {min(sizes)} singular vectors and the rank is {weight.rank}. "
+                f"Write a rank of at most {min(sizes)}."
+            )
+        wide = jnp.promote_types(weight.b.dtype, jnp.float32)
+        w = matrices(dequantized(weight.base).astype(wide), weight.layout)
+        last = svd(w, min(sizes))[2][..., -weight.rank :, :]
+        b = last.reshape(weight.b.shape).astype(weight.b.dtype)
+        return dataclasses.replace(weight, a=jnp.zeros_like(weight.a), b=b)
+
+    def product(self, weight: LoraWeight) -> Product:
+        return Product(weight.a, weight.b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """W with other values in some of its rows, which alone train: new tokens.
+
+    W_eff = W + A (B − Aᵀ W): A picks the rows and never trains, B holds what stands in
+    their place, `[rank, *out]`, and starts as they are.  Along an out axis, the words
+    of a head, B picks and A holds.  The rank is the number of rows; the scale is 1 and
+    nothing is dropped, whatever the config says.
+
+    Attributes:
+      rows: which, each once.
+      along: 'in' for rows of an embedding `[words, features]`, 'out' for the columns of
+        a head's kernel `[features, words]`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flora
+      >>> config = flora.LoraConfig(rank=2, target="table", variant=Rows((0, 7)))
+      >>> params, ids = {"table": jnp.ones((9, 4))}, jnp.arange(3)
+      >>> adapted = flora.init(jax.random.key(0), config, lambda p, i: p["table"][i],
+      ...                      params, ids)
+      >>> adapted["table"].b.shape
+      (2, 4)
+
+    References: https://huggingface.co/docs/peft/package_reference/trainable_tokens
+    """
+
+    rows: tuple[int, ...]
+    along: str = "in"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(int(i) for i in self.rows))
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        return ("a",) if self.along == "in" else ("b",)
+
+    def start(self, key: Any, weight: LoraWeight) -> LoraWeight:
+        if problem := self.problem(weight.layout, weight.base.shape):
+            raise LoraError(f"{self!r}: {problem}")
+        if weight.rank != len(self.rows):
+            raise LoraError(
+                f"{self!r} has {len(self.rows)} rows and the rank is {weight.rank}. "
+                f"Write rank={len(self.rows)}."
+            )
+        held = self.held(weight).astype(weight.a.dtype)
+        return self.node(weight, held)
+
+    def node(self, weight: LoraWeight, held: Any) -> LoraWeight:
+        """The weight with `held`, `[rank, *out]` or `[*in, rank]`, in its rows."""
+        size = weight.base.shape[self._axis(weight.layout)]
+        picks = jax.nn.one_hot(jnp.asarray(self.rows), size, dtype=held.dtype)
+        a, b = (picks.T, held) if self.along == "in" else (held, picks)
+        return dataclasses.replace(
+            weight,
+            a=a,
+            b=b,
+            rank=len(self.rows),
+            alpha=float(len(self.rows)),
+            rank_stabilized=False,
+            dropout=0.0,
+            variant=self,
+        )
+
+    def held(self, weight: LoraWeight) -> Any:
+        """The rows of W itself, in the shape of the factor that stands for them."""
+        axis, first = self._axis(weight.layout), self.along == "in"
+        rows = jnp.take(
+            dequantized(weight.base), jnp.asarray(self.rows), axis=axis, mode="clip"
+        )
+        return jnp.moveaxis(rows, axis, 0 if first else -1)
+
+    def product(self, weight: LoraWeight) -> Product:
+        old = lax.stop_gradient(self.held(weight))
+        if self.along == "in":
+            return Product(weight.a, weight.b - old.astype(weight.b.dtype))
+        return Product(weight.a - old.astype(weight.a.dtype), weight.b)
+
+    def problem(self, layout: Layout, shape: tuple[int, ...]) -> str:
+        """Why a weight has no such rows; or ''."""
+        if self.along not in ("in", "out"):
+            return f"along is {self.along!r}. Write 'in' or 'out'."
+        axes = layout.in_ if self.along == "in" else layout.out
+        rest = layout.out if self.along == "in" else layout.in_
+        if layout.stack or len(axes) != 1 or list(rest) != sorted(rest):
+            return (
+                f"a weight of shape {shape} ({layout}) has no rows along '{self.along}'"
+                ": expected one axis of them and no stack. Train the leaf whole."
+            )
+        if bad := [i for i in self.rows if not 0 <= i < shape[axes[0]]]:
+            return (
+                f"row {bad[0]} is none of the {shape[axes[0]]} that a weight of shape "
+                f"{shape} has along axis {axes[0]}. Resize the base, or correct it."
+            )
+        if not self.rows or len({*self.rows}) < len(self.rows):
+            return f"rows is {self.rows}. Name at least one, each once."
+        return ""
+
+    def _axis(self, layout: Layout) -> int:
+        return (layout.in_ if self.along == "in" else layout.out)[0]
 
 
 def _scaled(weight: LoraWeight, by_rank: Any) -> Any:

@@ -18,6 +18,7 @@ from flora._files.items import base_leaves, placed, saved_too
 from flora._files.parsed import install, misfit, of_later, parsed
 from flora._files.records import (
     foreign_settings,
+    origin_of,
     record_of,
     record_problem,
     unknown_settings,
@@ -353,7 +354,8 @@ def _filled(
     if record["kind"] != "lora":
         value = arrays[f"whole/{path}"]
         value = jax.device_put(value) if leaf is None else placed(leaf, value)
-        return Trained(value) if record["kind"] == "trained" else value
+        trains = record["kind"] == "trained"
+        return Trained(value, origin_of(record)) if trains else value
     extra = {k: arrays[f"extra/{k}/{path}"] for k in record["extra"]} or None
     a, b = arrays[f"a/{path}"], arrays[f"b/{path}"]
     return _laid(weight_of(record, leaf, a, b, extra))

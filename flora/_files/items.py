@@ -126,7 +126,7 @@ def filled(
             extra = x.extra and {k: arrays["extra"][f"{path}/{k}"] for k in x.extra}
             return dataclasses.replace(x, a=a[path], b=b[path], key=None, extra=extra)
         if isinstance(x, Trained):
-            return Trained(whole[path])
+            return Trained(whole[path], x.origin)
         return whole.get(path, x)
 
     adapted = treedef.unflatten([fill(path, x) for path, x in named])

@@ -61,7 +61,7 @@ def _state_of_trained(leaf: Trained) -> State:
 def _trained_of_state(leaf: Trained, state: Any) -> Trained:
     _require_names(leaf, state, ["value"])
     value = serialization.from_state_dict(leaf.value, state["value"], name="value")
-    return _fitting(leaf, Trained(value))
+    return _fitting(leaf, Trained(value, leaf.origin))
 
 
 def _state_of_quantized(w: Quantized) -> State:

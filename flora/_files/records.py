@@ -16,12 +16,14 @@ from flora._tree.blocks import Block
 from flora._tree.config import form_problems, is_fallback
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
+from flora._tree.origin import Origin
 from flora._tree.paths import Pattern, matches
 from flora._tree.quantized import abstract
 from flora._tree.version import __version__
 from flora._tree.weight import LoraWeight, Trained
 
-_APART = ("base", "a", "b", "key", "extra", "layout")  # all other fields are settings
+# All other fields are settings.
+_APART = ("base", "a", "b", "key", "extra", "layout", "origin")
 
 
 def record_of(path: str, leaf: Any, also: Pattern) -> dict[str, Any]:
@@ -29,14 +31,17 @@ def record_of(path: str, leaf: Any, also: Pattern) -> dict[str, Any]:
 
     `{"kind": "lora", "shape", "extra", "layout", "settings"}`, in which `settings` are
     all fields of the node but these and its arrays, whatever fields nodes have; or kind
-    "trained", "also" or "frozen", and the shape.
+    "trained", "also" or "frozen", and the shape.  And "origin", where there is one.
     """
+    origin = leaf.origin.text if isinstance(leaf, LoraWeight | Trained) else ""
+    beside = {"origin": origin} if origin else {}
     if not isinstance(leaf, LoraWeight):
         kind = "also" if matches(also, path, leaf) else "frozen"
         if isinstance(leaf, Trained):
             kind, leaf = "trained", leaf.value
-        return {"kind": kind, "shape": [*np.shape(abstract(leaf))]}
+        return {"kind": kind, "shape": [*np.shape(abstract(leaf))], **beside}
     apart = _APART if leaf.blocks else (*_APART, "blocks")
+    apart = apart if leaf.start else (*apart, "start")
     names = [f.name for f in dataclasses.fields(leaf) if f.name not in apart]
     settings = {name: _encoded(getattr(leaf, name)) for name in names}
     layout = leaf.layout
@@ -46,7 +51,13 @@ def record_of(path: str, leaf: Any, also: Pattern) -> dict[str, Any]:
         "extra": sorted(leaf.extra or {}),
         "layout": {"stack": layout.stack, "in": layout.in_, "out": layout.out},
         "settings": settings,
+        **beside,
     }
+
+
+def origin_of(record: Mapping[str, Any]) -> Origin:
+    """The origin in the record of a leaf."""
+    return Origin(record.get("origin", ""))
 
 
 def weight_of(
@@ -58,7 +69,8 @@ def weight_of(
         raise LoraError(
             f"The file has {settings['variant']!r} in the place of a variant."
         )
-    return LoraWeight(base, a, b, extra=extra, layout=layout_of(record), **settings)
+    layout, origin = layout_of(record), origin_of(record)
+    return LoraWeight(base, a, b, extra=extra, layout=layout, origin=origin, **settings)
 
 
 _LORA = {
@@ -80,6 +92,8 @@ _LORA = {
 def record_problem(path: str, record: Mapping[str, Any]) -> str:
     """What is wrong with the record of a leaf, whoever wrote it; or ''."""
     at, kind = f"leaves.{path}", record.get("kind")
+    if wrong := misfit(record, {"origin": str} if "origin" in record else {}, at):
+        return wrong
     if kind in ("trained", "also", "frozen"):
         return misfit(record, {"shape": [int]}, at)
     if kind != "lora":
@@ -98,6 +112,7 @@ def record_problem(path: str, record: Mapping[str, Any]) -> str:
     if "blocks" in settings:
         given = settings["blocks"]
         good["blocks"] = isinstance(given, tuple) and all(map(_is_block, given))
+    good["start"] = isinstance(settings.get("start", ""), str)
     bad = next((k for k, fits in good.items() if not fits), "")
     return bad and f"{at}.settings.{bad} is {record['settings'][bad]!r}"
 

@@ -52,7 +52,7 @@ def settings_of(adapted: Any) -> Settings:
 
 def _bare(node: Any) -> Any:
     if isinstance(node, Trained):
-        return Trained(None)
+        return Trained(None, node.origin)
     extra = dict.fromkeys(node.extra) if node.extra else None
     return dataclasses.replace(node, base=None, a=None, b=None, key=None, extra=extra)
 
@@ -117,7 +117,7 @@ def filled(base: Any, settings: Settings, trained: Any, frozen: Any) -> Any:
     def fill(path: str, value: Any) -> Any:
         node, own = settings.get(path), have.get(path, {})
         if isinstance(node, Trained):
-            return Trained(lax.stop_gradient(value) + own[DELTA])
+            return Trained(lax.stop_gradient(value) + own[DELTA], node.origin)
         if node is None:
             return value
         starts = of_base(node, value)
@@ -188,6 +188,7 @@ def _shapes(node: Any, base: Any) -> dict[str, Any]:
 
 def differences(has: Settings, wants: Settings) -> Iterator[str]:
     """Where the settings of a tree are not those of a module's config."""
+    has = {path: _whatever_start(node) for path, node in has.items()}
     for path in sorted(has.keys() | wants.keys()):
         if has.get(path) != wants.get(path):
             yield (
@@ -195,6 +196,11 @@ def differences(has: Settings, wants: Settings) -> Iterator[str]:
                 f"in the tree and {wants.get(path, 'not adapted')!r} by the module's "
                 "config. Write a config with the tree's settings."
             )
+
+
+def _whatever_start(node: Any) -> Any:
+    """The node without what its base went through, which variables do not tell."""
+    return dataclasses.replace(node, start="") if isinstance(node, LoraWeight) else node
 
 
 def require_factors(params: Any, verb: str) -> Any:

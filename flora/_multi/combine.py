@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora._multi.conform import aligned, not_finite, require_rank
+from flora._algebra.dense import delta
+from flora._multi.conform import aligned, not_finite, require_alike, require_rank
+from flora._multi.kinds import Values, each_leaf, fixed, values_of, whole, with_columns
 from flora._multi.lowrank import (
     compressed,
     flat_factors,
@@ -21,7 +23,7 @@ from flora._multi.lowrank import (
 from flora._tree.arrays import compute_dtype, is_array
 from flora._tree.errors import LoraError, fail
 from flora._tree.keys import consumed, path_salt, require_key
-from flora._tree.paths import named_leaves
+from flora._tree.matrices import matrices
 from flora._tree.weight import LoraWeight, Trained
 from flora._verbs.tables import plain_text, table
 
@@ -67,6 +69,8 @@ def combine(
 
     - "linear", "cat": the sum, exactly: A = [A_1 ... A_k], B = [w_i scale_i B_i]; the
       rank is the sum of ranks.  "linear" with `rank` is the best of that rank.
+      Adapters may differ in targets, and in what trains whole: ΔW is zero where one
+      has none.
     - "svd": the best of `rank`, by default the largest of the ranks.  Found in the
       factors: no dense ΔW is formed.
     - "peft_linear": what PEFT calls linear, A = Σ ±√|w_i scale_i| A_i and the same for
@@ -74,19 +78,24 @@ def combine(
     - "magnitude_prune", "ties", "dare_linear", "dare_ties": on each dense ΔW, one leaf
       at a time, then the best approximation of `rank` (by default the largest).  Before
       that the rank is full, so look at the errors.  Pruning keeps int(density · n)
-      elements of each matrix.
+      elements of each matrix.  As in PEFT the vote is on the changes themselves, and
+      weights, of any sign, count in the sum alone.
+
+    Variants whose ΔW is of low rank (VeRA, AdaLoRA) combine as that; DoRA's is not, so
+    it takes `base` and a method that approximates: "svd", a dense one, or a `rank`.
 
     Args:
       adapters: adapters of one base.
-      weights: one number for each adapter; positive for "ties" and "dare_ties".
+      weights: one number for each adapter, of any sign.
       method: one of the above.
       rank: of the result.
       density: the share of elements that stay, in (0, 1], for the dense methods.
       sign: how to vote on signs: 'total' (by the sum) or 'frequency' (by the count).
       key: a PRNG key for "dare_..."; it is consumed.  A leaf's draw depends only
         on the key and its path.
-      base: the plain tree, for leaves that train whole: v = v₀ + Σ w_i (v_i - v₀), or
-        voted on.  Not needed where the weights of a sum add up to 1.
+      base: the plain tree, for variants, and for leaves that train whole: v = v₀ +
+        Σ w_i (v_i - v₀), or voted on.  Not needed where all adapters train a leaf whole
+        and the weights of a sum add up to 1.
 
     Returns:
       A `Combined`: the adapter, of scale 1 and float32 or wider, with the settings of
@@ -94,8 +103,8 @@ def combine(
 
     Raises:
       LoraError: the adapters do not fit each other, or one is not finite; the method
-        needs another setting or does not take one; or a leaf trains whole and needs the
-        `base` that is missing.  All such leaves are named.
+        needs another setting or does not take one; or a leaf needs the `base` that is
+        missing.  All such leaves are named.
 
     Example:
       >>> import jax.numpy as jnp, flora, flora.multi
@@ -109,7 +118,7 @@ def combine(
       Yadav et al. 2023, TIES. https://arxiv.org/abs/2306.01708
       Yu et al. 2023, DARE. https://arxiv.org/abs/2311.03099
     """
-    leaves, treedef = aligned(adapters, "combine")
+    leaves, treedef = aligned(adapters, "combine", blocks=True)
     weights = _weights(weights, len(adapters))
     fail(_option_problems(weights, method, rank, density, sign))
     if method.startswith("dare"):
@@ -117,19 +126,37 @@ def combine(
         key = consumed(key)
     elif key is not None:
         raise LoraError(f"combine: method={method!r} draws nothing. Leave out key=.")
-    values = {} if base is None else dict(named_leaves(base)[0])
-    how = _How(weights, method, rank, density or 1.0, sign, key)
-    fail(p for path, nodes in leaves for p in _node_problems(path, nodes, how, values))
     fail(f"combine: {p}" for path, nodes in leaves for p in not_finite(path, nodes))
+    how, values = (
+        _How(weights, method, rank, density or 1.0, sign, key),
+        values_of(base),
+    )
+    leaves = each_leaf("combine", leaves, lambda path, x: _plain(path, x, values))
+    require_alike(leaves, "combine", gaps=True)
+    fail(p for path, nodes in leaves for p in _node_problems(path, nodes, how, values))
     errors: dict[str, float] = {}
     made = []
     for path, nodes in leaves:
-        if isinstance(nodes[0], LoraWeight):
-            node, errors[path] = _of_factors(path, nodes, how)
+        kinds = {type(x) for x in nodes} - {type(None)}
+        if LoraWeight in kinds:
+            node, errors[path] = _of_factors(path, nodes, how, values.get(path))
         else:
-            node = _of_whole(path, nodes, how, values.get(path))
+            node = _of_whole(path, nodes, how, values.get(path)) if kinds else None
         made.append(node)
     return Combined(treedef.unflatten(made), errors)
+
+
+def _plain(path: str, nodes: Sequence[Any], values: Values) -> list[Any]:
+    """The nodes of a leaf without variants; all whole where one trains whole."""
+    whole_ones = [x for x in nodes if isinstance(x, Trained)]
+    if whole_ones and len(whole_ones) < len(nodes):
+        return [whole(path, x, values, whole_ones[0]) for x in nodes]
+    if whole_ones:
+        return list(nodes)
+    made = [None if x is None else fixed(path, x, values) for x in nodes]
+    if any(x is not None and x.variant is not None for x in made):
+        return [None if x is None else with_columns(x) for x in made]
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +169,11 @@ class _How:
     density: float
     sign: str
     key: Any
+
+    @property
+    def approximates(self) -> bool:
+        """Whether the result is of a rank that need not hold all of it."""
+        return self.method in (*_DENSE, "svd") or self.rank is not None
 
     def dense(self, path: str, tasks: Any) -> jax.Array:
         key = (
@@ -185,30 +217,32 @@ def _option_problems(
         found.append(f"combine: density={density!r}. It must lie in (0, 1].")
     if sign not in ("total", "frequency"):
         found.append(f"combine: sign={sign!r}. Write 'total' or 'frequency'.")
-    if method.endswith("ties") and min(weights) <= 0:
-        found.append(
-            f"combine: weights={weights}; a vote has no place for weights of 0 or "
-            "less. Leave those adapters out, or write method="
-            f"{'dare_linear' if method.startswith('dare') else 'magnitude_prune'!r}."
-        )
     return found
 
 
 def _node_problems(
     path: str, nodes: Sequence[Any], how: _How, values: Mapping[str, Any]
 ) -> list[str]:
-    first = nodes[0]
-    if isinstance(first, LoraWeight):
-        found = variant_problems("combine", path, first)
-        ranks = sorted({x.rank for x in nodes})
-        if how.method == "peft_linear" and len(ranks) > 1:
+    given = [x for x in nodes if x is not None]
+    if any(isinstance(x, LoraWeight) for x in given):
+        found = []
+        if given[0].variant is not None and not how.approximates:
             found.append(
-                f"combine: '{path}' has ranks {ranks}; 'peft_linear' adds up factors "
+                f"combine: '{path}' is a DoRA in one of the adapters, whose change is "
+                "no scale A B. Write method='svd' or rank=, which come near it, with "
+                "base=."
+            )
+        ranks = sorted({x.rank for x in given})
+        if how.method == "peft_linear" and (len(ranks) > 1 or len(given) < len(nodes)):
+            what = f"has ranks {ranks}" if len(ranks) > 1 else "is not in all adapters"
+            found.append(
+                f"combine: '{path}' {what}; 'peft_linear' adds up factors "
                 "of one rank. Write method='linear', which is exact for any."
             )
         return found
-    if not isinstance(first, Trained):
+    if not given:
         return []
+    first = given[0]
     sums_to_one = how.method in _IN_FACTORS and abs(sum(how.weights) - 1) < 1e-6
     value = values.get(path)
     if value is None and not sums_to_one:
@@ -234,24 +268,43 @@ def variant_problems(verb: str, path: str, node: Any) -> list[str]:
 
 
 def _of_factors(
-    path: str, nodes: Sequence[LoraWeight], how: _How
+    path: str, nodes: Sequence[Any], how: _How, base: Any
 ) -> tuple[LoraWeight, float]:
     """The combined node of a leaf, and its error."""
-    pairs = [flat_factors(x) for x in nodes]
-    pairs = [(a, x.scale * b) for (a, b), x in zip(pairs, nodes, strict=True)]
-    rank, error = how.rank or max(x.rank for x in nodes), 0.0
-    if how.method in _DENSE:
-        tasks = jnp.stack([multiplied(a, b) for a, b in pairs])
-        (a, b), error = compressed(how.dense(path, tasks), rank)
+    some = [(x, w) for x, w in zip(nodes, how.weights, strict=True) if x is not None]
+    given = [x for x, _ in some]
+    rank, error = how.rank or max(x.rank for x in given), 0.0
+    if how.method in _DENSE or given[0].variant is not None:
+        tasks = _changes(nodes, base)
+        if how.method in _DENSE:
+            total = how.dense(path, tasks)
+        else:
+            total = jnp.tensordot(jnp.asarray(how.weights, tasks.dtype), tasks, 1)
+        (a, b), error = compressed(total, rank)
     elif how.method == "peft_linear":
-        a, b = _peft_linear(nodes, how.weights)
+        a, b = _peft_linear(given, how.weights)
     else:
+        pairs = [flat_factors(x) for x in given]
         a = jnp.concatenate([a for a, _ in pairs], 2)
-        weighted = [w * b for (_, b), w in zip(pairs, how.weights, strict=True)]
+        weighted = [w * x.scale * b for (x, w), (_, b) in zip(some, pairs, strict=True)]
         b = jnp.concatenate(weighted, 1)
         if how.method == "svd" or how.rank is not None:
             (a, b), error = recompressed(a, b, rank)
-    return _as_node(nodes[0], a, b), error
+    return _as_node(given[0], a, b), error
+
+
+def _changes(nodes: Sequence[Any], base: Any) -> jax.Array:
+    """The dense ΔW of each adapter, `[k, stack, in, out]`; zeros where it has none."""
+
+    def change(x: LoraWeight) -> jax.Array:
+        if x.variant is None:
+            a, b = flat_factors(x)
+            return multiplied(a, x.scale * b)
+        return matrices(delta(dataclasses.replace(x, base=base)), x.layout)
+
+    found = [None if x is None else change(x) for x in nodes]
+    like = next(x for x in found if x is not None)
+    return jnp.stack([jnp.zeros_like(like) if x is None else x for x in found])
 
 
 def _peft_linear(nodes: Sequence[LoraWeight], weights: list[float]) -> Any:
@@ -265,12 +318,14 @@ def _peft_linear(nodes: Sequence[LoraWeight], weights: list[float]) -> Any:
 
 
 def _as_node(like: LoraWeight, a: Any, b: Any) -> LoraWeight:
-    """Flat factors of scale 1 in a node's shapes."""
+    """Flat factors of scale 1 in a node's shapes, plain."""
     n, rank = len(like.layout.stack), a.shape[2]
     return dataclasses.replace(
         like,
         base=None,
         key=None,
+        extra=None,
+        variant=None,
         a=a.reshape(*like.a.shape[:-1], rank),
         b=b.reshape(*like.b.shape[:n], rank, *like.b.shape[n + 1 :]),
         rank=rank,
@@ -281,8 +336,6 @@ def _as_node(like: LoraWeight, a: Any, b: Any) -> LoraWeight:
 
 def _of_whole(path: str, nodes: Sequence[Any], how: _How, old: Any) -> Any:
     """The combined value of a leaf that trains whole."""
-    if not isinstance(nodes[0], Trained):
-        return nodes[0]
     like = nodes[0].value
     dtype = compute_dtype(*(x.value.dtype for x in nodes))
     start = jnp.zeros(like.shape, dtype) if old is None else jnp.asarray(old, dtype)

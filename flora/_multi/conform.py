@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from flora._algebra.variants import Columns, DoRA
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.paths import path_of
 from flora._tree.weight import LoraWeight, Trained, is_node, uniform
@@ -19,15 +20,23 @@ def stop(x: Any) -> bool:
     return x is None or is_node(x)
 
 
-def flattened(adapter: Any, verb: str) -> tuple[list[tuple[str, Any]], Any]:
-    """`([(path, node or None)], treedef)` of an adapter, checked to be one."""
+def flattened(
+    adapter: Any, verb: str, *, blocks: bool = False
+) -> tuple[list[tuple[str, Any]], Any]:
+    """`([(path, node or None)], treedef)` of an adapter, checked to be one.
+
+    Args:
+      adapter: what `split` returned.
+      verb: for messages.
+      blocks: whether a leaf may be a variant with blocks.
+    """
     found, treedef = jax.tree_util.tree_flatten_with_path(adapter, is_leaf=stop)
     named = [(path_of(keys), one_scale(x)) for keys, x in found]
     fail(
         f"{verb}: '{path}' is a {x.variant} that holds several adapters, and {verb} "
         "takes one a leaf. Leave that leaf out, or adapt all of its stack alike."
         for path, x in named
-        if isinstance(x, LoraWeight) and x.blocks
+        if isinstance(x, LoraWeight) and x.blocks and not blocks
     )
     fail(
         f"{verb}: '{path}' is a weight of the base. Pass adapters: "
@@ -56,48 +65,71 @@ def one_scale(node: Any) -> Any:
 
 
 def aligned(
-    adapters: Sequence[Any], verb: str
+    adapters: Sequence[Any], verb: str, *, blocks: bool = False
 ) -> tuple[list[tuple[str, list[Any]]], Any]:
-    """`([(path, nodes of that leaf)], treedef)`; all that do not fit are named."""
+    """`([(path, nodes of that leaf)], treedef)` of adapters of one base.
+
+    A node is `None` where an adapter has nothing, and an adapter may be `None`, which
+    has nothing anywhere.
+    """
     if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
         raise LoraTypeError(
             f"{verb}: adapters is a {type(adapters).__name__}; expected a list of one "
             "or more adapters, such as [flora.split(adapted)[1], ...]."
         )
-    each = [flattened(x, verb) for x in adapters]
-    first, treedef = each[0]
-    for i, (named, other) in enumerate(each):
-        if other != treedef:
-            raise LoraError(_other_structure(verb, i, first, named))
-    leaves = [
-        (path, [named[j][1] for named, _ in each]) for j, (path, _) in enumerate(first)
-    ]
-    fail(f"{verb}: {p}" for path, nodes in leaves for p in _misfits(path, nodes))
-    return leaves, treedef
+    each = [None if x is None else flattened(x, verb, blocks=blocks) for x in adapters]
+    at = next((i for i, x in enumerate(each) if x is not None), None)
+    if at is None:
+        raise LoraError(f"{verb}: all adapters are None. Pass one that has leaves.")
+    first, treedef = each[at]  # type: ignore[misc]
+    for i, found in enumerate(each):
+        if found is not None and found[1] != treedef:
+            raise LoraError(_other_structure(verb, (at, i), first, found[0]))
+    nothing = [(path, None) for path, _ in first]
+    rows = [nothing if found is None else found[0] for found in each]
+    return [
+        (path, [named[j][1] for named in rows]) for j, (path, _) in enumerate(first)
+    ], treedef
 
 
-def _other_structure(verb: str, i: int, first: Any, other: Any) -> str:
+def require_alike(
+    leaves: Sequence[tuple[str, list[Any]]], verb: str, *, gaps: bool = False
+) -> None:
+    """Raises unless the nodes of each leaf are of one kind, layout and shape.
+
+    With `gaps` an adapter may have nothing where others have a node.
+    """
+    fail(
+        f"{verb}: {p}"
+        for path, nodes in leaves
+        for p in misfits(path, nodes, gaps=gaps)
+    )
+
+
+def _other_structure(verb: str, at: tuple[int, int], first: Any, other: Any) -> str:
     ours, theirs = ({path for path, _ in named} for named in (first, other))
     parts = [
         f"only adapter {n} has {', '.join(map(repr, sorted(some)[:3]))}"
-        for n, some in ((0, ours - theirs), (i, theirs - ours))
+        for n, some in ((at[0], ours - theirs), (at[1], theirs - ours))
         if some
     ]
     return (
-        f"{verb}: adapters 0 and {i} have other structures: "
+        f"{verb}: adapters {at[0]} and {at[1]} have other structures: "
         + ("; ".join(parts) or "they are other containers")
         + ". Pass adapters of one base."
     )
 
 
-def _misfits(path: str, nodes: Sequence[Any]) -> list[str]:
+def misfits(path: str, nodes: Sequence[Any], *, gaps: bool = False) -> list[str]:
     """How the nodes of one leaf differ where they must not, each from the first."""
-    first = _described(nodes[0])
+    some = [
+        (i, _described(x)) for i, x in enumerate(nodes) if x is not None or not gaps
+    ]
     return [
-        f"'{path}' is {first} in adapter 0, but {_described(x)} in adapter {i}. "
+        f"'{path}' is {some[0][1]} in adapter {some[0][0]}, but {what} in adapter {i}. "
         "Adapters of one base and one target fit."
-        for i, x in enumerate(nodes)
-        if _described(x) != first
+        for i, what in some
+        if what != some[0][1]
     ]
 
 
@@ -188,8 +220,8 @@ def conform_problems(path: str, node: LoraWeight, to: RankAndScale) -> list[str]
             f"'{path}' has rank {node.rank}, above {to.rank}. Pass a larger rank, or "
             "lower its own by flora.multi.combine([adapter], [1], rank=...)."
         ]
-    changes = RankAndScale.of(node) != to
-    if changes and node.variant is not None:
+    free = isinstance(node.variant, DoRA | Columns | None)  # they read scale A B alone
+    if RankAndScale.of(node) != to and not free:
         return [
             f"'{path}' is a {node.variant}, whose rank {node.rank} and scale "
             f"{node.scale:g} are its own. Pass adapters of one config."
@@ -219,4 +251,7 @@ def not_finite(path: str, nodes: Sequence[Any]) -> list[str]:
 def _finite(x: Any) -> bool:
     if isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray):
         return True
-    return not jnp.issubdtype(x.dtype, jnp.inexact) or bool(jnp.isfinite(x).all())
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return True
+    with jax.ensure_compile_time_eval():  # an array that a traced function closes over
+        return bool(jnp.isfinite(x).all())

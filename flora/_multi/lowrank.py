@@ -91,7 +91,7 @@ def merged(
 
     Args:
       tasks: `[k, stack, in, out]`, one change of the weight each.
-      weights: k.
+      weights: k, of any sign: they count in the sum, not in the vote.
       method: 'magnitude_prune', 'ties', 'dare_linear' or 'dare_ties'.
       density: the share of elements that stay.
       sign: 'total' or 'frequency'.

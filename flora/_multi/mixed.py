@@ -12,7 +12,16 @@ from jax.core import Tracer
 
 from flora._algebra.axes import RANK, Factored, Named, Settings, axes_of_leaf
 from flora._algebra.low_rank import densified
-from flora._multi.stacked import BASE, chosen, only_if, picked, require_stacked
+from flora._multi.kinds import values_of
+from flora._multi.ragged import ragged_dot
+from flora._multi.stacked import (
+    BASE,
+    chosen,
+    only_if,
+    picked,
+    require_stacked,
+    worked_out,
+)
 from flora._trace.interpret import Use, interpret
 from flora._trace.rules import context
 from flora._trace.stage import Staged, filled, stage
@@ -67,7 +76,9 @@ def lora(fn: Callable, *, method: str = "auto") -> Callable:
       `flora.multi.stack` returned; `ids` `[batch]` are integers 0 to k-1, and -1 (in a
       list also `None`) is the base alone.  Traced ids out of range give NaN.  Where a
       leaf trains whole (`LoraConfig.train`) each row gets a copy, and `base` needs its
-      old value.  Differentiable in `stacked`; the base gets no gradient.
+      old value.  Norms that DoRA divides by are found in every call, for each adapter:
+      `flora.multi.prepare` does it once.  Differentiable in `stacked`; the base gets no
+      gradient.
 
     Raises:
       LoraError: base and adapters do not fit, ids are out of range, an argument or an
@@ -134,19 +145,14 @@ class _Pairs:
 
 def _paired(base: Any, stacked: Any) -> _Pairs:
     nodes, treedef, count = require_stacked(stacked, "multi.lora")
-    fail(
-        f"multi.lora: '{path}' is a {x.variant}, which has no mixed batches. Run "
-        "flora.lora(fn) on flora.join(base, flora.multi.select(stacked, i))."
-        for path, x in nodes
-        if isinstance(x, LoraWeight) and x.variant is not None
-    )
+    nodes = worked_out("multi.lora", nodes, values_of(base))
     leaves, base_def = jax.tree.flatten(base, is_leaf=lambda x: x is None or is_leaf(x))
     abstract = treedef.unflatten(
         [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), x)
          for _, x in nodes]
     )  # fmt: skip
     try:
-        held = base_def.flatten_up_to(stacked)
+        held = base_def.flatten_up_to(treedef.unflatten([x for _, x in nodes]))
     except ValueError:
         join(base, abstract)  # says what differs
         raise
@@ -230,29 +236,36 @@ def _one_row(
     def run(tree: Any, *args: Any, **kwargs: Any) -> Any:
         base, nodes, factors = tree
         nodes = list(nodes)
-        for (n, (_, node)), (a, b) in zip(lora.items(), factors, strict=True):
-            nodes[n] = dataclasses.replace(node, a=a, b=b)
+        for (n, (_, node)), (a, b, extra) in zip(lora.items(), factors, strict=True):
+            nodes[n] = dataclasses.replace(node, a=a, b=b, extra=extra)
         adapted = join(base, pairs.treedef.unflatten(nodes))
         return of_one(fn, form="direct")(adapted, *args, **kwargs)
 
     factors = [
-        tuple(jax.ShapeDtypeStruct(f.shape[1:], f.dtype) for f in (x.a, x.b))
+        jax.tree.map(
+            lambda f: jax.ShapeDtypeStruct(f.shape[1:], f.dtype), (x.a, x.b, x.extra)
+        )
         for _, x in lora.values()
     ]
     leaves, treedef = jax.tree.flatten((pairs.base, whole, factors))
     staged = stage(run, leaves, treedef, args, kwargs, verb="flora.multi")
-    lazy = [f for path, x in lora.values() for f in _lazy_pair(path, x, i, pairs.count)]
+    columns = [_columns(x, i, pairs.count) for _, x in lora.values()]
+    lazy = [
+        f
+        for (path, x), own in zip(lora.values(), columns, strict=True)
+        for f in (*_lazy_pair(path, x, i, pairs.count), *own)
+    ]
     at = range(len(leaves) - len(lazy), len(leaves))
     limit = MASK_UP_TO // pairs.count if rows >= pairs.count else 0
     gathered = _to_gather(staged, filled(leaves, at, lazy), method, limit)
     values = [
         f
-        for path, x in lora.values()
-        for f in (_gathered(x, i, pairs.count) if path in gathered
-                  else _lazy_pair(path, x, i, pairs.count))
+        for (path, x), own in zip(lora.values(), columns, strict=True)
+        for f in (*(_gathered(x, i, pairs.count) if path in gathered
+                    else _lazy_pair(path, x, i, pairs.count)), *own)
     ]  # fmt: skip
     outs = interpret(
-        context(together=False),
+        context(together=False, ragged_dot=ragged_dot),
         staged.jaxpr,
         _inputs(staged, filled(leaves, at, values)),
     )
@@ -274,6 +287,12 @@ def _whole(node: Any, i: Any, pairs: _Pairs, n: int) -> Any:
 
 def _gathered(x: LoraWeight, i: Any, count: int) -> tuple[Any, Any]:
     return picked(x.a, i, count), only_if(picked(x.b, i, count), i, count)
+
+
+def _columns(x: LoraWeight, i: Any, count: int) -> list[Any]:
+    """The factors for each output that one row has, where the adapters have such."""
+    leaves = jax.tree.leaves(x.extra)
+    return [only_if(picked(c, i, count), i, count, of_base=1) for c in leaves]
 
 
 def _lazy_pair(
@@ -332,7 +351,8 @@ def _to_gather(
 
 
 def _ran(log: dict[Use, None], staged: Staged, values: Sequence[Any]) -> None:
-    interpret(context(log), staged.jaxpr, _inputs(staged, values))
+    ctx = context(log, ragged_dot=ragged_dot)
+    interpret(ctx, staged.jaxpr, _inputs(staged, values))
 
 
 def _is_long(uses: Sequence[Use], limit: int) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flora._multi.conform import aligned, common, flattened, on_arrays
+from flora._multi.conform import aligned, common, flattened, on_arrays, require_alike
 from flora._multi.stacked import side_by_side
 from flora._train.apply import apply_updates
 from flora._train.wrappers import widened
@@ -73,6 +73,7 @@ def start(adapters: Sequence[Any], tx: MakeTx, hyper: Any) -> Runs:
         for p in blocks_problem("start", path, leaf)
     )
     leaves, treedef = aligned(adapters, "start")
+    require_alike(leaves, "start")
     _check_hyper(hyper, len(adapters))
     if not callable(tx):
         raise LoraTypeError(

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from flora._algebra.variants import Columns
 from flora._multi.conform import (
     RankAndScale,
     aligned,
@@ -18,38 +19,50 @@ from flora._multi.conform import (
     conform_problems,
     conformed,
     flattened,
+    misfits,
     not_finite,
     on_arrays,
+    require_alike,
     require_rank,
     shape_of,
     unit,
 )
+from flora._multi.kinds import Values, each_leaf, fitted, fixed, united, values_of
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.weight import LoraWeight
 
 BASE = -1  # the index that stands for the base alone
-_SETTINGS = ("dropout", "fallback", "form")
+# What one node has once, and what it is where adapters differ.
+_SETTINGS = {"dropout": 0.0, "fallback": "materialize", "form": "auto"}
 
 
-def stack(adapters: Sequence[Any], *, rank: int | None = None) -> Any:
+def stack(adapters: Sequence[Any], *, rank: int | None = None, base: Any = None) -> Any:
     """One adapter with a leading axis of adapters on every leaf.
 
-    scale A B of each adapter stays as it is.  Smaller ranks are padded with zeros,
-    which stay zero in training because their gradients are zero.  Where scales differ,
-    they are multiplied into B, in float32 or wider, and the common scale is 1.
+    The adapters need nothing in common but the base.  What one of them leaves frozen
+    has zeros for factors there.  Smaller ranks are padded with zeros, which stay zero
+    in training because their gradients are zero.  Where scales differ, they are
+    multiplied into B, in float32 or wider, and the common scale is 1.  Where variants
+    differ, or one adapter has none, each becomes the product that it makes:
+    plain factors, or `flora.variants.Columns` where one is a DoRA.  A leaf that one
+    adapter trains whole is held whole for all.
 
     Args:
-      adapters: adapters of one base, as `flora.split(adapted)[1]` returns them.
+      adapters: adapters of one base, as `flora.split(adapted)[1]` returns them; `None`
+        is the base alone, a place that `put` fills.
       rank: of every leaf of the result; by default each leaf's largest.
+      base: the plain tree, where W itself is needed: for variants beside others, and
+        for leaves that not all adapters train whole.
 
     Returns:
       The adapter with A `[k, *stack, *in, rank]`, B `[k, *stack, rank, *out]` and
       `Trained` values `[k, ...]`.  `jax.vmap` over it, `select` from it, or give it to
-      `flora.multi.lora`.
+      `flora.multi.lora`.  Where settings differ, dropout is 0, the form is chosen, and
+      a leaf may be formed if any of its adapters allows it.
 
     Raises:
-      LoraError: the adapters differ in structure, targets, layouts, shapes or settings;
+      LoraError: the adapters differ in structure, layouts or shapes; `base` is needed;
         a rank is above `rank`; or a factor is not finite.  All such leaves are named.
 
     Example:
@@ -60,16 +73,30 @@ def stack(adapters: Sequence[Any], *, rank: int | None = None) -> Any:
       ...     fn = lambda p, x: x @ p["kernel"]
       ...     adapted = flora.init(jax.random.key(0), config, fn, params, x)
       ...     return flora.split(adapted)[1]
-      >>> flora.multi.stack([made(1), made(2)])["kernel"].a.shape
-      (2, 4, 2)
+      >>> flora.multi.stack([made(1), made(2), None])["kernel"].a.shape
+      (3, 4, 2)
     """
     require_rank(rank, "stack")
-    leaves, treedef = aligned(adapters, "stack")
-    fail(
-        f"stack: {p}" for path, nodes in leaves for p in _setting_problems(path, nodes)
-    )
+    leaves, treedef = aligned(adapters, "stack", blocks=True)
     fail(f"stack: {p}" for path, nodes in leaves for p in not_finite(path, nodes))
-    return treedef.unflatten(side_by_side(leaves, rank, "stack"))
+    values = values_of(base)
+    leaves = each_leaf("stack", leaves, lambda path, x: united(path, x, values))
+    require_alike(leaves, "stack")
+    settled = [(path, _settled(nodes)) for path, nodes in leaves]
+    return treedef.unflatten(side_by_side(settled, rank, "stack"))
+
+
+def _settled(nodes: list[Any]) -> list[Any]:
+    """The nodes with one setting each of those that one node has once."""
+    if not isinstance(nodes[0], LoraWeight):
+        return nodes
+    common = {
+        name: getattr(nodes[0], name)
+        if len({getattr(x, name) for x in nodes}) == 1
+        else otherwise
+        for name, otherwise in _SETTINGS.items()
+    }
+    return [dataclasses.replace(x, **common) for x in nodes]
 
 
 def side_by_side(
@@ -107,21 +134,6 @@ def _stacked(*arrays: Any) -> Any:
     return on_arrays(lambda *xs: jnp.stack(xs), *arrays)
 
 
-def _setting_problems(path: str, nodes: Sequence[Any]) -> list[str]:
-    if not isinstance(nodes[0], LoraWeight):
-        return []
-    found = []
-    for name in _SETTINGS:
-        values = list(dict.fromkeys(getattr(x, name) for x in nodes))
-        if len(values) > 1:
-            found.append(
-                f"'{path}' has {name}={' and '.join(map(repr, values))}. One node has "
-                "one. Write flora.multi.pad(adapter, like=adapters[0]) to take its "
-                "settings, or one LoraConfig."
-            )
-    return found
-
-
 def pad(adapter: Any, *, rank: int | None = None, like: Any = None) -> Any:
     """The same adapter with another rank, so that it is swapped without recompiling.
 
@@ -153,7 +165,8 @@ def pad(adapter: Any, *, rank: int | None = None, like: Any = None) -> Any:
     if (rank is None) == (like is None):
         raise LoraError("pad: pass either rank= or like=.")
     if like is not None:
-        (leaves, treedef) = aligned([like, adapter], "pad")
+        leaves, treedef = aligned([like, adapter], "pad")
+        require_alike(leaves, "pad")
         return treedef.unflatten(_alike(leaves, "pad"))
     assert rank is not None
     named, treedef = flattened(adapter, "pad")
@@ -178,6 +191,13 @@ def _widened(node: LoraWeight) -> LoraWeight:
 
 def _alike(leaves: Sequence[tuple[str, list[Any]]], verb: str) -> list[Any]:
     """The second node of each leaf as the first one is."""
+    made, problems = _as_first(leaves)
+    fail(f"{verb}: {p}" for p in problems)
+    return made
+
+
+def _as_first(leaves: Sequence[tuple[str, list[Any]]]) -> tuple[list[Any], list[str]]:
+    """The second nodes, and why some cannot be as the first ones are."""
     problems, made = [], []
     for path, (like, x) in leaves:
         if isinstance(x, LoraWeight):
@@ -190,8 +210,7 @@ def _alike(leaves: Sequence[tuple[str, list[Any]]], verb: str) -> list[Any]:
             x = dataclasses.replace(_bare(new), **settings)
         problems += _dtype_problems(path, like, x)
         made.append(jax.tree.map(_cast, x, like))
-    fail(f"{verb}: {p}" for p in problems)
-    return made
+    return made, problems
 
 
 def _dtype_problems(path: str, like: Any, x: Any) -> list[str]:
@@ -293,14 +312,18 @@ def chosen(node: Any, i: Any, count: int) -> Any:
         return jax.tree.map(lambda x: x[i], node)
     one = jax.tree.map(lambda x: picked(x, i, count), node)
     if _has_zero(node):
-        return dataclasses.replace(one, b=only_if(one.b, i, count))
+        one = dataclasses.replace(one, b=only_if(one.b, i, count))
+        if one.extra:
+            columns = only_if(one.extra["columns"], i, count, of_base=1)
+            one = dataclasses.replace(one, extra={"columns": columns})
+        return one
     bad = (jnp.asarray(i) < 0) | (jnp.asarray(i) >= count)
     return jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x).astype(x.dtype), one)
 
 
 def _has_zero(node: Any) -> bool:
-    """Whether B = 0 makes the base of it."""
-    return isinstance(node, LoraWeight) and node.variant is None
+    """Whether B = 0, and columns of 1, make the base of it."""
+    return isinstance(node, LoraWeight) and isinstance(node.variant, Columns | None)
 
 
 def picked(x: Any, i: Any, count: int) -> Any:
@@ -309,10 +332,10 @@ def picked(x: Any, i: Any, count: int) -> Any:
     return lax.dynamic_index_in_dim(x, at, 0, keepdims=False)
 
 
-def only_if(b: Any, i: Any, count: int) -> Any:
+def only_if(b: Any, i: Any, count: int, of_base: float = 0) -> Any:
     """B, or zero for the base alone, or NaN for an index out of range."""
     i = jnp.asarray(i)
-    b = jnp.where(i == BASE, 0, b)
+    b = jnp.where(i == BASE, of_base, b)
     return jnp.where((i < BASE) | (i >= count), jnp.nan, b).astype(b.dtype)
 
 
@@ -328,37 +351,153 @@ def unstack(stacked: Any) -> list[Any]:
     ]
 
 
-def put(stacked: Any, i: Any, adapter: Any) -> Any:
+def put(
+    stacked: Any, i: Any, adapter: Any, *, base: Any = None, grow: bool = False
+) -> Any:
     """The stacked adapter with another one in place `i`.
 
     The result has the structure, shapes and dtypes of `stacked`, so no function that
-    runs on it is compiled again.  scale A B of the new adapter stays as it is.
+    runs on it is compiled again; `grow=True` lets it have others where the adapter
+    needs them.  scale A B of the new adapter stays as it is; what it leaves frozen has
+    zeros.
 
     Args:
-      stacked: what `stack` returned; `stack(..., rank=)` leaves room for higher ranks.
+      stacked: what `stack` returned; `stack(..., rank=)` leaves room for higher ranks,
+        and `stack([..., None])` for more adapters.
       i: an int or a traced integer scalar, 0 to k-1.  A traced `i` out of range changes
         nothing.
-      adapter: of the same base and targets.
+      adapter: of the same base, with any targets; `None` empties the place.
+      base: the plain tree, where W itself is needed, as in `stack`.
+      grow: True to make room for targets, ranks, dtypes or variants that the stack
+        does not have.  `i` cannot be traced then.
 
     Returns:
       The stacked adapter.
 
     Raises:
-      LoraError: `i` is out of range; or the adapter does not fit, has a higher rank or
-        a wider dtype, or is not finite.  All such leaves are named.
+      LoraError: `i` is out of range; the adapter does not fit, or only with
+        `grow=True`; `base` is needed; or it is not finite.  All such leaves are named.
     """
     named, treedef, count = require_stacked(stacked, "put")
     i = as_index(i, count, "put")
     if isinstance(i, int) and i == BASE:
         raise LoraError(f"put: i={i}; write one of 0 to {count - 1}.")
     like = treedef.unflatten([jax.tree.map(_of_one, x) for _, x in named])
-    leaves, _ = aligned([like, adapter], "put")
-    fail(f"put: {p}" for path, (_, x) in leaves for p in not_finite(path, [x]))
-    new = treedef.unflatten(_alike(leaves, "put"))
+    pairs, _ = aligned([like, adapter], "put", blocks=True)
+    fail(f"put: {p}" for path, (_, x) in pairs for p in not_finite(path, [x]))
+    new, problems = _placed(pairs, values_of(base))
+    if problems and grow:
+        if not isinstance(i, int):
+            raise LoraError("put: grow=True makes another stack, for an int i alone.")
+        return stack(
+            [adapter if n == i else x for n, x in enumerate(unstack(stacked))],
+            base=base,
+        )
+    if problems:
+        problems.append(
+            "grow=True makes room where an adapter has more than the stack; functions "
+            "that run on it are compiled once more."
+        )
+    fail(f"put: {p}" for p in problems)
     # A negative traced index would count from the end.
     at = i if isinstance(i, int) else jnp.where(i < 0, count, i)
-    return jax.tree.map(lambda old, x: old.at[at].set(x, mode="drop"), stacked, new)
+    new = treedef.unflatten(new)
+
+    def replaced(old: Any, x: Any) -> Any:
+        return on_arrays(lambda old, x: old.at[at].set(x, mode="drop"), old, x)
+
+    return jax.tree.map(replaced, stacked, new)
+
+
+def _placed(
+    pairs: Sequence[tuple[str, list[Any]]], base: Values
+) -> tuple[list[Any], list[str]]:
+    """The nodes of an adapter as a stack holds them, and what does not fit it."""
+    leaves, problems = [], []
+    for path, (like, x) in pairs:
+        try:
+            nodes = [like, fitted(path, x, like, base)]
+        except LoraError as error:
+            problems.append(str(error))
+            continue
+        found = misfits(path, nodes)
+        problems += found
+        if not found:
+            leaves.append((path, nodes))
+    made, more = _as_first(leaves)
+    return made, problems + more
 
 
 def _of_one(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+
+
+def add(stacked: Any, adapter: Any, *, base: Any = None) -> Any:
+    """The stacked adapter with one more behind the others, in place k.
+
+    What runs on it is compiled once more; `put` into a place that `None` left does
+    without.
+
+    Args:
+      stacked: what `stack` returned.
+      adapter: of the same base, with any targets, rank and variant.
+      base: the plain tree, where W itself is needed, as in `stack`.
+
+    Raises:
+      LoraError: as of `stack`.
+    """
+    return stack([*unstack(stacked), adapter], base=base)
+
+
+def remove(stacked: Any, i: int) -> Any:
+    """The stacked adapter without the one in place `i`; those behind it move up.
+
+    What runs on it is compiled once more; `put(stacked, i, None)` does without.
+
+    Raises:
+      LoraError: `i` is out of range, or the last adapter would go.
+    """
+    _, _, count = require_stacked(stacked, "remove")
+    at = as_index(i, count, "remove")
+    if not isinstance(at, int) or at == BASE:
+        raise LoraError(f"remove: i={i!r}; write an int, 0 to {count - 1}.")
+    if count == 1:
+        raise LoraError("remove: it is the last adapter. Run the function on the base.")
+    kept = [n for n in range(count) if n != at]
+    return jax.tree.map(lambda x: on_arrays(lambda x: x[jnp.array(kept)], x), stacked)
+
+
+def prepare(base: Any, stacked: Any) -> Any:
+    """The stacked adapter with its variants worked out, so that no call does it again.
+
+    `flora.multi.lora` divides by the norm of each DoRA in every call.  Here that is
+    done once: the result has `flora.variants.Columns` in their place, and VeRA and
+    AdaLoRA are plain factors.  It serves; to train, keep what it was made of.
+
+    Args:
+      base: the plain tree.
+      stacked: what `stack` returned.
+
+    Raises:
+      LoraError: a variant has a function between A and B.
+    """
+    named, treedef, _ = require_stacked(stacked, "prepare")
+    made = worked_out("prepare", named, values_of(base))
+    return treedef.unflatten([x for _, x in made])
+
+
+def worked_out(
+    verb: str, named: Sequence[tuple[str, Any]], base: Values
+) -> list[tuple[str, Any]]:
+    """The stacked nodes as plain factors or `Columns`."""
+
+    def one(path: str, node: Any) -> Any:
+        if not isinstance(node, LoraWeight) or isinstance(node.variant, Columns | None):
+            return node
+
+        def all_of(node: LoraWeight) -> LoraWeight:
+            return jax.vmap(lambda x: fixed(path, x, base))(node)
+
+        return on_arrays(all_of, node)
+
+    return each_leaf(verb, named, one)

@@ -16,6 +16,7 @@ from flora._peft.groups import AcrossGroups, blocks, spread
 from flora._peft.keys import Lora
 from flora._peft.layouts import leaf_word
 from flora._peft.names import Slot
+from flora._peft.twice import AddedTwice
 from flora._tree.blocks import Block
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
@@ -174,6 +175,8 @@ def node(
 def _variant(
     path: str, pieces: Sequence[Piece], layout: Layout, shape: Sequence[int]
 ) -> Variant | None:
+    if any(p.lora.inner for p in pieces):
+        return AddedTwice()
     groups = max(across(p, layout, shape) for p in pieces)
     if not groups:
         return None

@@ -1,27 +1,38 @@
 """From an adapter's directory and a base to an adapted tree."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flora._peft.bias import layout_of, pieces_of
 from flora._peft.config import PeftConfig
+from flora._peft.convention import matched_slots
+from flora._peft.diagonal import expanded
 from flora._peft.factors import Piece
 from flora._peft.file import CONFIG, WEIGHTS
-from flora._peft.keys import Content, Lora
+from flora._peft.ignored import Ignored
+from flora._peft.keys import PREFIX, TOKENS, Content, Lora
 from flora._peft.layouts import conv_layout, layouts, leaf_word, turned
-from flora._peft.names import Finder, Slot, given_slots, matched_slots, split_name
+from flora._peft.memory import Memory
+from flora._peft.names import Finder, Module, Slot, given_slots, split_name
 from flora._peft.parameters import (
+    expert_layout,
     in_order,
     parameter_layouts,
     turned_embedding,
     turned_parameter,
     with_parameters,
 )
-from flora._peft.targets import plain, target_problems, whole_problems
-from flora._peft.ties import Readers, load_problems, without_ties
+from flora._peft.renamed import with_renamed
+from flora._peft.replicated import problems as repeats
+from flora._peft.targets import plain, target_problems, unnamed, whole_problems
+from flora._peft.ties import Readers, load_problems, tied_modules, without_ties
+from flora._peft.tokens import nodes, rows_of, without_copies
+from flora._peft.twice import IN
 from flora._tree.errors import fail
 from flora._tree.layout import Layout
 from flora._tree.weight import LoraWeight, Trained, base_of
@@ -52,15 +63,19 @@ class Assignment:
 
     Attributes:
       adapted: the adapted leaves, by path.
+      rows: the nodes of leaves some of whose rows train, by path.
       whole: for each path `(slot, index, value)` of what trains whole.
-      bias: for each path `(slot, index, value)` that is added to a bias.
       of_base: for each path `(slot, index, value)` that the base must hold.
+      memories: for each path of `adapted` and `whole` what it remembers of the file.
+      unnamed: likewise, of parameters that need not be in the file.
     """
 
     adapted: Mapping[str, AdaptedLeaf]
+    rows: Mapping[str, LoraWeight]
     whole: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
-    bias: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
     of_base: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
+    memories: Mapping[str, Memory]
+    unnamed: Mapping[str, list[tuple[Slot, tuple[int, ...], Any]]]
 
 
 def assign(
@@ -72,30 +87,55 @@ def assign(
     given: Mapping[str, Layout],
     *,
     readers: Readers | None,
+    ignored: Ignored,
 ) -> Assignment:
     """Assigns each tensor to a leaf; all that does not fit is reported at once."""
     file = folder / WEIGHTS
     content = with_parameters(content, config, file)
+    named = (
+        dataclasses.replace(x, parameter=w) for x in content.loras for w in x.words
+    )
+    bad = config.pattern_problems(x.site for x in named)
+    fail(f"{folder / CONFIG}: {problem}" for problem in bad)
+    content = expanded(content, config, file)
     wanted = [
         *(lora.name for lora in content.loras),
+        *(f"{module}.weight" for module in content.tokens),
         *map(plain, [*content.whole, *content.of_base]),
     ]
     paths = list(leaves)
-    slots = matched_slots(paths, wanted) if names is None else given_slots(names, paths)
-    finder = Finder(slots)
     shapes = {p: tuple(getattr(base_of(x), "shape", ())) for p, x in leaves.items()}
-    content = in_order(content, config, finder, shapes, file, ordered=names is not None)
+    if names is None:
+        slots = with_renamed(matched_slots(paths, wanted), content, shapes)
+    else:
+        slots = given_slots(names, paths)
+    if spans := config.layer_replication:
+        fail(f"{folder / CONFIG}: {p}" for p in repeats(spans, slots, leaves))
+    finder = Finder(slots)
+    content = in_order(
+        content, config, finder, shapes, given, file, ordered=names is not None
+    )
     named = content
-    content, agreed = without_ties(content, finder, file)
-    fail(_lost(content, finder, file, paths))
+    content, agreed = without_ties(without_copies(content, finder), finder, file)
+    others = {name: content.whole[name] for name in unnamed(config, content)}
+    trained = {name: x for name, x in content.whole.items() if name not in others}
+    content = dataclasses.replace(content, whole=trained)
+    fail(_lost(content, others, finder, file, paths))
     fail(load_problems(content, agreed, finder, config, shapes, readers, file))
+    full = {slot.path for n in content.whole for slot, _ in finder.all(plain(n))}
+    content, biases = pieces_of(content, config, finder, full)
     sites = _sites(config, content, finder, leaves, given, file)
+    for path, pieces in biases.items():
+        beside = tuple(s for s in finder.slots if s.path == path)
+        base = base_of(leaves[path])
+        layout = layout_of(path, base.shape, pieces, beside, file)
+        sites[path] = AdaptedLeaf(path, base, layout, tuple(pieces), beside)
     weights, parameters = _universe(slots, sites, shapes)
     tied = {x.module for x in named.loras} - {x.module for x in content.loras}
     fail(
         [
-            *target_problems(config, named, weights, tied, folder),
-            *whole_problems(config, content, parameters, folder),
+            *target_problems(config, named, weights, tied, folder, ignored),
+            *whole_problems(config, content, parameters, folder, ignored),
         ]
     )
 
@@ -106,36 +146,85 @@ def assign(
                 found.setdefault(slot.path, []).append((slot, index, value))
         return found
 
-    bias = {
-        f"{lora.module}.bias": config.scale(lora.site) * np.asarray(lora.bias)
-        for lora in content.loras
-        if lora.bias is not None
-    }
+    rows = nodes(content, config, finder, leaves, given, file, ignored)
     fail(
-        f"{file}: '{lora.key('bias')}' is added to what '{lora.module}' gives, but the "
-        "base has no bias there to hold it. Give the module a bias of zeros in the "
-        "tree."
-        for lora in content.loras
-        if lora.bias is not None and not finder.all(f"{lora.module}.bias")
+        f"{file}: '{path}' is adapted, and rows of it train alone. Do one of both."
+        for path in {*rows} & {*sites}
     )
-    return Assignment(
-        sites, placed(content.whole), placed(bias), placed(content.of_base)
-    )
+    whole = placed(content.whole)
+    memories = _memories(sites, rows, whole, named, finder, config.about)
+    of_base = placed(content.of_base)
+    return Assignment(sites, rows, whole, of_base, memories, placed(others))
+
+
+def _memories(
+    sites: Mapping[str, AdaptedLeaf],
+    rows: Mapping[str, LoraWeight],
+    whole: Mapping[str, Sequence[tuple[Slot, tuple[int, ...], Any]]],
+    named: Content,
+    finder: Finder,
+    about: Mapping[str, Any],
+) -> dict[str, Memory]:
+    """What each leaf remembers of the file."""
+    ties = tied_modules(named, finder)
+    kept: dict[str, dict[str, str]] = {}
+    for name, x in named.of_base.items():
+        module = split_name(plain(name))[0]
+        own = [s.path for s, _ in finder.all(plain(name))] or [ties.get(module, "")]
+        for path in own:
+            kept.setdefault(path, {})[module] = str(x.dtype)
+    found = {}
+    for path, site in sites.items():
+        kinds = {p.slot.name: p for p in site.pieces}
+        slots = [_with_kind(s, kinds.get(s.name, site.pieces[0])) for s in site.beside]
+        slots += [s for s in finder.slots if s.path == path and s.module.tied]
+        first = site.pieces[0].lora
+        own = kept.get(path, {})
+        found[path] = Memory(tuple(slots), first.dtype, first.depth, own, about)
+    dtypes = {path: some[0][2].dtype for path, some in whole.items()}
+    dtypes |= {path: rows_of(node).dtype for path, node in rows.items()}
+    for path, dtype in dtypes.items():
+        slots = tuple(s for s in finder.slots if s.path == path)
+        own = kept.get(path, {}) if path in rows else {}
+        found.setdefault(path, Memory(slots, str(dtype), kept=own, about=about))
+    for module, path in ties.items():
+        if path in found:
+            tied = Slot(path, f"{module}.weight", Module(module, tied=True))
+            slots = (*found[path].slots, tied)
+            found[path] = dataclasses.replace(found[path], slots=slots)
+    return found
+
+
+def _with_kind(slot: Slot, piece: Piece) -> Slot:
+    """The slot with what the file says of its module."""
+    lora, module = piece.lora, slot.module
+    groups = piece.rank // lora.b.shape[1] if lora.kind == "conv" else 1
+    name = split_name(slot.name)[0] if module.name == "-" else module.name
+    if lora.raw or lora.parameter == "bias":
+        return slot
+    kind, groups = module.kind or lora.kind, max(groups, module.groups)
+    module = dataclasses.replace(module, name=name, kind=kind, groups=groups)
+    return dataclasses.replace(slot, module=module)
 
 
 def _lost(
-    content: Content, finder: Finder, file: Path, paths: Sequence[str]
+    content: Content,
+    others: Iterable[str],
+    finder: Finder,
+    file: Path,
+    paths: Sequence[str],
 ) -> Iterator[str]:
     keys = {x.name: x.key("a") for x in content.loras}
-    keys |= {
-        plain(n): f"base_model.model.{n}" for n in (*content.whole, *content.of_base)
-    }
+    keys |= {f"{m}.weight": f"{PREFIX}{m}.….{TOKENS}" for m in content.tokens}
+    whole = (*content.whole, *content.of_base, *others)
+    keys |= {plain(n): f"{PREFIX}{n}" for n in whole}
     for name, key in keys.items():
         if not finder.all(name):
             yield (
                 f"{file}: '{key}' belongs to '{name}', which none of the base's "
                 f"{len(paths)} leaves is, such as '{paths[0] if paths else ''}'. Is it "
-                "the adapter of another base? Or pass names={leaf: module}."
+                "the adapter of another base? If not, pass names={leaf: module}, or "
+                f"ignore='{split_name(name)[0] or key}.*' to leave it out."
             )
 
 
@@ -195,24 +284,42 @@ def _padded(lora: Lora, rank: int) -> Lora:
 def _rank_problems(piece: Piece, file: Path) -> Iterator[str]:
     lora, rank = piece.lora, piece.rank
     a, b = lora.a.shape[0], lora.b.shape[1]
-    config = file.parent / CONFIG
     if lora.raw:
         if a != b or a % rank:
             yield (
                 f"{file}: '{lora.key('a')}' has {a} rows and '{lora.key('b')}' {b} "
-                f"columns; {config} gives rank {rank}, so expected both to be {rank} "
-                "times the number of experts. Correct r or rank_pattern."
+                f"columns; expected both to be {rank} times the number of experts, "
+                f"since {CONFIG} gives rank {rank}. Correct r or rank_pattern."
             )
         return
     groups = a // b if lora.kind == "conv" and b and a % b == 0 else 1
     if a != rank or b * groups != rank:
         yield (
-            f"{file}: '{lora.key('a')}' has shape {lora.a.shape} and '{lora.key('b')}' "
-            f"{lora.b.shape}, rank {a}; {config} gives rank {rank} for "
-            f"'{lora.site}'. Correct r or rank_pattern, or save the adapter anew."
+            f"{file}: {_shapes(lora)}; expected rank {rank}, that {CONFIG} gives for "
+            f"'{lora.site}', as A's rows and B's columns. {_rank_remedy(lora, rank)}"
         )
     elif any(n != 1 for n in lora.b.shape[2:]):
-        yield f"{file}: '{lora.key('b')}' has shape {lora.b.shape}; expected 1×1."
+        wanted = (*lora.b.shape[:2], *(1 for _ in lora.b.shape[2:]))
+        yield (
+            f"{file}: '{lora.key('b')}' has shape {lora.b.shape}; expected {wanted}. "
+            "Save the adapter anew."
+        )
+
+
+def _shapes(lora: Lora) -> str:
+    return (
+        f"'{lora.key('a')}' has shape {lora.a.shape} and '{lora.key('b')}' "
+        f"{lora.b.shape}"
+    )
+
+
+def _rank_remedy(lora: Lora, rank: int) -> str:
+    turned = lora.a.shape[1], lora.b.shape[0]
+    if turned == (rank, rank):
+        return "A and B seem to be transposed, or exchanged: save the adapter anew."
+    if lora.a.shape[0] == lora.b.shape[1]:
+        return f"Write {lora.a.shape[0]} in r or rank_pattern, or save it anew."
+    return "A and B are of different adapters, or damaged: save the adapter anew."
 
 
 def _layout(
@@ -225,10 +332,12 @@ def _layout(
     file: Path,
 ) -> tuple[Layout | None, list[str]]:
     """The layout of a leaf, or what is wrong."""
-    if path in given:
-        return given[path], []
     piece, shape = pieces[0], tuple(base.shape)
     lora, slot = piece.lora, piece.slot
+    if path in given:
+        return expert_layout(piece, shape, given[path]), []
+    word = leaf_word(path)
+    torch = word in ("weight", IN) and not flips[1] and lora.kind == "linear"
     if lora.kind == "conv":
         window = lora.a.shape[2:]
         layout = conv_layout(path, shape, slot.holes, window, lora.b.shape[0])
@@ -237,10 +346,11 @@ def _layout(
         experts = lora.a.shape[0] // piece.rank
         found = parameter_layouts(lora, slot, shape, experts)
     else:
-        torch = leaf_word(path) == "weight" and not flips[1] and lora.kind == "linear"
         sizes = lora.a.shape[1], _out_features(piece, beside)
         first = torch or (flips[0] and leaf_word(path) == "kernel")
         found = layouts(path, shape, slot.holes, sizes, out_first=first)
+    if other := _other_kind(lora, slot, file):
+        return None, [other]
     if len(found) == 1:
         return found[0], []
     a, b = f"'{lora.key('a')}' {lora.a.shape}", f"'{lora.key('b')}' {lora.b.shape}"
@@ -250,13 +360,31 @@ def _layout(
             f"{'; '.join(map(str, found[:3]))}. Pass fn= and args= to follow it, or a "
             "tree that flora.init adapted."
         ]
+    wanted = "A (r, in) and B (out, r) for in and out features that are axes of"
+    if len(shape) - slot.holes == 2 and not lora.raw and lora.kind != "conv":
+        first, last = reversed(shape[-2:]) if flips[0] or torch else shape[-2:]
+        wanted = f"{_expected(lora, first, last)} for"
     return None, [
-        f"{file}: {a} and {b} do not fit the base's '{path}' of shape {shape}: "
-        f"expected "
-        f"in features {lora.a.shape[1]} and out features {lora.b.shape[0]} among its "
-        f"axes"
-        ". Is it the adapter of another base? Or pass names={leaf: module}."
+        f"{file}: {_shapes(lora)}; expected {wanted} the base's '{path}' of shape "
+        f"{shape}. {_REMEDY}"
     ]
+
+
+def _other_kind(lora: Lora, slot: Slot, file: Path) -> str:
+    """A linear layer's factors for an embedding or the reverse, by the names alone."""
+    word = leaf_word(slot.path)
+    kind = {"embedding": "embedding", "kernel": "linear"}.get(word)
+    named = slot.module.name != "-" or lora.raw or lora.kind == "conv"
+    if named or kind in (None, lora.kind):
+        return ""
+    wanted = dataclasses.replace(lora, kind=kind)
+    return (
+        f"{file}: '{lora.key('a')}' is there; expected '{wanted.key('a')}', since the "
+        f"base's '{slot.path}' is called {word!r}. {_REMEDY}"
+    )
+
+
+_REMEDY = "Is it the adapter of another base? Or pass names={leaf: module}."
 
 
 def _out_features(piece: Piece, beside: Sequence[Slot]) -> int:
@@ -303,14 +431,43 @@ def _checked(
         experts = int(np.prod(stack[slot.holes :]))
         if need != have or (lora.raw and lora.a.shape[0] != piece.rank * experts):
             problems.append(
-                f"{file}: '{lora.key('a')}' has shape {lora.a.shape} and "
-                f"'{lora.key('b')}' {lora.b.shape}; the base's '{path}' of shape "
-                f"{shape} ({layout}) has {in_} in and {out} out features. Is it the "
-                "adapter of another base?"
+                f"{file}: {_shapes(lora)}; expected {_expected(lora, in_, out)} for "
+                f"the {in_} in and {out} out features of the base's '{path}' of shape "
+                f"{shape} ({layout}). {_REMEDY}"
+            )
+            continue
+        m = piece.lora.magnitude
+        if m is not None and not m.any():
+            problems.append(
+                f"{file}: '{lora.key('magnitude')}' is zero throughout, which leaves "
+                "nothing of the weight; expected its norms, trained. Save the adapter "
+                "anew."
+            )
+            continue
+        if m is not None and m.size != piece.lora.b.shape[0]:
+            wanted = (piece.lora.b.shape[0],)
+            if lora.kind == "conv":
+                wanted = (1, *wanted, *(1 for _ in lora.a.shape[2:]))
+            problems.append(
+                f"{file}: '{lora.key('magnitude')}' has shape {m.shape}; expected "
+                f"{wanted}, one for each output. Save the adapter anew."
             )
             continue
         new.append(piece)
     return new, problems
+
+
+def _expected(lora: Lora, in_: int, out: int) -> str:
+    """The shapes that the factors of a leaf with so many features have in a file."""
+    r = lora.b.shape[1]
+    if lora.kind == "embedding":
+        return f"A ({r}, {in_}) and B ({out}, {r})"
+    if lora.kind == "conv":
+        window = lora.a.shape[2:]
+        ones = ", 1" * len(window)
+        a = ", ".join(map(str, (lora.a.shape[0], in_ // math.prod(window), *window)))
+        return f"A ({a}) and B ({out}, {r}{ones})"
+    return f"A ({lora.a.shape[0]}, {in_}) and B ({out}, {r})"
 
 
 def _universe(
@@ -342,21 +499,22 @@ def coverage_problems(
     leaves: Mapping[str, Any], found: Assignment, file: Path
 ) -> Iterator[str]:
     """What only the adapted tree holds, and what only the file holds."""
-    nodes = {p for p, x in leaves.items() if isinstance(x, LoraWeight)}
-    if not nodes:
+    held = {p for p, x in leaves.items() if isinstance(x, LoraWeight)}
+    filled = {*found.adapted, *found.rows}
+    if not held:
         return
-    for path in sorted(nodes - {*found.adapted}):
+    for path in sorted(held - filled):
         yield (
             f"'{path}' is adapted in the tree, but {file} has no factors for it. Pass "
             "the plain tree, or adapt with the same targets."
         )
-    for path in sorted({*found.adapted} - nodes):
+    for path in sorted(filled - held):
         yield (
             f"{file} has factors for '{path}', which is not adapted in the tree. Pass "
             "the plain tree, or adapt with the same targets."
         )
     for path, leaf in leaves.items():
-        if isinstance(leaf, Trained) and path not in {**found.whole, **found.bias}:
+        if isinstance(leaf, Trained) and path not in found.whole:
             yield (
                 f"'{path}' trains whole in the tree, but {file} does not hold it. Pass "
                 "the plain tree."

@@ -7,7 +7,7 @@ features may be in another order, or among those of other parameters.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,8 @@ PARAMETERS = {
     "mean": "running_mean",
     "var": "running_var",
 }
-_COLLECTIONS = ("params", "batch_stats")
 _HOLE = re.compile(r"\{([^{}]*)\}")
-_INDEX = "0|[1-9][0-9]{0,8}"  # `00` and other scripts' digits are names
-_NUMBERS = 8  # of one name, that may be indices
-Words = tuple[str, ...]
+INDEX = "0|[1-9][0-9]{0,8}"  # `00` and other scripts' digits are names
 KINDS = ("", "linear", "conv", "embedding")
 
 
@@ -115,7 +112,7 @@ class Slot:
         for hole in _HOLE.finditer(self.name):
             options = hole[1].split("|") if "|" in hole[1] else None
             choices.append(options)
-            some = "|".join(map(re.escape, options)) if options else _INDEX
+            some = "|".join(map(re.escape, options)) if options else INDEX
             pattern += re.escape(self.name[end : hole.start()]) + f"({some})"
             end = hole.end()
         found = re.fullmatch(pattern + re.escape(self.name[end:]), name)
@@ -165,110 +162,6 @@ def split_name(name: str) -> tuple[str, str]:
     return module, parameter
 
 
-def default_name(path: str) -> str:
-    """The dotted name that PyTorch would give a leaf; `layers_0` is `layers.0`."""
-    *parents, last = _words(path)
-    if last in ("mean", "var", "kernel", "embedding", "scale", "weight", "bias"):
-        last = PARAMETERS[last]
-    return ".".join([*(_unjoined(w) for w in parents), last])
-
-
-def _words(path: str) -> list[str]:
-    words = [w for part in path.split("/") for w in part.split(".")]
-    return words[1:] if len(words) > 1 and words[0] in _COLLECTIONS else words
-
-
-def _unjoined(word: str) -> str:
-    """'layers_0' as 'layers.0'."""
-    return re.sub(r"_([0-9]+)$", r".\1", word)
-
-
-def default_slots(paths: Iterable[str]) -> list[Slot]:
-    """Names by HF's convention alone, for leaves that are not stacked."""
-    return [Slot(path, default_name(path)) for path in paths]
-
-
-def matched_slots(paths: Sequence[str], wanted: Iterable[str]) -> list[Slot]:
-    """Names by HF's convention, written as the wanted parameters write them.
-
-    A leaf may lack the first words of a name, or have more of them, if all do; a number
-    that a leaf lacks counts along an axis of it.
-    """
-    wanted = sorted({*wanted})
-    leaves: dict[tuple[str, ...], str] = {}
-    twice: dict[str, str] = {}
-    for path in paths:
-        first = leaves.setdefault(tuple(default_name(path).split(".")), path)
-        if first != path:
-            twice[first] = path
-    found: dict[str, str] = {}
-    shift, table = max(
-        ((shift, _table(leaves, shift[1])) for shift in _SHIFTS),
-        key=lambda s: (_hits(s[1], wanted, s[0]), -sum(s[0])),
-    )
-    for name in wanted:
-        for words, template in _forms(name, shift):
-            path = table.get(words)
-            if path in twice:
-                raise LoraError(
-                    f"'{name}' may be '{path}' or '{twice[path]}'. Pass "
-                    "names={leaf: module}."
-                )
-            if path is not None:
-                found.setdefault(path, template)
-                break
-    prefix = _prefix(wanted, shift)
-    rest = {
-        p: Slot(p, ".".join([*prefix, *words[shift[1] :]]))
-        for words, p in leaves.items()
-    }
-    return [Slot(p, found[p]) if p in found else rest[p] for p in rest]
-
-
-# How many first words names may have, or leaves may have, that the others lack.
-_SHIFTS = ((0, 0), *((n, 0) for n in (1, 2, 3)), *((0, n) for n in (1, 2, 3)))
-
-
-def _table(leaves: Mapping[Words, str], dropped: int) -> dict[Words, str | None]:
-    """The leaves by what is left of their names; `None` where two have the same."""
-    found: dict[Words, str | None] = {}
-    for words, path in leaves.items():
-        left = words[dropped:]
-        found[left] = None if left in found else path
-    return found
-
-
-def _hits(
-    table: Mapping[Words, str | None], wanted: Sequence[str], shift: tuple[int, int]
-) -> int:
-    return sum(
-        any(table.get(words) for words, _ in _forms(name, shift)) for name in wanted
-    )
-
-
-def _prefix(wanted: Sequence[str], shift: tuple[int, int]) -> list[str]:
-    heads = {tuple(name.split(".")[: shift[0]]) for name in wanted}
-    return list(heads.pop()) if len(heads) == 1 else []
-
-
-def _forms(name: str, shift: tuple[int, int]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The words of a name, all and without one or two of its numbers."""
-    raw = name.split(".")
-    head, body = raw[: shift[0]], raw[shift[0] :]
-    if not body:
-        return
-    numbers = [i for i, w in enumerate(body) if re.fullmatch(_INDEX, w)][:_NUMBERS]
-    pairs = [(i, j) for i in numbers for j in numbers if i < j]
-    for removed in [(), *((i,) for i in numbers), *pairs]:
-        kept = [w for i, w in enumerate(body) if i not in removed]
-        holes = iter("ijk")
-        shown = [
-            f"{{{next(holes)}}}" if i in removed else w for i, w in enumerate(body)
-        ]
-        words = tuple(x for w in kept[:-1] for x in _unjoined(w).split("."))
-        yield (*words, kept[-1]), ".".join([*head, *shown])
-
-
 Rule = str | Module | Sequence[str | Module]
 
 
@@ -305,7 +198,7 @@ def given_slots(
             "path -> module, or what flora.peft.match_names returned."
         )
     slots = [s for path, rule in found.items() for s in _slots_of(path, rule, names)]
-    return slots + _siblings(slots, paths)
+    return slots + siblings(slots, paths)
 
 
 def _by_patterns(
@@ -384,12 +277,14 @@ def _slots_of(path: str, rule: Rule, names: Any) -> list[Slot]:
     slots = []
     for m in modules:
         parameter = own if own and m.parameter == "weight" else m.parameter
+        if own == "bias" and m.parameter == "in_proj_weight":
+            parameter = "in_proj_bias"  # of nn.MultiheadAttention
         part = (0, 1) if m.tied else (sharing.index(m), len(sharing))
         slots.append(Slot(path, f"{m.name}.{parameter}", m, part))
     return slots
 
 
-def _siblings(slots: Sequence[Slot], paths: Sequence[str]) -> list[Slot]:
+def siblings(slots: Sequence[Slot], paths: Sequence[str]) -> list[Slot]:
     """The slots of biases: they belong to the modules of the weight beside them."""
     named = {s.path for s in slots}
     by_parent: dict[str, list[Slot]] = {}

@@ -4,12 +4,17 @@ References: Meng et al. 2024 (PiSSA). https://arxiv.org/abs/2404.02948
   Büyükakyüz 2024 (OLoRA). https://arxiv.org/abs/2406.01775
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flora._peft.config import read
 from flora._peft.factors import Piece, positions
+from flora._peft.file import WEIGHTS, read_tensors
+from flora._peft.ignored import Ignored
+from flora._peft.keys import Lora, sort_out
 from flora._peft.names import Slot
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
@@ -27,6 +32,66 @@ def start(weight: np.ndarray, rank: int, how: str) -> np.ndarray:
         return (u[:, :rank] * s[:rank]) @ v[:rank]
     q, r = np.linalg.qr(w)
     return q[:, :rank] @ r[:rank]
+
+
+def start_of(how: str, scales: Iterable[tuple[int, float]]) -> str:
+    """What a node says of a base that PEFT can change in the same way again.
+
+    Args:
+      how: 'pissa' or 'olora'.
+      scales: `(rank, scale)` of each adapter in the leaf.
+    """
+    shown = sorted({f"rank {rank} and scale {scale:g}" for rank, scale in scales})
+    return f"PEFT's {how} of {', '.join(shown)}"
+
+
+def is_changed(lora: Lora) -> bool:
+    """Whether those starts change a module's base; PEFT starts others as plain LoRA."""
+    return lora.kind == "linear" and not lora.raw
+
+
+Starts = Mapping[str, np.ndarray]  # scale B₀ A₀ `[out, in]`, by parameter
+
+
+def read_starts(folder: Path, ignored: Ignored) -> Starts:
+    """What the adapter of a directory, saved as it started, took out of the base."""
+    config = read(folder, ignored, started=True)
+    tensors = read_tensors(folder, ignored)
+    found = {}
+    for lora in sort_out(tensors, config, folder).loras:
+        if is_changed(lora):
+            a, b = lora.a.astype(np.float64), lora.b.astype(np.float64)
+            if a.shape[0] != b.shape[1]:
+                raise LoraError(
+                    f"{folder / WEIGHTS}: '{lora.key('a')}' has shape {a.shape} and "
+                    f"'{lora.key('b')}' {b.shape}; expected one rank. Save it anew."
+                )
+            found[lora.name] = config.scale(lora.site) * (b @ a)
+    return found
+
+
+def without_start(
+    base: Any,
+    layout: Layout,
+    pieces: Sequence[Piece],
+    beside: Sequence[Slot],
+    starts: Starts,
+    folder: Path,
+) -> np.ndarray:
+    """The base of a leaf without what the start took out of it."""
+
+    def change(piece: Piece, weight: np.ndarray) -> np.ndarray:
+        taken = starts.get(piece.lora.name)
+        if taken is None or taken.shape != weight.shape:
+            has = "lacks it" if taken is None else f"has one of {taken.shape}"
+            raise LoraError(
+                f"start: the adapter has '{piece.lora.module}' of {weight.shape}, and "
+                f"{folder / WEIGHTS} {has}. Pass the directory of the same adapter, "
+                "saved before training."
+            )
+        return taken
+
+    return changed(base, layout, pieces, beside, change)
 
 
 def residual(
@@ -61,8 +126,8 @@ def changed(
     turned = value.transpose(layout.order)
     flat = turned.reshape(*stack, in_, out).copy()
     for piece in pieces:
-        if piece.lora.kind != "linear" or piece.lora.raw:
-            continue  # PEFT starts those as plain LoRA
+        if not is_changed(piece.lora):
+            continue
         slot = piece.slot
         at = positions(slot, beside, flat.shape[-1])
         rows = np.asarray(slot.module.order or range(len(at)))

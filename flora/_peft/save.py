@@ -11,25 +11,42 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flora._algebra.variants import DoRA
+from flora._algebra.variants import DoRA, MiCA, Rows
 from flora._files.items import statistics
+from flora._peft import tokens
+from flora._peft.activated import Activated
+from flora._peft.attention import attentions
+from flora._peft.bias import Added, Biased
 from flora._peft.config import WORDLESS, parse
-from flora._peft.file import CONFIG
+from flora._peft.convention import default_slots, doubts
+from flora._peft.diagonal import BlockDiagonal, compact, config_of
+from flora._peft.file import CONFIG, COUNTER
 from flora._peft.groups import AcrossGroups
-from flora._peft.keys import PREFIX
-from flora._peft.names import Slot, default_slots, given_slots, split_name
-from flora._peft.parts import Part, is_idle, joined, parts, slots_beside
+from flora._peft.kasa import KaSA
+from flora._peft.keys import PREFIX, TOKENS
+from flora._peft.layouts import is_conv1d
+from flora._peft.memory import (
+    agreed,
+    base_weights,
+    conflicts,
+    memories,
+    remembered_slots,
+)
+from flora._peft.names import Slot, given_slots, split_name
+from flora._peft.parts import Part, is_idle, joined, parts, slots_beside, with_biases
+from flora._peft.replicated import problems as repeated
 from flora._peft.serving import for_serving, with_neighbors
-from flora._peft.start import with_start
+from flora._peft.start import common_start, with_start
 from flora._peft.targets import ends, selects
 from flora._peft.ties import Readers, save_problems, tied_slots
+from flora._peft.twice import AddedTwice
 from flora._peft.whole import taken
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.finite import require_finite
 from flora._tree.paths import Pattern, check_pattern, exactly, matches, named_leaves
 from flora._tree.selection import idle_entries
-from flora._tree.weight import LoraWeight, Trained, base_of, parts_of
+from flora._tree.weight import LoraWeight, Trained, base_of, is_node, parts_of
 
 Slots = Mapping[str, Sequence[Slot]]
 Named = Sequence[tuple[str, Any]]
@@ -43,6 +60,7 @@ def written(
     readers: Readers | None,
     base: Any,
     serving: bool,
+    layer_replication: Any,
     dtype: Any,
     ignore: Pattern,
     about: Mapping[str, str | None],
@@ -61,52 +79,151 @@ def written(
     require_finite("save", dict(_trained(named)), allow_nonfinite)
     paths = [path for path, _ in named]
     bare = any(isinstance(x, LoraWeight) and x.base is None for _, x in named)
-    slots = (
-        default_slots(paths)
-        if names is None
-        else given_slots(names, paths, partial=bare)
-    )
+    found = {p: some for p, x in named if (some := memories(p, x))}
+    fail(conflicts(found, names, dtype))
+    known = {p: some[0] for p, some in found.items()} if names is None else {}
+    if names is not None:
+        slots = given_slots(names, paths, partial=bare)
+    elif known:
+        slots = remembered_slots(paths, known)
+        if tied is not None:
+            slots = [s for s in slots if not s.module.tied]
+    else:
+        slots = default_slots(paths, partial=bare)
+    slots = [*slots, *tied_slots(tied or {}, paths)]
     by_path: dict[str, list[Slot]] = collections.defaultdict(list)
-    for slot in (*slots, *tied_slots(tied or {}, paths)):
+    for slot in slots:
         by_path[slot.path].append(slot)
     fail(_unnamed(named, by_path))
-    known = tied is not None or about["task_type"] in WORDLESS
-    fail(save_problems(named, by_path, readers, known))
+    about = agreed(found) | {k: v for k, v in about.items() if v is not None}
+    spans = about.pop("layer_replication", None)
+    spans = spans if layer_replication is None else layer_replication
+    fail(_repeats(spans, by_path, dict(named), serving))
+    unsure = doubts(paths, partial=bare) if names is None else {}
+    fail(unsure[p] for p, x in named if p in unsure and p not in known and is_node(x))
+    one_use = tied is not None or about.get("task_type") in WORDLESS
+    fail(save_problems(named, by_path, readers, one_use, known))
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
-    nodes = nodes if base is None else with_start(nodes, base)
-    found: dict[str, list[Part]] = {}
+    rows = {p: x for p, x in nodes.items() if isinstance(x.variant, Rows)}
+    added = {p: x for p, x in nodes.items() if isinstance(x.variant, Added)}
+    nodes = {p: x for p, x in nodes.items() if p not in rows and p not in added}
+    started = {p: x for p, x in nodes.items() if not isinstance(x.variant, KaSA)}
+    nodes |= {} if base is None else with_start(started, base)
+    in_parts: dict[str, list[Part]] = {}
+    of_leaf: dict[str, list[Part]] = {}
     for path, node in nodes.items():
         kind = min((readers or {}).get(path, ()), default="")
-        for part in parts(path, node, by_path[path], kind):
-            found.setdefault(part.lora.name, []).append(part)
-    made = [joined(some) for some in found.values()]
+        of_leaf[path] = [*parts(path, node, by_path[path], kind)]
+        for part in of_leaf[path]:
+            in_parts.setdefault(part.lora.name, []).append(part)
+    start = common_start(nodes, of_leaf, serving=serving) or _start(nodes)
+    with_rows = [s for s in slots if s.module.order is not None]
+    made = [
+        joined(some, [s for s in with_rows if s.index(name) is not None])
+        for name, some in in_parts.items()
+    ]
+    made = with_biases(made, added, by_path)
     made = [part for part in made if not is_idle(part)]
+    made = attentions(made, nodes, slots)
     if serving:
         made = with_neighbors(made, named, by_path)
-    made = _nested(made, None if names is None else slots)
+    made = _nested(made, None if names is None and not known else slots)
     whole = _whole(named, by_path, made)
     fail(_lost_statistics(adapted, named, by_path, whole, base, ignore))
     if serving:
+        fail(_unserved(nodes))
         made = for_serving(made, whole)
-    config = _config(made, whole, nodes, by_path, named) | dict(about)
-    tensors = {}
+        nodes = {p: dataclasses.replace(x, variant=None) for p, x in nodes.items()}
+        start = True
+    else:
+        variants = {p: x.variant for p, x in nodes.items()}
+        made = [compact(p, variants.get(p.slot.path)) for p in made]
+    everything = _modules(named, by_path)
+    indices, held = tokens.written(rows, by_path, everything, serving=serving)
+    if made or whole.values or not rows:
+        config = _config(made, whole, nodes, by_path, named) | about
+        config |= {
+            "init_lora_weights": start,
+            "trainable_token_indices": indices or None,
+            "layer_replication": [[*span] for span in spans or ()] or None,
+        }
+        if config["alora_invocation_tokens"] and not config["task_type"]:
+            config["task_type"] = "CAUSAL_LM"  # PEFT activates no other
+    else:
+        config = tokens.alone(indices, about)
+    wrapper = "" if config["peft_type"] == "TRAINABLE_TOKENS" else ".token_adapter"
+    dtypes = {p: some[0].dtype for p, some in found.items()}
+    tensors, own_dtype = {}, {}
+    for module, (path, x) in held.items():
+        key = f"{PREFIX}{module}{wrapper}.{TOKENS}"
+        tensors[key], own_dtype[key] = x, dtypes.get(path)
     for part in made:
-        for field in ("a", "b", "magnitude"):
+        for field in ("a", "b", "magnitude", "bias", "diag"):
             x = getattr(part.lora, field)
             if x is not None:
-                tensors[part.lora.key(field)] = x
+                key = part.lora.key(field)
+                tensors[key], own_dtype[key] = x, dtypes.get(part.slot.path)
     adapted_modules = {p.lora.module for p in made}
     for name, x in whole.values.items():
         owner, last = split_name(name)
         inside = owner in adapted_modules and name not in whole.modules
         key = f"{owner}.base_layer.{last}" if inside else name
         tensors[f"{PREFIX}{key}"] = x
-    if dtype is not None:
-        with np.errstate(over="ignore"):
-            cast = {k: x.astype(dtype) for k, x in tensors.items()}
-        require_finite("save", cast, allow_nonfinite, before=tensors)
-        tensors = cast
-    return config, tensors
+        own_dtype[f"{PREFIX}{key}"] = dtypes.get(whole.paths[name])
+    if not serving:  # a server has the base
+        for module, x, had in base_weights(found, named, by_path):
+            around = wrapper if module in held else ""
+            key = f"{PREFIX}{module}{around}.base_layer.weight"
+            tensors[key], own_dtype[key] = x, had
+    with np.errstate(over="ignore"):
+        cast = {
+            k: x.astype(dtype or own_dtype[k] or x.dtype) for k, x in tensors.items()
+        }
+    require_finite("save", cast, allow_nonfinite, before=tensors)
+    for key in [k for k in cast if k.endswith(".running_mean")]:
+        # PyTorch counts batches beside them, and PEFT asks for the number.
+        count = key.removesuffix(".running_mean") + COUNTER
+        cast[count] = np.zeros((), np.int64)
+    return config, cast
+
+
+def _repeats(
+    spans: Any, by_path: Slots, leaves: Mapping[str, Any], serving: bool
+) -> Iterator[str]:
+    """What is wrong with the layers that PEFT shall repeat."""
+    if not spans:
+        return
+    pairs = isinstance(spans, list | tuple) and all(map(_is_span, spans))
+    if not pairs:
+        yield (
+            f"save: layer_replication={spans!r}. Write ranges of the base's layers, "
+            "such as [[0, 2], [1, 3]]."
+        )
+        return
+    if serving:
+        yield "save: layer_replication is on, which vLLM and SGLang do not serve."
+    slots = [slot for some in by_path.values() for slot in some]
+    yield from (f"save: {p}" for p in repeated(spans, slots, leaves))
+
+
+def _is_span(x: Any) -> bool:
+    ints = isinstance(x, list | tuple) and all(type(i) is int for i in x)
+    return ints and len(x) == 2 and 0 <= x[0] < x[1]
+
+
+def _unserved(nodes: Mapping[str, LoraWeight]) -> Iterator[str]:
+    """Kinds of adapters that no server has."""
+    for path, x in nodes.items():
+        if isinstance(x.variant, Activated):
+            yield (
+                f"save: '{path}' is activated by tokens (aLoRA), which vLLM and SGLang "
+                "do not serve. Train without alora_invocation_tokens."
+            )
+        elif isinstance(x.variant, KaSA):
+            yield (
+                f"save: '{path}' is KaSA, whose base is another one (truncated). Ship "
+                "flora.merge(adapted)."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +234,25 @@ class Whole:
       values: by name.
       modules: which of them belong to `modules_to_save`, and to which module of it.
       bias: 'none', 'all' or 'lora_only', for the others, which are biases.
+      paths: the leaf of each.
     """
 
     values: Mapping[str, np.ndarray]
     modules: Mapping[str, str]
     bias: str
+    paths: Mapping[str, str]
+
+
+_KINDS = (
+    DoRA, MiCA, KaSA, Rows, Activated, AcrossGroups, Added, AddedTwice, Biased,
+    BlockDiagonal,
+    type(None),
+)  # fmt: skip
 
 
 def _problems(path: str, leaf: Any) -> Iterator[str]:
     if isinstance(leaf, LoraWeight):
-        if not isinstance(leaf.variant, DoRA | AcrossGroups | None):
+        if not isinstance(leaf.variant, _KINDS):
             yield (
                 f"save: '{path}' is {leaf.variant!r}, which PEFT's LoRA files cannot "
                 "hold. Ship flora.merge(adapted)."
@@ -283,9 +409,8 @@ def _whole(named: Named, by_path: Slots, made: Sequence[Part]) -> Whole:
                     parts.setdefault(name, []).append((slot, value))
     for name, some in parts.items():
         values[name] = _assembled(some)
-    return Whole(
-        values, {n: split_name(n)[0] for n in values if split_name(n)[0] in saved}, mode
-    )
+    modules = {n: split_name(n)[0] for n in values if split_name(n)[0] in saved}
+    return Whole(values, modules, mode, {n: s[0][0].path for n, s in parts.items()})
 
 
 def _stack(leaf: Any, slot: Slot) -> tuple[int, ...]:
@@ -315,22 +440,30 @@ def _config(
     stabilized = bool(made) and all(p.rank_stabilized for p in made)
     if not stabilized:
         made = [dataclasses.replace(p, rank_stabilized=False) for p in made]
-    rates = sorted({x.dropout for x in nodes.values()})
+    rates = {x.dropout: path for path, x in nodes.items()}
     if len(rates) > 1:
+        shown = ", ".join(f"{rate} in '{path}'" for rate, path in rates.items())
         raise LoraError(
-            f"save: dropout rates differ between leaves: {rates}; PEFT has one. Set "
-            "one rate by dataclasses.replace."
+            f"save: dropout rates differ: {shown}; PEFT has one, for training alone. "
+            "Set one: jax.tree.map(lambda x: dataclasses.replace(x, dropout=0.1) if "
+            "isinstance(x, flora.LoraWeight) else x, adapted, is_leaf=lambda x: "
+            "isinstance(x, flora.LoraWeight))."
         )
     rank = _most([p.rank for p in made], 8)
     alpha = _most([p.alpha for p in made], 8)
     dora = any(p.lora.magnitude is not None for p in made)
-    if dora and any(p.lora.magnitude is None for p in made):
+    plain = [p for p in made if p.lora.magnitude is None]
+    if dora and plain:
+        other = next(p for p in made if p.lora.magnitude is not None)
         raise LoraError(
-            "save: some leaves are DoRA and some plain LoRA; PEFT has one or the "
-            "other. Adapt all in one way, or ship flora.merge(adapted)."
+            f"save: {len(made) - len(plain)} modules are DoRA, such as "
+            f"'{other.lora.module}' ('{other.slot.path}'), and {len(plain)} plain "
+            f"LoRA, such as '{plain[0].lora.module}' ('{plain[0].slot.path}'); PEFT "
+            "has one or the other. Train with one variant= of LoraConfig, or ship "
+            "flora.merge(adapted)."
         )
     raw = [p.lora.name for p in made if p.lora.raw]
-    modules = [p.lora.module for p in made if not p.lora.raw]
+    modules = [p.lora.module for p in made if not p.lora.raw and not p.lora.inner]
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -341,13 +474,16 @@ def _config(
         "target_modules": modules or None,
         "exclude_modules": None,
         "target_parameters": raw or None,
-        "lora_dropout": rates[0] if rates else 0.0,
+        "lora_dropout": next(iter(rates), 0.0),
         "bias": whole.bias,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(is_conv1d(p, x.layout) for p, x in nodes.items()),
         "use_rslora": stabilized,
         "use_dora": dora,
-        "lora_bias": False,
+        "lora_bias": any(p.lora.bias is not None for p in made),
         "init_lora_weights": True,
+        "use_bdlora": config_of(made),
+        "kasa_config": _kasa(nodes),
+        "alora_invocation_tokens": _invocation(nodes),
         "modules_to_save": sorted({*whole.modules.values()}) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -366,14 +502,56 @@ def _config(
             "flora.merge(adapted)."
         )
     _patterns(config, made, rank, alpha)
-    everything = [
+    _exclude_others(config, modules, _modules(named, by_path))
+    return config
+
+
+def _modules(named: Named, by_path: Slots) -> list[str]:
+    """The modules that the leaves are parameters of."""
+    return [
         split_name(slot.at(i))[0]
         for path, leaf in named
         for slot in by_path.get(path, ())
         for i in np.ndindex(*_named_stack(leaf, slot))
     ]
-    _exclude_others(config, modules, everything)
-    return config
+
+
+def _kasa(nodes: Mapping[str, LoraWeight]) -> dict[str, float] | None:
+    """KaSA's config, the same for all leaves."""
+    found = {x.variant if isinstance(x.variant, KaSA) else None for x in nodes.values()}
+    if len(found) > 1:
+        raise LoraError(
+            "save: some leaves are KaSA and some are not, or of other beta and gamma; "
+            "PEFT has one or the other. Ship flora.merge(adapted)."
+        )
+    return next((dataclasses.asdict(x) for x in found if x is not None), None)
+
+
+def _invocation(nodes: Mapping[str, LoraWeight]) -> list[int] | None:
+    """The tokens that activate the adapter, the same for all its leaves."""
+    found: dict[Any, str] = {}
+    for path, x in nodes.items():
+        own = x.variant.tokens if isinstance(x.variant, Activated) else None
+        found.setdefault(own, path)
+    if len(found) > 1:
+        paths = "' and '".join([*found.values()][:2])
+        raise LoraError(
+            f"save: '{paths}' are activated by other tokens, or one is not; PEFT has "
+            "one list for all. Save them apart."
+        )
+    return next(([*own] for own in found if own), None)
+
+
+def _start(nodes: Mapping[str, LoraWeight]) -> bool | str:
+    """What tells PEFT which factors do not train."""
+    fixed = [p for p, x in nodes.items() if isinstance(x.variant, MiCA)]
+    free = [p for p in nodes if p not in fixed]
+    if fixed and free:
+        raise LoraError(
+            f"save: '{fixed[0]}' is MiCA and '{free[0]}' is not; PEFT has one or the "
+            "other. Adapt all in one way, or ship flora.merge(adapted)."
+        )
+    return "mica" if fixed else True
 
 
 def _named_stack(leaf: Any, slot: Slot) -> tuple[int, ...]:

@@ -53,6 +53,16 @@ def _problems(made: Sequence[Part], whole: Any) -> Iterator[str]:
                 f"save: '{lora.module}' is DoRA, which vLLM and SGLang refuse and no "
                 "plain adapter equals. Ship flora.merge(adapted)."
             )
+        elif lora.inner:
+            yield (
+                f"save: '{lora.module}' is of an nn.MultiheadAttention, which vLLM and "
+                "SGLang do not adapt. Ship flora.merge(adapted), or train without it."
+            )
+        elif lora.bias is not None:
+            yield (
+                f"save: '{lora.module}' has a lora_bias, which vLLM and SGLang refuse. "
+                "Ship flora.merge(adapted), or train without it."
+            )
         elif lora.kind == "conv":
             yield (
                 f"save: '{lora.module}' is a convolution, which vLLM and SGLang do not "

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from flora._peft.config import HEADS, PeftConfig
+from flora._peft.config import PeftConfig
 from flora._peft.file import CONFIG, WEIGHTS
+from flora._peft.ignored import Ignored
 from flora._peft.keys import PREFIX, Content
 from flora._peft.names import split_name
 from flora._tree.errors import LoraError
@@ -80,6 +81,7 @@ def target_problems(
     weights: Sequence[str],
     tied: set[str],
     folder: Path,
+    ignored: Ignored,
 ) -> Iterator[str]:
     """What the config selects and the file lacks, and the other way round.
 
@@ -92,6 +94,7 @@ def target_problems(
       weights: the modules of the base that have a weight.
       tied: modules that share another one's weight; PEFT adapts them unasked.
       folder: where both lie.
+      ignored: the keys that may be missing.
     """
     here, file = folder / CONFIG, folder / WEIGHTS
     held = {lora.module for lora in content.loras if not lora.raw}
@@ -102,17 +105,21 @@ def target_problems(
             yield (
                 f"{file}: '{PREFIX}{module}' is adapted, but {here.name} does not "
                 f"select it: target_modules is {listed(config.target_modules)}. PEFT "
-                "would leave it out. Name it there, or save the adapter anew."
+                f"would leave it out. Name it there, or write ignore='{module}.*'."
             )
     missing = [m for m in universe if m not in held and selects(config, m)]
     if is_all_linear(config):  # which leaves out the model's head
         alone = [m for m in missing if not re.search(r"(^|\.)\d+(\.|$)", m)]
         missing = [m for m in missing if m not in alone or len(alone) > 1]
     for module in missing:
+        key = f"{PREFIX}{module}.lora_A.weight"
+        if ignored(key):
+            continue
         yield (
-            f"{file}: '{PREFIX}{module}.lora_A.weight' is missing; the base has the "
-            f"module and target_modules {listed(config.target_modules)} selects it. "
-            "PEFT would leave it untrained. Is the adapter one of another base?"
+            f"{file}: '{key}' is missing; the base has the module and target_modules "
+            f"{listed(config.target_modules)} selects it. PEFT would leave it "
+            "untrained. Is the adapter one of another base? If not, write "
+            f"ignore='{module}.*'."
         )
 
 
@@ -121,18 +128,20 @@ def whole_problems(
     content: Content,
     parameters: Sequence[str],
     folder: Path,
+    ignored: Ignored,
 ) -> Iterator[str]:
-    """What the file lacks of `modules_to_save` and `bias`, or has beyond them."""
-    here, file = folder / CONFIG, folder / WEIGHTS
+    """What the file lacks of `modules_to_save` and `bias`."""
+    file = folder / WEIGHTS
     adapted = {lora.module for lora in content.loras}
     held = {plain(name) for name in content.whole}
     holds = _Holders(config.modules_to_save)
     in_base, in_file = holds.by_entry(parameters), holds.by_entry(sorted(held))
     for entry in config.modules_to_save:
         wanted = in_base.get(entry, [])
+        if not wanted and entry not in in_file:
+            continue  # PEFT passes over names that match nothing
         if entry not in in_file:
-            heads = config.task_type in ("SEQ_CLS", "TOKEN_CLS") and entry in HEADS
-            if heads and not wanted:
+            if all(ignored(f"{PREFIX}{name}") for name in wanted):
                 continue
             yield (
                 f"{file}: no tensor of '{entry}', which modules_to_save names; "
@@ -141,37 +150,41 @@ def whole_problems(
             )
         else:
             for name in wanted:
-                if name not in held and not name.endswith(
-                    (".running_mean", ".running_var")
-                ):
+                statistics = name.endswith((".running_mean", ".running_var"))
+                if name not in held and not statistics and not ignored(PREFIX + name):
                     yield (
                         f"{file}: '{PREFIX}{name}' is missing; modules_to_save names "
                         f"'{entry}' and the base has it. Save the adapter anew."
                     )
-    for name in sorted(content.whole):
-        clean = plain(name)
-        if holds.of(clean):
-            continue
-        owner, parameter = split_name(clean)
-        bias = parameter == "bias" and config.bias != "none"
-        if bias and (config.bias == "all" or owner in adapted):
-            continue
-        yield (
-            f"{file}: '{PREFIX}{name}' is not part of the adapter by {here.name}: "
-            f"modules_to_save is {listed(config.modules_to_save)} and bias is "
-            f"'{config.bias}'. PEFT would pass over it. Name its module there."
-        )
     if config.bias == "none":
         return
     for name in parameters:
         owner, parameter = split_name(name)
         if parameter != "bias" or name in held:
             continue
-        if config.bias == "all" or owner in adapted:
+        wanted = config.bias == "all" or owner in adapted
+        if wanted and not ignored(PREFIX + name):
             yield (
                 f"{file}: '{PREFIX}{name}' is missing; bias is '{config.bias}' and the "
                 "base has it. Save the adapter anew."
             )
+
+
+def unnamed(config: PeftConfig, content: Content) -> list[str]:
+    """The parameters kept whole that the config does not name as trained."""
+    holds = _Holders(config.modules_to_save)
+    adapted = {x.module for x in content.loras}
+
+    def is_bias(name: str) -> bool:
+        owner, parameter = split_name(name)
+        named = config.bias == "all" or (
+            config.bias == "lora_only" and owner in adapted
+        )
+        return parameter == "bias" and named
+
+    return [
+        n for n in content.whole if not holds.of(plain(n)) and not is_bias(plain(n))
+    ]
 
 
 def plain(name: str) -> str:

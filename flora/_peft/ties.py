@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from flora._algebra.variants import Rows
 from flora._peft.config import PeftConfig
 from flora._peft.keys import Content, Lora
 from flora._peft.layouts import leaf_word
-from flora._peft.names import Finder, Module, Slot
+from flora._peft.names import Finder, Module, Slot, split_name
 from flora._tree.errors import LoraError, LoraTypeError
 from flora._tree.weight import LoraWeight, Trained, base_of
 
@@ -27,12 +28,12 @@ def without_ties(
     content: Content, finder: Finder, file: Path
 ) -> tuple[Content, frozenset[str]]:
     """The content without second copies for one leaf, and the leaves that had one."""
-    embeddings = [x for x in content.loras if x.kind == "embedding"]
     kept, of_base, agreed = [], dict(content.of_base), set()
     for lora in content.loras:
         slots = [slot for slot, _ in finder.all(lora.name)]
-        twins = [e for e in embeddings if _is_twin(e, lora)]
-        if lora.kind != "linear" or (slots and not all(s.module.tied for s in slots)):
+        twins = [x for x in content.loras if _are_twins(x, lora)]
+        twins = [x for x in twins if _is_own(x, finder)]
+        if _is_own(lora, finder) or (not slots and lora.kind != "linear"):
             kept.append(lora)
         elif twins:
             agreed |= {s.path for s, _ in finder.all(twins[0].name)}
@@ -45,7 +46,7 @@ def without_ties(
         else:
             raise LoraError(
                 f"{file}: '{lora.key('b')}' adapts a weight that is tied to "
-                f"'{slots[0].path}', but is not the transpose of the embedding's "
+                f"'{slots[0].path}', but is not the transpose of the other use's "
                 "factors. Train with ensure_weight_tying=True, or untie the weights in "
                 "the tree."
             )
@@ -67,6 +68,40 @@ def without_ties(
         content, loras=tuple(kept), whole=whole, of_base=of_base
     )
     return found, frozenset(agreed)
+
+
+def tied_modules(content: Content, finder: Finder) -> dict[str, str]:
+    """The leaf of each module that no name has, and whose changes an embedding has."""
+    embeddings = [x for x in content.loras if x.kind == "embedding"]
+    twins = [
+        (lora.module, twin.name)
+        for lora in content.loras
+        if lora.kind == "linear" and not finder.all(lora.name)
+        for twin in embeddings
+        if _is_twin(twin, lora)
+    ]
+    matrices = [(n, x) for n, x in content.whole.items() if x.ndim == 2]
+    twins += [
+        (split_name(n)[0], twin)
+        for n, x in matrices
+        if not finder.all(n)
+        for twin, other in matrices
+        if n != twin and np.array_equal(x, other)
+    ]
+    return {module: s.path for module, name in twins for s, _ in finder.all(name)}
+
+
+def _is_own(lora: Lora, finder: Finder) -> bool:
+    """Whether a leaf is its module's, and not another one's that it uses too."""
+    slots = [slot for slot, _ in finder.all(lora.name)]
+    return bool(slots) and not all(s.module.tied for s in slots)
+
+
+def _are_twins(one: Lora, other: Lora) -> bool:
+    kinds = {one.kind, other.kind}
+    return kinds == _BOTH and (
+        _is_twin(one, other) if one.kind == "embedding" else _is_twin(other, one)
+    )
 
 
 def _is_twin(embedding: Lora, lora: Lora) -> bool:
@@ -169,6 +204,7 @@ def save_problems(
     by_path: Mapping[str, Sequence[Slot]],
     readers: Readers | None,
     known: bool,
+    sure: Collection[str] = (),
 ) -> Iterator[str]:
     """Leaves of which a file without `ensure_weight_tying` would hold one use, or may.
 
@@ -177,6 +213,7 @@ def save_problems(
       by_path: the slots of each.
       readers: how the function reads each leaf; `None` where none was given.
       known: whether all shared weights are, those of `by_path` alone.
+      sure: leaves of which that is known.
     """
     shapes = {p: tuple(getattr(base_of(x), "shape", ())) for p, x in named}
     for path, leaf in named:
@@ -184,6 +221,8 @@ def save_problems(
             continue
         if any(slot.module.tied for slot in by_path[path]):
             continue
+        if isinstance(leaf, LoraWeight) and isinstance(leaf.variant, Rows):
+            continue  # PEFT ties those of the embedding itself
         first = by_path[path][0]
         if {*(readers or {}).get(path, ())} >= _BOTH:
             yield (
@@ -193,7 +232,7 @@ def save_problems(
             )
             continue
         table = leaf_word(path) == "embedding" or first.module.kind == "embedding"
-        if readers is not None or known or not table:
+        if readers is not None or known or path in sure or not table:
             continue
         shape = _shape(leaf)
         if shape and _is_alone(path, shape[0], shapes):

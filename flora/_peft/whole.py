@@ -52,7 +52,7 @@ def _turned(path: str, value: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     elif value.ndim == 1 and value.size == np.prod(shape):
         value = value.reshape(shape)  # a bias of heads
     if value.shape != shape:
-        raise ValueError(f"that is {value.shape} in Flax's order; expected {shape}")
+        raise ValueError(f"expected {shape}, found {value.shape} in Flax's order")
     return value
 
 

@@ -108,6 +108,7 @@ def made(
     **settings: Any,
 ) -> LoraWeight:
     """The node with the base and factors that `fn(w, *values, **settings)` computes."""
+    start = f"flora.starts.{fn.__name__}"
     places = place_of(w.base), place_of(w.a), place_of(w.b)
     bare = dataclasses.replace(w, key=None, extra=None, variant=None)
     run = compiled(fn, places, tuple(settings))
@@ -115,7 +116,7 @@ def made(
     if donate and isinstance(w.base, jax.Array) and not isinstance(w.base, Tracer):
         jax.block_until_ready(base)
         w.base.delete()
-    return dataclasses.replace(w, base=base, a=a, b=b)
+    return dataclasses.replace(w, base=base, a=a, b=b, start=start)
 
 
 def effective(w: LoraWeight) -> jax.Array:

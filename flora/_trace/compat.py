@@ -350,6 +350,14 @@ def inner_functions(eqn: Eqn) -> list[Inner]:
     return []
 
 
+def has_experts(eqn: Eqn) -> bool:
+    """Whether an equation, or one inside of it, is a product with experts."""
+    if eqn.primitive is P.ragged_dot_general:
+        return True
+    inner = (open_jaxpr(function.jaxpr)[0] for function in inner_functions(eqn))
+    return any(has_experts(e) for jaxpr in inner for e in jaxpr.eqns)
+
+
 def handed_on(jaxpr: Jaxpr) -> list[int | None]:
     """For each output of a jaxpr the input that it is, or `None`."""
     jaxpr, _ = open_jaxpr(jaxpr)

@@ -79,6 +79,8 @@ class Context:
       within: the equation at hand and those around it, as `(eqn, within)`.
       jitted: inner functions that are jitted already, so that JAX traces them once.
       claims: whether roles are recorded, not only what has no factored form.
+      ragged_dot: what computes products with experts; where it is not JAX's own, those
+        that no adapted weight is part of are handed to it, too.
       seen: while uses are recorded a value counts by its type alone: results by what
         computes them or by type, of this jaxpr, which stand for later ones.
     """
@@ -92,6 +94,7 @@ class Context:
     within: Any = None
     jitted: dict[Any, Callable] = dataclasses.field(default_factory=dict)
     claims: bool = True
+    ragged_dot: Callable[..., Any] = lax.ragged_dot
     seen: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def line(self, eqn: Eqn) -> str:
@@ -186,6 +189,7 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     env.update(zip(jaxpr.invars, args, strict=True))
     lazy = {v: x for v, x in env.items() if is_lazy(x)}
     schedule = _schedule(ctx, jaxpr.eqns, lazy)
+    own = ctx.ragged_dot is not lax.ragged_dot
     last_use = schedule.last_uses(jaxpr)
     touched = set(lazy)
     untouched: list[Any] = []
@@ -203,7 +207,8 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
 
     for at, step in enumerate(schedule.steps):
         eqns = [jaxpr.eqns[i] for i in step]
-        if not any(v in touched for e in eqns for v in compat.variables(e.invars)):
+        held = any(v in touched for e in eqns for v in compat.variables(e.invars))
+        if not (held or (own and any(map(compat.has_experts, eqns)))):
             untouched += eqns
             continue
         flush(at)

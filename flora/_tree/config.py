@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -91,6 +91,8 @@ class LoraConfig:
       form_pattern: `{pattern: form}`, for leaves that need another.
       variant: how A and B become a product, one of `flora.variants` or your own;
         `None` is LoRA.
+      rows: `{pattern: indices}`, for embeddings and heads of which those words train
+        and nothing else does (`flora.variants.Rows`), beside what `target` selects.
 
     Raises:
       LoraError: a value is out of its range.
@@ -122,6 +124,7 @@ class LoraConfig:
     form: str = "auto"
     form_pattern: Mapping[Matcher, str] = dataclasses.field(default_factory=dict)
     variant: Variant | None = None
+    rows: Mapping[Matcher, Sequence[int]] = dataclasses.field(default_factory=dict)
 
     def __hash__(self) -> int:
         # Of the plain numbers: the patterns' dicts have none, and need not.
@@ -130,7 +133,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for name in ("target", "exclude", "train"):
             check_pattern(name, getattr(self, name))
-        for name in PATTERN_FIELDS:
+        for name in (*PATTERN_FIELDS, "rows"):
             value = getattr(self, name)
             if not isinstance(value, Mapping):
                 raise LoraTypeError(
@@ -175,6 +178,12 @@ class LoraConfig:
         for pattern, form in self.form_pattern.items():
             found += form_problems(f"form_pattern[{pattern!r}]", form)
         found += _variant_problems(self.variant)
+        for pattern, rows in self.rows.items():
+            if not isinstance(rows, Sequence) or not all(
+                isinstance(i, numbers.Integral) and not isinstance(i, bool)
+                for i in rows
+            ):
+                found.append(f"rows[{pattern!r}]={rows!r}. Write a list of indices.")
         found += initializer_problems("init", self.init)
         for pattern, start in self.init_pattern.items():
             found += initializer_problems(f"init_pattern[{pattern!r}]", start)

@@ -10,6 +10,7 @@ _UNSHOWN = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"
     "\ud800-\udfff]"
 )
+_FILE = re.compile(r"[^'\"]*[/\\][^/\\]+\.\w+")  # at the start of what is said of it
 _WORD = re.compile(r"\S{300,}")
 
 
@@ -41,11 +42,17 @@ def fail(problems: Iterable[str], error: type[LoraError] = LoraError) -> None:
         return
     if count == 1:
         raise error(first[0])
-    text, shown = "", 0
+    text, shown, file = "", 0, ""
     for problem in first:
         if shown and len(text) + len(problem) > _LIST - 100:
             break
-        text, shown = f"{text}\n  - {problem}", shown + 1
+        where, colon, said = problem.partition(": ")
+        if not colon or not _FILE.fullmatch(where):
+            where, said = "", problem
+        elif where != file:
+            text = f"{text}\n{where}:"
+        file = where
+        text, shown = f"{text}\n  - {said}", shown + 1
     more = "" if shown == count else f"\n  - and {count - shown} more"
     raise error(f"{count} problems:{text}{more}")
 

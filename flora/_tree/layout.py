@@ -47,9 +47,12 @@ class Layout:
         return "in" if axis in self.in_ else "out"
 
     def fits(self, ndim: int) -> bool:
-        """Whether it names each of `ndim` axes once, with an in and an out axis."""
+        """Whether it names each of `ndim` axes once, with an out axis.
+
+        A bias has no in axis.
+        """
         axes = sorted(self.order)
-        return axes == list(range(ndim)) and bool(self.in_ and self.out)
+        return axes == list(range(ndim)) and bool(self.out)
 
     @property
     def order(self) -> tuple[int, ...]:

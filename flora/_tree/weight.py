@@ -13,6 +13,7 @@ from flora._tree.arrays import shown
 from flora._tree.blocks import Block, covered, gates
 from flora._tree.errors import LoraError, LoraTypeError
 from flora._tree.layout import Layout
+from flora._tree.origin import Origin
 from flora._tree.quantized import is_quantized
 
 
@@ -87,11 +88,15 @@ class LoraWeight(_Listed):
       dropout: dropout rate on the input of the low-rank path.
       fallback: 'error' or 'materialize', for uses that have no factored rule.
       form: how its products are computed, see `LoraConfig.form`.
+      start: what took a part of W into A and B as they started, such as
+        'flora.starts.pissa'; '' where the base is the model's own.
       variant: how A, B and `extra` become a product, see `flora.variants`; `None` is
         LoRA.
       blocks: the adapters that A and B hold where they are not one: with ranks and
         scales of their own, in place of `rank` and `alpha`, for each index of the stack
         or for some out features.
+      origin: the file that it was loaded from, for saving it as it was; nothing that is
+        computed depends on it.
       shape, dtype, ndim, size, sharding: of W; an adapter has none of them.
 
     References: Hu et al. 2021, eq. 3. https://arxiv.org/abs/2106.09685
@@ -110,8 +115,10 @@ class LoraWeight(_Listed):
     dropout: float = 0.0
     fallback: str = "error"
     form: str = "auto"
+    start: str = ""
     variant: Variant | None = None
     blocks: tuple[Block, ...] = ()
+    origin: Origin = dataclasses.field(default_factory=Origin)
 
     @property
     def scale(self) -> float:
@@ -162,23 +169,31 @@ jax.tree_util.register_dataclass(
         "dropout",
         "fallback",
         "form",
+        "start",
         "variant",
         "blocks",
+        "origin",
     ],
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained(_Listed):
-    """Marks a leaf that trains whole (`LoraConfig.train`)."""
+    """Marks a leaf that trains whole (`LoraConfig.train`).
+
+    Attributes:
+      value: the array.
+      origin: as of `LoraWeight`.
+    """
 
     value: Any
+    origin: Origin = dataclasses.field(default_factory=Origin)
 
     def __repr__(self) -> str:
         return f"Trained({shown(self.value)})"
 
 
-jax.tree_util.register_dataclass(Trained, data_fields=["value"], meta_fields=[])
+jax.tree_util.register_dataclass(Trained, data_fields=["value"], meta_fields=["origin"])
 
 
 def base_of(leaf: Any) -> Any:

@@ -32,7 +32,7 @@ from flora._tree.placement import placed_as_base
 from flora._tree.quantized import abstract, is_quantized
 from flora._tree.selection import idle_entries, idle_keys, nothing_selected, shown
 from flora._tree.weight import LoraWeight, Trained, is_node, within_blocks
-from flora._verbs import indices
+from flora._verbs import indices, rows
 from flora._verbs.draw import drawn, kind_of
 from flora._verbs.lora import returned_raw
 
@@ -88,12 +88,20 @@ def init(
     named, treedef = named_leaves(tree)
     config = indices.read(config, named)
     targets, trained = _selection(config, named)
+    words = rows.chosen(config, named, targets | trained)
+    fail(
+        f"rows: '{p}' {why}. Take it out of rows=."
+        for p, x in named
+        if p in words and (why := _unadaptable(x))
+    )
     given = _given_layouts(config, [(p, x) for p, x in named if p in targets])
     leaves = [abstract(leaf) for _, leaf in named]
     staged = stage(fn, leaves, treedef, args, kwargs, verb="flora.init")
-    followed = {i: path for i, (path, _) in enumerate(named) if path in targets}
+    mine = targets | {*words}
+    followed = {i: path for i, (path, _) in enumerate(named) if path in mine}
     found = discover(staged, leaves, followed, given)
     layouts = _layouts(config, dict(named), found)
+    own = {path: layouts.pop(path) for path in words}
     adapters = indices.adapters(config, named, layouts)
     root = consumed(key)
     starts = _starts(config, dict(named), layouts, found, staged, followed)
@@ -107,6 +115,9 @@ def init(
     def adapt(path: str, leaf: Any) -> Any:
         if path in trained:
             return Trained(leaf)
+        if path in words:
+            known = words[path], own[path], found[path]
+            return _started(root, path, rows.weight(config, path, leaf, *known))
         if path not in adapters:
             return leaf
         weight = LoraWeight(
@@ -156,7 +167,8 @@ def _selection(config: LoraConfig, named: Named) -> tuple[set[str], set[str]]:
     exclude = indices.whole(config.exclude)
     chosen = [(p, x) for p, x in hit if not matches(exclude, p, x)]
     trained = {p for p, x in named if matches(config.train, p, x)}
-    if not entries(config.target) and not trained and not entries(config.train):
+    other = trained or entries(config.train) or config.rows
+    if not entries(config.target) and not other:
         raise LoraError(nothing_selected("target", config.target, paths))
     fail(
         p
@@ -270,7 +282,7 @@ def _given_layouts(config: LoraConfig, targets: Named) -> dict[str, Layout]:
         f"Name each of 0 to {len(leaf.shape) - 1} once, with at least one in and one "
         "out axis."
         for path, leaf in targets
-        if path in given and not given[path].fits(len(leaf.shape))
+        if path in given and not (given[path].in_ and given[path].fits(len(leaf.shape)))
     )
     return given
 

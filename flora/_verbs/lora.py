@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._algebra.axes import Factored, Squared, from_weight, undiscovered
+from flora._algebra.dense import materialize
 from flora._algebra.low_rank import densified
 from flora._trace.interpret import interpret
 from flora._trace.rules import context
@@ -166,7 +167,7 @@ def _value(
             fallback=fallback or leaf.fallback,
             form=form or leaf.form,
         )
-        return from_weight(leaf, path)
+        return from_weight(leaf, path) if leaf.layout.in_ else materialize(leaf)
     if is_quantized(leaf):  # not adapted, but dequantized where it is used
         return undiscovered(lax.stop_gradient(leaf), path, fallback="materialize")
     if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):

@@ -1,5 +1,6 @@
 """`merge`: the plain tree, to ship."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from flora._algebra.dense import materialize
 from flora._tree.checks import require_adapted, weight_problems
 from flora._tree.errors import LoraError, Unfactorable, fail
 from flora._tree.finite import require_finite
+from flora._tree.origin import Origin
 from flora._tree.paths import named_leaves
 from flora._tree.weight import LoraWeight, Trained, is_node
 
@@ -47,7 +49,7 @@ def merge(adapted: Any, *, allow_nonfinite: bool = False) -> Any:
         if isinstance(leaf.base, jax.ShapeDtypeStruct):
             return leaf.base
         try:
-            return _materialized(leaf)
+            return _materialized(dataclasses.replace(leaf, origin=Origin()))
         except Unfactorable as reason:
             raise LoraError(f"merge: '{path}': {reason}. Ship the adapter.") from None
 

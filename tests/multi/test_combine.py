@@ -113,8 +113,8 @@ def test_pruning_and_voting(x64, layout, shape):
     )
     same(made.adapter["w"], np.tensordot(WEIGHTS, thin, 1), 1e-11)
     assert made.errors["w"] < 1e-12
-    weights = [0.7, 0.4, 1.1]
-    for sign in ("total", "frequency"):
+    cases = [("total", [0.7, 0.4, 1.1]), ("frequency", [0.7, 0.4, 1.1])]
+    for sign, weights in [*cases, ("total", [0.7, -0.4, 1.1])]:
         wanted = voted(thin, weights, sign)
         ties = {"method": "ties", "density": 0.4, "sign": sign}
         made = flora.multi.combine(adapters, weights, rank=full, **ties)
@@ -188,6 +188,74 @@ def test_leaves_that_train_whole(x64):
             flora.multi.combine(adapters, weights, **options)
 
 
+def test_adapters_with_nothing_in_common(x64):
+    """Factors here, a leaf that trains whole there, variants, and nothing."""
+    params = {"w": array(6, 5, seed=1), "v": array(5, 4, seed=2), "b": array(4, seed=3)}
+    x = array(7, 6, seed=4)
+
+    def fn(p, x):
+        return x @ p["w"] @ p["v"] + p["b"]
+
+    def one(seed, **options):
+        config = flora.LoraConfig(rank=2, alpha=3.0, **options)
+        adapted = flora.init(jax.random.key(seed), config, fn, params, x)
+        adapter = flora.split(adapted)[1]
+        leaves, treedef = jax.tree.flatten(adapter)
+        return treedef.unflatten([a + 0.3 * array(*a.shape, seed=seed) for a in leaves])
+
+    def change(adapter, path):
+        node = adapter[path]
+        if node is None:
+            return 0 * np.asarray(params[path])
+        if isinstance(node, flora.Trained):
+            return np.asarray(node.value - params[path])
+        base = {k: None if isinstance(n, flora.Trained) else params[k]
+                for k, n in adapter.items()}  # fmt: skip
+        return np.asarray(flora.merge(flora.join(base, adapter))[path] - params[path])
+
+    adapters = [
+        one(1, target="w"),
+        one(2, target="v", variant=flora.variants.VeRA()),
+        one(3, target="w", train=["v", "b"]),
+        one(4, target="v", variant=flora.variants.AdaLoRA()),
+    ]
+    combine = flora.multi.combine
+    made = combine(adapters, [*WEIGHTS, 0.3], base=params).adapter
+    for path in params:
+        wanted = sum(
+            w * change(a, path) for a, w in zip(adapters, [*WEIGHTS, 0.3], strict=True)
+        )
+        np.testing.assert_allclose(change(made, path), wanted, atol=1e-12)
+    assert made["w"].rank == 4
+    assert isinstance(made["v"], flora.Trained)
+    # A DoRA's change is dense: the best of a rank, and the error says how near it is.
+    dora = one(5, target=["w", "v"], variant=flora.variants.DoRA())
+    pair = [adapters[0], dora]
+    for options in ({"method": "svd", "rank": 5}, {"rank": 5}):
+        made = combine(pair, [0.5, -2.0], base=params, **options)
+        for path in ("w", "v"):
+            wanted = 0.5 * change(pair[0], path) - 2 * change(dora, path)
+            np.testing.assert_allclose(change(made.adapter, path), wanted, atol=1e-11)
+            assert made.errors[path] < 1e-12
+    thin = combine(pair, [0.5, -2.0], base=params, rank=1)
+    assert thin.errors["w"] > 0.01
+    tasks = np.stack([change(a, "v")[None] for a in pair])
+    made = combine(
+        pair, [1.0, 0.5], base=params, method="ties", density=0.5, rank=4
+    ).adapter
+    wanted = voted(pruned(tasks, 0.5), [1.0, 0.5], "total")[0]
+    np.testing.assert_allclose(change(made, "v"), wanted, atol=1e-11)
+    for match, call in (
+        ("'v' is a VeRA.*Pass base=", lambda: combine(adapters[:2], [1.0, 1.0])),
+        ("'w' is not in all adapters; 'peft_linear'", lambda: combine(
+            adapters[:2], [1.0, 1.0], base=params, method="peft_linear")),
+        ("'b' trains whole in one.*Pass base=", lambda: combine(
+            [adapters[0], adapters[2]], [0.5, 0.5])),
+    ):  # fmt: skip
+        with pytest.raises(flora.LoraError, match=match):
+            call()
+
+
 def test_what_combine_refuses():
     one, two, three_ = three(*LAYOUTS[0], dtype=jnp.float32)
 
@@ -203,7 +271,6 @@ def test_what_combine_refuses():
     refused("'linear' takes no density", density=0.5)
     refused(r"lie in \(0, 1\]", method="ties", density=1.5)
     refused("sign='majority'", sign="majority")
-    refused("a vote has no place", method="ties", density=0.5, weights=[1.0, -1.0])
     refused("expected a PRNG key", method="dare_ties", density=0.5)
     refused("draws nothing", key=jax.random.key(0))
     refused("rank=0", rank=0)

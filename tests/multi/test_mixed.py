@@ -198,6 +198,30 @@ def test_one_product_with_w_for_the_whole_batch(method):
     assert len(re.findall(rf"f32\[{IN},{OUT}\]\S* parameter", text)) <= 2
 
 
+@pytest.mark.parametrize(("method", "times"), [("gather", 1), ("masked", COUNT)])
+def test_what_the_products_of_a_batch_cost(method, times):
+    """W's as in the base; the thin ones as for one adapter, or for all of them."""
+    fn, base, stacked, ids, x = wide_case()
+    run = flora.multi.lora(fn, method=method)
+    flops = 0
+    for e in equations(jax.make_jaxpr(run)(base, stacked, ids, x)):
+        if e.primitive is Primitives.dot_general:
+            (summed, _), _ = e.params["dimension_numbers"]
+            length = np.prod([e.invars[0].aval.shape[i] for i in summed])
+            flops += 2 * e.outvars[0].aval.size * length
+    tokens = ROWS * TOKENS
+    choice = 2 * 2 * tokens * RANK * RANK * COUNT  # z E and Eᵀ z, of width rank alone
+    wanted = 2 * tokens * (IN * OUT + times * RANK * (IN + OUT))
+    assert flops - wanted == (0 if method == "gather" else choice)
+    alone = flora.lora(fn)
+    one = flora.join(base, flora.multi.select(stacked, 0))
+    counts = [
+        jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
+        for f, args in ((run, (base, stacked, ids, x)), (alone, (one, x)))
+    ]
+    assert counts[0] < (1.3 if method == "gather" else 1.6) * counts[1]
+
+
 def test_auto_copies_factors_where_rows_are_long():
     for tokens, rows, copies in ((12, 6, False), (13, 6, True), (1, 4, True)):
         fn, base, stacked, ids, x = wide_case(tokens)

@@ -176,11 +176,13 @@ def test_variants_are_stacked_and_selected(x64):
     for match, call in (
         ("'w' is a DoRA.*stands for the base", lambda: flora.multi.select(stacked, -1)),
         (
-            "'w' is a DoRA.*no mixed",
-            lambda: flora.multi.lora(product)(params, stacked, [0], x),
+            "'w' is a DoRA.*its weight W.*Pass base=",
+            lambda: flora.multi.combine(adapters, [0.5, 0.5]),
         ),
-        ("'w' is a DoRA", lambda: flora.multi.combine(adapters, [0.5, 0.5])),
-        ("'w' is a DoRA.*are its own", lambda: flora.multi.stack(adapters, rank=3)),
+        (
+            "'w' is a DoRA in one.*Write method='svd' or rank=",
+            lambda: flora.multi.combine(adapters, [0.5, 0.5], base=params),
+        ),
     ):
         with pytest.raises(flora.LoraError, match=match):
             call()

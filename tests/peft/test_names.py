@@ -1,5 +1,7 @@
 """Names: split heads, RoPE's order, fused and stacked leaves; found by values too."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,9 +105,14 @@ def test_several_leaves_for_one_module(tmp_path):
     change = files.delta(tensors, "qkv", 3.0)
     for i, n in enumerate("qkv"):
         close(flora.merge(loaded)[n]["kernel"], values(D, H, seed=i) + change[:, i::3])
+    round_trip(tmp_path, tensors, loaded, names)
+    # Trained, each has an A of its own.
+    q = loaded["q"]["kernel"]
+    loaded["q"]["kernel"] = dataclasses.replace(q, a=q.a + values(D, 2, seed=9))
     flora.peft.save(tmp_path / "b", loaded, names=names)
     config, written = files.read(tmp_path / "b")
     assert written[f"{PREFIX}qkv.lora_A.weight"].shape == (6, D)
+    change[:, ::3] += 3 * values(D, 2, seed=9) @ q.b
     close(files.delta(written, "qkv", config["lora_alpha"] / config["r"]), change)
 
 
@@ -127,7 +134,9 @@ def test_stacked_layers(tmp_path, axis):
     got = jnp.moveaxis(flora.merge(loaded)["m"]["h"]["up"]["kernel"], axis, 0)
     close(got, values(3, D, 5) + change)
     with pytest.raises(flora.LoraError, match="has 1 stacked axes and its name"):
-        flora.peft.save(tmp_path / "none", loaded)
+        flora.peft.save(tmp_path / "none", files.forgotten(loaded))
+    flora.peft.save(tmp_path / "same", loaded)  # it knows
+    assert {*files.read(tmp_path / "same")[1]} == {*tensors}
     names = {"m/h/up": "m.h.{i}.up"}
     flora.peft.save(tmp_path / "b", loaded, names=names)
     config, written = files.read(tmp_path / "b")
@@ -281,6 +290,30 @@ def test_names_found_by_values(tmp_path):
     flora.peft.save(tmp_path / "b", loaded, names=names)
     assert {*tensors} <= {*files.read(tmp_path / "b")[1]}
     assert "blocks/wq/kernel <- model.layers.{i}.q_proj.weight" in repr(names)
+
+
+def test_parameters_of_their_own_are_found(tmp_path):
+    """Tokens and positions, which are no module's weight; experts too."""
+    weights = {
+        "vit.embeddings.cls_token": values(1, 1, D),
+        "vit.embeddings.mask_token": values(1, 1, D),
+        "vit.embeddings.position_embeddings": values(1, 5, D, seed=1),
+        "mlp.experts.gate_up_proj": values(3, 8, D, seed=2),
+        "vit.layers.0.attention.q_proj.weight": values(4, D, seed=3),
+    }
+    tree = {
+        "embeddings": {n: weights[f"vit.embeddings.{n}"]
+                       for n in ("cls_token", "position_embeddings")},
+        "gate_up_proj": weights["mlp.experts.gate_up_proj"],
+        "layer": {"0": {"query": {"kernel": values(4, D, seed=3).T}}},
+    }  # fmt: skip
+    names = flora.peft.match_names(weights, jax.tree.map(jnp.asarray, tree))
+    assert {s.path: s.name for s in names.slots} == {
+        "embeddings/cls_token": "vit.embeddings.cls_token",
+        "embeddings/position_embeddings": "vit.embeddings.position_embeddings",
+        "gate_up_proj": "mlp.experts.gate_up_proj",
+        "layer/0/query/kernel": "vit.layers.0.attention.q_proj.weight",
+    }
 
 
 def test_values_that_do_not_tell(tmp_path):

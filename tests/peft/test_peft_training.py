@@ -21,11 +21,19 @@ RUNS = {
     "dora": ("mlp", UP | {"use_dora": True}),
     "modules_to_save and biases": ("mlp", UP | {
         "modules_to_save": ["classifier"], "bias": "lora_only"}),
+    "lora_bias": ("mlp", UP | {"lora_bias": True, "use_rslora": True}),
+    "lora_bias, no bias": ("mlp", UP | {
+        "lora_bias": True, "target_modules": ["up", "gate"]}),
     "conv": ("conv", {"r": 2, "lora_alpha": 5, "target_modules": ["two", "one"]}),
     "conv in groups": ("grouped", {
         "r": 4, "lora_alpha": 5, "target_modules": ["two", "one"]}),
     "embedding": ("embedding", {
         "r": 2, "lora_alpha": 5, "target_modules": ["embed_tokens", "mix"]}),
+    "attention": ("attention", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["attn", "mix"]}),
+    "tokens": ("embedding", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["mix"],
+        "trainable_token_indices": {"embed_tokens": [3, 8], "lm_head": [2, 1, 10]}}),
     "experts": ("experts", {
         "r": 2, "lora_alpha": 5, "target_modules": ["proj"],
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
@@ -68,6 +76,7 @@ APART = {
     "alphas": {"alpha_pattern": {"layers.1.up": 56, "layers.2.down": 1}},
     "ranks": {"rank_pattern": {"layers.1.up": 5, "layers.0.down": 1}},
     "ranks, stabilized": {"rank_pattern": {"layers.1.up": 5}, "use_rslora": True},
+    "lora_bias": {"lora_bias": True, "rank_pattern": {"layers.1.up": 5}},
     "some layers": {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
     "some layers, DoRA": {
         "layers_to_transform": [1], "layers_pattern": "layers", "use_dora": True},

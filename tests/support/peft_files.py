@@ -9,6 +9,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import flora
+from flora._tree.origin import Origin
+from flora._tree.weight import is_node
 
 PREFIX = "base_model.model."
 D, F = 4, 6
@@ -98,6 +100,15 @@ def read(folder):
     """`(config, tensors)` of a directory."""
     config = json.loads((folder / "adapter_config.json").read_text())
     return config, load_file(folder / "adapter_model.safetensors")
+
+
+def forgotten(tree):
+    """An adapted tree whose leaves do not know where they came from."""
+
+    def forget(x):
+        return dataclasses.replace(x, origin=Origin()) if is_node(x) else x
+
+    return jax.tree.map(forget, tree, is_leaf=is_node)
 
 
 def delta(tensors, module, scale):

@@ -24,7 +24,9 @@ def flax_tree(model):
         *parents, last = path
         for word in parents:
             node = node.setdefault(word, {})
-        node[last] = jnp.asarray(value.detach().numpy())
+        half = value.dtype == torch.bfloat16  # which NumPy lacks
+        array = (value.float() if half else value).detach().numpy()
+        node[last] = jnp.asarray(array, jnp.bfloat16 if half else None)
 
     for name, module in model.named_modules():
         for key, x in module.named_parameters(recurse=False):
@@ -40,6 +42,9 @@ def flax_tree(model):
             elif "Norm" in type(module).__name__ and key == "weight":
                 path[-1] = "scale"
             put(path, x)
+        for key, x in module.named_buffers(recurse=False):
+            if key.startswith("running_"):
+                put([*name.split("."), key.removeprefix("running_")], x)
     return tree
 
 
@@ -231,6 +236,37 @@ def _experts(torch):
     return Net(), fn, np.random.default_rng(0).normal(size=(5, 6))
 
 
+def _attention(torch):
+    nn = torch.nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(6, 6)
+            self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x):
+            h = self.mix(x)
+            return self.attn(h, h, h, need_weights=False)[0]
+
+    def fn(p, x):
+        q, h = p["attn"], dense(p["mix"], x)
+        both = h @ q["in_proj_weight"].T + q["in_proj_bias"]
+        return dense(q["out_proj"], mixed(*jnp.split(both, 3, -1)))
+
+    return Net(), fn, np.random.default_rng(0).normal(size=(3, 5, 6))
+
+
+def mixed(query, key, value, heads=2):
+    """Attention over `[batch, length, features]`, all heads."""
+    query, key, value = (
+        x.reshape(*x.shape[:2], heads, -1) for x in (query, key, value)
+    )
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+    y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
+    return y.reshape(*y.shape[:2], -1)
+
+
 def _llama(torch, *, tied=False):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -247,11 +283,46 @@ def _llama(torch, *, tied=False):
     return Net(config), llama, np.random.default_rng(0).integers(0, 13, (2, 6))
 
 
+def _mixtral(torch):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=13, hidden_size=8, intermediate_size=6, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+        num_local_experts=3, num_experts_per_tok=2, attn_implementation="eager",
+        rms_norm_eps=1e-6, tie_word_embeddings=False, experts_implementation="eager",
+    )  # fmt: skip
+
+    class Net(MixtralForCausalLM):  # logits alone
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs).logits
+
+    tokens = np.random.default_rng(0).integers(0, 13, (2, 6))
+    return Net(config), functools.partial(llama, mlp=moe), tokens
+
+
+def moe(q, x):
+    """Two of the experts for each token, all of them computed; axes as in PyTorch."""
+    chances = jax.nn.softmax(x @ q["gate"]["weight"].T)
+    kept, _ = jax.lax.top_k(chances, 2)
+    chances = jnp.where(chances < kept[..., -1:], 0, chances)
+    chances = chances / chances.sum(-1, keepdims=True)
+    both = jnp.einsum("bld,efd->blef", x, q["experts"]["gate_up_proj"])
+    gate, up = jnp.split(both, 2, -1)
+    h = jax.nn.silu(gate) * up * chances[..., None]
+    return jnp.einsum("blef,edf->bld", h, q["experts"]["down_proj"])
+
+
+def gated(q, x):
+    h = jax.nn.silu(dense(q["gate_proj"], x)) * dense(q["up_proj"], x)
+    return dense(q["down_proj"], h)
+
+
 def rms(p, x):
     return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p["scale"]
 
 
-def llama(p, tokens, heads=4, groups=2, layers=2):
+def llama(p, tokens, heads=4, groups=2, layers=2, mlp=gated):
     m = p["model"]
     x = jnp.take(m["embed_tokens"]["embedding"], tokens, axis=0)
     size = x.shape[-1] // heads
@@ -275,15 +346,64 @@ def llama(p, tokens, heads=4, groups=2, layers=2):
         scores = jnp.where(steps[:, None] >= steps, scores, -jnp.inf)
         y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
         x = x + dense(a["o_proj"], y.reshape(x.shape))
-        h, f = rms(q["post_attention_layernorm"], x), q["mlp"]
-        x = x + dense(
-            f["down_proj"],
-            jax.nn.silu(dense(f["gate_proj"], h)) * dense(f["up_proj"], h),
-        )
+        x = x + mlp(q["mlp"], rms(q["post_attention_layernorm"], x))
     x = rms(m["norm"], x)
     if "lm_head" in p:
         return dense(p["lm_head"], x)
     return x @ m["embed_tokens"]["embedding"].T
+
+
+def _vit(torch):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
+        image_size=8, patch_size=4, attn_implementation="eager", num_labels=3,
+    )  # fmt: skip
+
+    class Net(ViTForImageClassification):  # logits alone
+        def forward(self, pixel_values=None, **kwargs):
+            return super().forward(pixel_values, **kwargs).logits
+
+    return Net(config), vit, np.random.default_rng(0).normal(size=(2, 3, 8, 8))
+
+
+def vit(p, x):
+    """HF's Flax ViT, whose names are those of transformers 4."""
+    m = p["vit"]
+    e = m["embeddings"]
+    q = e["patch_embeddings"]["projection"]
+    x = jax.lax.conv_general_dilated(
+        jnp.moveaxis(x, 1, -1), q["kernel"], (4, 4), "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    x = (x + q["bias"]).reshape(x.shape[0], -1, x.shape[-1])
+    first = jnp.broadcast_to(e["cls_token"], (x.shape[0], 1, x.shape[-1]))
+    x = jnp.concatenate([first, x], 1) + e["position_embeddings"]
+    for i in range(2):
+        q = m["encoder"]["layer"][str(i)]
+        a, h = q["attention"], norm(q["layernorm_before"], x, 1e-12)
+        split = (dense(a["attention"][n], h) for n in ("query", "key", "value"))
+        x = x + dense(a["output"]["dense"], mixed(*split))
+        h = dense(q["intermediate"]["dense"], norm(q["layernorm_after"], x, 1e-12))
+        x = x + dense(q["output"]["dense"], jax.nn.gelu(h, approximate=False))
+    return dense(p["classifier"], norm(m["layernorm"], x, 1e-12)[:, 0])
+
+
+def _as_flax(tree):
+    """The tree with the names of transformers 4, which Flax's models keep."""
+    m = dict(tree["vit"])
+    layers = {}
+    for i, q in m.pop("layers").items():
+        a = q["attention"]
+        qkv = {n: a[f"{n[0]}_proj"] for n in ("query", "key", "value")}
+        layers[i] = {
+            "attention": {"attention": qkv, "output": {"dense": a["o_proj"]}},
+            "intermediate": {"dense": q["mlp"]["fc1"]},
+            "output": {"dense": q["mlp"]["fc2"]},
+            **{n: q[n] for n in ("layernorm_before", "layernorm_after")},
+        }
+    return {**tree, "vit": m | {"encoder": {"layer": layers}}}
 
 
 MODELS = {
@@ -295,6 +415,9 @@ MODELS = {
     "grouped": _grouped,
     "embedding": _embedding,
     "experts": _experts,
+    "attention": _attention,
+    "vit": _vit,
+    "mixtral": _mixtral,
 }
 
 
@@ -303,6 +426,8 @@ def params_of(kind, model):
     tree = flax_tree(model)
     if kind == "tied":
         tree.pop("lm_head", None)
+    if kind == "vit":
+        tree = _as_flax(tree)
     if kind == "experts":  # as Flax has them, [expert, in, out]
         tree["experts"] = {k: x.swapaxes(1, 2) for k, x in tree["experts"].items()}
     return tree
@@ -364,5 +489,6 @@ NOISE = (
     ".*groups > 1. Merging is not supported.*",
     ".*fan_in_fan_out.*",
     ".*tie.*",
+    ".*lora_bias=True. was passed.*",  # and the layer has no bias
     ".*pattern keys did not match any.*",  # said of every key for target_parameters
 )

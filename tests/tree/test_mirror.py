@@ -36,11 +36,11 @@ EXCEPTIONS = {
     "_peft/names_match.py": ("peft/test_names.py", "names, found by values too"),
     "_peft/parameters.py": ("peft/test_peft_layers.py", "parameters of experts"),
     "_peft/parts.py": ("peft/test_names.py", "heads and fused leaves in parts"),
-    "_peft/residual.py": (REFUSED, "starts that change the base"),
+    "_peft/renamed.py": ("peft/test_convention.py", "names of another version"),
     "_peft/serving.py": (SAVED, "what is written for servers"),
-    "_peft/start.py": (REFUSED, "starts that change the base"),
     "_peft/targets.py": (REFUSED, "what PEFT would not select"),
     "_peft/ties.py": ("peft/test_peft_layers.py", "weights that two modules share"),
+    "_peft/twice.py": ("peft/test_attention.py", "what PEFT makes of attention"),
     "_peft/whole.py": (SAVED, "leaves that train whole"),
 }
 

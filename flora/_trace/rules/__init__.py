@@ -10,6 +10,11 @@ in `P` and its parameters in `_PARAMS` (both in `compat`), a test of the contrac
 `tests/trace/rules`, and the primitive's name in `examples/howto/primitives.md`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+from jax import lax
+
 from flora._trace.compat import P
 from flora._trace.interpret import Context, Use
 from flora._trace.rules import (
@@ -89,7 +94,11 @@ _ENTERS = frozenset({P.jit, P.remat, P.scan, P.while_, P.cond})
 
 
 def context(
-    log: dict[Use, None] | None = None, *, together: bool = True, claims: bool = True
+    log: dict[Use, None] | None = None,
+    *,
+    together: bool = True,
+    claims: bool = True,
+    ragged_dot: Callable[..., Any] = lax.ragged_dot,
 ) -> Context:
     """A context with all rules.
 
@@ -97,6 +106,15 @@ def context(
       log: where uses are recorded, if they are.
       claims: whether roles are recorded, not only what has no factored form.
       together: whether products of the same activations may be computed at once.
+      ragged_dot: what computes products with experts.
     """
     joint = dot.together if together and log is None else None
-    return Context(RULES, RULES_FOR_SQUARES, _ENTERS, joint, log, claims=claims)
+    return Context(
+        RULES,
+        RULES_FOR_SQUARES,
+        _ENTERS,
+        joint,
+        log,
+        claims=claims,
+        ragged_dot=ragged_dot,
+    )

@@ -4,12 +4,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from flora._algebra.axes import RANK, Factored, Name, Named, Sizes, fused
 from flora._algebra.low_rank import compute_dtype_of, on_hidden, sum_dtype, with_cast
-from flora._trace.compat import Eqn
+from flora._trace.compat import Eqn, eval_eqn
 from flora._trace.interpret import Context
 from flora._trace.rules.product import Operation, multiplied
 from flora._tree.errors import Unfactorable
@@ -21,6 +22,8 @@ def ragged_dot_general(ctx: Context, eqn: Eqn, x: Any, w: Any, *rest: Any) -> li
     The layout says which factors an expert has of its own: with the expert axis in
     `stack` both (what is discovered), in `in_` only A, in `out` only B.
     """
+    if not isinstance(x, Factored) and not isinstance(w, Factored):
+        return [_without_weights(ctx, eqn, x, w, *rest)]
     if isinstance(x, Factored) or not isinstance(w, Factored):
         raise Unfactorable("a weight as the tokens of a ragged product")
     g, k, n = axes = _axes(eqn, x, w)
@@ -34,8 +37,24 @@ def ragged_dot_general(ctx: Context, eqn: Eqn, x: Any, w: Any, *rest: Any) -> li
         by = _scale_of_tokens(eqn, x, w, rest[0], names)
         return by, [("tokens", x.shape[0]), (names[2], eqn.outvars[0].aval.shape[1])]
 
-    operation = Operation(eqn, _change, 1, *names)
+    operation = Operation(eqn, _change, 1, *names, ctx.ragged_dot)
     return [multiplied(ctx, operation, w, x, *rest, scale=scale)]
+
+
+def _without_weights(ctx: Context, eqn: Eqn, x: Any, w: Any, *rest: Any) -> Any:
+    """A product of arrays, as the context computes them."""
+    p = eqn.params
+    usual = jax.make_jaxpr(lax.ragged_dot)(x, w, rest[0]).eqns[-1].params
+    if p["ragged_dot_dimension_numbers"] != usual["ragged_dot_dimension_numbers"]:
+        return eval_eqn(eqn, [x, w, *rest])[0]
+    return ctx.ragged_dot(
+        x,
+        w,
+        *rest,
+        precision=p["precision"],
+        preferred_element_type=p["preferred_element_type"],
+        group_offset=p["group_offset"],
+    )
 
 
 def _axes(eqn: Eqn, x: Any, w: Factored) -> tuple[int, int, int]:
@@ -72,7 +91,7 @@ def _scale_of_tokens(
 
 def _change(operation: Operation, w: Factored, x: Any, sizes: Any, *offset: Any) -> Any:
     """Scale (x A) B, each product ragged where its factor is an expert's own."""
-    (g, k, n), eqn = operation.static, operation.eqn
+    (g, k, n, ragged_dot), eqn = operation.static, operation.eqn
     aval = eqn.outvars[0].aval
     dtype = compute_dtype_of(x.dtype, aval.dtype)
     first, second = w.a, w.b
@@ -89,7 +108,7 @@ def _change(operation: Operation, w: Factored, x: Any, sizes: Any, *offset: Any)
         if g not in factor.names:
             return jnp.dot(x, array, precision=precision)
         offset = eqn.params["group_offset"]
-        return lax.ragged_dot(x, array, sizes, precision=precision, group_offset=offset)
+        return ragged_dot(x, array, sizes, precision=precision, group_offset=offset)
 
     z = with_cast(functools.partial(times, (k, RANK)), x, first, dtype)
     z = on_hidden(w, Named(z, ("tokens", RANK))).array

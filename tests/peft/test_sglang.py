@@ -83,7 +83,13 @@ def test_fused_leaves(tmp_path, sglang):
 
 
 @pytest.mark.parametrize(
-    ("kind", "one"), [(k, one) for k, sizes in files.TOGETHER.items() for one in sizes]
+    ("kind", "one"),
+    [
+        (kind, one)
+        for kind, sizes in files.TOGETHER.items()
+        if kind != "delta net in two"  # vLLM's and transformers' names; not SGLang's
+        for one in sizes
+    ],
 )
 def test_one_of_those_that_are_read_together(tmp_path, sglang, kind, one):
     tree, made = files.together(kind, one)

@@ -154,7 +154,7 @@ def answers(engines, tmp_path_factory):
     jobs = {name: engine.job() for name, engine in engines.items()}
     (root / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(WORKER), "jobs.json", "out.json"]
-    subprocess.run(command, cwd=root, check=True, timeout=600)
+    subprocess.run(command, cwd=root, check=True, timeout=1500)
     return json.loads((root / "out.json").read_text())
 
 

@@ -44,7 +44,7 @@ class Server:
                 self.command, env=os.environ | settings, stdout=out, stderr=out
             )
         try:
-            self._wait(time.monotonic() + 240)
+            self._wait(time.monotonic() + 600)
         except BaseException:
             self.__exit__()
             raise

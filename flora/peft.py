@@ -472,7 +472,8 @@ def save(
       serving: write what vLLM and SGLang apply in full: one rank, and a scale of
         alpha/r for all modules.
       layer_replication: the ranges of the base's layers that the tree's layers are,
-        where PEFT shall repeat them, such as `[[0, 2], [1, 3]]`.
+        where PEFT shall repeat them, such as `[[0, 2], [1, 3]]`; by default those of
+        the file that the adapter was loaded from, `()` for none.
       base_model_name_or_path: of the model, for the config.
       task_type: such as 'CAUSAL_LM', for the config.
       dtype: of the tensors; by default each array's own.

@@ -43,7 +43,13 @@ _OFF = {
     "it, it is plain LoRA: write ignore=['velora_config', '*.lora_velora_embed']",
 }
 # What saving writes again.
-ABOUT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
+ABOUT = (
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "auto_mapping",
+    "layer_replication",
+)
 # How A and B started where that left the base as it was.
 _PLAIN_STARTS = (True, False, "true", "gaussian", "eva", "orthogonal", "mica")
 # Ways to start that took BA out of the base and can be repeated.

@@ -94,7 +94,10 @@ def written(
     for slot in slots:
         by_path[slot.path].append(slot)
     fail(_unnamed(named, by_path))
-    fail(_repeats(layer_replication, by_path, dict(named), serving))
+    own = agreed(found) | {k: v for k, v in about.items() if v is not None}
+    spans = own.pop("layer_replication", None)
+    spans = spans if layer_replication is None else layer_replication
+    fail(_repeats(spans, by_path, dict(named), serving))
     unsure = doubts(paths, partial=bare) if names is None else {}
     fail(unsure[p] for p, x in named if p in unsure and p not in known and is_node(x))
     one_use = tied is not None or about["task_type"] in WORDLESS
@@ -135,12 +138,11 @@ def written(
         made = [compact(p, variants.get(p.slot.path)) for p in made]
     everything = _modules(named, by_path)
     indices, held = tokens.written(rows, by_path, everything, serving=serving)
-    own = agreed(found) | {k: v for k, v in about.items() if v is not None}
     if made or whole.values or not rows:
         config = _config(made, whole, nodes, by_path, named) | own
         config["init_lora_weights"] = start or config["init_lora_weights"]
         config["trainable_token_indices"] = indices or None
-        config["layer_replication"] = _pairs(layer_replication)
+        config["layer_replication"] = _pairs(spans)
         if config["alora_invocation_tokens"] and not config["task_type"]:
             config["task_type"] = "CAUSAL_LM"  # PEFT activates no other
     else:

@@ -492,7 +492,7 @@ def save(
         alpha/r for all modules.
       layer_replication: the ranges of the base's layers that the tree's layers are,
         where PEFT shall repeat them, such as `[[0, 2], [1, 3]]`; by default those of
-        the file that the tree was loaded from.
+        the file that the tree was loaded from, `()` for none.
       base_model_name_or_path: of the model, for the config; by default that of the file
         that the tree was loaded from.
       task_type: such as 'CAUSAL_LM', for the config; by default the same.

@@ -46,10 +46,12 @@ def test_each_copy_has_its_own_factors(tmp_path):
         up = {**layer["up"], "kernel": layer["up"]["kernel"] + change}
         tree["layers"][str(i)] = {**layer, "up": up}
     np.testing.assert_allclose(flora.lora(fn)(loaded, X), fn(tree, X), rtol=1e-4)
-    flora.peft.save(tmp_path / "b", loaded, layer_replication=SPANS)
+    flora.peft.save(tmp_path / "b", loaded)  # as it came
     config, held = files.read(tmp_path / "b")
     assert config["layer_replication"] == SPANS
     assert {*held} == {*tensors()}
+    flora.peft.save(tmp_path / "d", loaded, layer_replication=())
+    assert files.read(tmp_path / "d")[0]["layer_replication"] is None
     flora.peft.save(tmp_path / "c", flora.split(loaded)[1], layer_replication=SPANS)
     assert files.read(tmp_path / "c")[0] == config
 

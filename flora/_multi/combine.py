@@ -12,7 +12,15 @@ import numpy as np
 
 from flora._algebra.dense import delta
 from flora._multi.conform import aligned, not_finite, require_alike, require_rank
-from flora._multi.kinds import Values, each_leaf, fixed, values_of, whole, with_columns
+from flora._multi.kinds import (
+    Values,
+    each_leaf,
+    fixed,
+    require_one_start,
+    values_of,
+    whole,
+    with_columns,
+)
 from flora._multi.lowrank import (
     compressed,
     flat_factors,
@@ -148,6 +156,7 @@ def combine(
 
 def _plain(path: str, nodes: Sequence[Any], values: Values) -> list[Any]:
     """The nodes of a leaf without variants; all whole where one trains whole."""
+    require_one_start(path, nodes)
     whole_ones = [x for x in nodes if isinstance(x, Trained)]
     if whole_ones and len(whole_ones) < len(nodes):
         return [whole(path, x, values, whole_ones[0]) for x in nodes]

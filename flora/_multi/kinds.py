@@ -62,6 +62,7 @@ def united(path: str, nodes: Sequence[Any], base: Values) -> list[Any]:
         between A and B.
     """
     given = [x for x in nodes if x is not None]
+    require_one_start(path, nodes)
     if any(isinstance(x, Trained) for x in given):
         like = next(x for x in given if isinstance(x, Trained))
         return [whole(path, x, base, like) for x in nodes]
@@ -72,6 +73,21 @@ def united(path: str, nodes: Sequence[Any], base: Values) -> list[Any]:
         plain = [None if x is None else with_columns(x) for x in plain]
     like = next(x for x in plain if x is not None)
     return [zeros(like) if x is None else x for x in plain]
+
+
+def require_one_start(path: str, nodes: Sequence[Any]) -> None:
+    """Raises where a start changed the base of some adapters and not of the others."""
+    starts = {
+        (x.start, x.start and x.rank) if isinstance(x, LoraWeight) else ("", "")
+        for x in nodes
+    }
+    if len(starts) > 1:
+        what = " and ".join(sorted(f"{s} of rank {r}" for s, r in starts if s))
+        raise LoraError(
+            f"'{path}' was started by {what} in some of the adapters, which took a part "
+            "of W into A and B: the adapters are of different bases. Write "
+            "flora.starts.to_plain(adapter, start, original) for each of these."
+        )
 
 
 def _is_one_kind(nodes: Sequence[LoraWeight]) -> bool:
@@ -152,6 +168,7 @@ def fitted(path: str, node: Any, like: Any, base: Values) -> Any:
     Raises:
       LoraError: a stack of that structure cannot hold it, or the base is needed.
     """
+    require_one_start(path, [node, *([] if like is None else [like])])
     if like is None:
         if node is not None:
             raise LoraError(f"'{path}' has no place in the stack: all of it is frozen.")

@@ -11,6 +11,7 @@ import pytest
 import flora
 import flora.multi
 import flora.quantize
+import flora.starts
 import flora.variants
 from tests.support import contract
 from tests.support.contract import close
@@ -188,6 +189,30 @@ def test_norms_are_divided_out_once():
     assert (base_row.extra["columns"] == 1).all()
     beyond = jax.jit(flora.multi.select)(ready, 2)["out"]
     assert np.isnan(beyond.b).all()
+
+
+def test_starts_that_changed_the_base_are_not_mixed():
+    params, x = made()
+    config = flora.LoraConfig(rank=2, target="out")
+    fresh = flora.init(jax.random.key(0), config, fn, params, x)
+    base, pissa = flora.split(flora.starts.pissa(fresh))
+    plain = trained(params, x, 1, target="out")
+    again = flora.multi.stack([pissa, pissa])
+    close(flora.multi.lora(fn)(base, again, [0, 1, 1, 0], x), fn(params, x), 1e-5)
+    match = "'out' was started by flora.starts.pissa of rank 2.*to_plain"
+    for refused in (
+        lambda: flora.multi.stack([pissa, plain]),
+        lambda: flora.multi.stack([pissa, None]),
+        lambda: flora.multi.stack([trained(params, x, 1, target="in"), pissa]),
+        lambda: flora.multi.combine([pissa, plain], [1.0, 1.0]),
+        lambda: flora.multi.put(flora.multi.stack([plain]), 0, pissa),
+        lambda: flora.multi.put(again, 0, plain),
+        lambda: flora.multi.put(again, 0, None),
+    ):
+        with pytest.raises(flora.LoraError, match=match):
+            refused()
+    one = flora.starts.to_plain(pissa, pissa, params)
+    flora.multi.stack([flora.split(one)[1], plain])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,8 @@ def spelled(paths: Sequence[str], *, partial: bool = False) -> dict[str, Spelled
 
     Where any list is written `layers/0`, all are.  Else modules `layers_0`, `layers_1`,
     … that hold the same modules are a list, `layers.0`.  Layers of their own,
-    `dense_0`, may be either; what does not count from 0 is no list.
+    `dense_0`, may be either; what does not count from 0 is no list, and neither is
+    `Dense_0`, as Linen calls what has no name.
 
     Args:
       paths: of all leaves.
@@ -54,6 +55,8 @@ def spelled(paths: Sequence[str], *, partial: bool = False) -> dict[str, Spelled
         held = {frozenset(x) for x in group.values()}
         whole = min(len(x) for one in held for x in one) > 1
         counted = sorted(group) == [*range(len(group))] and len(held) == 1
+        if not whole and word[0].isupper():
+            continue  # Linen's own names, `Dense_0`, are of no list
         own = {(*parents, f"{word}_{i}") for i in group}
         if whole and (counted or partial):
             lists |= own

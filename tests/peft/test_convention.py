@@ -105,6 +105,8 @@ def test_lists_of_linen():
     assert names("ln_1/scale", "ln_2/scale")["ln_2/scale"] == "ln_2.weight"
     assert names("conv_01/kernel")["conv_01/kernel"] == "conv_01.weight"
     assert not doubts(["ln_1/scale", "ln_2/scale"], partial=False)
+    assert names("Dense_0/kernel")["Dense_0/kernel"] == "Dense_0.weight"
+    assert not doubts(["Dense_0/kernel"], partial=False)
 
 
 def test_what_may_be_either_is_refused():

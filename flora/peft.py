@@ -10,6 +10,9 @@ A list of Linen's, `layers_0`, `layers_1`, … with the same modules in each, is
 `layers.0`; in a tree that writes lists as `layers/0`, `wi_0` is a module's own name.
 Other trees need `names=`.
 
+What was loaded remembers names, dtype and base model of its file, through training,
+`jax.jit`, `flora.split` and `flora.save`, and is saved as it came.
+
 References: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
@@ -118,9 +121,9 @@ def load(
 
     Returns:
       The tree with `LoraWeight`s, and `Trained` leaves for `modules_to_save` and
-      biases.  The bases are the arrays of `tree` themselves, except for adapters whose
-      start changed the base, PiSSA and OLoRA among them: those need the base minus what
-      was taken out of it.
+      biases, which remember the file.  The bases are the arrays of `tree` themselves,
+      except for adapters whose start changed the base, PiSSA and OLoRA among them:
+      those need the base minus what was taken out of it.
 
     Raises:
       LoraError: a file is missing, damaged or not a LoRA adapter; or config, tensors
@@ -147,14 +150,21 @@ def load(
             f"flora.peft.load: dtype={dtype!r}. Write a floating dtype."
         )
     ignored = Ignored(ignore)
-    config, tensors = steadily(
-        (folder / CONFIG, folder / WEIGHTS),
-        lambda: (
-            read(folder, ignored, started=start is not None),
-            read_tensors(folder, ignored),
-        ),
-    )
     starts = None if start is None else directory("load", start)
+    try:
+        config, tensors = steadily(
+            (folder / CONFIG, folder / WEIGHTS),
+            lambda: (
+                read(folder, ignored, started=start is not None),
+                read_tensors(folder, ignored),
+            ),
+        )
+        taken = None if starts is None else (read_starts(starts, ignored), starts)
+    except OSError as error:
+        raise LoraError(
+            f"{error.filename or folder}: cannot be read: {error.strerror}. Pass a "
+            "directory that this user may read."
+        ) from error
     content = _in_dtype(sort_out(tensors, config, folder), dtype)
     require_finite(f"{folder / WEIGHTS}", tensors, allow_nonfinite)
     given = expected_layouts(leaves)
@@ -175,9 +185,8 @@ def load(
     )
     ignored.require_used(tensors)
     fail(coverage_problems(leaves, found, folder / WEIGHTS))
-    taken = None if starts is None else (read_starts(starts), starts)
     new = {p: _node(site, config, folder, taken) for p, site in found.adapted.items()}
-    new |= {p: dataclasses.replace(x, **_placed(x)) for p, x in found.rows.items()}
+    new |= {p: _rows(x, dtype) for p, x in found.rows.items()}
     fail(_base_problems(found, leaves, config, folder))
     new |= _whole(found, leaves, folder)
     new |= {
@@ -211,20 +220,26 @@ def _tree_problems(named: Sequence[tuple[str, Any]]) -> list[str]:
 
 def _in_dtype(content: Content, dtype: Any) -> Content:
     """Factors in float32 at least, as PEFT has them, or as asked for."""
-
-    def cast(x: np.ndarray | None) -> np.ndarray | None:
-        if x is None:
-            return None
-        wide = np.float64 if x.dtype == np.float64 else np.float32
-        return x.astype(wide if dtype is None else dtype)
-
     parts = ("a", "b", "magnitude", "bias", "diag")
     loras = tuple(
-        dataclasses.replace(x, **{n: cast(getattr(x, n)) for n in parts})
+        dataclasses.replace(x, **{n: _cast(getattr(x, n), dtype) for n in parts})
         for x in content.loras
     )
-    tokens = {module: cast(x) for module, x in content.tokens.items()}
-    return dataclasses.replace(content, loras=loras, tokens=tokens)
+    return dataclasses.replace(content, loras=loras)
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    if x is None:
+        return None
+    wide = np.float64 if x.dtype == np.float64 else np.float32
+    return x.astype(wide if dtype is None else dtype)
+
+
+def _rows(node: LoraWeight, dtype: Any) -> LoraWeight:
+    """The node of a leaf some of whose rows train, with factors as `_in_dtype`."""
+    a, b = (_cast(np.asarray(x), dtype) for x in (node.a, node.b))
+    node = dataclasses.replace(node, a=a, b=b)
+    return dataclasses.replace(node, **_placed(node))
 
 
 def _followed(
@@ -279,14 +294,13 @@ def _node(
     made = node(site.path, site.base, site.layout, site.pieces, site.beside)
     if not site.layout.in_:  # a bias
         return dataclasses.replace(made, variant=Added(), **_placed(made))
-    made = with_bias(made, site.pieces, site.beside)
-    if taken and any(is_changed(p.lora) for p in site.pieces):
+    if (config.residual or taken) and any(is_changed(p.lora) for p in site.pieces):
+        scales = ((p.rank, p.scale) for p in site.pieces)
         how = config.init_lora_weights
         how = how if isinstance(how, str) else "start"
-        made = dataclasses.replace(made, start=f"PEFT's {how}")
-    elif config.residual and any(is_changed(p.lora) for p in site.pieces):
-        scales = ((p.rank, p.scale) for p in site.pieces)
-        made = dataclasses.replace(made, start=start_of(config.residual, scales))
+        how = f"PEFT's {how}" if taken else start_of(config.residual, scales)
+        made = dataclasses.replace(made, start=how)
+    made = with_bias(made, site.pieces, site.beside)
     new = dataclasses.replace(
         made, base=base, dropout=float(config.lora_dropout), **_placed(made)
     )
@@ -397,8 +411,11 @@ def _base_problems(
                 )
     for path, parts in found.unnamed.items():
         for slot, index, x in parts:
-            name = slot.at(index)
-            if gap := _gap(base_of(leaves[path]), slot, index, x):
+            name, base = slot.at(index), base_of(leaves[path])
+            gap = _gap(base, slot, index, x)
+            if not is_array(base) or isinstance(base, jax.ShapeDtypeStruct):
+                gap = f"cannot be compared with '{path}', which has no values"
+            if gap:
                 yield (
                     f"{folder / WEIGHTS}: '{PREFIX}{name}' {gap}, and is not part of "
                     f"the adapter by {CONFIG}: modules_to_save is "
@@ -456,7 +473,9 @@ def save(
       dir: the directory; it is made if it does not exist.
       adapted: an adapted tree, or the adapter that `flora.split` returned.
       names: as for `load`.  Adapters of several raw parameters of one module are nested
-        in the order of the names.
+        in the order of the names.  By default those of the file that the tree was
+        loaded from, or else HF's convention, which may not tell: `dense_0` is a name,
+        or the first of a list.
       fn: the function that the tree runs in, traced on `args` and `kwargs` to tell
         convolutions and embeddings from linear layers, and to find weights that two
         modules share.  Without it a kernel with three in axes, or with two in a module
@@ -473,10 +492,12 @@ def save(
         alpha/r for all modules.
       layer_replication: the ranges of the base's layers that the tree's layers are,
         where PEFT shall repeat them, such as `[[0, 2], [1, 3]]`; by default those of
-        the file that the adapter was loaded from, `()` for none.
-      base_model_name_or_path: of the model, for the config.
-      task_type: such as 'CAUSAL_LM', for the config.
-      dtype: of the tensors; by default each array's own.
+        the file that the tree was loaded from, `()` for none.
+      base_model_name_or_path: of the model, for the config; by default that of the file
+        that the tree was loaded from.
+      task_type: such as 'CAUSAL_LM', for the config; by default the same.
+      dtype: of the tensors; by default that of the file that the tree was loaded from,
+        bfloat16 too if it was trained in float32 since, or else each array's own.
       ignore: a pattern (see `LoraConfig`) of batch statistics that the files shall
         lack.  PEFT saves those of modules that train whole, and no others.
       allow_nonfinite: True to write NaN and infinity too, which `load` must be told.
@@ -485,7 +506,8 @@ def save(
       LoraError: a leaf has no name or not a unique one; it holds NaN or infinity, or
         would in `dtype`; it is of a kind that PEFT, or a server if `serving`, does not
         support; or it is a batch statistic that the files would lack, and `base` does
-        not show that it is as it was.
+        not show that it is as it was; or its base was changed at the start, in a way
+        that PEFT cannot repeat, and `base` is not there.
     """
     folder = directory("save", dir)
     readers = None

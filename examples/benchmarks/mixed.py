@@ -77,10 +77,14 @@ def arms(
     yield "merging", count, merging, (adapted, part)
 
 
-def measured(chip: str, **sizes: int) -> dict[str, tuple[float, float]]:
-    """Cycles and FLOPs of every arm, to those of the base."""
+def measured(
+    chip: str, *, only: tuple[str, ...] = (), **sizes: int
+) -> dict[str, tuple[float, float]]:
+    """Cycles and FLOPs of every arm, or of some, to those of the base."""
     found = {}
     for name, times, fn, args in arms(**sizes):
+        if only and name not in ("base", *only):
+            continue
         cost = _tpu.cost(chip, fn, *args)
         found[name] = (times * cost["cycles"], times * cost["flops"])
     cycles, flops = found["base"]

@@ -251,4 +251,7 @@ def not_finite(path: str, nodes: Sequence[Any]) -> list[str]:
 def _finite(x: Any) -> bool:
     if isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray):
         return True
-    return not jnp.issubdtype(x.dtype, jnp.inexact) or bool(jnp.isfinite(x).all())
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return True
+    with jax.ensure_compile_time_eval():  # an array that a traced function closes over
+        return bool(jnp.isfinite(x).all())

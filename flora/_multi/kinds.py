@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora._algebra.dense import materialize
 from flora._algebra.norms import column_norms
 from flora._algebra.variants import Columns, DoRA
 from flora._multi.conform import RankAndScale, on_arrays
+from flora._tree.checks import weight_problems
 from flora._tree.errors import LoraError, fail
 from flora._tree.paths import named_leaves
 from flora._tree.quantized import is_quantized
@@ -103,8 +105,7 @@ def fixed(path: str, node: LoraWeight, base: Values) -> LoraWeight:
     """The node as plain factors, or with `Columns`: what its variant makes of W."""
     if isinstance(node.variant, Columns | None) and not node.blocks:
         return node
-    weight = dataclasses.replace(node, base=_needed(path, base, f"is a {node.variant}"))
-    made = on_arrays(_product, weight)
+    made = on_arrays(_product, _on_base(path, node, base, f"is a {node.variant}"))
     if made is None:
         raise LoraError(
             f"'{path}' is a {node.variant}, which puts a function between A and B: it "
@@ -128,13 +129,13 @@ def _product(weight: LoraWeight) -> Any:
 def as_dora(path: str, node: LoraWeight, variant: DoRA, base: Values) -> LoraWeight:
     """A node as a DoRA: the magnitude that gives the columns which it has."""
     node = fixed(path, node, base)
-    weight = _needed(path, base, f"is a {variant} in the stack")
+    whole = _on_base(path, node, base, f"is a {variant} in the stack")
     columns = (node.extra or {}).get("columns", 1.0)
 
     def magnitude(weight: LoraWeight, columns: Any) -> Any:
         return column_norms(weight) * columns
 
-    whole = dataclasses.replace(node, base=weight, variant=None, extra=None)
+    whole = dataclasses.replace(whole, variant=None, extra=None)
     m = on_arrays(magnitude, whole, columns)
     return dataclasses.replace(node, variant=variant, extra={"magnitude": m})
 
@@ -186,9 +187,21 @@ def whole(path: str, node: Any, base: Values, like: Trained) -> Trained:
     value = _needed(path, base, what)
     if is_quantized(value):
         raise LoraError(f"'{path}' {what}: it cannot train whole on {value!r}.")
+    if np.shape(value) != np.shape(like.value):
+        raise LoraError(
+            f"'{path}' has shape {np.shape(like.value)} in an adapter that trains it "
+            f"whole, and {np.shape(value)} in base. Pass the base of the adapters."
+        )
     if node is not None:
-        value = on_arrays(materialize, dataclasses.replace(node, base=value))
+        value = on_arrays(materialize, _on_base(path, node, base, what))
     return Trained(on_arrays(lambda x: jnp.asarray(x, like.value.dtype), value))
+
+
+def _on_base(path: str, node: LoraWeight, base: Values, why: str) -> LoraWeight:
+    """The node with its weight, checked to fit."""
+    weight = dataclasses.replace(node, base=_needed(path, base, why))
+    fail(weight_problems(path, weight))
+    return weight
 
 
 def _needed(path: str, base: Values, why: str) -> Any:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from flora._algebra.dense import materialize
 from flora._algebra.variants import Columns
@@ -107,7 +108,7 @@ def merge(base: Any, adapter: Any, *, donate: bool = False) -> Merged:
         f"merge: '{path}' is {x!r}, no array with values. Merge outside of jax.jit."
         for path, leaf in named
         for x in jax.tree.leaves((leaf, old.get(path)))
-        if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer)
+        if isinstance(x, jax.ShapeDtypeStruct | Tracer)
     )
     rest: dict[str, Any] = {}
 

@@ -402,7 +402,11 @@ def put(
     # A negative traced index would count from the end.
     at = i if isinstance(i, int) else jnp.where(i < 0, count, i)
     new = treedef.unflatten(new)
-    return jax.tree.map(lambda old, x: old.at[at].set(x, mode="drop"), stacked, new)
+
+    def replaced(old: Any, x: Any) -> Any:
+        return on_arrays(lambda old, x: old.at[at].set(x, mode="drop"), old, x)
+
+    return jax.tree.map(replaced, stacked, new)
 
 
 def _placed(

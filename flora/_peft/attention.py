@@ -24,7 +24,8 @@ def attentions(
     rest = []
     for part in made:
         owner, last = split_name(part.lora.module)
-        twice = isinstance(nodes[part.slot.path].variant, AddedTwice)
+        node = nodes.get(part.slot.path)  # a server's zeros have none
+        twice = node is not None and isinstance(node.variant, AddedTwice)
         if part.lora.parameter == IN:
             found.setdefault(part.lora.module, {})[IN] = part
         elif last == OUT and (twice or finder.all(f"{owner}.{IN}")):

@@ -120,7 +120,20 @@ def biases(
                 name = split_name(slot.at(index))[0]
                 some = found.setdefault(name, [])
                 some.append((scale, slot.module.order, c[index][..., row, at]))
-    return {name: (s[0][0], joined_bias(s, s[0][0])) for name, s in found.items()}
+    return {
+        name: (s[0][0], joined_bias(s, s[0][0], _rows_of(name, by_path)))
+        for name, s in found.items()
+    }
+
+
+def _rows_of(module: str, by_path: Mapping[str, Sequence[Slot]]) -> int:
+    """How many rows of a module's bias leaves hold that have some of them each."""
+    slots = (s for some in by_path.values() for s in some)
+    return sum(
+        len(s.module.order or ())
+        for s in slots
+        if s.index(f"{module}.bias") is not None
+    )
 
 
 def _holds(block: Block, index: Sequence[int], at: np.ndarray) -> bool:
@@ -132,17 +145,16 @@ def _holds(block: Block, index: Sequence[int], at: np.ndarray) -> bool:
 def joined_bias(
     some: Sequence[tuple[float, Sequence[int] | None, np.ndarray]],
     scale: float,
-    total: int = 0,
+    total: int,
 ) -> np.ndarray:
     """The c of a module, of `(its scale, rows, c)` in each leaf that it lies in.
 
-    It has `total` rows, or as many as these have together.
+    It has `total` rows, zeros where no leaf has them.
     """
     own, rows, c = some[0]
     if rows is None:
         return c
-    held = sum(len(rows or ()) for _, rows, _ in some)
-    whole = np.zeros(max(total, held), c.dtype)
+    whole = np.zeros(total, c.dtype)
     for own, rows, values in some:
         whole[list(rows or ())] = values * c.dtype.type(own / scale)
     return whole

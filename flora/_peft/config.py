@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flora._peft.file import CONFIG, read_json
+from flora._peft.file import CONFIG, WRAPPERS, read_json
 from flora._peft.ignored import Ignored
 from flora._peft.regex import Invalid, Patterns, Regex, Steps, is_plain
 from flora._tree.errors import LoraError, fail
@@ -37,10 +37,11 @@ _OFF = {
     "and mix them with flora.multi",
     "megatron_config": "Megatron layers. Save the adapter from a model without them",
     "monteclora_config": "training with sampled factors (MonteCLoRA). To run or merge "
-    "it, it is plain LoRA: write ignore=['monteclora_config', "
-    "'*.lora_monteclora_sampler.*']",
+    "the adapter, which is then plain LoRA, write ignore=('monteclora_config', "
+    "'*lora_monteclora_sampler*')",
     "velora_config": "gradients by compressed activations (VeLoRA). To run or merge "
-    "it, it is plain LoRA: write ignore=['velora_config', '*.lora_velora_embed']",
+    "the adapter, which is then plain LoRA, write ignore=('velora_config', "
+    "'*lora_velora_embed*')",
 }
 # What saving writes again.
 ABOUT = (
@@ -49,6 +50,14 @@ ABOUT = (
     "task_type",
     "auto_mapping",
     "layer_replication",
+)
+# Fields that are off without a value.
+_KINDS = (
+    "alora_invocation_tokens",
+    "kasa_config",
+    "layer_replication",
+    "trainable_token_indices",
+    "use_bdlora",
 )
 # How A and B started where that left the base as it was.
 _PLAIN_STARTS = (True, False, "true", "gaussian", "eva", "orthogonal", "mica")
@@ -224,8 +233,30 @@ def _regex(field: str, entry: str, steps: Steps | None = None) -> Regex:
 def read(folder: Path, ignored: Ignored, *, started: bool = False) -> PeftConfig:
     """The config of a directory, checked, without the entries that are ignored."""
     raw = read_json(folder)
-    raw = {k: v for k, v in raw.items() if k == "peft_type" or not ignored(k, v)}
-    return parse(raw, folder / CONFIG, started=started)
+    kept = {k: v for k, v in raw.items() if k == "peft_type" or not ignored(k, v)}
+    plain = {k: _unwrapped(v) for k, v in kept.items() if k in _NAMED}
+    return parse(kept | plain, folder / CONFIG, started=started)
+
+
+_NAMED = (
+    *_AROUND,
+    "target_modules",
+    "exclude_modules",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+)
+
+
+def _unwrapped(names: Any) -> Any:
+    """Names as those of the keys, without what was put around modules."""
+    if isinstance(names, str):
+        return WRAPPERS.sub("", names)
+    if isinstance(names, list):
+        return [_unwrapped(x) for x in names]
+    if isinstance(names, dict):
+        return {_unwrapped(k): _unwrapped(v) for k, v in names.items()}
+    return names
 
 
 def parse(raw: Mapping[str, Any], path: Path, *, started: bool = False) -> PeftConfig:
@@ -241,6 +272,7 @@ def parse(raw: Mapping[str, Any], path: Path, *, started: bool = False) -> PeftC
         raw, kind = _of_tokens(raw), "LORA"
     if kind != "LORA":
         raise LoraError(f"{path}: {_kind_problem(kind)}")
+    raw = {k: None if v is False and k in _KINDS else v for k, v in raw.items()}
     fail(f"{path}: {problem}" for problem in _problems(raw, started))
     names = {field.name for field in dataclasses.fields(PeftConfig)}
     given = {k: v for k, v in raw.items() if k in names and v is not None}
@@ -253,10 +285,10 @@ def parse(raw: Mapping[str, Any], path: Path, *, started: bool = False) -> PeftC
         k: frozenset(v) for k, v in given.items() if k in sets and isinstance(v, list)
     }
     given |= {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
+    given["about"] = {k: raw[k] for k in ABOUT if raw.get(k) is not None}
     if "use_bdlora" in given:
         parts = {k: v for k, v in given["use_bdlora"].items() if v is not None}
         given["use_bdlora"] = {"nblocks": 1, "match_strict": True} | parts
-    given["about"] = {k: raw[k] for k in ABOUT if raw.get(k) is not None}
     return PeftConfig(**given)
 
 
@@ -323,6 +355,13 @@ def _problems(raw: Mapping[str, Any], started: bool) -> Iterator[str]:
             )
 
 
+def _is_inert(value: Any) -> bool:
+    """Whether a field of another version of PEFT's is off."""
+    if isinstance(value, dict):
+        return all(map(_is_inert, value.values()))
+    return not value or (isinstance(value, str) and value.lower() in ("none", "false"))
+
+
 def _kind_problems(raw: Mapping[str, Any]) -> Iterator[str]:
     """Kinds of adapters of which PEFT has one at a time."""
     low = raw.get("init_lora_weights")
@@ -341,13 +380,6 @@ def _kind_problems(raw: Mapping[str, Any]) -> Iterator[str]:
                 f"{kind} is on and init_lora_weights is {low!r}, which flora does not "
                 "have together. Merge the adapter in PEFT, or train one without."
             )
-
-
-def _is_inert(value: Any) -> bool:
-    """Whether a field of another version of PEFT's is off."""
-    if isinstance(value, dict):
-        return all(map(_is_inert, value.values()))
-    return not value or (isinstance(value, str) and value.lower() in ("none", "false"))
 
 
 def _regex_problems(raw: Mapping[str, Any]) -> Iterator[str]:

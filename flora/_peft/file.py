@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,10 @@ _PICKLE = "adapter_model.bin"
 
 _MOST = 10_000_000  # bytes of a config, which may name each module three times
 _LONGEST = 1_000  # characters of a key
+# What torch.compile, FSDP and checkpointing put around modules, in keys and regexes.
+WRAPPERS = re.compile(
+    r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\\?\."
+)
 COUNTER = ".num_batches_tracked"  # of batches; Flax counts none
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -46,6 +52,8 @@ def read_json(folder: Path) -> dict[str, Any]:
     try:
         found = parsed(_config(folder))
     except ValueError as error:
+        if _is_pointer(path):
+            raise LoraError(f"{path}: {_POINTER}") from error
         raise LoraError(
             f"{path}: not valid JSON: {error}. Expected the JSON object that PEFT's "
             "save_pretrained writes. Copy the file anew."
@@ -81,8 +89,8 @@ def _no_config(folder: Path) -> str:
             f"{folder} {what}; expected the directory of a PEFT adapter, with {CONFIG} "
             f"and {WEIGHTS}. flora downloads nothing: fetch it first."
         )
-    if (folder / CONFIG).exists():
-        return f"{folder / CONFIG} is a directory; expected a file. Copy it anew."
+    if odd := _no_file(folder / CONFIG):
+        return odd
     held = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
     hint = f" Adapters lie in its folders {', '.join(held)}: name one." if held else ""
     return f"{folder} has no {CONFIG}; expected the directory of a PEFT adapter.{hint}"
@@ -121,9 +129,19 @@ def read_tensors(folder: Path, ignored: Ignored) -> dict[str, np.ndarray]:
     return {key: np.array(file.array(key)) for key in infos}
 
 
+def _no_file(path: Path) -> str:
+    """What lies there in the place of a file, if anything does."""
+    what = "a directory" if path.is_dir() else "no regular file"
+    if path.is_symlink() and not path.exists():
+        what = f"a link to '{os.readlink(path)}', which is not there"
+    elif not path.exists():
+        return ""
+    return f"{path} is {what}; expected a file. Copy it anew."
+
+
 def _no_weights(folder: Path) -> str:
-    if (folder / WEIGHTS).exists():
-        return f"{folder / WEIGHTS} is a directory; expected a file. Copy it anew."
+    if odd := _no_file(folder / WEIGHTS):
+        return odd
     text = f"{folder} has no {WEIGHTS}"
     if (folder / _PICKLE).is_file():
         return (
@@ -131,7 +149,7 @@ def _no_weights(folder: Path) -> str:
             "read, and flora never opens one. Load it in PEFT and save it with "
             "safe_serialization=True."
         )
-    others = sorted(x.name for x in folder.glob("*.safetensors"))
+    others = sorted(x.name for x in folder.glob("*.safetensors") if x.is_file())
     if others:
         more = ", …" if len(others) > 3 else ""
         return (
@@ -145,10 +163,23 @@ def _no_weights(folder: Path) -> str:
 def _not_read(path: Path, error: Damaged) -> str:
     if error.dtype is not None:
         return _other_dtype(path, *error.dtype)
+    if _is_pointer(path):
+        return f"{path}: {_POINTER}"
     return (
         f"{path}: no valid safetensors file of {path.stat().st_size} bytes: "
         f"{error.why}. It is cut off or damaged. Copy it anew."
     )
+
+
+_POINTER = (
+    "is a pointer of Git LFS; expected the file itself. Fetch it: git lfs pull, or "
+    "hf download."
+)
+
+
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(30).startswith(b"version https://git-lfs")
 
 
 def _other_dtype(path: Path, key: str, dtype: str) -> str:

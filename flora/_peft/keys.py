@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from flora._peft.config import PeftConfig
-from flora._peft.file import WEIGHTS
+from flora._peft.file import WEIGHTS, WRAPPERS
 from flora._peft.twice import IN, OUT
 from flora._tree.errors import LoraError, fail
 
@@ -29,15 +29,14 @@ _PARTS = {
     ".lora_diag": "diag",
 }
 _BASE = ".base_layer"
-TOKENS = "trainable_tokens_delta"  # which are the new rows
-_WRAPPER = ".token_adapter"
-# What torch.compile, FSDP and checkpointing put around modules.
-_WRAPPERS = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 # The name of an adapter, which files do not have and states of a whole model do.
 _NAMED = re.compile(
     r"\.(lora_[AB])\.([^.]+)\.(weight|bias)$"
-    r"|\.(lora_embedding_[AB]|lora_magnitude_vector)\.(?!weight$)([^.]+)(?:\.weight)?$"
+    r"|\.(lora_embedding_[AB]|lora_magnitude_vector|lora_diag|trainable_tokens_delta)"
+    r"\.(?!weight$)([^.]+)(?:\.weight)?$"
 )
+TOKENS = "trainable_tokens_delta"  # which are the new rows
+_WRAPPER = ".token_adapter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +142,7 @@ def plain_keys(tensors: Mapping[str, np.ndarray], file: Path) -> dict[str, np.nd
             key = f"{key[: named.start()]}.{end}"
         elif name:
             key = key.replace(f".modules_to_save.{name}.", ".")
-        key = unwrapped(key).removeprefix("module.")
+        key = WRAPPERS.sub("", key).removeprefix("module.")
         while key.startswith(2 * PREFIX):
             key = key.removeprefix(PREFIX)
         return PREFIX + key if bare else key
@@ -157,11 +156,6 @@ def plain_keys(tensors: Mapping[str, np.ndarray], file: Path) -> dict[str, np.nd
         if counts[plain] > 1 and key != plain
     )
     return {keys[key]: x for key, x in tensors.items()}
-
-
-def unwrapped(name: str) -> str:
-    """A module's name without what torch.compile and FSDP put around it."""
-    return _WRAPPERS.sub("", name)
 
 
 def sort_out(
@@ -189,6 +183,13 @@ def sort_out(
         owner, embedding = name.removesuffix(suffix), suffix.startswith(".lora_emb")
         embedding |= f"{PREFIX}{owner}{_EMBEDDING_A}" in tensors
         groups.setdefault((owner, embedding), {})[_PARTS[suffix]] = x
+    if not groups and not tokens:
+        raise LoraError(
+            f"{file}: has {len(tensors)} tensors, such as '{min(tensors)}', and none "
+            f"of an adapter; expected '….lora_A.weight' and '….lora_B.weight'. Save "
+            "the adapter with PEFT's save_pretrained; weights of a whole model are for "
+            "flora.hf.load."
+        )
     fail(
         f"{file}: '{PREFIX}{owner}' has {', '.join(sorted(parts))} but no "
         f"{' and no '.join(sorted({'a', 'b'} - {*parts}))}; expected both "

@@ -31,6 +31,12 @@ def turned(leaves: Iterable[tuple[str, Any]]) -> bool:
     return False
 
 
+def is_conv1d(path: str, layout: Layout) -> bool:
+    """Whether a leaf is a kernel `[out, in]`, as HF's FlaxConv1D has them."""
+    matrix = len(layout.in_) == len(layout.out) == 1
+    return leaf_word(path) == "kernel" and matrix and layout.in_ > layout.out
+
+
 def conv_layout(
     path: str, shape: Sequence[int], holes: int, window: Sequence[int], out: int
 ) -> Layout | None:

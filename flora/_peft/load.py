@@ -20,6 +20,7 @@ from flora._peft.layouts import conv_layout, layouts, leaf_word, turned
 from flora._peft.memory import Memory
 from flora._peft.names import Finder, Module, Slot, given_slots, split_name
 from flora._peft.parameters import (
+    expert_layout,
     in_order,
     parameter_layouts,
     turned_embedding,
@@ -30,7 +31,7 @@ from flora._peft.renamed import with_renamed
 from flora._peft.replicated import problems as repeats
 from flora._peft.targets import plain, target_problems, unnamed, whole_problems
 from flora._peft.ties import Readers, load_problems, tied_modules, without_ties
-from flora._peft.tokens import nodes, without_copies
+from flora._peft.tokens import nodes, rows_of, without_copies
 from flora._peft.twice import IN
 from flora._tree.errors import fail
 from flora._tree.layout import Layout
@@ -90,12 +91,13 @@ def assign(
 ) -> Assignment:
     """Assigns each tensor to a leaf; all that does not fit is reported at once."""
     file = folder / WEIGHTS
-    content = expanded(with_parameters(content, config, file), config, file)
+    content = with_parameters(content, config, file)
     named = (
         dataclasses.replace(x, parameter=w) for x in content.loras for w in x.words
     )
     bad = config.pattern_problems(x.site for x in named)
     fail(f"{folder / CONFIG}: {problem}" for problem in bad)
+    content = expanded(content, config, file)
     wanted = [
         *(lora.name for lora in content.loras),
         *(f"{module}.weight" for module in content.tokens),
@@ -107,11 +109,12 @@ def assign(
         slots = with_renamed(matched_slots(paths, wanted), content, shapes)
     else:
         slots = given_slots(names, paths)
-    if config.layer_replication:
-        spans = config.layer_replication
+    if spans := config.layer_replication:
         fail(f"{folder / CONFIG}: {p}" for p in repeats(spans, slots, leaves))
     finder = Finder(slots)
-    content = in_order(content, config, finder, shapes, file, ordered=names is not None)
+    content = in_order(
+        content, config, finder, shapes, given, file, ordered=names is not None
+    )
     named = content
     content, agreed = without_ties(without_copies(content, finder), finder, file)
     others = {name: content.whole[name] for name in unnamed(config, content)}
@@ -143,21 +146,20 @@ def assign(
                 found.setdefault(slot.path, []).append((slot, index, value))
         return found
 
-    rows = nodes(content, config, finder, leaves, given, file)
+    rows = nodes(content, config, finder, leaves, given, file, ignored)
     fail(
         f"{file}: '{path}' is adapted, and rows of it train alone. Do one of both."
         for path in {*rows} & {*sites}
     )
-    whole, of_base = placed(content.whole), placed(content.of_base)
-    memories = _memories(sites, whole, named, finder, config.about)
-    for path in rows:
-        own = tuple(s for s in finder.slots if s.path == path)
-        memories[path] = Memory(own, str(rows[path].b.dtype), about=config.about)
+    whole = placed(content.whole)
+    memories = _memories(sites, rows, whole, named, finder, config.about)
+    of_base = placed(content.of_base)
     return Assignment(sites, rows, whole, of_base, memories, placed(others))
 
 
 def _memories(
     sites: Mapping[str, AdaptedLeaf],
+    rows: Mapping[str, LoraWeight],
     whole: Mapping[str, Sequence[tuple[Slot, tuple[int, ...], Any]]],
     named: Content,
     finder: Finder,
@@ -179,9 +181,12 @@ def _memories(
         first = site.pieces[0].lora
         own = kept.get(path, {})
         found[path] = Memory(tuple(slots), first.dtype, first.depth, own, about)
-    for path, some in whole.items():
+    dtypes = {path: some[0][2].dtype for path, some in whole.items()}
+    dtypes |= {path: rows_of(node).dtype for path, node in rows.items()}
+    for path, dtype in dtypes.items():
         slots = tuple(s for s in finder.slots if s.path == path)
-        found.setdefault(path, Memory(slots, str(some[0][2].dtype), about=about))
+        own = kept.get(path, {}) if path in rows else {}
+        found.setdefault(path, Memory(slots, str(dtype), kept=own, about=about))
     for module, path in ties.items():
         if path in found:
             tied = Slot(path, f"{module}.weight", Module(module, tied=True))
@@ -195,7 +200,7 @@ def _with_kind(slot: Slot, piece: Piece) -> Slot:
     lora, module = piece.lora, slot.module
     groups = piece.rank // lora.b.shape[1] if lora.kind == "conv" else 1
     name = split_name(slot.name)[0] if module.name == "-" else module.name
-    if lora.raw:
+    if lora.raw or lora.parameter == "bias":
         return slot
     kind, groups = module.kind or lora.kind, max(groups, module.groups)
     module = dataclasses.replace(module, name=name, kind=kind, groups=groups)
@@ -219,7 +224,7 @@ def _lost(
                 f"{file}: '{key}' belongs to '{name}', which none of the base's "
                 f"{len(paths)} leaves is, such as '{paths[0] if paths else ''}'. Is it "
                 "the adapter of another base? If not, pass names={leaf: module}, or "
-                f"ignore='{split_name(name)[0]}.*' to leave it out."
+                f"ignore='{split_name(name)[0] or key}.*' to leave it out."
             )
 
 
@@ -327,10 +332,10 @@ def _layout(
     file: Path,
 ) -> tuple[Layout | None, list[str]]:
     """The layout of a leaf, or what is wrong."""
-    if path in given:
-        return given[path], []
     piece, shape = pieces[0], tuple(base.shape)
     lora, slot = piece.lora, piece.slot
+    if path in given:
+        return expert_layout(piece, shape, given[path]), []
     word = leaf_word(path)
     torch = word in ("weight", IN) and not flips[1] and lora.kind == "linear"
     if lora.kind == "conv":
@@ -344,6 +349,8 @@ def _layout(
         sizes = lora.a.shape[1], _out_features(piece, beside)
         first = torch or (flips[0] and leaf_word(path) == "kernel")
         found = layouts(path, shape, slot.holes, sizes, out_first=first)
+    if other := _other_kind(lora, slot, file):
+        return None, [other]
     if len(found) == 1:
         return found[0], []
     a, b = f"'{lora.key('a')}' {lora.a.shape}", f"'{lora.key('b')}' {lora.b.shape}"
@@ -361,6 +368,20 @@ def _layout(
         f"{file}: {_shapes(lora)}; expected {wanted} the base's '{path}' of shape "
         f"{shape}. {_REMEDY}"
     ]
+
+
+def _other_kind(lora: Lora, slot: Slot, file: Path) -> str:
+    """A linear layer's factors for an embedding or the reverse, by the names alone."""
+    word = leaf_word(slot.path)
+    kind = {"embedding": "embedding", "kernel": "linear"}.get(word)
+    named = slot.module.name != "-" or lora.raw or lora.kind == "conv"
+    if named or kind in (None, lora.kind):
+        return ""
+    wanted = dataclasses.replace(lora, kind=kind)
+    return (
+        f"{file}: '{lora.key('a')}' is there; expected '{wanted.key('a')}', since the "
+        f"base's '{slot.path}' is called {word!r}. {_REMEDY}"
+    )
 
 
 _REMEDY = "Is it the adapter of another base? Or pass names={leaf: module}."
@@ -416,9 +437,17 @@ def _checked(
             )
             continue
         m = piece.lora.magnitude
+        if m is not None and not m.any():
+            problems.append(
+                f"{file}: '{lora.key('magnitude')}' is zero throughout, which leaves "
+                "nothing of the weight; expected its norms, trained. Save the adapter "
+                "anew."
+            )
+            continue
         if m is not None and m.size != piece.lora.b.shape[0]:
             wanted = (piece.lora.b.shape[0],)
-            wanted = (1, *wanted, *(1 for _ in m.shape[2:])) if m.ndim > 1 else wanted
+            if lora.kind == "conv":
+                wanted = (1, *wanted, *(1 for _ in lora.a.shape[2:]))
             problems.append(
                 f"{file}: '{lora.key('magnitude')}' has shape {m.shape}; expected "
                 f"{wanted}, one for each output. Save the adapter anew."

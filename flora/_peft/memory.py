@@ -177,7 +177,7 @@ def base_weights(
     named: Sequence[tuple[str, Any]],
     by_path: Mapping[str, Sequence[Slot]],
 ) -> Iterator[tuple[str, np.ndarray, str]]:
-    """Name, value and dtype of weights of the base that the file had too.
+    """Module, value and dtype of weights of the base that the file had too.
 
     Those of an adapter without its base are left out: the file's user has them, unless
     the vocabulary was resized.
@@ -192,4 +192,4 @@ def base_weights(
                 module = split_name(slot.at(i))[0]
                 if module in kept:
                     value = taken(base, slot, i, slots_beside(by_path[path]))
-                    yield f"{module}.base_layer.weight", value, kept[module]
+                    yield module, value, kept[module]

@@ -99,12 +99,13 @@ def _slots(
 ) -> list[Slot]:
     """The slots of one leaf."""
     last = path.rpartition("/")[2]
-    if last in ("embedding", "weight"):
+    if last in ("embedding", "weight") or last not in PARAMETERS:
         hits = [
             n
             for n, w in dense.items()
             if w.shape == leaf.shape and np.array_equal(w.astype(leaf.dtype), leaf)
         ]
+        hits = [n for n in hits if split_name(n)[1] == last] or hits
         if hits:
             first, *tied = sorted(hits, key=lambda n: ("head" in n, n))
             return [_slot(path, first)] + [_slot(path, n, tied=True) for n in tied]

@@ -45,6 +45,7 @@ def in_order(
     config: PeftConfig,
     finder: Finder,
     shapes: Mapping[str, tuple[int, ...]],
+    given: Mapping[str, Layout],
     file: Path,
     *,
     ordered: bool,
@@ -80,7 +81,7 @@ def in_order(
                 dataclasses.replace(x, parameter=w)
                 for x, w in zip(inner_first, some, strict=True)
             ]
-            if all(_may_fit(x, config, finder, shapes) for x in named):
+            if all(_may_fit(x, config, finder, shapes, given) for x in named):
                 fits.append(named)
         if len(fits) > 1 and ordered:  # as the names declare them
             at = {s.name: i for i, s in enumerate(finder.slots)}
@@ -111,15 +112,40 @@ def _may_fit(
     config: PeftConfig,
     finder: Finder,
     shapes: Mapping[str, tuple[int, ...]],
+    given: Mapping[str, Layout],
 ) -> bool:
     rank = config.rank(lora.site)
     experts, rest = divmod(lora.a.shape[0], rank)
     if rest:
         return False
-    return all(
-        bool(parameter_layouts(lora, slot, shapes[slot.path], experts))
-        for slot, _ in finder.all(lora.name)
-    )
+
+    def fits(slot: Slot) -> bool:
+        found = parameter_layouts(lora, slot, shapes[slot.path], experts)
+        known = given.get(slot.path)
+        return any(known is None or _agree(x, known) for x in found)
+
+    return all(fits(slot) for slot, _ in finder.all(lora.name))
+
+
+def expert_layout(piece: Piece, shape: tuple[int, ...], found: Layout) -> Layout:
+    """The layout with the axis of experts stacked, as PEFT has it.
+
+    A function that computes all experts in one product reads that axis as one of those
+    that are in or out.
+    """
+    lora, slot = piece.lora, piece.slot
+    if not lora.raw or len(shape) - slot.holes != 3 or len(found.stack) > slot.holes:
+        return found
+    experts = lora.a.shape[0] // piece.rank
+    options = parameter_layouts(lora, slot, shape, experts)
+    options = [x for x in options if _agree(x, found)]
+    return options[0] if len(options) == 1 else found
+
+
+def _agree(stacked: Layout, found: Layout) -> bool:
+    """Whether they differ in nothing but axes that are stacked in one of them."""
+    own = {*stacked.stack}
+    return {*stacked.in_} == {*found.in_} - own and {*stacked.out} == {*found.out} - own
 
 
 def parameter_layouts(
@@ -127,7 +153,8 @@ def parameter_layouts(
 ) -> list[Layout]:
     ndim = len(shape) - slot.holes
     stack = slot.holes + (1 if experts > 1 or ndim == 3 else 0)
-    sizes = lora.a.shape[1], lora.b.shape[0]
+    rows = slot.module.order
+    sizes = lora.a.shape[1], lora.b.shape[0] if rows is None else len(rows)
     found = layouts(slot.path, shape, stack, sizes)
     return [x for x in found if shape[x.stack[-1]] == experts] if ndim == 3 else found
 

@@ -15,6 +15,7 @@ from flora._peft.names import Slot, split_name
 from flora._peft.twice import IN
 from flora._tree.blocks import Block
 from flora._tree.errors import LoraError, fail
+from flora._tree.layout import Layout
 from flora._tree.weight import LoraWeight, uniform
 
 
@@ -49,7 +50,7 @@ def parts(
     path: str, node: LoraWeight, slots: Sequence[Slot], known: str = ""
 ) -> Iterator[Part]:
     """The part of a leaf's node that belongs to each module in the leaf."""
-    node, c = apart(_as_modules(node, slots))
+    node, c = apart(_as_modules(_with_experts(node, slots), slots))
     stack = node.a.shape[: len(node.layout.stack)]
     a, b = np.asarray(node.a), np.asarray(node.b)
     a = a.reshape(*stack, -1, a.shape[-1])
@@ -86,6 +87,41 @@ def parts(
                     lora = dataclasses.replace(part.lora, diag=diag)
                     part = dataclasses.replace(part, lora=lora)
                 yield part if c is None else biased(part, c[index][..., at])
+
+
+def _with_experts(node: LoraWeight, slots: Sequence[Slot]) -> LoraWeight:
+    """The node of a parameter of experts, `[experts, ...]`, with that axis stacked.
+
+    Where a function computes all experts in one product, they share A or B.
+    """
+    layout = node.layout
+    ndim = len(layout.stack) + len(layout.in_) + len(layout.out)
+    holes = {s.holes for s in slots if _is_raw(s)}
+    if len(holes) != 1 or len(layout.stack) != min(holes) or ndim != min(holes) + 3:
+        return node
+    n, several = len(layout.stack), max(layout.in_, layout.out, key=len)
+    axis = several[0]
+    own, other = (node.a, node.b) if axis in layout.in_ else (node.b, node.a)
+    own, other = np.asarray(own), np.asarray(other)
+    if axis in layout.in_:
+        at = n + layout.in_.index(axis)
+    else:
+        at = n + 1 + layout.out.index(axis)
+    own = np.moveaxis(own, at, n)
+    other = np.broadcast_to(
+        np.expand_dims(other, n), (*own.shape[: n + 1], *other.shape[n:])
+    )
+    a, b = (own, other) if axis in layout.in_ else (other, own)
+    stacked = Layout(
+        (*layout.stack, axis),
+        tuple(i for i in layout.in_ if i != axis),
+        tuple(i for i in layout.out if i != axis),
+    )
+    return dataclasses.replace(node, a=a, b=b, layout=stacked)
+
+
+def _is_raw(slot: Slot) -> bool:
+    return split_name(slot.name)[1] not in ("weight", IN)
 
 
 def beside_kind(path: str, node: LoraWeight, slots: Sequence[Slot], known: str) -> str:
@@ -138,10 +174,10 @@ def _stack_problem(path: str, slot: Slot, node: LoraWeight, count: int) -> str:
 def kind_of(path: str, node: LoraWeight, slot: Slot, known: str) -> str:
     """'linear', 'conv', 'embedding' or 'raw': by the names, then by convention."""
     word, layout = leaf_word(path), node.layout
+    if _is_raw(slot):
+        return "raw"
     if split_name(slot.name)[1] == IN:
         return "linear"
-    if split_name(slot.name)[1] != "weight":
-        return "raw"
     if slot.module.kind or known:
         return slot.module.kind or known
     if word == "embedding":
@@ -262,16 +298,20 @@ def joined(parts: Sequence[Part], beside: Sequence[Slot]) -> Part:
     rank = first.rank if alike else sum(p.rank for p in parts)
     scale = max((p.scale for p in parts), key=abs)
     dtype = np.result_type(*(p.lora.b.dtype for p in parts))
-    b, m, start = np.zeros((total, rank), dtype), np.zeros(total, np.float64), 0
+    experts = first.lora.a.shape[0] // first.rank if first.lora.raw else 1
+    b, m, start = np.zeros((total, rank, experts), dtype), np.zeros(total), 0
     for p in parts:
         rows = list(p.slot.module.order or ())
-        b[np.ix_(rows, range(start, start + p.rank))] = p.lora.b * dtype.type(
-            p.scale / scale
-        )
+        own = p.lora.b.reshape(len(rows), p.rank, experts)
+        ranks = range(start, start + p.rank)
+        b[np.ix_(rows, ranks)] = own * dtype.type(p.scale / scale)
         if p.lora.magnitude is not None:
             m[rows] = p.lora.magnitude
         start += 0 if alike else p.rank
-    a = first.lora.a if alike else np.concatenate([p.lora.a for p in parts])
+    b = b.reshape(total, -1)
+    held = [p.lora.a.reshape(experts, p.rank, -1) for p in parts]
+    a = held[0] if alike else np.concatenate(held, 1)
+    a = a.reshape(experts * rank, -1)
     c = None
     if first.lora.bias is not None:
         some = [(p.scale, p.slot.module.order, np.asarray(p.lora.bias)) for p in parts]

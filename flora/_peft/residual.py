@@ -34,17 +34,32 @@ def start(weight: np.ndarray, rank: int, how: str) -> np.ndarray:
     return q[:, :rank] @ r[:rank]
 
 
+def start_of(how: str, scales: Iterable[tuple[int, float]]) -> str:
+    """What a node says of a base that PEFT can change in the same way again.
+
+    Args:
+      how: 'pissa' or 'olora'.
+      scales: `(rank, scale)` of each adapter in the leaf.
+    """
+    shown = sorted({f"rank {rank} and scale {scale:g}" for rank, scale in scales})
+    return f"PEFT's {how} of {', '.join(shown)}"
+
+
+def is_changed(lora: Lora) -> bool:
+    """Whether those starts change a module's base; PEFT starts others as plain LoRA."""
+    return lora.kind == "linear" and not lora.raw
+
+
 Starts = Mapping[str, np.ndarray]  # scale B₀ A₀ `[out, in]`, by parameter
 
 
-def read_starts(folder: Path) -> Starts:
+def read_starts(folder: Path, ignored: Ignored) -> Starts:
     """What the adapter of a directory, saved as it started, took out of the base."""
-    nothing = Ignored()
-    config = read(folder, nothing, started=True)
-    tensors = read_tensors(folder, nothing)
+    config = read(folder, ignored, started=True)
+    tensors = read_tensors(folder, ignored)
     found = {}
     for lora in sort_out(tensors, config, folder).loras:
-        if lora.kind == "linear" and not lora.raw:
+        if is_changed(lora):
             a, b = lora.a.astype(np.float64), lora.b.astype(np.float64)
             if a.shape[0] != b.shape[1]:
                 raise LoraError(
@@ -77,22 +92,6 @@ def without_start(
         return taken
 
     return changed(base, layout, pieces, beside, change)
-
-
-def start_of(how: str, scales: Iterable[tuple[int, float]]) -> str:
-    """What a node says of a base that PEFT can change in the same way again.
-
-    Args:
-      how: 'pissa' or 'olora'.
-      scales: `(rank, scale)` of each adapter in the leaf.
-    """
-    shown = sorted({f"rank {rank} and scale {scale:g}" for rank, scale in scales})
-    return f"PEFT's {how} of {', '.join(shown)}"
-
-
-def is_changed(lora: Lora) -> bool:
-    """Whether those starts change a module's base; PEFT starts others as plain LoRA."""
-    return lora.kind == "linear" and not lora.raw
 
 
 def residual(

@@ -24,6 +24,7 @@ from flora._peft.file import CONFIG, COUNTER
 from flora._peft.groups import AcrossGroups
 from flora._peft.kasa import KaSA
 from flora._peft.keys import PREFIX, TOKENS
+from flora._peft.layouts import is_conv1d
 from flora._peft.memory import (
     agreed,
     base_weights,
@@ -94,13 +95,13 @@ def written(
     for slot in slots:
         by_path[slot.path].append(slot)
     fail(_unnamed(named, by_path))
-    own = agreed(found) | {k: v for k, v in about.items() if v is not None}
-    spans = own.pop("layer_replication", None)
+    about = agreed(found) | {k: v for k, v in about.items() if v is not None}
+    spans = about.pop("layer_replication", None)
     spans = spans if layer_replication is None else layer_replication
     fail(_repeats(spans, by_path, dict(named), serving))
     unsure = doubts(paths, partial=bare) if names is None else {}
     fail(unsure[p] for p, x in named if p in unsure and p not in known and is_node(x))
-    one_use = tied is not None or about["task_type"] in WORDLESS
+    one_use = tied is not None or about.get("task_type") in WORDLESS
     fail(save_problems(named, by_path, readers, one_use, known))
     nodes = {p: x for p, x in named if isinstance(x, LoraWeight)}
     rows = {p: x for p, x in nodes.items() if isinstance(x.variant, Rows)}
@@ -115,7 +116,7 @@ def written(
         of_leaf[path] = [*parts(path, node, by_path[path], kind)]
         for part in of_leaf[path]:
             in_parts.setdefault(part.lora.name, []).append(part)
-    start = common_start(nodes, of_leaf, serving=serving)
+    start = common_start(nodes, of_leaf, serving=serving) or _start(nodes)
     with_rows = [s for s in slots if s.module.order is not None]
     made = [
         joined(some, [s for s in with_rows if s.index(name) is not None])
@@ -133,48 +134,52 @@ def written(
         fail(_unserved(nodes))
         made = for_serving(made, whole)
         nodes = {p: dataclasses.replace(x, variant=None) for p, x in nodes.items()}
+        start = True
     else:
         variants = {p: x.variant for p, x in nodes.items()}
         made = [compact(p, variants.get(p.slot.path)) for p in made]
     everything = _modules(named, by_path)
     indices, held = tokens.written(rows, by_path, everything, serving=serving)
     if made or whole.values or not rows:
-        config = _config(made, whole, nodes, by_path, named) | own
-        config["init_lora_weights"] = start or config["init_lora_weights"]
-        config["trainable_token_indices"] = indices or None
-        config["layer_replication"] = _pairs(spans)
+        config = _config(made, whole, nodes, by_path, named) | about
+        config |= {
+            "init_lora_weights": start,
+            "trainable_token_indices": indices or None,
+            "layer_replication": [[*span] for span in spans or ()] or None,
+        }
         if config["alora_invocation_tokens"] and not config["task_type"]:
             config["task_type"] = "CAUSAL_LM"  # PEFT activates no other
     else:
-        config = tokens.alone(indices, own)
-    dtypes = {p: some[0].dtype for p, some in found.items()}
-    arrays, own_dtype = {}, {}
+        config = tokens.alone(indices, about)
     wrapper = "" if config["peft_type"] == "TRAINABLE_TOKENS" else ".token_adapter"
+    dtypes = {p: some[0].dtype for p, some in found.items()}
+    tensors, own_dtype = {}, {}
     for module, (path, x) in held.items():
         key = f"{PREFIX}{module}{wrapper}.{TOKENS}"
-        arrays[key], own_dtype[key] = x, dtypes.get(path)
+        tensors[key], own_dtype[key] = x, dtypes.get(path)
     for part in made:
         for field in ("a", "b", "magnitude", "bias", "diag"):
             x = getattr(part.lora, field)
             if x is not None:
                 key = part.lora.key(field)
-                arrays[key], own_dtype[key] = x, dtypes.get(part.slot.path)
+                tensors[key], own_dtype[key] = x, dtypes.get(part.slot.path)
     adapted_modules = {p.lora.module for p in made}
     for name, x in whole.values.items():
         owner, last = split_name(name)
         inside = owner in adapted_modules and name not in whole.modules
         key = f"{owner}.base_layer.{last}" if inside else name
-        arrays[f"{PREFIX}{key}"] = x
+        tensors[f"{PREFIX}{key}"] = x
         own_dtype[f"{PREFIX}{key}"] = dtypes.get(whole.paths[name])
     if not serving:  # a server has the base
-        for name, x, had in base_weights(found, named, by_path):
-            key = f"{PREFIX}{name}"
-            arrays[key], own_dtype[key] = x, had
+        for module, x, had in base_weights(found, named, by_path):
+            around = wrapper if module in held else ""
+            key = f"{PREFIX}{module}{around}.base_layer.weight"
+            tensors[key], own_dtype[key] = x, had
     with np.errstate(over="ignore"):
         cast = {
-            k: x.astype(dtype or own_dtype[k] or x.dtype) for k, x in arrays.items()
+            k: x.astype(dtype or own_dtype[k] or x.dtype) for k, x in tensors.items()
         }
-    require_finite("save", cast, allow_nonfinite, before=arrays)
+    require_finite("save", cast, allow_nonfinite, before=tensors)
     for key in [k for k in cast if k.endswith(".running_mean")]:
         # PyTorch counts batches beside them, and PEFT asks for the number.
         count = key.removesuffix(".running_mean") + COUNTER
@@ -204,10 +209,6 @@ def _repeats(
 def _is_span(x: Any) -> bool:
     ints = isinstance(x, list | tuple) and all(type(i) is int for i in x)
     return ints and len(x) == 2 and 0 <= x[0] < x[1]
-
-
-def _pairs(spans: Any) -> list[list[int]] | None:
-    return [[*span] for span in spans] if spans else None
 
 
 def _unserved(nodes: Mapping[str, LoraWeight]) -> Iterator[str]:
@@ -243,8 +244,9 @@ class Whole:
 
 
 _KINDS = (
-    DoRA, MiCA, KaSA, Rows, Activated, AcrossGroups, AddedTwice, Added, Biased,
-    BlockDiagonal, type(None),
+    DoRA, MiCA, KaSA, Rows, Activated, AcrossGroups, Added, AddedTwice, Biased,
+    BlockDiagonal,
+    type(None),
 )  # fmt: skip
 
 
@@ -438,19 +440,27 @@ def _config(
     stabilized = bool(made) and all(p.rank_stabilized for p in made)
     if not stabilized:
         made = [dataclasses.replace(p, rank_stabilized=False) for p in made]
-    rates = sorted({x.dropout for x in nodes.values()})
+    rates = {x.dropout: path for path, x in nodes.items()}
     if len(rates) > 1:
+        shown = ", ".join(f"{rate} in '{path}'" for rate, path in rates.items())
         raise LoraError(
-            f"save: dropout rates differ between leaves: {rates}; PEFT has one. Set "
-            "one rate by dataclasses.replace."
+            f"save: dropout rates differ: {shown}; PEFT has one, for training alone. "
+            "Set one: jax.tree.map(lambda x: dataclasses.replace(x, dropout=0.1) if "
+            "isinstance(x, flora.LoraWeight) else x, adapted, is_leaf=lambda x: "
+            "isinstance(x, flora.LoraWeight))."
         )
     rank = _most([p.rank for p in made], 8)
     alpha = _most([p.alpha for p in made], 8)
     dora = any(p.lora.magnitude is not None for p in made)
-    if dora and any(p.lora.magnitude is None for p in made):
+    plain = [p for p in made if p.lora.magnitude is None]
+    if dora and plain:
+        other = next(p for p in made if p.lora.magnitude is not None)
         raise LoraError(
-            "save: some leaves are DoRA and some plain LoRA; PEFT has one or the "
-            "other. Adapt all in one way, or ship flora.merge(adapted)."
+            f"save: {len(made) - len(plain)} modules are DoRA, such as "
+            f"'{other.lora.module}' ('{other.slot.path}'), and {len(plain)} plain "
+            f"LoRA, such as '{plain[0].lora.module}' ('{plain[0].slot.path}'); PEFT "
+            "has one or the other. Train with one variant= of LoraConfig, or ship "
+            "flora.merge(adapted)."
         )
     raw = [p.lora.name for p in made if p.lora.raw]
     modules = [p.lora.module for p in made if not p.lora.raw and not p.lora.inner]
@@ -464,13 +474,13 @@ def _config(
         "target_modules": modules or None,
         "exclude_modules": None,
         "target_parameters": raw or None,
-        "lora_dropout": rates[0] if rates else 0.0,
+        "lora_dropout": next(iter(rates), 0.0),
         "bias": whole.bias,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(is_conv1d(p, x.layout) for p, x in nodes.items()),
         "use_rslora": stabilized,
         "use_dora": dora,
         "lora_bias": any(p.lora.bias is not None for p in made),
-        "init_lora_weights": _start(nodes),
+        "init_lora_weights": True,
         "use_bdlora": config_of(made),
         "kasa_config": _kasa(nodes),
         "alora_invocation_tokens": _invocation(nodes),

@@ -20,12 +20,13 @@ _TOGETHER = (
     ("gate_proj", "x_proj"),  # Mamba's in_proj
     ("q_a_proj", "kv_a_proj_with_mqa"),  # of latent attention
     ("in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z"),  # of gated delta nets
+    ("in_proj_qkv", "in_proj_z"),  # the same, in vLLM
     ("wq_du", "wk_dv", "wv_dv", "wr_du"),
 )
 # vLLM takes all experts of a layer or none, and both parameters that are stacked.
 _OF_EXPERTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _STACKED = ("gate_up_proj", "down_proj")
-_EXPERT = re.compile(r"(.+\.experts)\.[0-9]+\.(\w+)")
+_EXPERT = re.compile(r"((?:.+\.)?experts)\.[0-9]+\.(\w+)")
 _DOWN = ("down_proj", "w2")
 
 Group = tuple[str, tuple[str, ...]]
@@ -52,15 +53,15 @@ def _problems(made: Sequence[Part], whole: Any) -> Iterator[str]:
                 f"save: '{lora.module}' is DoRA, which vLLM and SGLang refuse and no "
                 "plain adapter equals. Ship flora.merge(adapted)."
             )
-        elif lora.bias is not None:
-            yield (
-                f"save: '{lora.module}' has a lora_bias, which vLLM and SGLang refuse. "
-                "Ship flora.merge(adapted), or train without it."
-            )
         elif lora.inner:
             yield (
                 f"save: '{lora.module}' is of an nn.MultiheadAttention, which vLLM and "
                 "SGLang do not adapt. Ship flora.merge(adapted), or train without it."
+            )
+        elif lora.bias is not None:
+            yield (
+                f"save: '{lora.module}' has a lora_bias, which vLLM and SGLang refuse. "
+                "Ship flora.merge(adapted), or train without it."
             )
         elif lora.kind == "conv":
             yield (

@@ -13,6 +13,7 @@ import numpy as np
 from flora._algebra.variants import Rows
 from flora._peft.config import PeftConfig
 from flora._peft.file import CONFIG
+from flora._peft.ignored import Ignored
 from flora._peft.keys import PREFIX, TOKENS, Content
 from flora._peft.layouts import leaf_word
 from flora._peft.names import Finder, Slot, split_name
@@ -40,10 +41,11 @@ def nodes(
     leaves: Mapping[str, Any],
     given: Mapping[str, Layout],
     file: Path,
+    ignored: Ignored,
 ) -> dict[str, LoraWeight]:
     """The node of each leaf some of whose rows train, its factors NumPy arrays."""
     found: dict[str, LoraWeight] = {}
-    problems = [*_missing(content, config, file)]
+    problems = [*_missing(content, config, file, ignored)]
     for module, x in content.tokens.items():
         key = f"'{PREFIX}{module}.token_adapter.{TOKENS}'"
         rows = config.tokens_of(module)
@@ -74,12 +76,14 @@ def nodes(
     return found
 
 
-def _missing(content: Content, config: PeftConfig, file: Path) -> Iterator[str]:
+def _missing(
+    content: Content, config: PeftConfig, file: Path, ignored: Ignored
+) -> Iterator[str]:
     wanted = config.trainable_token_indices
     if not wanted:
         return
     if not isinstance(wanted, Mapping):
-        if not content.tokens:
+        if not content.tokens and not ignored(f"{PREFIX}token_adapter.{TOKENS}"):
             yield (
                 f"{file}: no tensor '….token_adapter.{TOKENS}'; {CONFIG} names "
                 f"{len(wanted)} tokens as trainable_token_indices. PEFT would leave "
@@ -89,7 +93,8 @@ def _missing(content: Content, config: PeftConfig, file: Path) -> Iterator[str]:
     held = [rows for m in content.tokens if (rows := config.tokens_of(m)) is not None]
     for name, rows in wanted.items():
         own = any(module.endswith(name) for module in content.tokens)
-        if not own and tuple(rows) not in held and rows:
+        lost = not own and tuple(rows) not in held and rows
+        if lost and not ignored(f"{PREFIX}{name}.token_adapter.{TOKENS}"):
             yield (
                 f"{file}: no tensor '{PREFIX}…{name}.token_adapter.{TOKENS}'; "
                 f"trainable_token_indices of {CONFIG} names {len(rows)} tokens of "
@@ -159,7 +164,7 @@ def written(
     *,
     serving: bool,
 ) -> tuple[dict[str, list[int]], dict[str, tuple[str, np.ndarray]]]:
-    """`{module: indices}`, and `{module: (path, rows)}`, where rows of leaves train.
+    """`{module: indices}` and `{module: (leaf, its rows)}` of those that train alone.
 
     Args:
       nodes: these leaves, by path.

@@ -4,6 +4,7 @@ from importlib import metadata
 
 import compare
 import llama
+import mixed
 import pytest
 import quantized
 
@@ -86,3 +87,17 @@ def test_no_dense_base_is_kept_of_a_stored_one(variant):
         assert stored["base_bytes"] < 0.6 * dense["base_bytes"]
         more = stored["temp_bytes"] - dense["temp_bytes"]
         assert more < dense["dense_bytes"] / sizes.layers, (kind, more)  # one layer's
+
+
+MIXED = {"v5e": 1.056, "v6e": 1.019}
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("chip", MIXED)
+def test_a_decoding_step_of_eight_adapters_costs_what_the_readme_says(chip):
+    assert metadata.version("libtpu") == LIBTPU, "measure anew: mixed.py"
+    sizes = {"rows": 64, "tokens": 1, "count": 8, "rank": 16, "d": 4096, "ff": 14336}
+    found = mixed.measured(chip, only=("mixed, auto", "one at a time"), **sizes)
+    assert found["mixed, auto"][0] == pytest.approx(MIXED[chip], abs=0.005)
+    assert found["one at a time"][0] > 6
+    assert found["mixed, auto"][1] < 1 + 1.05 * 8 * 16 * (4096 + 14336) / (4096 * 14336)

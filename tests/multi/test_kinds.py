@@ -122,6 +122,10 @@ def test_plain_adapters_need_no_base_and_keep_their_scale():
     planned = flora.multi.stack(jax.eval_shape(lambda: [first, second, None]))
     whole = flora.multi.stack([first, second, None])
     chex.assert_trees_all_equal_shapes_and_dtypes(planned, whole)
+    placed = flora.multi.put(planned, 2, jax.eval_shape(lambda: first))
+    chex.assert_trees_all_equal_shapes_and_dtypes(placed, whole)
+    within = jax.jit(lambda: flora.multi.stack([first, second, None]))()
+    chex.assert_trees_all_equal(within, whole)
 
 
 def test_the_weight_is_asked_for_where_it_is_needed():
@@ -143,6 +147,10 @@ def test_the_weight_is_asked_for_where_it_is_needed():
     one = {"w": flora.LoraWeight(None, jnp.ones((64, 1)), jnp.ones((1, 64)))}
     with pytest.raises(flora.LoraError, match=r"'w' trains whole.*cannot train whole"):
         stack([one, {"w": flora.Trained(jnp.ones((64, 64)))}], base=coded)
+    other = {**params, "out": array(6, 4), "bias": array(7)}
+    refused(r"'out' has base \(6, 4\), a \(6, 2\)", "dora", "all", base=other)
+    refused(r"'bias' has shape \(6,\) in an adapter.*\(7,\) in base", "whole", "in",
+            base=other)  # fmt: skip
     # Of one kind and one config nothing is needed.
     same = stack([adapters["dora"], adapters["dora"]])
     assert same["out"].variant == flora.variants.DoRA()

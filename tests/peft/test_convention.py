@@ -1,5 +1,7 @@
 """What PyTorch calls a leaf: lists, and numbers that belong to a name."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -269,3 +271,33 @@ def test_what_is_renamed_is_complete_or_refused(tmp_path):
     folder, _ = renamed_folder(tmp_path / "c", words, layers=(0, 1, 2))
     with pytest.raises(flora.LoraError, match=r"vit.layers.2.attention.*none of the"):
         flora.peft.load(folder, tree)
+
+
+def test_kernels_of_conv1d(tmp_path):
+    """HF's FlaxConv1D has `[out, in]`: square ones too are read so again."""
+    tree = {
+        "h": {
+            "0": {
+                "c_attn": {"kernel": jnp.asarray(values(12, 4)), "bias": jnp.zeros(12)},
+                "c_proj": {"kernel": jnp.asarray(values(4, 4)), "bias": jnp.zeros(4)},
+            }
+        }
+    }
+
+    def fn(p, x):
+        q = p["h"]["0"]
+        return (x @ q["c_attn"]["kernel"].T)[:, :4] @ q["c_proj"]["kernel"].T
+
+    x, config = jnp.ones((2, 4)), flora.LoraConfig(rank=2, target="c_*/kernel")
+    adapted = flora.init(jax.random.key(0), config, fn, tree, x)
+    for name in ("c_attn", "c_proj"):
+        node = adapted["h"]["0"][name]["kernel"]
+        b = jnp.asarray(values(*node.b.shape, seed=3))
+        adapted["h"]["0"][name]["kernel"] = dataclasses.replace(node, b=b)
+    flora.peft.save(tmp_path / "a", adapted)
+    assert files.read(tmp_path / "a")[0]["fan_in_fan_out"] is True
+    again = flora.peft.load(tmp_path / "a", tree)
+    want = flora.lora(fn)(adapted, x)
+    assert jnp.allclose(flora.lora(fn)(again, x), want, rtol=1e-5)
+    flora.peft.save(tmp_path / "b", again)
+    assert files.read(tmp_path / "b")[0]["fan_in_fan_out"] is True

@@ -16,6 +16,10 @@ DEEPER = linear("layers.2.up", D, F)
 GATE = linear("layers.0.down", F, D)
 NORM = {f"{PREFIX}norm.weight": values(D, seed=8)}
 MAGNITUDES = {f"{PREFIX}layers.{i}.up.lora_magnitude_vector": values(F) for i in "01"}
+BIASES = {f"{PREFIX}layers.{i}.up.lora_B.bias": values(F) for i in "01"}
+DIAGONALS = {f"{PREFIX}layers.{i}.up.lora_diag": values(2) for i in "01"}
+TOKENS = {f"{PREFIX}words.token_adapter.trainable_tokens_delta": values(2, D)}
+VELORA = {f"{PREFIX}layers.{i}.up.lora_velora_embed": values(2) for i in "01"}
 COUNTS = {f"{PREFIX}steps": np.ones(3, np.int64)}
 # (further tensors, changes of the config, ignore=, what the message has without it)
 CASES = {
@@ -32,7 +36,22 @@ CASES = {
     "biases": ({}, {"bias": "lora_only"}, "up.bias", "up.bias' is missing"),
     "an unknown setting": ({}, {"use_magic": True}, "use_magic", "does not know"),
     "one that is off elsewhere": (
-        {}, {"velora_config": {"num_groups": 2}}, "velora_config", "(VeLoRA)"),
+        {}, {"megatron_config": {"a": 1}}, "megatron_config", "no Megatron layers",
+    ),
+    "gradients": (
+        VELORA, {"velora_config": {"num_groups": 2}},
+        ("velora_config", "*lora_velora_embed*"), "ignore=('velora_config', '*lora",
+    ),
+    "biases of B": (BIASES, {}, "lora_B.bias", "lora_bias false"),
+    "diagonals": (DIAGONALS, {}, "lora_diag", "lora_diag' is there"),
+    "tokens": (
+        TOKENS, {"trainable_token_indices": {"words": [0, 1]}},
+        ["trainable_token_indices", "words.*"], "none of the base's 12",
+    ),
+    "tokens that are missing": (
+        {}, {"trainable_token_indices": {"words": [0, 1]}}, "words.token_adapter.*",
+        "names 2 tokens of 'words'",
+    ),
     "one of training": ({}, {"lora_dropout": 1.0}, "lora_dropout", "below 1"),
     "a start on a base that has it": (
         {}, {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights",

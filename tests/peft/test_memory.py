@@ -237,3 +237,71 @@ def test_both_uses_of_a_tied_weight(tmp_path, use):
     flora.peft.save(tmp_path / "bare", flora.split(loaded)[1])
     left = {k for k in files.read(folder)[1] if "base_layer" not in k}
     assert {*files.read(tmp_path / "bare")[1]} == left
+
+
+KINDS = {
+    "tokens": {"trainable_token_indices": {"net.words": [6, 1]}},
+    "tokens alone": {"peft_type": "TRAINABLE_TOKENS", "token_indices": [6, 1]},
+    "lora_bias": {"lora_bias": True},
+    "mica": {"init_lora_weights": "mica"},
+    "kasa": {"kasa_config": {"beta": 0.5, "gamma": 0.25}},
+    "activated": {"alora_invocation_tokens": [4, 2]},
+    "diagonal": {
+        "use_bdlora": {
+            "nblocks": 2,
+            "target_modules_bd_a": ["net.h.0.mix", "net.h.1.mix"],
+            "target_modules_bd_b": None,
+            "match_strict": True,
+        }
+    },
+    "replicated": {"layer_replication": [[0, 1], [0, 1]]},
+}
+
+
+def folder_of_kind(path, kind):
+    tensors = {}
+    for i in range(2):
+        module = f"net.h.{i}.mix"
+        at = f"{PREFIX}{module}"
+        tensors |= linear(module, 4, 6, seed=i)
+        if kind == "lora_bias":
+            tensors[f"{at}.lora_B.bias"] = values(6, seed=i + 5)
+        if kind == "kasa":
+            tensors[f"{at}.lora_diag"] = values(2, seed=i + 5)
+        if kind == "diagonal":
+            tensors[f"{at}.lora_A.weight"] = values(2, 2, seed=i + 5)
+    config = {"target_modules": ["mix"], "task_type": "CAUSAL_LM", **KINDS[kind]}
+    if kind == "tokens":
+        key = f"{PREFIX}net.words.token_adapter.trainable_tokens_delta"
+        tensors[key] = values(2, 4, seed=9)
+    if kind == "tokens alone":
+        tensors = {f"{PREFIX}net.words.trainable_tokens_delta": values(2, 4, seed=9)}
+        config["target_modules"] = ["words"]
+    about = {"base_model_name_or_path": "org/model"}
+    tensors = {k: x.astype(BF16) for k, x in tensors.items()}
+    return files.write(path, tensors, **config, **about)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_are_remembered(tmp_path, kind):
+    layers = {
+        str(i): {
+            "x": {
+                "kernel": jnp.asarray(values(4, 6, seed=0 if "repl" in kind else i)),
+                "bias": jnp.zeros(6),
+            }
+        }
+        for i in range(2)
+    }
+    tree = {"table": {"embedding": jnp.asarray(values(7, 4, seed=3))}, "layers": layers}
+    names = {"table/embedding": "net.words"} | {
+        f"layers/{i}/x/{leaf}": Module(f"net.h.{i}.mix", parameter=word)
+        for i in range(2)
+        for leaf, word in (("kernel", "weight"), ("bias", "bias"))
+    }
+    folder = folder_of_kind(tmp_path / "a", kind)
+    flora.peft.save(tmp_path / "b", flora.peft.load(folder, tree, names=names))
+    check_same(folder, tmp_path / "b")
+    config = files.read(tmp_path / "b")[0]
+    for key, want in KINDS[kind].items():
+        assert config[key] == want

@@ -292,6 +292,30 @@ def test_names_found_by_values(tmp_path):
     assert "blocks/wq/kernel <- model.layers.{i}.q_proj.weight" in repr(names)
 
 
+def test_parameters_of_their_own_are_found(tmp_path):
+    """Tokens and positions, which are no module's weight; experts too."""
+    weights = {
+        "vit.embeddings.cls_token": values(1, 1, D),
+        "vit.embeddings.mask_token": values(1, 1, D),
+        "vit.embeddings.position_embeddings": values(1, 5, D, seed=1),
+        "mlp.experts.gate_up_proj": values(3, 8, D, seed=2),
+        "vit.layers.0.attention.q_proj.weight": values(4, D, seed=3),
+    }
+    tree = {
+        "embeddings": {n: weights[f"vit.embeddings.{n}"]
+                       for n in ("cls_token", "position_embeddings")},
+        "gate_up_proj": weights["mlp.experts.gate_up_proj"],
+        "layer": {"0": {"query": {"kernel": values(4, D, seed=3).T}}},
+    }  # fmt: skip
+    names = flora.peft.match_names(weights, jax.tree.map(jnp.asarray, tree))
+    assert {s.path: s.name for s in names.slots} == {
+        "embeddings/cls_token": "vit.embeddings.cls_token",
+        "embeddings/position_embeddings": "vit.embeddings.position_embeddings",
+        "gate_up_proj": "mlp.experts.gate_up_proj",
+        "layer/0/query/kernel": "vit.layers.0.attention.q_proj.weight",
+    }
+
+
 def test_values_that_do_not_tell(tmp_path):
     same = {
         "a.weight": values(4, D),

@@ -239,7 +239,7 @@ def test_ties_that_do_not_hold(tmp_path):
         f"{PREFIX}head.lora_B.weight": values(7, 2),
     }
     _, folder = embedding_files(tmp_path, other, target_modules=["embed", "head"])
-    with pytest.raises(flora.LoraError, match="not the transpose of the embedding"):
+    with pytest.raises(flora.LoraError, match="not the transpose of the other use"):
         flora.peft.load(folder, tree, names=names)
     with pytest.raises(flora.LoraError, match=r"'head.weight', which none"):
         flora.peft.load(folder, tree)

@@ -81,7 +81,7 @@ CASES = {
     "velora": (
         {}, {"velora_config": {"num_groups": 2}}, ["VeLoRA", "lora_velora_embed"]),
     "monteclora": (
-        {}, {"monteclora_config": {"num_samples": 8}}, ["MonteCLoRA", "write ignore="]),
+        {}, {"monteclora_config": {"num_samples": 8}}, ["MonteCLoRA", "ignore="]),
     "arrow": ({}, {"arrow_config": {"top_k": 2}}, ["routing", "flora.multi"]),
     "megatron": ({}, {"megatron_config": {"x": 1}}, ["Megatron layers"]),
     "activated by text": (
@@ -154,6 +154,24 @@ CASES = {
     "bias without flag": (
         {"layers.0.up.lora_B.bias": values(F)}, {}, ["lora_B.bias", "lora_bias false"]),
     "flag without bias": ({}, {"lora_bias": True}, ["lora_B.bias' is missing"]),
+    "magnitudes of zeros": (
+        {f"layers.{i}.up.lora_magnitude_vector": values(F) * i for i in range(2)},
+        {"use_dora": True},
+        ["layers.0.up.lora_magnitude_vector' is zero throughout"]),
+    "magnitudes in a matrix": (
+        {f"layers.{i}.up.lora_magnitude_vector": values(F, F) for i in range(2)},
+        {"use_dora": True}, ["has shape (6, 6); expected (6,)"]),
+    "another network's names": (
+        {"a": ..., "b": ..., "layers.0.up.lora_down.weight": values(2, D)}, {},
+        ["layers.0.up.lora_down.weight' belongs to", "none of the base's 12"]),
+    "an embedding's names": (
+        {"a": ..., "b": ..., "layers.0.up.lora_embedding_A": values(2, D),
+         "layers.0.up.lora_embedding_B": values(F, 2)}, {},
+        ["layers.0.up.lora_embedding_A' is there; expected",
+         "layers.0.up.lora_A.weight', since the base's 'layers/0/up/kernel'"]),
+    "half of it an embedding's": (
+        {"b": ..., "layers.0.up.lora_embedding_B": values(F, 2)}, {},
+        ["layers.0.up' has a but no b", "layers.0.up' has b but no a"]),
     "magnitudes too few": (
         {"layers.0.up.lora_magnitude_vector": values(F - 1),
          "layers.1.up.lora_magnitude_vector": values(F)},
@@ -273,6 +291,76 @@ def test_other_dtypes(tmp_path, dtype):
     assert "Copy it anew" not in message
 
 
+def header(text, data=b"", length=None):
+    length = len(text) if length is None else length
+    return length.to_bytes(8, "little") + text + data
+
+
+ONE = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+# The whole of adapter_model.safetensors, and what the message must hold.
+DAMAGED = {
+    "empty": (b"", "no valid safetensors file of 0 bytes"),
+    "zeros": (bytes(1_000), "its header is no JSON"),
+    "a pickle": (b"\x80\x02}q\x00.", "no valid safetensors"),
+    "a page": (b"<!DOCTYPE html><html>Not found</html>", "no valid safetensors"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git"),
+    "a huge header": (header(b"{}", length=2**60), "header would end at byte 1,152"),
+    "a wide header": (header(b" " * 25_000_001), "expected at most 25,000,000"),
+    "deep": (header(b"[" * 100_000), "no valid safetensors"),
+    "a list": (header(b"[]"), "its header is a list, no dict"),
+    "no tensors": (header(b"{}"), "has no tensors; expected"),
+    "twice": (header(b"{" + ONE + b"," + ONE + b"}", bytes(4)), "'a' is there twice"),
+    "one over the other": (
+        header(b"{" + ONE + b"," + ONE.replace(b"a", b"b", 1) + b"}", bytes(4)),
+        "'b' starts at byte 0 instead of 4",
+    ),
+    "too long": (header(b"{" + ONE + b"}", bytes(5)), "take 4 bytes, and 5 are there"),
+    "other tensors": (
+        header(b"{" + ONE + b"}", bytes(4)), "has 1 tensors, such as 'base_model.mod"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_other_bytes(tmp_path, name):
+    data, fragment = DAMAGED[name]
+    folder = files.write(tmp_path / "x", tensors())
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    with pytest.raises(flora.LoraError, match=r"adapter_model\.safetensors") as caught:
+        flora.peft.load(folder, params())
+    assert fragment in str(caught.value)
+
+
+def test_links(tmp_path):
+    folder = files.write(tmp_path / "x", tensors())
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        path = folder / name
+        path.rename(tmp_path / name)
+        path.symlink_to(tmp_path / name)
+        flora.peft.load(folder, params())
+        for target in (tmp_path / "none", path):
+            path.unlink()
+            path.symlink_to(target)
+            with pytest.raises(flora.LoraError, match=rf"{name} is a link to '.*', wh"):
+                flora.peft.load(folder, params())
+        path.unlink()
+        path.symlink_to(tmp_path / name)
+
+
+def test_what_the_system_refuses(tmp_path):
+    with pytest.raises(flora.LoraError, match="cannot be read: File name too long"):
+        flora.peft.load(tmp_path / ("x" * 300), params())
+
+
+def test_the_marks_of_other_encodings_are_no_fault(tmp_path):
+    folder = files.write(tmp_path / "x", tensors())
+    path = folder / "adapter_config.json"
+    text = path.read_text()
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_text(text, encoding=encoding)
+        flora.peft.load(folder, params())
+
+
 def test_header_that_lies(tmp_path):
     folder = files.write(tmp_path / "x", tensors())
     path = folder / "adapter_model.safetensors"
@@ -290,6 +378,9 @@ def test_header_that_lies(tmp_path):
         ("[" * 100_000, "not valid JSON"),
         ('{"peft_type": "LORA", "r": 8, "r": 4}', "'r' is there twice"),
         ("\xff\xfe", "not valid JSON"),
+        ("null", "a JSON NoneType"),
+        ('"LORA"', "a JSON str"),
+        ("version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),
     ],
 )
 def test_broken_configs(tmp_path, text, fragment):
@@ -353,6 +444,16 @@ def test_trees_that_do_not_fit(tmp_path):
         flora.peft.load(folder, flora.split(loaded)[1])
     with pytest.raises(flora.LoraError, match="Write a floating dtype"):
         flora.peft.load(folder, params(), dtype=jnp.int32)
+
+
+def test_a_base_without_values_shows_nothing(tmp_path):
+    held = tensors(**{"norm.weight": values(D)})  # as the base's
+    folder = files.write(tmp_path / "x", held)
+    flora.peft.load(folder, params())
+    shapes = jax.eval_shape(params)
+    with pytest.raises(flora.LoraError, match=r"norm\.weight' cannot be compared"):
+        flora.peft.load(folder, shapes)
+    flora.peft.load(folder, shapes, ignore="norm.weight")
 
 
 def test_names_that_do_not_fit(tmp_path):

@@ -100,6 +100,10 @@ CASES = {
     "vit, all-linear": ("vit", {
         "r": 2, "lora_alpha": 5, "target_modules": "all-linear",
         "modules_to_save": ["classifier"]}),
+    "mixtral": ("mixtral", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "rank_pattern": {"layers.1.mlp.experts.down_proj": 3}}),
     "llama": ("llama", {"r": 2, "lora_alpha": 4, "target_modules": ATTENTION}),
     "llama, all-linear": ("llama", {
         "r": 2, "lora_alpha": 4, "target_modules": "all-linear",
@@ -147,7 +151,7 @@ NAMES["grouped"] = NAMES["conv"]
 
 def tolerance_of(kind):
     """HF's models compute softmax in float32, some norms too, whatever the weights."""
-    return 1e-6 if kind in ("llama", "tied", "vit") else 1e-10
+    return 1e-6 if kind in ("llama", "tied", "vit", "mixtral") else 1e-10
 
 
 def close(got, want, tolerance=1e-10):

@@ -29,11 +29,11 @@ RUNS = {
         "r": 4, "lora_alpha": 5, "target_modules": ["two", "one"]}),
     "embedding": ("embedding", {
         "r": 2, "lora_alpha": 5, "target_modules": ["embed_tokens", "mix"]}),
+    "attention": ("attention", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["attn", "mix"]}),
     "tokens": ("embedding", {
         "r": 2, "lora_alpha": 5, "target_modules": ["mix"],
         "trainable_token_indices": {"embed_tokens": [3, 8], "lm_head": [2, 1, 10]}}),
-    "attention": ("attention", {
-        "r": 2, "lora_alpha": 5, "target_modules": ["attn", "mix"]}),
     "experts": ("experts", {
         "r": 2, "lora_alpha": 5, "target_modules": ["proj"],
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),

@@ -196,7 +196,9 @@ def test_dora(tmp_path):
         flora.peft.save(tmp_path / "b", tree, serving=True)
     mixed = adapted()
     mixed["layers"]["0"] = tree["layers"]["0"]
-    with pytest.raises(flora.LoraError, match="some leaves are DoRA"):
+    with pytest.raises(
+        flora.LoraError, match=r"modules are DoRA, such as 'layers\.0\.up' \('lay"
+    ):
         flora.peft.save(tmp_path / "b", mixed)
     vera = adapted(variant=flora.variants.VeRA())
     with pytest.raises(flora.LoraError, match=r"VeRA.*cannot hold"):

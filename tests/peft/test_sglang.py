@@ -35,7 +35,7 @@ def sglang():
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return served.llama(tmp_path_factory.mktemp("llama"))
+    return served.llama(tmp_path_factory.mktemp("llama") / "ck")
 
 
 def check(found, wanted):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import lm_tiny
 import numpy as np
 import pytest
+import serve_many
 
 import flora
 import flora.hf
@@ -29,7 +30,8 @@ from tests.support import served, vllm_server
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
 WORKER = pathlib.Path(vllm_server.__file__).with_name("vllm_worker.py")
-TOLERANCE = {"float32": 2e-5, "bfloat16": 0.06}  # of log-probabilities, in nats
+# Of log-probabilities, in nats; adapters change them by more than 0.2 at the start.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 0.12}
 FUSED = {
     "fused": {"target": "*_proj/kernel", "rank": 8},
     "fused qkv": {"target": "qkv_proj/kernel"},
@@ -244,6 +246,14 @@ def test_the_server_loads_and_unloads(engines, tmp_path):
             server.load("dora", mine.folder("dora"))
 
 
+def test_requests_of_the_example():
+    script = pathlib.Path(serve_many.__file__)
+    options = ["--requests=12", "--rounds=1", "--d=64", "--layers=2", "--vllm"]
+    command = [sys.executable, str(script), *options]
+    found = subprocess.run(command, check=True, capture_output=True, timeout=600)
+    assert b"vLLM against mixed: 192 of 192 tokens are the same" in found.stdout
+
+
 # --- Experts, as far as vLLM goes without a GPU ---------------------------------------
 
 
@@ -329,3 +339,23 @@ def test_experts_in_stacks(tmp_path, targets):
     for k, want in enumerate((gate, down, up)):
         a, b = lora.loras["experts"].lora_a[k], lora.loras["experts"].lora_b[k]
         close((b @ a).numpy(), want)
+
+
+@pytest.mark.parametrize("one", ["in_proj_qkv", "in_proj_z"])
+def test_a_delta_net_of_two_modules(tmp_path, one):
+    """q, k and v in one module and z in another, which vLLM computes as four."""
+    from vllm.lora.layers import MergedColumnParallelLinearWithLoRA as Layer
+
+    words = "in_proj_qkv", "in_proj_z"
+    tree, made = files.together("delta net in two", one)
+    flora.peft.save(tmp_path / "a", made, serving=True)
+    lora = loaded(tmp_path / "a", {*words})
+    packed = {"layers.0.in_proj_qkvz": [f"layers.0.{word}" for word in words]}
+    manager(packed_modules=packed)._create_merged_loras_inplace(lora)
+    (both,) = lora.loras.values()
+    layer = types.SimpleNamespace(n_slices=4, output_sizes=[2, 2, 4, 6])
+    a, b = Layer.expand_packed_lora(layer, both.lora_a, both.lora_b)
+    got = np.concatenate([(y @ x).numpy() for x, y in zip(a, b, strict=True)])
+    merged, plain = (x["layers"]["0"] for x in (flora.merge(made), tree))
+    want = [np.asarray(merged[w]["kernel"] - plain[w]["kernel"]).T for w in words]
+    close(got, np.concatenate(want))

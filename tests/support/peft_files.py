@@ -126,6 +126,7 @@ TOGETHER = {
     "latent attention": {"q_a_proj": (D, 3), "kv_a_proj_with_mqa": (D, 5)},
     "delta net": {"in_proj_q": (D, 2), "in_proj_k": (D, 2), "in_proj_v": (D, 6),
                   "in_proj_z": (D, 6)},
+    "delta net in two": {"in_proj_qkv": (D, 8), "in_proj_z": (D, 6)},
     "relative attention": {"wq_du": (D, 6), "wk_dv": (D, 2), "wv_dv": (D, 2),
                            "wr_du": (D, 4)},
     "experts": {f"experts.{i}.{w}": (F, D) if w == "w2" else (D, F)

@@ -44,7 +44,7 @@ def test_leaves_come_in_the_order_of_the_fields_and_settings_are_structure():
     changed = {
         "layout": flora.Layout((), (1,), (0,)), "rank": 3, "alpha": 1.0,
         "rank_stabilized": True, "dropout": 0.5, "fallback": "materialize",
-        "form": "concat", "variant": DoRA(),
+        "form": "concat", "start": "flora.starts.pissa", "variant": DoRA(),
         "blocks": (flora.Block((), 0, 1, 2.0),),
     }  # fmt: skip
     settings = {f.name for f in dataclasses.fields(w)}

@@ -29,25 +29,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flora._algebra.norms import compiled_norms, zero_problems
 from flora._algebra.variants import DoRA, MiCA
 from flora._files.atomic import steadily
-from flora._peft.activated import Activated, activate
-from flora._peft.bias import Added, with_bias
 from flora._peft.config import PeftConfig, read
-from flora._peft.diagonal import variant_of
 from flora._peft.factors import magnitude, node
 from flora._peft.file import CONFIG, WEIGHTS, directory, read_tensors, write
 from flora._peft.ignored import Ignored
-from flora._peft.kasa import KaSA, diagonal, truncated
 from flora._peft.keys import PREFIX, Content, sort_out
-from flora._peft.load import (
-    AdaptedLeaf,
-    Assignment,
-    assign,
-    coverage_problems,
-    expected_layouts,
-)
-from flora._peft.names import Module, Names, Slot
-from flora._peft.names_match import match_names
-from flora._peft.residual import (
+from flora._peft.kinds.activated import Activated, activate
+from flora._peft.kinds.bias import Added, with_bias
+from flora._peft.kinds.bias import Biased as Biased
+from flora._peft.kinds.diagonal import BlockDiagonal as BlockDiagonal
+from flora._peft.kinds.diagonal import variant_of
+from flora._peft.kinds.groups import AcrossGroups as AcrossGroups
+from flora._peft.kinds.kasa import KaSA, diagonal, truncated
+from flora._peft.kinds.residual import (
     Starts,
     is_changed,
     read_starts,
@@ -55,6 +49,16 @@ from flora._peft.residual import (
     start_of,
     without_start,
 )
+from flora._peft.kinds.twice import AddedTwice as AddedTwice
+from flora._peft.load import (
+    AdaptedLeaf,
+    Assignment,
+    assign,
+    coverage_problems,
+    expected_layouts,
+)
+from flora._peft.naming.names import Module, Names, Slot
+from flora._peft.naming.names_match import match_names
 from flora._peft.save import written
 from flora._peft.targets import listed
 from flora._peft.whole import put

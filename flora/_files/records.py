@@ -169,6 +169,7 @@ def _encoded(value: Any) -> Any:
         public = hasattr(variants, kind.__name__)
         module = "flora.variants" if public else kind.__module__
         module = "flora" if isinstance(value, Block) else module
+        module = "flora.peft" if module.startswith("flora._peft") else module
         return {
             "class": f"{module}:{kind.__qualname__}",
             "fields": {name: _encoded(getattr(value, name)) for name in names},
@@ -194,8 +195,9 @@ def decoded(value: Any) -> Any:
     fields = value.get("fields", {}) if isinstance(value, dict) else {}
     found = None
     if isinstance(name, str) and (at := _CLASS.fullmatch(name)):
+        module = "flora.peft" if at[1].startswith("flora._peft") else at[1]
         with contextlib.suppress(ImportError):
-            found = getattr(importlib.import_module(at[1]), at[2], None)
+            found = getattr(importlib.import_module(module), at[2], None)
     if _is_dataclass(found) and isinstance(fields, dict) and {*fields} <= _names(found):
         with contextlib.suppress(TypeError, ValueError):  # it refuses the fields
             return found(**{k: decoded(x) for k, x in fields.items()})

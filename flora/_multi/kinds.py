@@ -84,8 +84,8 @@ def require_one_start(path: str, nodes: Sequence[Any]) -> None:
     if len(starts) > 1:
         what = " and ".join(sorted(f"{s} of rank {r}" for s, r in starts if s))
         raise LoraError(
-            f"'{path}' was started by {what} in some of the adapters, which took a part "
-            "of W into A and B: the adapters are of different bases. Write "
+            f"'{path}' was started by {what} in some of the adapters, which took a "
+            "part of W into A and B: the adapters are of different bases. Write "
             "flora.starts.to_plain(adapter, start, original) for each of these."
         )
 

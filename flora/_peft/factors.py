@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from flora._peft.groups import AcrossGroups, blocks, spread
 from flora._peft.keys import Lora
+from flora._peft.kinds.groups import AcrossGroups, blocks, spread
+from flora._peft.kinds.twice import AddedTwice
 from flora._peft.layouts import leaf_word
-from flora._peft.names import Slot
-from flora._peft.twice import AddedTwice
+from flora._peft.naming.names import Slot
 from flora._tree.blocks import Block
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout

@@ -10,7 +10,7 @@ import numpy as np
 
 from flora._peft.config import PeftConfig
 from flora._peft.file import WEIGHTS, WRAPPERS
-from flora._peft.twice import IN, OUT
+from flora._peft.kinds.twice import IN, OUT
 from flora._tree.errors import LoraError, fail
 
 PREFIX = "base_model.model."

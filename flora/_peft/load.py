@@ -8,17 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from flora._peft.bias import layout_of, pieces_of
 from flora._peft.config import PeftConfig
-from flora._peft.convention import matched_slots
-from flora._peft.diagonal import expanded
 from flora._peft.factors import Piece
 from flora._peft.file import CONFIG, WEIGHTS
 from flora._peft.ignored import Ignored
 from flora._peft.keys import PREFIX, TOKENS, Content, Lora
+from flora._peft.kinds.bias import layout_of, pieces_of
+from flora._peft.kinds.diagonal import expanded
+from flora._peft.kinds.replicated import problems as repeats
+from flora._peft.kinds.tokens import nodes, rows_of, without_copies
+from flora._peft.kinds.twice import IN
 from flora._peft.layouts import conv_layout, layouts, leaf_word, turned
-from flora._peft.memory import Memory
-from flora._peft.names import Finder, Module, Slot, given_slots, split_name
+from flora._peft.naming.convention import matched_slots
+from flora._peft.naming.memory import Memory
+from flora._peft.naming.names import Finder, Module, Slot, given_slots, split_name
+from flora._peft.naming.renamed import with_renamed
 from flora._peft.parameters import (
     expert_layout,
     in_order,
@@ -27,12 +31,8 @@ from flora._peft.parameters import (
     turned_parameter,
     with_parameters,
 )
-from flora._peft.renamed import with_renamed
-from flora._peft.replicated import problems as repeats
 from flora._peft.targets import plain, target_problems, unnamed, whole_problems
 from flora._peft.ties import Readers, load_problems, tied_modules, without_ties
-from flora._peft.tokens import nodes, rows_of, without_copies
-from flora._peft.twice import IN
 from flora._tree.errors import fail
 from flora._tree.layout import Layout
 from flora._tree.weight import LoraWeight, Trained, base_of

@@ -9,7 +9,7 @@ from flora._peft.config import PeftConfig
 from flora._peft.factors import Piece
 from flora._peft.keys import Content, Lora
 from flora._peft.layouts import layouts, leaf_word
-from flora._peft.names import Finder, Slot
+from flora._peft.naming.names import Finder, Slot
 from flora._peft.targets import ends, selects
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from flora._peft.bias import apart, biases, joined_bias
 from flora._peft.factors import is_channel_last, positions
-from flora._peft.groups import AcrossGroups, gathered
 from flora._peft.keys import Lora
+from flora._peft.kinds.bias import apart, biases, joined_bias
+from flora._peft.kinds.groups import AcrossGroups, gathered
+from flora._peft.kinds.twice import IN
 from flora._peft.layouts import leaf_word
-from flora._peft.names import Slot, split_name
-from flora._peft.twice import IN
+from flora._peft.naming.names import Slot, split_name
 from flora._tree.blocks import Block
 from flora._tree.errors import LoraError, fail
 from flora._tree.layout import Layout

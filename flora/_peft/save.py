@@ -13,19 +13,22 @@ from jax.core import Tracer
 
 from flora._algebra.variants import DoRA, MiCA, Rows
 from flora._files.items import statistics
-from flora._peft import tokens
-from flora._peft.activated import Activated
-from flora._peft.attention import attentions
-from flora._peft.bias import Added, Biased
 from flora._peft.config import WORDLESS, parse
-from flora._peft.convention import default_slots, doubts
-from flora._peft.diagonal import BlockDiagonal, compact, config_of
 from flora._peft.file import CONFIG, COUNTER
-from flora._peft.groups import AcrossGroups
-from flora._peft.kasa import KaSA
 from flora._peft.keys import PREFIX, TOKENS
+from flora._peft.kinds import tokens
+from flora._peft.kinds.activated import Activated
+from flora._peft.kinds.attention import attentions
+from flora._peft.kinds.bias import Added, Biased
+from flora._peft.kinds.diagonal import BlockDiagonal, compact, config_of
+from flora._peft.kinds.groups import AcrossGroups
+from flora._peft.kinds.kasa import KaSA
+from flora._peft.kinds.replicated import problems as repeated
+from flora._peft.kinds.start import common_start, with_start
+from flora._peft.kinds.twice import AddedTwice
 from flora._peft.layouts import is_conv1d
-from flora._peft.memory import (
+from flora._peft.naming.convention import default_slots, doubts
+from flora._peft.naming.memory import (
     agreed,
     base_weights,
     conflicts,
@@ -33,14 +36,11 @@ from flora._peft.memory import (
     remembered_slots,
     widest,
 )
-from flora._peft.names import Slot, given_slots, split_name
+from flora._peft.naming.names import Slot, given_slots, split_name
 from flora._peft.parts import Part, is_idle, joined, parts, slots_beside, with_biases
-from flora._peft.replicated import problems as repeated
 from flora._peft.serving import for_serving, with_neighbors
-from flora._peft.start import common_start, with_start
 from flora._peft.targets import ends, selects
 from flora._peft.ties import Readers, save_problems, tied_slots
-from flora._peft.twice import AddedTwice
 from flora._peft.whole import taken
 from flora._tree.checks import require_adapted
 from flora._tree.errors import LoraError, LoraTypeError, fail

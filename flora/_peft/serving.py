@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flora._peft.names import Slot, split_name
+from flora._peft.naming.names import Slot, split_name
 from flora._peft.parts import Part
 from flora._tree.errors import LoraError, fail
 from flora._tree.weight import LoraWeight, base_of

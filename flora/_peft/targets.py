@@ -8,7 +8,7 @@ from flora._peft.config import PeftConfig
 from flora._peft.file import CONFIG, WEIGHTS
 from flora._peft.ignored import Ignored
 from flora._peft.keys import PREFIX, Content
-from flora._peft.names import split_name
+from flora._peft.naming.names import split_name
 from flora._tree.errors import LoraError
 
 

@@ -16,7 +16,7 @@ from flora._algebra.variants import Rows
 from flora._peft.config import PeftConfig
 from flora._peft.keys import Content, Lora
 from flora._peft.layouts import leaf_word
-from flora._peft.names import Finder, Module, Slot, split_name
+from flora._peft.naming.names import Finder, Module, Slot, split_name
 from flora._tree.errors import LoraError, LoraTypeError
 from flora._tree.weight import LoraWeight, Trained, base_of
 

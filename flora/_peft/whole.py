@@ -7,7 +7,7 @@ import numpy as np
 
 from flora._peft.factors import positions
 from flora._peft.layouts import leaf_word
-from flora._peft.names import Slot
+from flora._peft.naming.names import Slot
 from flora._tree.errors import LoraError
 
 

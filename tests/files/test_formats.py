@@ -14,9 +14,16 @@ import orbax.checkpoint as ocp
 import pytest
 
 import flora
+import flora.peft
 from flora._files.compare import compared, description
 from flora._files.items import items_of
-from flora._files.records import decoded, foreign_settings, record_of, weight_of
+from flora._files.records import (
+    _encoded,
+    decoded,
+    foreign_settings,
+    record_of,
+    weight_of,
+)
 from flora._files.safetensors import read
 from flora._tree.weight import Variant
 from flora.checkpoint import Checkpointer
@@ -289,3 +296,14 @@ def test_arrays_that_are_not_as_the_record_says_are_refused(tmp_path, name):
                       rf"differs .* in leaves 'kernel': {message}"),
     ):  # fmt: skip
         saver.restore(WANTED)
+
+
+def test_variants_of_peft_are_named_by_where_users_find_them():
+    """Files written before they had public names still load."""
+    groups = {"class": "flora._peft.groups:AcrossGroups", "fields": {"groups": 2}}
+    found = decoded(groups)
+    assert type(found).__name__ == "AcrossGroups"
+    for variant in (found, flora.peft.Activated((1, 2)), flora.peft.Added()):
+        written = _encoded(variant)
+        assert written["class"] == f"flora.peft:{type(variant).__name__}"
+        assert decoded(written) == variant

@@ -29,18 +29,27 @@ EXCEPTIONS = {
     "_peft/config.py": (REFUSED, "settings that are refused"),
     "_peft/factors.py": ("peft/test_peft_layers.py", "factors, layer by layer"),
     "_peft/file.py": (REFUSED, "files that are damaged"),
-    "_peft/groups.py": ("peft/test_peft_layers.py", "convolutions in groups"),
-    "_peft/keys.py": ("peft/test_names.py", "names in files"),
+    "_peft/kinds/groups.py": ("peft/test_peft_layers.py", "convolutions in groups"),
+    "_peft/keys.py": ("peft/naming/test_names.py", "names in files"),
     "_peft/layouts.py": ("peft/test_peft_layers.py", "layouts, layer by layer"),
     "_peft/load.py": (LOADED, "whole files, loaded"),
-    "_peft/names_match.py": ("peft/test_names.py", "names, found by values too"),
+    "_peft/naming/names_match.py": (
+        "peft/naming/test_names.py",
+        "names, found by values too",
+    ),
     "_peft/parameters.py": ("peft/test_peft_layers.py", "parameters of experts"),
-    "_peft/parts.py": ("peft/test_names.py", "heads and fused leaves in parts"),
-    "_peft/renamed.py": ("peft/test_convention.py", "names of another version"),
+    "_peft/parts.py": ("peft/naming/test_names.py", "heads and fused leaves in parts"),
+    "_peft/naming/renamed.py": (
+        "peft/naming/test_convention.py",
+        "names of another version",
+    ),
     "_peft/serving.py": (SAVED, "what is written for servers"),
     "_peft/targets.py": (REFUSED, "what PEFT would not select"),
     "_peft/ties.py": ("peft/test_peft_layers.py", "weights that two modules share"),
-    "_peft/twice.py": ("peft/test_attention.py", "what PEFT makes of attention"),
+    "_peft/kinds/twice.py": (
+        "peft/kinds/test_attention.py",
+        "what PEFT makes of attention",
+    ),
     "_peft/whole.py": (SAVED, "leaves that train whole"),
 }
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from flora._peft.names import Finder, Slot, split_name
+from flora._peft.kinds.twice import IN, OUT, AddedTwice
+from flora._peft.naming.names import Finder, Slot, split_name
 from flora._peft.parts import Part
-from flora._peft.twice import IN, OUT, AddedTwice
 from flora._tree.errors import LoraError
 from flora._tree.weight import LoraWeight
 

@@ -9,7 +9,7 @@ import pytest
 
 import flora
 import flora.peft
-from flora._peft.kasa import KaSA
+from flora._peft.kinds.kasa import KaSA
 from tests.support import peft_files as files
 from tests.support.peft_files import PREFIX, D, F, X, fn, params, up_adapters, values
 

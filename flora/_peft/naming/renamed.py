@@ -14,7 +14,7 @@ import numpy as np
 
 from flora._peft.keys import Content, Lora
 from flora._peft.layouts import layouts, leaf_word
-from flora._peft.names import INDEX, PARAMETERS, Finder, Slot, split_name
+from flora._peft.naming.names import INDEX, PARAMETERS, Finder, Slot, split_name
 from flora._peft.targets import plain
 
 _SAME = {

@@ -8,7 +8,7 @@ import pytest
 
 import flora
 import flora.peft
-from flora._peft.convention import doubts, matched_slots, spelled
+from flora._peft.naming.convention import doubts, matched_slots, spelled
 from tests.support import peft_files as files
 from tests.support.peft_files import linear, values
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora._peft.config import RESIDUAL_STARTS
+from flora._peft.kinds.residual import start_of
 from flora._peft.parts import Part
-from flora._peft.residual import start_of
 from flora._tree.errors import LoraError, fail
 from flora._tree.matrices import matrices
 from flora._tree.paths import named_leaves

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora._peft.config import ABOUT
-from flora._peft.convention import matched_slots
-from flora._peft.names import Module, Slot, siblings, split_name
+from flora._peft.naming.convention import matched_slots
+from flora._peft.naming.names import Module, Slot, siblings, split_name
 from flora._peft.parts import slots_beside
 from flora._peft.whole import taken
 from flora._tree.errors import LoraError

@@ -15,7 +15,7 @@ from flora._peft.factors import Piece, positions
 from flora._peft.file import WEIGHTS, read_tensors
 from flora._peft.ignored import Ignored
 from flora._peft.keys import Lora, sort_out
-from flora._peft.names import Slot
+from flora._peft.naming.names import Slot
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
 

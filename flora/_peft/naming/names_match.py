@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flora._peft.names import PARAMETERS, Module, Names, Slot, split_name
+from flora._peft.naming.names import PARAMETERS, Module, Names, Slot, split_name
 from flora._tree.errors import LoraError, fail
 from flora._tree.paths import named_leaves
 from flora._tree.quantized import is_quantized

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flora._peft.names import Slot
+from flora._peft.naming.names import Slot
 from flora._tree.weight import base_of
 
 _LAYER = re.compile(r"(^|\.)(\d+)(?=\.)")

@@ -7,7 +7,7 @@ import pytest
 
 import flora
 import flora.peft
-from flora._peft.activated import positions
+from flora._peft.kinds.activated import positions
 from tests.support import peft_files as files
 from tests.support.peft_files import PREFIX, values
 

@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from flora._peft.names import INDEX, PARAMETERS, Slot
+from flora._peft.naming.names import INDEX, PARAMETERS, Slot
 from flora._tree.errors import LoraError
 
 _COLLECTIONS = ("params", "batch_stats")

@@ -16,7 +16,7 @@ import numpy as np
 from flora._peft.config import PeftConfig
 from flora._peft.factors import Piece, positions
 from flora._peft.keys import PREFIX, Content, Lora
-from flora._peft.names import Finder, Slot, split_name
+from flora._peft.naming.names import Finder, Slot, split_name
 from flora._tree.blocks import Block
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora._peft.factors import Piece
-from flora._peft.names import Slot
-from flora._peft.residual import changed
+from flora._peft.kinds.residual import changed
+from flora._peft.naming.names import Slot
 from flora._tree.errors import LoraError
 from flora._tree.layout import Layout
 from flora._tree.weight import LoraWeight, Product

@@ -16,7 +16,7 @@ from flora._peft.file import CONFIG
 from flora._peft.ignored import Ignored
 from flora._peft.keys import PREFIX, TOKENS, Content
 from flora._peft.layouts import leaf_word
-from flora._peft.names import Finder, Slot, split_name
+from flora._peft.naming.names import Finder, Slot, split_name
 from flora._tree.errors import LoraError, fail
 from flora._tree.layout import Layout
 from flora._tree.weight import LoraWeight, base_of

@@ -93,7 +93,7 @@ def measured(
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, tuple[float, float]]]:
     """Prints a table, and returns it by column."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--chips", default="v5e,v6e")
     parser.add_argument("--batches", default="64x1,256x1,16x512", help="rows x tokens")
     for name, size in {"count": 8, "rank": 16, "d": 4096, "ff": 14336}.items():

@@ -37,6 +37,7 @@ EXCEPTIONS = {
         "peft/naming/test_names.py",
         "names, found by values too",
     ),
+    "_peft/nodes.py": ("peft/test_peft_layers.py", "the leaves of a loaded tree"),
     "_peft/parameters.py": ("peft/test_peft_layers.py", "parameters of experts"),
     "_peft/parts.py": ("peft/naming/test_names.py", "heads and fused leaves in parts"),
     "_peft/naming/renamed.py": (

@@ -18,17 +18,9 @@ from flora._multi.combine import Combined, combine
 from flora._multi.extract import extract
 from flora._multi.merging import Merged, merge, unmerge
 from flora._multi.mixed import lora
+from flora._multi.places import add, put, remove
 from flora._multi.runs import Runs, finish, start, train_step
-from flora._multi.stacked import (
-    add,
-    pad,
-    prepare,
-    put,
-    remove,
-    select,
-    stack,
-    unstack,
-)
+from flora._multi.stacked import pad, prepare, select, stack, unstack
 
 __all__ = [
     "Combined",

@@ -22,6 +22,7 @@ EXCEPTIONS = {
     "_multi/conform.py": ("multi/test_combine.py", "what adapters must agree on"),
     "_multi/extract.py": ("multi/test_combine.py", "the adapter of a difference"),
     "_multi/lowrank.py": ("multi/test_combine.py", "the best of a rank"),
+    "_multi/places.py": ("multi/test_kinds.py", "places of a stack, filled anew"),
     "_multi/stacked.py": ("test_multi.py", "stacks of adapters, as callers hold them"),
     "_starts/components.py": ("test_budget.py", "budgets divided among leaves"),
     "_starts/residual.py": ("test_starts.py", "starts, as callers ask for them"),

@@ -166,7 +166,7 @@ def _encoded(value: Any) -> Any:
         return {"tuple": [_encoded(x) for x in value]}
     if dataclasses.is_dataclass(value) and kind.__module__.split(".")[0] == "flora":
         names = [f.name for f in dataclasses.fields(value)]
-        public = hasattr(variants, kind.__name__)
+        public = kind.__module__ == variants.__name__
         module = "flora.variants" if public else kind.__module__
         module = "flora" if isinstance(value, Block) else module
         module = "flora.peft" if module.startswith("flora._peft") else module

@@ -116,7 +116,8 @@ def assign(
         content, config, finder, shapes, given, file, ordered=names is not None
     )
     named = content
-    content, agreed = without_ties(without_copies(content, finder), finder, file)
+    content = without_copies(content, finder)
+    content, agreed = without_ties(content, finder, config, file)
     others = {name: content.whole[name] for name in unnamed(config, content)}
     trained = {name: x for name, x in content.whole.items() if name not in others}
     content = dataclasses.replace(content, whole=trained)
@@ -134,7 +135,7 @@ def assign(
     tied = {x.module for x in named.loras} - {x.module for x in content.loras}
     fail(
         [
-            *target_problems(config, named, weights, tied, folder, ignored),
+            *target_problems(config, named, weights, parameters, tied, folder, ignored),
             *whole_problems(config, content, parameters, folder, ignored),
         ]
     )

@@ -43,13 +43,14 @@ def put(
 def _turned(path: str, value: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """A whole parameter in the shape of its leaf."""
     shape = tuple(shape)
+    is_matrix = leaf_word(path) in ("kernel", "embedding", "weight")
     if leaf_word(path) == "kernel" and value.ndim > 2:
         value = np.moveaxis(value, (0, 1), (-1, -2))  # [o, i, *window]
     elif leaf_word(path) == "kernel" and value.ndim == 2:
         if value.T.shape == shape or value.shape != shape:
             value = value.T
             value = value.reshape(shape) if value.size == np.prod(shape) else value
-    elif value.ndim == 1 and value.size == np.prod(shape):
+    elif value.ndim == 1 and value.size == np.prod(shape) and not is_matrix:
         value = value.reshape(shape)  # a bias of heads
     if value.shape != shape:
         raise ValueError(f"expected {shape}, found {value.shape} in Flax's order")

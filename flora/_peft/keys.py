@@ -31,7 +31,7 @@ _PARTS = {
 _BASE = ".base_layer"
 # The name of an adapter, which files do not have and states of a whole model do.
 _NAMED = re.compile(
-    r"\.(lora_[AB])\.([^.]+)\.(weight|bias)$"
+    r"\.(lora_[AB])\.(?!lora_[AB]\.|base_layer\.)([^.]+)\.(weight|bias)$"
     r"|\.(lora_embedding_[AB]|lora_magnitude_vector|lora_diag|trainable_tokens_delta)"
     r"\.(?!weight$)([^.]+)(?:\.weight)?$"
 )

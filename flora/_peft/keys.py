@@ -31,7 +31,7 @@ _PARTS = {
 _BASE = ".base_layer"
 # The name of an adapter, which files do not have and states of a whole model do.
 _NAMED = re.compile(
-    r"\.(lora_[AB])\.([^.]+)\.(weight|bias)$"
+    r"\.(lora_[AB])\.(?!lora_[AB]\.|base_layer\.)([^.]+)\.(weight|bias)$"
     r"|\.(lora_embedding_[AB]|lora_magnitude_vector|lora_diag|trainable_tokens_delta)"
     r"\.(?!weight$)([^.]+)(?:\.weight)?$"
 )
@@ -97,9 +97,16 @@ class Lora:
         ends = {v: k for k, v in reversed(_PARTS.items())}
         if self.kind == "embedding":
             ends |= {"a": _EMBEDDING_A, "b": _EMBEDDING_B}
+        return f"{self._owner}{_BASE * self.depth}{ends[part]}"
+
+    def key_of_base(self, parameter: str) -> str:
+        """The key of a parameter of the module itself."""
+        return f"{self._owner}{_BASE}.{parameter}"
+
+    @property
+    def _owner(self) -> str:
         outer, _, last = self.module.rpartition(".")
-        module = f"{outer}{_BASE}.{last}" if self.inner else self.module
-        return f"{PREFIX}{module}{_BASE * self.depth}{ends[part]}"
+        return f"{PREFIX}{outer}{_BASE}.{last}" if self.inner else PREFIX + self.module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +294,12 @@ def _flag_problems(file: Path, lora: Lora, config: PeftConfig) -> Iterator[str]:
         yield (
             f"{file}: '{lora.key('diag')}' has shape {lora.diag.shape}; expected "
             f"{lora.a.shape[:1]}, one value a rank. Save it anew."
+        )
+    bias, outs = lora.bias, lora.b.shape[:1]
+    if bias is not None and bias.shape != outs:
+        yield (
+            f"{file}: '{lora.key('bias')}' has shape {bias.shape}; expected {outs}, "
+            f"one value for each row of '{lora.key('b')}'. Save it anew."
         )
     for part, flag in (("magnitude", "use_dora"), ("bias", "lora_bias")):
         has, wants = getattr(lora, part) is not None, getattr(config, flag)

@@ -33,6 +33,7 @@ from flora._peft.parameters import (
 )
 from flora._peft.targets import plain, target_problems, unnamed, whole_problems
 from flora._peft.ties import Readers, load_problems, tied_modules, without_ties
+from flora._peft.whole import is_conv1d
 from flora._tree.errors import fail
 from flora._tree.layout import Layout
 from flora._tree.weight import LoraWeight, Trained, base_of
@@ -116,7 +117,8 @@ def assign(
         content, config, finder, shapes, given, file, ordered=names is not None
     )
     named = content
-    content, agreed = without_ties(without_copies(content, finder), finder, file)
+    content = without_copies(content, finder)
+    content, agreed = without_ties(content, finder, config, file)
     others = {name: content.whole[name] for name in unnamed(config, content)}
     trained = {name: x for name, x in content.whole.items() if name not in others}
     content = dataclasses.replace(content, whole=trained)
@@ -134,7 +136,7 @@ def assign(
     tied = {x.module for x in named.loras} - {x.module for x in content.loras}
     fail(
         [
-            *target_problems(config, named, weights, tied, folder, ignored),
+            *target_problems(config, named, weights, parameters, tied, folder, ignored),
             *whole_problems(config, content, parameters, folder, ignored),
         ]
     )
@@ -151,7 +153,10 @@ def assign(
         f"{file}: '{path}' is adapted, and rows of it train alone. Do one of both."
         for path in {*rows} & {*sites}
     )
-    whole = placed(content.whole)
+    whole = {
+        path: [(_turned_or_not(s, leaves[path], x), i, x) for s, i, x in some]
+        for path, some in placed(content.whole).items()
+    }
     memories = _memories(sites, rows, whole, named, finder, config.about)
     of_base = placed(content.of_base)
     return Assignment(sites, rows, whole, of_base, memories, placed(others))
@@ -183,8 +188,9 @@ def _memories(
         found[path] = Memory(tuple(slots), first.dtype, first.depth, own, about)
     dtypes = {path: some[0][2].dtype for path, some in whole.items()}
     dtypes |= {path: rows_of(node).dtype for path, node in rows.items()}
+    straight = {s.name: s for some in whole.values() for s, _, _ in some}
     for path, dtype in dtypes.items():
-        slots = tuple(s for s in finder.slots if s.path == path)
+        slots = tuple(straight.get(s.name, s) for s in finder.slots if s.path == path)
         own = kept.get(path, {}) if path in rows else {}
         found.setdefault(path, Memory(slots, str(dtype), kept=own, about=about))
     for module, path in ties.items():
@@ -193,6 +199,15 @@ def _memories(
             slots = (*found[path].slots, tied)
             found[path] = dataclasses.replace(found[path], slots=slots)
     return found
+
+
+def _turned_or_not(slot: Slot, leaf: Any, x: np.ndarray) -> Slot:
+    """The slot with what the file's matrix says of its module."""
+    if not is_conv1d(slot, base_of(leaf), x):
+        return slot
+    return dataclasses.replace(
+        slot, module=dataclasses.replace(slot.module, kind="conv1d")
+    )
 
 
 def _with_kind(slot: Slot, piece: Piece) -> Slot:

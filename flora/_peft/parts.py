@@ -178,6 +178,8 @@ def kind_of(path: str, node: LoraWeight, slot: Slot, known: str) -> str:
         return "raw"
     if split_name(slot.name)[1] == IN:
         return "linear"
+    if slot.module.kind == "conv1d":
+        return "linear"
     if slot.module.kind or known:
         return slot.module.kind or known
     if word == "embedding":

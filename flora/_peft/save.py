@@ -32,6 +32,7 @@ from flora._peft.naming.memory import (
     agreed,
     base_weights,
     conflicts,
+    fullest,
     memories,
     remembered_slots,
     widest,
@@ -82,7 +83,7 @@ def written(
     bare = any(isinstance(x, LoraWeight) and x.base is None for _, x in named)
     found = {p: some for p, x in named if (some := memories(p, x))}
     fail(conflicts(found) if names is None else ())
-    known = {p: some[0] for p, some in found.items()} if names is None else {}
+    known = {p: fullest(x) for p, x in found.items()} if names is None else {}
     if names is not None:
         slots = given_slots(names, paths, partial=bare)
     elif known:
@@ -164,13 +165,15 @@ def written(
             if x is not None:
                 key = part.lora.key(field)
                 tensors[key], own_dtype[key] = x, dtypes.get(part.slot.path)
-    adapted_modules = {p.lora.module for p in made}
+    adapted_modules = {p.lora.module: p.lora for p in made}
     for name, x in whole.values.items():
         owner, last = split_name(name)
         inside = owner in adapted_modules and name not in whole.modules
-        key = f"{owner}.base_layer.{last}" if inside else name
-        tensors[f"{PREFIX}{key}"] = x
-        own_dtype[f"{PREFIX}{key}"] = dtypes.get(whole.paths[name])
+        key = f"{PREFIX}{name}"
+        if inside:
+            key = adapted_modules[owner].key_of_base(last)
+        tensors[key] = x
+        own_dtype[key] = dtypes.get(whole.paths[name])
     if not serving:  # a server has the base
         for module, x, had in base_weights(found, named, by_path):
             around = wrapper if module in held else ""

@@ -79,6 +79,7 @@ def target_problems(
     config: PeftConfig,
     content: Content,
     weights: Sequence[str],
+    parameters: Sequence[str],
     tied: set[str],
     folder: Path,
     ignored: Ignored,
@@ -92,6 +93,7 @@ def target_problems(
       config: the config.
       content: of the file.
       weights: the modules of the base that have a weight.
+      parameters: all parameters of the base.
       tied: modules that share another one's weight; PEFT adapts them unasked.
       folder: where both lie.
       ignored: the keys that may be missing.
@@ -121,6 +123,17 @@ def target_problems(
             "untrained. Is the adapter one of another base? If not, write "
             f"ignore='{module}.*'."
         )
+    raw = {lora.name for lora in content.loras if lora.raw}
+    for name in parameters:
+        module = split_name(name)[0]
+        wanted = any(end in config.target_parameters for end in ends(name))
+        if wanted and name not in raw and not ignored(f"{PREFIX}{name}"):
+            yield (
+                f"{file}: no '{PREFIX}{module}….lora_A.weight' is of '{name}'; the "
+                f"base has it and target_parameters {listed(config.target_parameters)} "
+                "selects it. PEFT would leave it untrained. Save the adapter anew, or "
+                f"write ignore='{name}'."
+            )
 
 
 def whole_problems(

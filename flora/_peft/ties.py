@@ -14,10 +14,11 @@ import numpy as np
 
 from flora._algebra.variants import Rows
 from flora._peft.config import PeftConfig
+from flora._peft.file import CONFIG
 from flora._peft.keys import Content, Lora
 from flora._peft.layouts import leaf_word
 from flora._peft.naming.names import Finder, Module, Slot, split_name
-from flora._tree.errors import LoraError, LoraTypeError
+from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.weight import LoraWeight, Trained, base_of
 
 Readers = Mapping[str, Collection[str]]  # 'embedding', 'linear', 'conv', by path
@@ -25,7 +26,7 @@ _BOTH = {"embedding", "linear"}
 
 
 def without_ties(
-    content: Content, finder: Finder, file: Path
+    content: Content, finder: Finder, config: PeftConfig, file: Path
 ) -> tuple[Content, frozenset[str]]:
     """The content without second copies for one leaf, and the leaves that had one."""
     kept, of_base, agreed = [], dict(content.of_base), set()
@@ -36,6 +37,7 @@ def without_ties(
         if _is_own(lora, finder) or (not slots and lora.kind != "linear"):
             kept.append(lora)
         elif twins:
+            fail(_twin_problems(twins[0], lora, config, file))
             agreed |= {s.path for s, _ in finder.all(twins[0].name)}
             own = f"{lora.module}.base_layer.weight"
             first = of_base.get(f"{twins[0].module}.base_layer.weight")
@@ -95,6 +97,27 @@ def _is_own(lora: Lora, finder: Finder) -> bool:
     """Whether a leaf is its module's, and not another one's that it uses too."""
     slots = [slot for slot, _ in finder.all(lora.name)]
     return bool(slots) and not all(s.module.tied for s in slots)
+
+
+def _twin_problems(
+    own: Lora, other: Lora, config: PeftConfig, file: Path
+) -> Iterator[str]:
+    """How PEFT changes the two uses of a weight apart, although the factors are one."""
+    scales = config.scale(own.site), config.scale(other.site)
+    if scales[0] != scales[1]:
+        yield (
+            f"{file}: '{own.module}' and '{other.module}' are tied and have the scales "
+            f"{scales[0]:g} and {scales[1]:g} by {CONFIG}; expected one, since one "
+            "weight is changed. Give both the same rank and alpha in rank_pattern and "
+            "alpha_pattern and train anew, or untie the weights in the tree."
+        )
+    if own.magnitude is not None or other.magnitude is not None:
+        yield (
+            f"{file}: '{own.module}' and '{other.module}' are tied, and DoRA, whose "
+            "magnitudes are of the outputs of each; expected plain LoRA, since one "
+            "weight is changed. Train without use_dora, or untie the weights in the "
+            "tree."
+        )
 
 
 def _are_twins(one: Lora, other: Lora) -> bool:
@@ -168,7 +191,7 @@ def _words(lora: Lora) -> int:
 
 def _is_alone(path: str, words: int, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether no other matrix has as many words: a head of its own would."""
-    return not any(
+    return words in shapes[path] and not any(
         words in shape and sum(n > 1 for n in shape) > 1
         for other, shape in shapes.items()
         if other != path

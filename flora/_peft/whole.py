@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from flora._peft.factors import positions
 from flora._peft.layouts import leaf_word
 from flora._peft.naming.names import Slot
 from flora._tree.errors import LoraError
+from flora._tree.quantized import is_quantized
 
 
 def put(
@@ -26,7 +28,8 @@ def put(
         )
     view = target[tuple(index)] if index else target
     if slot.module.order is None and slot.part[1] == 1:
-        view[...] = _turned(slot.path, value, shape)
+        as_it_is = slot.module.kind == "conv1d" and value.shape == shape
+        view[...] = value if as_it_is else _turned(slot.path, value, shape)
         return
     rows = slice(None) if slot.module.order is None else list(slot.module.order)
     wide = (
@@ -40,16 +43,33 @@ def put(
     flat[:, at] = value[rows] if value.ndim == 1 else value[rows].T
 
 
+def is_conv1d(slot: Slot, base: Any, value: np.ndarray) -> bool:
+    """Whether a matrix `[in, out]` is in the file as it is in the leaf, a kernel.
+
+    Of a square one the base's own values tell, if the file's are near them.
+    """
+    shape: tuple[int, ...] = tuple(getattr(base, "shape", ()))
+    if leaf_word(slot.path) != "kernel" or value.ndim != 2 or shape != value.shape:
+        return False
+    if shape[0] != shape[1]:
+        return True
+    if isinstance(base, jax.ShapeDtypeStruct) or is_quantized(base):
+        return False
+    own, x = np.asarray(base, np.float64), value.astype(np.float64)
+    return bool(np.linalg.norm(x - own) < np.linalg.norm(x.T - own) / 2)
+
+
 def _turned(path: str, value: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """A whole parameter in the shape of its leaf."""
     shape = tuple(shape)
+    is_matrix = leaf_word(path) in ("kernel", "embedding", "weight")
     if leaf_word(path) == "kernel" and value.ndim > 2:
         value = np.moveaxis(value, (0, 1), (-1, -2))  # [o, i, *window]
     elif leaf_word(path) == "kernel" and value.ndim == 2:
         if value.T.shape == shape or value.shape != shape:
             value = value.T
             value = value.reshape(shape) if value.size == np.prod(shape) else value
-    elif value.ndim == 1 and value.size == np.prod(shape):
+    elif value.ndim == 1 and value.size == np.prod(shape) and not is_matrix:
         value = value.reshape(shape)  # a bias of heads
     if value.shape != shape:
         raise ValueError(f"expected {shape}, found {value.shape} in Flax's order")
@@ -65,7 +85,7 @@ def taken(
     word = leaf_word(slot.path)
     parts = slot.part[1] > 1
     if word == "kernel" and value.ndim == 2:
-        value = value.T
+        value = value if kind == "conv1d" else value.T
         if parts:
             value = value[positions(slot, beside, value.shape[0])]
     elif word == "kernel" and (kind == "conv" or value.ndim >= 4):

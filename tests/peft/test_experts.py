@@ -126,6 +126,17 @@ def apart(tree):
     return {"layers": layers}
 
 
+def test_missing_ones_are_named_or_ignored(tmp_path):
+    tensors = tensors_of(layers=1)
+    folder = files.write(tmp_path / "a", tensors, **CONFIG)
+    match = r"is of 'model\.layers\.1\.mlp\.experts\.down_proj'; the base has it"
+    with pytest.raises(flora.LoraError, match=match):
+        flora.peft.load(folder, base())
+    loaded = flora.peft.load(folder, base(), ignore="layers.1.mlp.experts.*")
+    left = loaded["model"]["layers"]["1"]["mlp"]["experts"]["down_proj"]
+    assert not isinstance(left, flora.LoraWeight)
+
+
 def test_parts_of_stacked_experts(tmp_path):
     names = {
         f"layers/{{i}}/{leaf}": Module(

@@ -469,3 +469,21 @@ def test_trees_with_the_names_and_axes_of_pytorch(tmp_path):
     tree = {"a.lin.weight": jnp.asarray(values(4, 4))}
     merged = flora.merge(flora.peft.load(folder, tree))
     close(merged["a.lin.weight"], values(4, 4) + files.delta(tensors, "a.lin", 3.0).T)
+
+
+def test_whole_layers_of_gpt2_lie_as_in_pytorch(tmp_path):
+    """Their weights are `[in, out]`: the shape tells, or the base's own values."""
+    tree = files.params() | {"wide": {"kernel": jnp.asarray(values(4, 6, seed=7))}}
+    tree |= {n: {"kernel": jnp.asarray(values(4, 4, seed=8))} for n in ("same", "free")}
+    square = np.asarray(tree["same"]["kernel"]) + 0.1
+    whole = {"wide": values(4, 6), "same": square, "free": values(4, 4, seed=3)}
+    tensors = files.up_adapters() | {f"{PREFIX}{n}.weight": x for n, x in whole.items()}
+    folder = files.write(tmp_path / "a", tensors, modules_to_save=[*whole])
+    loaded = flora.peft.load(folder, tree)
+    want = whole | {"free": whole["free"].T}  # far from the base: a linear layer
+    for name, x in want.items():
+        np.testing.assert_array_equal(loaded[name]["kernel"].value, x)
+    flora.peft.save(tmp_path / "b", loaded)
+    again = files.read(tmp_path / "b")[1]
+    for name, x in whole.items():
+        np.testing.assert_array_equal(again[f"{PREFIX}{name}.weight"], x)

@@ -181,6 +181,10 @@ CASES = {
         {"head.weight": values(9, D), "head.bias": values(3)},
         {"modules_to_save": ["head"]},
         ["head.weight' has shape (9, 4)", "expected (4, 3), found (4, 9)"]),
+    "head in a row": (
+        {"head.weight": values(3 * D), "head.bias": values(3)},
+        {"modules_to_save": ["head"]},
+        ["head.weight' has shape (12,)", "expected (4, 3), found (12,)"]),
     "half a head": (
         {"head.weight": values(3, D)}, {"modules_to_save": ["head"]},
         ["head.bias' is missing"]),

@@ -94,6 +94,8 @@ CASES = {
     "attention, patterns": ("attention", {
         "r": 2, "lora_alpha": 5, "target_modules": ["attn", "mix"], "use_rslora": True,
         "rank_pattern": {"attn": 3}, "alpha_pattern": {"attn": 2}}),
+    "attention, biases": ("attention", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["attn"], "bias": "all"}),
     "vit": ("vit", {
         "r": 2, "lora_alpha": 5, "target_modules": ["q_proj", "fc2"],
         "bias": "lora_only"}),
@@ -407,3 +409,21 @@ def test_uses_of_a_tied_weight_are_right_or_refused(tmp_path, name, ensured):
             again = models.run(models.reloaded(model, tmp_path / "flora"), x)
             close(again, want, 1e-6)
     assert (loads, saves) == ((3, 12) if ensured else (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"rank_pattern": {"embed_tokens": 3}}, "scales 0.666667 and 1 by"),
+        ({"alpha_pattern": {"lm_head": 3}}, "scales 1 and 1.5 by"),
+        ({"use_dora": True}, "tied, and DoRA"),
+    ],
+)
+def test_uses_of_a_tied_weight_that_peft_changes_apart(tmp_path, more, match):
+    """With the same factors, but by other scales or magnitudes."""
+    model, _, _ = models.build("tied")
+    config = HALF | {"r": 2, "lora_alpha": 2, "ensure_weight_tying": True}
+    adapted = models.adapt(model, config | TIED["embedding"] | more)
+    folder = models.saved(adapted, tmp_path)
+    with pytest.raises(flora.LoraError, match=match):
+        flora.peft.load(folder, models.params_of("tied", model))

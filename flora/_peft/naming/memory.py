@@ -148,7 +148,7 @@ def remembered_slots(paths: Sequence[str], known: Mapping[str, Memory]) -> list[
 def conflicts(found: Mapping[str, Sequence[Memory]]) -> Iterator[str]:
     """Leaves that a compiled function took for those of a file of other names."""
     for path, (first, *rest) in found.items():
-        other = next((m for m in rest if m.slots != first.slots), None)
+        other = next((m for m in rest if not _are_alike(m, first)), None)
         if other is not None:
             named = " or ".join(
                 f"'{s.name}'" for m in (first, other) for s in m.slots[:1]
@@ -157,6 +157,27 @@ def conflicts(found: Mapping[str, Sequence[Memory]]) -> Iterator[str]:
                 f"save: '{path}' ran in a compiled function with that of another file, "
                 f"and may come from either: it is {named}. Write names=."
             )
+
+
+def _are_alike(one: Memory, other: Memory) -> bool:
+    """Whether they name the same parameters; what trains whole has no kind."""
+
+    def about(memory: Memory) -> list[Any]:
+        rest = [k for k in _MODULE if k != "kind"]
+        modules = ([getattr(s.module, k) for k in rest] for s in memory.slots)
+        return [(s.name, s.part, x) for s, x in zip(memory.slots, modules, strict=True)]
+
+    kinds = zip(_kinds(one), _kinds(other), strict=False)
+    return about(one) == about(other) and all(x == y for x, y in kinds if x and y)
+
+
+def _kinds(memory: Memory) -> list[str]:
+    return [s.module.kind for s in memory.slots]
+
+
+def fullest(some: Sequence[Memory]) -> Memory:
+    """The one that knows the kinds of its modules."""
+    return max(some, key=lambda m: sum(map(bool, _kinds(m))))
 
 
 def widest(some: Sequence[Memory]) -> Any:

@@ -26,7 +26,7 @@ PARAMETERS = {
 }
 _HOLE = re.compile(r"\{([^{}]*)\}")
 INDEX = "0|[1-9][0-9]{0,8}"  # `00` and other scripts' digits are names
-KINDS = ("", "linear", "conv", "embedding")
+KINDS = ("", "linear", "conv", "embedding", "conv1d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Module:
       rows: which of the module's out features the leaf has, in the leaf's order; an int
         n for the first n; `None` for all.
       columns: the leaf's order of the module's in features.
-      kind: 'linear', 'conv' or 'embedding', where the leaf does not tell.
+      kind: 'linear', 'conv' or 'embedding', where the leaf does not tell; 'conv1d' for
+        the linear layer of GPT-2, whose weight is `[in, out]`.
       groups: of a convolution.
       tied: whether the module uses the weight of another one, the first of the list.
     """

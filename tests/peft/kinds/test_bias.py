@@ -1,5 +1,7 @@
 """`lora_bias`: scale c beside a bias of the base, or where it has none."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,10 +124,12 @@ def test_it_trains_by_its_own_gradient(tmp_path, with_bias):
 
 
 def test_one_that_does_not_fit_is_named(tmp_path):
-    held = tensors() | {f"{PREFIX}layers.1.up.lora_B.bias": values(F + 1)}
-    folder = files.write(tmp_path / "a", held, lora_bias=True)
-    with pytest.raises(flora.LoraError, match=r"layers\.1\.up\.lora_B\.bias.*7 .*6"):
-        flora.peft.load(folder, params())
+    for n, shape in enumerate([(F + 1,), (F, 1), (1,)]):
+        held = tensors() | {f"{PREFIX}layers.1.up.lora_B.bias": values(*shape)}
+        folder = files.write(tmp_path / f"a{n}", held, lora_bias=True)
+        match = re.escape(f".1.up.lora_B.bias' has shape {shape}; expected ({F},)")
+        with pytest.raises(flora.LoraError, match=match):
+            flora.peft.load(folder, params())
     folder = files.write(tmp_path / "b", tensors(), lora_bias=True, use_dora=True)
     with pytest.raises(flora.LoraError, match="lora_bias and use_dora"):
         flora.peft.load(folder, params())

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import flora
+import flora.multi
 import flora.peft
 from flora._tree.origin import Origin
 from flora.peft import Module
@@ -147,6 +148,26 @@ def test_one_compiled_function_for_several_files(tmp_path):
     other(fresh)
     flora.peft.save(tmp_path / "e", jax.tree.map(lambda x, _: x, again, fresh))
     check_same(tmp_path / "d", tmp_path / "e")
+
+
+def test_a_stack_of_files_that_adapt_and_train_a_leaf(tmp_path):
+    """Which agree in its name; what trains whole has no kind of its own."""
+    head = {"head.weight": files.values(3, 4), "head.bias": files.values(3)}
+    tensors = {f"{PREFIX}{k}": x for k, x in head.items()} | files.up_adapters()
+    whole = files.write(tmp_path / "a", tensors, modules_to_save=["head"])
+    held = files.linear("head", 4, 3)
+    adapts = files.write(tmp_path / "b", held, target_modules=["head"])
+    made = [flora.peft.load(x, files.params()) for x in (whole, adapts)]
+    made = [flora.split(x)[1] for x in made]
+    for order in (made, made[::-1]):
+        stacked = flora.multi.stack(order, base=files.params())
+        for one, adapter in zip(flora.multi.unstack(stacked), order, strict=True):
+            flora.peft.save(tmp_path / "c", one)
+            again = flora.peft.load(tmp_path / "c", files.params())
+            want = flora.multi.lora(files.fn)
+            want = want(files.params(), flora.multi.stack([adapter]), [0] * 5, files.X)
+            got = flora.lora(files.fn)(again, files.X)
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_leaves_of_one_shape_are_told_apart(tmp_path):

@@ -33,7 +33,7 @@ _BASE = ".base_layer"
 _NAMED = re.compile(
     r"\.(lora_[AB])\.(?!lora_[AB]\.|base_layer\.)([^.]+)\.(weight|bias)$"
     r"|\.(lora_embedding_[AB]|lora_magnitude_vector|lora_diag|trainable_tokens_delta)"
-    r"\.(?!weight$)([^.]+)(?:\.weight)?$"
+    r"\.(?!weight$|lora_[AB]\.)([^.]+)(?:\.weight)?$"
 )
 TOKENS = "trainable_tokens_delta"  # which are the new rows
 _WRAPPER = ".token_adapter"

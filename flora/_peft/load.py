@@ -154,7 +154,7 @@ def assign(
         for path in {*rows} & {*sites}
     )
     whole = {
-        path: [(_turned_or_not(s, leaves[path], x), i, x) for s, i, x in some]
+        path: [(_of_kind(s, leaves[path], x), i, x) for s, i, x in some]
         for path, some in placed(content.whole).items()
     }
     memories = _memories(sites, rows, whole, named, finder, config.about)
@@ -188,9 +188,9 @@ def _memories(
         found[path] = Memory(tuple(slots), first.dtype, first.depth, own, about)
     dtypes = {path: some[0][2].dtype for path, some in whole.items()}
     dtypes |= {path: rows_of(node).dtype for path, node in rows.items()}
-    straight = {s.name: s for some in whole.values() for s, _, _ in some}
+    known = {s.name: s for some in whole.values() for s, _, _ in some}
     for path, dtype in dtypes.items():
-        slots = tuple(straight.get(s.name, s) for s in finder.slots if s.path == path)
+        slots = tuple(known.get(s.name, s) for s in finder.slots if s.path == path)
         own = kept.get(path, {}) if path in rows else {}
         found.setdefault(path, Memory(slots, str(dtype), kept=own, about=about))
     for module, path in ties.items():
@@ -201,13 +201,11 @@ def _memories(
     return found
 
 
-def _turned_or_not(slot: Slot, leaf: Any, x: np.ndarray) -> Slot:
-    """The slot with what the file's matrix says of its module."""
-    if not is_conv1d(slot, base_of(leaf), x):
-        return slot
-    return dataclasses.replace(
-        slot, module=dataclasses.replace(slot.module, kind="conv1d")
-    )
+def _of_kind(slot: Slot, leaf: Any, x: np.ndarray) -> Slot:
+    """The slot with what the file's value says of its module."""
+    conv1d = is_conv1d(slot, base_of(leaf), x)
+    kind = "conv1d" if conv1d else "conv" if x.ndim > 2 else slot.module.kind
+    return dataclasses.replace(slot, module=dataclasses.replace(slot.module, kind=kind))
 
 
 def _with_kind(slot: Slot, piece: Piece) -> Slot:

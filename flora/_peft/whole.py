@@ -48,10 +48,10 @@ def is_conv1d(slot: Slot, base: Any, value: np.ndarray) -> bool:
 
     Of a square one the base's own values tell, if the file's are near them.
     """
-    shape: tuple[int, ...] = tuple(getattr(base, "shape", ()))
+    shape = tuple(getattr(base, "shape", ()))
     if leaf_word(slot.path) != "kernel" or value.ndim != 2 or shape != value.shape:
         return False
-    if shape[0] != shape[1]:
+    if len({*shape}) > 1:
         return True
     if isinstance(base, jax.ShapeDtypeStruct) or is_quantized(base):
         return False

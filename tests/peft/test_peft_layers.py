@@ -471,6 +471,28 @@ def test_trees_with_the_names_and_axes_of_pytorch(tmp_path):
     close(merged["a.lin.weight"], values(4, 4) + files.delta(tensors, "a.lin", 3.0).T)
 
 
+def test_whole_convolutions_are_saved_as_they_came(tmp_path):
+    """Whose kernel of three axes may as well be that of split heads."""
+    tree = files.params() | {"conv": {"kernel": jnp.asarray(values(3, 4, 6))}}
+    whole = values(6, 4, 3)
+    tensors = files.up_adapters() | {f"{PREFIX}conv.weight": whole}
+    folder = files.write(tmp_path / "a", tensors, modules_to_save=["conv"])
+    loaded = flora.peft.load(folder, tree)
+    np.testing.assert_array_equal(loaded["conv"]["kernel"].value, whole.T)
+    round_trip(tmp_path, tensors, loaded)
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_magnitude_vector", "default"])
+def test_layers_that_are_called_as_what_peft_adds(tmp_path, name):
+    tensors = files.linear(f"x.{name}", 4, 6)
+    folder = files.write(tmp_path / "a", tensors, target_modules=[name])
+    tree = {"x": {name: {"kernel": jnp.asarray(values(4, 6))}}}
+    loaded = flora.peft.load(folder, tree)
+    want = values(4, 6) + files.delta(tensors, f"x.{name}", 3.0)
+    close(flora.merge(loaded)["x"][name]["kernel"], want)
+    round_trip(tmp_path, tensors, loaded)
+
+
 def test_whole_layers_of_gpt2_lie_as_in_pytorch(tmp_path):
     """Their weights are `[in, out]`: the shape tells, or the base's own values."""
     tree = files.params() | {"wide": {"kernel": jnp.asarray(values(4, 6, seed=7))}}

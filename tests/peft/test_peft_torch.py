@@ -102,6 +102,9 @@ CASES = {
     "vit, all-linear": ("vit", {
         "r": 2, "lora_alpha": 5, "target_modules": "all-linear",
         "modules_to_save": ["classifier"]}),
+    "vit, norms of layers": ("vit", {
+        "r": 2, "lora_alpha": 5, "target_modules": ["q_proj"],
+        "modules_to_save": ["layernorm_before"]}),
     "mixtral": ("mixtral", {
         "r": 2, "lora_alpha": 5, "target_modules": ["q_proj"],
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],

@@ -96,6 +96,10 @@ def _assigned(lost: Mapping[str, Fits], free: Mapping[str, Shape]) -> dict[str, 
             if name not in taken
         }
         for name, paths in options.items():
+            if len(paths) > 1:  # `norm` is not the norm of a layer
+                same = [p for p in paths if _numbers(p) == _numbers(name)]
+                options[name] = same or paths
+        for name, paths in options.items():
             rivals = [n for n, some in options.items() if n != name and paths == some]
             if len(paths) == 1 and not rivals:
                 found[paths[0]] = name

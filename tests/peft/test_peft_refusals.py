@@ -143,7 +143,7 @@ CASES = {
     "flat": ({"a": values(8)}, {}, ["(8,)", "at least 2"]),
     "integers": ({"a": np.ones((2, D), np.int32)}, {}, ["dtype I32", "F32"]),
     "bytes": ({"b": np.ones((F, 2), np.int8)}, {}, [B0, "dtype I8", "a floating dty"]),
-    "complex": ({"b": np.ones((F, 2), np.complex64)}, {}, [B0, "dtype C64"]),
+    "booleans": ({"b": np.ones((F, 2), bool)}, {}, [B0, "dtype BOOL"]),
     "empty": ({"a": values(0, D)}, {}, ["(0, 4)", "no elements"]),
     # flags
     "dora without flag": (

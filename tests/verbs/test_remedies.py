@@ -235,8 +235,7 @@ def test_numbers_that_are_offered_fit():
     start = flora.initializers.orthogonal()
     rank = written(error_of(init, fn, p, target="*", rank=3, init=start), "rank")
     assert init(fn, p, target="*", rank=rank, init=start)["wide"].rank == 4
-    ties = {"method": "ties", "density": 0.5}
-    adapters = [flora.split(made)[1]] * 2
-    message = error_of(flora.multi.combine, adapters, [1, -1], **ties)
-    method = written(message, "method")
-    flora.multi.combine(adapters, [1, -1], method=method, density=0.5)
+    dora = init(fn, p, target="*", variant=flora.variants.DoRA())
+    adapters = [flora.split(made)[1], flora.split(dora)[1]]
+    message = error_of(flora.multi.combine, adapters, [1, -1], base=p)
+    flora.multi.combine(adapters, [1, -1], base=p, method=written(message, "method"))

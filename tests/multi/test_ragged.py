@@ -107,6 +107,25 @@ def test_experts_without_an_adapter_too(x64):
     assert np.abs(y[0] - fn(params, x, choice)[0]).max() > 1e-3
 
 
+def test_experts_within_a_derivative_of_ones_own_are_refused():
+    @jax.custom_jvp
+    def product(x, w, sizes):
+        return lax.ragged_dot(x, w, sizes)
+
+    product.defjvps(None, None, None)
+
+    def run(p, x, sizes):
+        return product(x[0], p["up"], sizes[0])[None] @ p["head"]
+
+    params = {"up": jnp.ones((EXPERTS, IN, HIDDEN)), "head": jnp.ones((HIDDEN, OUT))}
+    node = flora.LoraWeight(None, jnp.ones((HIDDEN, 1)), jnp.ones((1, OUT)))
+    stacked = flora.multi.stack([{"up": None, "head": node}])
+    x, sizes = jnp.ones((2, 3, IN)), jnp.ones((2, EXPERTS), jnp.int32)
+    match = r"'custom_jvp_call' at .*test_ragged.*one at a time"
+    with pytest.raises(flora.LoraError, match=match):
+        flora.multi.lora(run)(params, stacked, [0, -1], x, sizes)
+
+
 def test_an_expert_meets_the_tokens_of_all_rows_at_once():
     x, w = jnp.ones((ROWS, TOKENS, 11)), jnp.ones((EXPERTS, 11, 13))
     sizes = jnp.array([[7, 0, 0], [1, 2, 4], [0, 0, 7], [2, 2, 2]])

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from flora._algebra.axes import (
     RANK,
@@ -21,7 +22,7 @@ from flora._trace.compat import Eqn, P
 from flora._trace.interpret import Context, densify, interpret
 from flora._trace.rules.control import keyed
 from flora._trace.stage import filled
-from flora._tree.errors import Unfactorable
+from flora._tree.errors import LoraError, Unfactorable
 
 
 def _computing(rule: Callable) -> Callable:
@@ -35,6 +36,12 @@ def _computing(rule: Callable) -> Callable:
                     if isinstance(x, Factored) and not (x.indexed or x.reduced):
                         ctx.note_gradient(x, eqn, "its own derivative forms dW")
             return interpret(ctx, eqn.params["call_jaxpr"], args)
+        if ctx.ragged_dot is not lax.ragged_dot and compat.has_experts(eqn):
+            raise LoraError(
+                f"'{eqn.primitive.name}' at {ctx.line(eqn)} has products with experts "
+                "(ragged_dot) inside a function with a derivative of its own, which no "
+                "mixed batch maps. Run its adapters one at a time, by flora.lora."
+            )
         if keyed(args):
             raise Unfactorable("dropout in a function with a derivative of its own")
         adapted = [x for x in args if isinstance(x, Factored) and x.factors]

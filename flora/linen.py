@@ -233,6 +233,8 @@ def variables(model: LoRA, tree: Any = None, *args: Any, **kwargs: Any) -> Any:
 
     For adapters that come from elsewhere: `flora.load`, `flora.peft.load`,
     `flora.starts`.  A leaf that trains whole becomes the base's, with a delta of zero.
+    Variables do not tell that a start such as PiSSA's changed the base: give
+    `flora.peft.save` the old one as `base=`.
 
     Args:
       model: a `LoRA` module.

@@ -361,7 +361,7 @@ class Checkpointer:
             where = pathlib.Path(self._directory, str(chosen))
             try:
                 return steadily([where], functools.partial(read, chosen))
-            except LoraError:
+            except (LoraError, OSError, ValueError):  # Orbax's own, where it is gone
                 if not tries or step is not None or chosen in self.steps():
                     raise
 

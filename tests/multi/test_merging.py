@@ -57,7 +57,10 @@ def test_the_base_comes_back_bit_for_bit(dtype, variant):
         return
     assert rest.steps.nbytes == np.prod(SHAPE)
     assert rest.at.size < 1e-3 * np.prod(SHAPE)
-    assert rest.steps.any()  # W + ΔW - ΔW alone is not W
+    off = float((rest.steps != 0).mean())  # where W + ΔW - ΔW alone is not W
+    assert off > 0.01
+    if variant is None and dtype in ("bfloat16", "float32"):  # examples/howto/multi.md
+        assert abs(1 / off - {"bfloat16": 7, "float32": 5}[dtype]) < 0.5, off
 
 
 def test_odd_values_and_parts_of_a_stack(x64):

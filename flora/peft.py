@@ -39,7 +39,7 @@ from flora._peft.kinds.twice import AddedTwice as AddedTwice
 from flora._peft.load import assign, coverage_problems, expected_layouts
 from flora._peft.naming.names import Module, Names
 from flora._peft.naming.names_match import match_names
-from flora._peft.nodes import base_problems, in_dtype, node_of, rows_of, whole_of
+from flora._peft.nodes import base_problems, in_dtype, node_of, placed_rows, whole_of
 from flora._peft.save import written
 from flora._trace.discover import Finding, discover
 from flora._trace.stage import stage
@@ -169,7 +169,7 @@ def load(
     ignored.require_used(tensors)
     fail(coverage_problems(leaves, found, folder / WEIGHTS))
     new = {p: node_of(site, config, folder, taken) for p, site in found.adapted.items()}
-    new |= {p: rows_of(x, dtype) for p, x in found.rows.items()}
+    new |= {p: placed_rows(x, dtype) for p, x in found.rows.items()}
     fail(base_problems(found, leaves, config, folder))
     new |= whole_of(found, leaves, folder)
     new |= {

@@ -12,15 +12,7 @@ import numpy as np
 
 from flora._algebra.dense import delta
 from flora._multi.conform import aligned, not_finite, require_alike, require_rank
-from flora._multi.kinds import (
-    Values,
-    each_leaf,
-    fixed,
-    require_one_start,
-    values_of,
-    whole,
-    with_columns,
-)
+from flora._multi.kinds import each_leaf, values_of, worked_out_alike
 from flora._multi.lowrank import (
     compressed,
     flat_factors,
@@ -139,7 +131,9 @@ def combine(
         _How(weights, method, rank, density or 1.0, sign, key),
         values_of(base),
     )
-    leaves = each_leaf("combine", leaves, lambda path, x: _plain(path, x, values))
+    leaves = each_leaf(
+        "combine", leaves, lambda path, x: worked_out_alike(path, x, values)
+    )
     require_alike(leaves, "combine", gaps=True)
     fail(p for path, nodes in leaves for p in _node_problems(path, nodes, how, values))
     errors: dict[str, float] = {}
@@ -152,20 +146,6 @@ def combine(
             node = _of_whole(path, nodes, how, values.get(path)) if kinds else None
         made.append(node)
     return Combined(treedef.unflatten(made), errors)
-
-
-def _plain(path: str, nodes: Sequence[Any], values: Values) -> list[Any]:
-    """The nodes of a leaf without variants; all whole where one trains whole."""
-    require_one_start(path, nodes)
-    whole_ones = [x for x in nodes if isinstance(x, Trained)]
-    if whole_ones and len(whole_ones) < len(nodes):
-        return [whole(path, x, values, whole_ones[0]) for x in nodes]
-    if whole_ones:
-        return list(nodes)
-    made = [None if x is None else fixed(path, x, values) for x in nodes]
-    if any(x is not None and x.variant is not None for x in made):
-        return [None if x is None else with_columns(x) for x in made]
-    return made
 
 
 @dataclasses.dataclass(frozen=True)

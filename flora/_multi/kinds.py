@@ -58,21 +58,33 @@ def united(path: str, nodes: Sequence[Any], base: Values) -> list[Any]:
     """The nodes of one leaf as one kind, or all `None`.
 
     Raises:
-      LoraError: the base's weight is needed and not there, or a variant has a function
-        between A and B.
+      LoraError: as of `worked_out_alike`.
     """
-    given = [x for x in nodes if x is not None]
-    require_one_start(path, nodes)
-    if any(isinstance(x, Trained) for x in given):
-        like = next(x for x in given if isinstance(x, Trained))
-        return [whole(path, x, base, like) for x in nodes]
-    if _is_one_kind(given) and len(given) in (0, len(nodes)):
+    if _is_one_kind(nodes):
+        require_one_start(path, nodes)
         return list(nodes)
-    plain = [None if x is None else fixed(path, x, base) for x in nodes]
-    if any(x is not None and x.variant is not None for x in plain):
-        plain = [None if x is None else with_columns(x) for x in plain]
-    like = next(x for x in plain if x is not None)
-    return [zeros(like) if x is None else x for x in plain]
+    made = worked_out_alike(path, nodes, base)
+    like = next((x for x in made if x is not None), None)
+    return [zeros(like) if x is None and like is not None else x for x in made]
+
+
+def worked_out_alike(path: str, nodes: Sequence[Any], base: Values) -> list[Any]:
+    """The nodes of one leaf without variants, `None` where an adapter has none.
+
+    All have columns where one has, and all are whole where one trains whole.
+
+    Raises:
+      LoraError: the base's weight is needed and not there, or a variant has a function
+        between A and B; or starts changed the base of some.
+    """
+    require_one_start(path, nodes)
+    like = next((x for x in nodes if isinstance(x, Trained)), None)
+    if like is not None:
+        return [whole(path, x, base, like) for x in nodes]
+    made = [None if x is None else fixed(path, x, base) for x in nodes]
+    if any(x is not None and x.variant is not None for x in made):
+        return [None if x is None else with_columns(x) for x in made]
+    return made
 
 
 def require_one_start(path: str, nodes: Sequence[Any]) -> None:
@@ -90,8 +102,10 @@ def require_one_start(path: str, nodes: Sequence[Any]) -> None:
         )
 
 
-def _is_one_kind(nodes: Sequence[LoraWeight]) -> bool:
+def _is_one_kind(nodes: Sequence[Any]) -> bool:
     """Whether nodes fit one node as they are, but for zeros and a factor in B."""
+    if not all(isinstance(x, LoraWeight) for x in nodes):
+        return False
     if len({x.variant for x in nodes}) > 1 or any(x.blocks for x in nodes):
         return False
     if all(isinstance(x.variant, DoRA | Columns | None) for x in nodes):

@@ -20,7 +20,7 @@ from flora._algebra.variants import Columns
 from flora._multi.conform import flattened
 from flora._multi.kinds import each_leaf, fixed
 from flora._tree.arrays import compute_dtype
-from flora._tree.errors import LoraError, LoraTypeError, Unfactorable, fail
+from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.finite import require_finite
 from flora._tree.paths import named_leaves
 from flora._tree.quantized import is_quantized
@@ -120,10 +120,7 @@ def merge(base: Any, adapter: Any, *, donate: bool = False) -> Merged:
             return leaf, None
         bare = dataclasses.replace(leaf, base=None, key=None)
         node = fixed(path, bare, {path: leaf.base})
-        try:
-            merged = _materialized(dataclasses.replace(node, base=leaf.base))
-        except Unfactorable as reason:
-            raise LoraError(f"'{path}': {reason}.") from None
+        merged = _materialized(dataclasses.replace(node, base=leaf.base))
         require_finite("merge", {path: merged}, before={path: leaf.base})
         rest[path] = _rest(leaf.base, merged, node)
         if donate and isinstance(rest[path], Rest):

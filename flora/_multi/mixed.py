@@ -17,6 +17,7 @@ from flora._multi.ragged import ragged_dot
 from flora._multi.stacked import (
     BASE,
     chosen,
+    of_one,
     only_if,
     picked,
     require_stacked,
@@ -28,7 +29,7 @@ from flora._trace.stage import Staged, filled, stage
 from flora._tree.arrays import is_array
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.weight import LoraWeight, Trained, is_leaf
-from flora._verbs.lora import lora as of_one
+from flora._verbs.lora import lora as run_adapted
 from flora._verbs.split import join
 
 METHODS = ("auto", "gather", "masked")
@@ -147,10 +148,7 @@ def _paired(base: Any, stacked: Any) -> _Pairs:
     nodes, treedef, count = require_stacked(stacked, "multi.lora")
     nodes = worked_out("multi.lora", nodes, values_of(base))
     leaves, base_def = jax.tree.flatten(base, is_leaf=lambda x: x is None or is_leaf(x))
-    abstract = treedef.unflatten(
-        [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), x)
-         for _, x in nodes]
-    )  # fmt: skip
+    abstract = treedef.unflatten([of_one(x) for _, x in nodes])
     try:
         held = base_def.flatten_up_to(treedef.unflatten([x for _, x in nodes]))
     except ValueError:
@@ -239,14 +237,9 @@ def _one_row(
         for (n, (_, node)), (a, b, extra) in zip(lora.items(), factors, strict=True):
             nodes[n] = dataclasses.replace(node, a=a, b=b, extra=extra)
         adapted = join(base, pairs.treedef.unflatten(nodes))
-        return of_one(fn, form="direct")(adapted, *args, **kwargs)
+        return run_adapted(fn, form="direct")(adapted, *args, **kwargs)
 
-    factors = [
-        jax.tree.map(
-            lambda f: jax.ShapeDtypeStruct(f.shape[1:], f.dtype), (x.a, x.b, x.extra)
-        )
-        for _, x in lora.values()
-    ]
+    factors = [of_one((x.a, x.b, x.extra)) for _, x in lora.values()]
     leaves, treedef = jax.tree.flatten((pairs.base, whole, factors))
     staged = stage(run, leaves, treedef, args, kwargs, verb="flora.multi")
     columns = [_columns(x, i, pairs.count) for _, x in lora.values()]

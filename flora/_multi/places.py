@@ -12,6 +12,7 @@ from flora._multi.stacked import (
     BASE,
     as_first,
     as_index,
+    of_one,
     require_stacked,
     stack,
     unstack,
@@ -50,7 +51,7 @@ def put(
     i = as_index(i, count, "put")
     if isinstance(i, int) and i == BASE:
         raise LoraError(f"put: i={i}; write one of 0 to {count - 1}.")
-    like = treedef.unflatten([jax.tree.map(_of_one, x) for _, x in named])
+    like = treedef.unflatten([of_one(x) for _, x in named])
     pairs, _ = aligned([like, adapter], "put", blocks=True)
     fail(f"put: {p}" for path, (_, x) in pairs for p in not_finite(path, [x]))
     new, problems = _placed(pairs, values_of(base))
@@ -94,10 +95,6 @@ def _placed(
             leaves.append((path, nodes))
     made, more = as_first(leaves)
     return made, problems + more
-
-
-def _of_one(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
 
 def add(stacked: Any, adapter: Any, *, base: Any = None) -> Any:

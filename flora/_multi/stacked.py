@@ -254,6 +254,11 @@ def require_stacked(stacked: Any, verb: str) -> tuple[list[tuple[str, Any]], Any
     return named, treedef, next(iter(counts))[0]
 
 
+def of_one(stacked: Any) -> Any:
+    """The shapes and dtypes of one of the adapters, without the leading axis."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
+
+
 def as_index(i: Any, count: int, verb: str) -> Any:
     """An int or a traced scalar; `None` and -1 are the base alone."""
     if i is None:

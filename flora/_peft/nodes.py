@@ -56,7 +56,7 @@ def _cast(x: Any, dtype: Any) -> Any:
     return x.astype(wide if dtype is None else dtype)
 
 
-def rows_of(node: LoraWeight, dtype: Any) -> LoraWeight:
+def placed_rows(node: LoraWeight, dtype: Any) -> LoraWeight:
     """The node of a leaf some of whose rows train, with factors as `in_dtype`."""
     a, b = (_cast(np.asarray(x), dtype) for x in (node.a, node.b))
     node = dataclasses.replace(node, a=a, b=b)

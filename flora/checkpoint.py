@@ -439,7 +439,8 @@ class Checkpointer:
 def _listed(read: Callable[[], T]) -> T:
     """What lists the steps, once more if another process removed one meanwhile."""
     for _ in range(20):
-        with contextlib.suppress(FileNotFoundError):
+        # Between two looks at a step Orbax finds that it is no directory any more.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return read()
     return read()
 

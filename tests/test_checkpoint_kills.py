@@ -157,7 +157,8 @@ def test_a_step_that_is_saved_anew_as_it_is_read_is_not_mixed(tmp_path, monkeypa
             reader.restore(*first)
 
 
-def test_a_step_that_is_removed_as_steps_are_listed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [FileNotFoundError, NotADirectoryError])
+def test_a_step_that_is_removed_as_steps_are_listed(tmp_path, monkeypatch, error):
     with Checkpointer(tmp_path) as saver:
         saver.save(1, *trained(1))
     reload, calls = ocp.CheckpointManager.reload, []
@@ -165,7 +166,7 @@ def test_a_step_that_is_removed_as_steps_are_listed(tmp_path, monkeypatch):
     def late(self):
         calls.append(self)
         if len(calls) == 1:
-            raise FileNotFoundError("1")
+            raise error("1")
         return reload(self)
 
     monkeypatch.setattr(ocp.CheckpointManager, "reload", late)

@@ -374,6 +374,26 @@ def reshaped(w: Factored, base: Any, shape: Sequence[int]) -> Factored:
     return regrouped(w, base, axes)
 
 
+def divided(sizes: Sizes, shape: Sequence[int]) -> dict[Name, Sizes]:
+    """What a shape of as many elements, in row order, divides each axis into.
+
+    Axes that it leaves whole or joins with others are not in it.
+    """
+    found: dict[Name, Sizes] = {}
+    todo, group, size, rest = [n for n in shape if n != 1][::-1], [], 1, 1
+    for name, length in sizes:
+        group, size = ([*group, name], size * length) if length != 1 else (group, size)
+        parts: list[int] = []
+        while todo and rest < size:
+            parts.append(todo.pop())
+            rest *= parts[-1]
+        if rest == size:
+            if len(group) == 1 and len(parts) > 1:
+                found[name] = [(f"{name}/{i}", n) for i, n in enumerate(parts)]
+            group, size, rest = [], 1, 1
+    return found
+
+
 def _halved(piece: Axis, size: int) -> tuple[Axis, Axis]:
     rest = piece.size // size
     return (

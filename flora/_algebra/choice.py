@@ -13,11 +13,14 @@ class Form:
       forward: y = x W + z Q.
       backward: dx = dy Wᵀ + g Pᵀ.
       together: whether products of one x share their low-rank terms.
+      in_heads: whether axes that a reshape beside the product divides, into heads, are
+        divided within.
     """
 
     forward: str
     backward: str
     together: bool = True
+    in_heads: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from flora._algebra.low_rank import densified
 from flora._trace import compat
 from flora._trace.compat import Eqn
 from flora._trace.dequantize import on_quantized
+from flora._trace.reshapes import reshapes
 from flora._trace.share import Schedule, in_order, together
 from flora._trace.source import source_line
 from flora._tree.errors import LoraError, Unfactorable, human_bytes
@@ -81,6 +82,8 @@ class Context:
       claims: whether roles are recorded, not only what has no factored form.
       ragged_dot: what computes products with experts; where it is not JAX's own, those
         that no adapted weight is part of are handed to it, too.
+      reshapes: the shape that the result of a product is given, and that an operand
+        had, by variable.
       seen: while uses are recorded a value counts by its type alone: results by what
         computes them or by type, of this jaxpr, which stand for later ones.
     """
@@ -88,13 +91,14 @@ class Context:
     rules: Mapping[Any, Rule]
     rules_for_squares: Mapping[Any, Rule]
     enters: Collection[Any] = ()
-    together: Callable[[Sequence[Any], Sequence[Any]], list[Any]] | None = None
+    together: Callable[[Any, Sequence[Any], Sequence[Any]], list[Any]] | None = None
     log: dict[Use, None] | None = None
     salt: int = 0
     within: Any = None
     jitted: dict[Any, Callable] = dataclasses.field(default_factory=dict)
     claims: bool = True
     ragged_dot: Callable[..., Any] = lax.ragged_dot
+    reshapes: Mapping[Any, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     seen: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def line(self, eqn: Eqn) -> str:
@@ -183,8 +187,9 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     Outputs can be `Factored` too.  Runs of equations that touch no weight are
     evaluated by JAX itself.
     """
-    ctx = dataclasses.replace(ctx, seen={})
     jaxpr, consts = compat.open_jaxpr(jaxpr)
+    found = reshapes(jaxpr.eqns) if ctx.log is None else {}
+    ctx = dataclasses.replace(ctx, seen={}, reshapes=found)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     lazy = {v: x for v, x in env.items() if is_lazy(x)}
@@ -248,7 +253,7 @@ def _results(
     joint: list[Any] = [None] * len(eqns)
     if ctx.together and len(eqns) > 1:
         with compat.common_scope(eqns):
-            run = functools.partial(ctx.together, eqns)
+            run = functools.partial(ctx.together, ctx, eqns)
             joint = on_quantized(lambda *values: run(values), values)
     return [
         _apply_rule(ctx, i, eqn, args) if y is None else [y]

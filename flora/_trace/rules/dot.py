@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.axes import RANK, Axis, Factored, Name, Named, Sizes, fused, renamed
+from flora._algebra.axes import (
+    RANK,
+    Axis,
+    Factored,
+    Name,
+    Named,
+    Sizes,
+    divided,
+    fused,
+    renamed,
+)
 from flora._algebra.choice import Sizes as Counts
 from flora._algebra.choice import cheapest, may_differ, named_form, target
 from flora._algebra.forms import Spec, alike, products
@@ -68,7 +78,7 @@ def _product(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> Any:
             bare = dataclasses.replace(w.without("key"), base=None)
             terms.append(plain(ctx, Operation(eqn, _change, side), bare, x))
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
-    if found := _in_form(eqn, x, w, side):
+    if found := _in_form(ctx, eqn, x, w, side):
         return _computed([found])[0]
 
     def scale() -> tuple[Named, Sizes]:
@@ -191,7 +201,7 @@ class _InForm:
     shape: tuple[int, ...]
 
 
-def _in_form(eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm | None:
+def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm | None:
     """The product in the form that the weight or the device asks for.
 
     `None` where that is the plain direct one, or no other applies.
@@ -216,10 +226,26 @@ def _in_form(eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm | None:
     if form is None:
         return None
     (p, q), precision = ends, eqn.params["precision"]
-    spec = Spec(form.forward, form.backward, met.y, out.dtype, precision)
+    parts = _divided(ctx, eqn, met, side) if form.in_heads else {}
+    y = [n for name in met.y for n, _ in parts.get(name, [(name, 0)])]
+    spec = Spec(form.forward, form.backward, tuple(y), out.dtype, precision)
     base = Named(lax.reshape(w.base, [y.size for y in met.w.pieces]), met.w.names)
     q = Named(widened(q.array, x) * w.settings.scale, q.names)
-    return _InForm(spec, form.together, met.x, base, p, q, out.shape)
+    x, base, p, q = (u.split(parts) for u in (met.x, base, p, q))
+    return _InForm(spec, form.together, x, base, p, q, out.shape)
+
+
+def _divided(
+    ctx: Context, eqn: Eqn, met: _Meeting, side: int
+) -> dict[Name, Sizes]:
+    """What reshapes beside a product divide W's axes into: heads."""
+    y, x = eqn.outvars[0], eqn.invars[1 - side]
+    found: dict[Name, Sizes] = {}
+    for v, names in ((y, met.y), (x, met.x.names)):
+        if shape := ctx.reshapes.get(v):
+            parts = divided([(n, met.sizes[n]) for n in names], shape)
+            found |= {n: parts[n] for n in parts if n in met.w.names}
+    return found
 
 
 # Traced, differentiated and transposed once for all layers that are alike.
@@ -234,10 +260,13 @@ def _computed(found: Sequence[_InForm]) -> list[Any]:
     return [lax.reshape(y, one.shape) for y, one in zip(ys, found, strict=True)]
 
 
-def together(eqns: Sequence[Eqn], values: Sequence[Any]) -> list[Any]:
+def together(
+    ctx: Context, eqns: Sequence[Eqn], values: Sequence[Any]
+) -> list[Any]:
     """Products of the same activations, as far as they can be computed at once.
 
     Args:
+      ctx: the context.
       eqns: the equations.
       values: `(lhs, rhs)` of each.
 
@@ -249,7 +278,7 @@ def together(eqns: Sequence[Eqn], values: Sequence[Any]) -> list[Any]:
         side = int(isinstance(rhs, Factored))
         w, x = ((lhs, rhs), (rhs, lhs))[side]
         if isinstance(w, Factored) and not isinstance(x, Factored):
-            one = _in_form(eqn, x, w, side)
+            one = _in_form(ctx, eqn, x, w, side)
             if one and one.together:
                 found[i] = one
     if found:

@@ -98,6 +98,8 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     if target.devices > 1:
         return Form("direct", "direct")
     generation = kind.removeprefix("TPU ")
+    if sizes.sliced and sizes.out <= _HEAD * sizes.in_:
+        return _in_a_loop(sizes, generation)
     widens, fits = sizes.in_ < sizes.out, sizes.in_ * sizes.out * 2 <= _ON_CHIP
     if not fits and sizes.out > _HEAD * sizes.in_:
         return Form("concat", "direct")
@@ -105,14 +107,23 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
         return Form("concat", "concat" if widens else "thin_last")
     if generation.startswith("v6"):
         if fits:
-            return Form("direct" if sizes.sliced else "concat", "direct")
+            return Form("concat", "direct")
         first, last = ("thin_first", "thin_last")[:: 1 if widens else -1]
         return Form(first, last, together=False)
-    if sizes.sliced:
-        return Form("concat", "direct")
     if fits:
         return Form("concat", "concat" if widens else "thin_first")
     return Form("direct", "direct", together=False)
+
+
+def _in_a_loop(sizes: Sizes, generation: str) -> Form:
+    """The form of a layer that a loop runs.
+
+    Its weight is read out of the stack by the product itself, as long as nothing else
+    reads it: what is joined, or what XLA may order as it likes, copies it first.
+    """
+    widens = sizes.in_ < sizes.out
+    first = "direct" if widens and generation.startswith("v6") else "thin_last"
+    return Form(first, "thin_last", together=not widens, in_heads=True)
 
 
 def is_tpu(kind: str) -> bool:

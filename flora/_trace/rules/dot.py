@@ -229,7 +229,10 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     parts = _divided(ctx, eqn, met, side) if form.in_heads else {}
     y = [n for name in met.y for n, _ in parts.get(name, [(name, 0)])]
     spec = Spec(form.forward, form.backward, tuple(y), out.dtype, precision)
-    base = Named(lax.reshape(w.base, [y.size for y in met.w.pieces]), met.w.names)
+    held = w.base
+    if parts:  # or a loop's whole stack is laid out anew before it starts
+        held = lax.optimization_barrier(held)
+    base = Named(lax.reshape(held, [y.size for y in met.w.pieces]), met.w.names)
     q = Named(widened(q.array, x) * w.settings.scale, q.names)
     x, base, p, q = (u.split(parts) for u in (met.x, base, p, q))
     return _InForm(spec, form.together, x, base, p, q, out.shape)

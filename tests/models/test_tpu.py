@@ -50,10 +50,10 @@ DECODER = {
 }
 
 
-def close_to_the_readme(chip, sizes, variant, expected):
+def close_to_the_readme(chip, sizes, layers, expected):
     assert metadata.version("libtpu") == LIBTPU, "measure anew: llama.py"
-    found = llama.measure(chip, sizes, variant, "auto")
-    got = [found[arm]["to_frozen"] for arm in ("flora auto", "full")]
+    found = llama.measure(chip, sizes, llama.How(layers))
+    got = [found[arm]["trips_to_frozen"] for arm in ("flora auto", "full")]
     assert got == pytest.approx(expected, abs=0.005), found
 
 

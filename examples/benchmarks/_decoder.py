@@ -123,17 +123,25 @@ def rotate(x: jax.Array) -> jax.Array:
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array | int = 0
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first: jax.Array | int = 0,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of `[batch, tokens, heads, dim]`; query heads share key heads.
 
-    The scores are written out in float32.  Queries start at position `first`.
+    The scores are written out in float32.  Queries start at position `first`.  Where
+    there are `segments` `[batch, tokens]`, a token sees its own alone.
     """
     groups = q.shape[2] // k.shape[2]
     q = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[3])
     scores = jnp.einsum("bqhgd,bkhd->bhgqk", q, k) * q.shape[-1] ** -0.5
     position = first + jnp.arange(q.shape[1])
     seen = position[:, None] >= jnp.arange(k.shape[1])
+    if segments is not None:
+        same = segments[:, :, None] == segments[:, None]
+        seen = (seen & same)[:, None, None]
     scores = jnp.where(seen, scores.astype(jnp.float32), -jnp.inf)
     weights = jax.nn.softmax(scores).astype(v.dtype)
     y = jnp.einsum("bhgqk,bkhd->bqhgd", weights, v)
@@ -180,7 +188,9 @@ class Layer(nn.Module):
     attention: str = "written"
 
     @nn.compact
-    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, segments: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
         """`[batch, tokens, d]` to the same shape, and nothing to stack."""
         sizes, at, dim = self.sizes, self.constrain, self.sizes.dim
 
@@ -201,7 +211,7 @@ class Layer(nn.Module):
         elif self.block:
             y = attend_in_blocks(rotate(q), rotate(k), v, self.block)
         else:
-            y = attend(rotate(q), rotate(k), v)
+            y = attend(rotate(q), rotate(k), v, segments=segments)
         x = at(x + dense(at(y, "ff"), sizes.d, "o_proj"), "stream")
         h = at(nn.RMSNorm(name="mlp_norm", **DTYPES)(x), "normed")
         gate, up = dense(h, sizes.ff, "gate_proj"), dense(h, sizes.ff, "up_proj")
@@ -259,6 +269,8 @@ class Llama(nn.Module):
       head: whether there are a norm, a head and a cross-entropy; else the loss is the
         mean of the squares of what the last layer returns.
       head_block: how many tokens of the head are computed at a time; 0 for all.
+      policy: what remat keeps, of `jax.checkpoint_policies`.
+      packed: whether token 0 begins another example, which sees none before it.
     """
 
     sizes: Sizes
@@ -268,15 +280,19 @@ class Llama(nn.Module):
     attention: str = "written"
     head: bool = True
     head_block: int = 0
+    policy: Any = None
+    packed: bool = False
 
     def setup(self) -> None:
         sizes, layer = self.sizes, Layer
         if "remat" in self.variant:
-            layer = nn.remat(Layer, prevent_cse="scan" not in self.variant)
+            once = "scan" not in self.variant
+            layer = nn.remat(Layer, prevent_cse=once, policy=self.policy)
         args = sizes, self.constrain, self.block, self.attention
         if "scan" in self.variant:
             axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-            self.layers = [nn.scan(layer, length=sizes.layers, **axes)(*args)]
+            ins = {"in_axes": nn.broadcast, "length": sizes.layers}
+            self.layers = [nn.scan(layer, **axes, **ins)(*args)]
         else:
             self.layers = [layer(*args) for _ in range(sizes.layers)]
         self.embed = nn.Embed(sizes.vocab, sizes.d, **DTYPES)
@@ -290,8 +306,9 @@ class Llama(nn.Module):
 
     def loss(self, x: jax.Array, ids: jax.Array) -> jax.Array:
         """The next tokens' cross-entropy, from embedded tokens `[batch, tokens, d]`."""
+        segments = jnp.cumsum(ids == 0, axis=1) if self.packed else None
         for layer in self.layers:
-            x, _ = layer(x, None)
+            x, _ = layer(x, segments)
         if not self.head:
             return jnp.mean(jnp.square(x.astype(jnp.float32)))
         x = self.constrain(self.norm(x), "normed")

@@ -28,8 +28,9 @@ References: Touvron et al. 2023. https://arxiv.org/abs/2302.13971
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
+from types import MappingProxyType
 from typing import Any
 
 import _report
@@ -47,6 +48,13 @@ import flora.variants
 LAYERS = ("unrolled", "unrolled, remat", "scan", "scan, remat")
 HEADS = ("none", "frozen", "adapted")
 LINEAR = "*_proj/kernel"
+POLICIES = {
+    "nothing": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
+        "device", "pinned_host"
+    ),
+}
 ADAPTERS = {"lora": None, "dora": flora.variants.DoRA()}
 
 
@@ -67,6 +75,9 @@ class How:
       base: "bfloat16", or what the kernels of the layers are stored as: one of
         `flora.quantize.QTYPES`.
       block: how many weights share a scale there; None for all of a column.
+      policy: what remat keeps, of `POLICIES`.
+      packed: whether several examples share a sequence (attention is masked).
+      accumulate: over how many batches of x the gradients of what trains are summed.
     """
 
     layers: str = "scan, remat"
@@ -78,6 +89,9 @@ class How:
     variant: str = "lora"
     base: str = "bfloat16"
     block: Any = 64
+    policy: str = "nothing"
+    packed: bool = False
+    accumulate: int = 1
 
     def config(self, rank: int) -> flora.LoraConfig:
         """LoRA of that rank on what is selected."""
@@ -103,6 +117,8 @@ def steps(sizes: Sizes, how: How) -> Iterator[tuple[str, Any, Any]]:
         attention=how.attention,
         head=has_head,
         head_block=how.head_block,
+        policy=POLICIES[how.policy],
+        packed=how.packed,
     )
     x = jax.ShapeDtypeStruct((*sizes.ids.shape, sizes.d), jnp.bfloat16)
 
@@ -110,47 +126,75 @@ def steps(sizes: Sizes, how: How) -> Iterator[tuple[str, Any, Any]]:
         value: Any = model.apply(params, x, ids, method=Llama.loss)
         return value
 
-    def with_factors(params: Any) -> tuple[Any, Any]:
-        adapted = flora.init(
-            jax.random.key(0), how.config(sizes.rank), loss, params, x, sizes.ids
-        )
+    def with_factors(params: Any) -> tuple[Any, ...]:
+        config, key = how.config(sizes.rank), jax.random.key(0)
+        adapted = flora.init(key, config, loss, params, x, sizes.ids)
         base, adapter = flora.split(adapted)
         run = flora.lora(loss)
 
         def lora(adapter: Any, x: jax.Array, base: Any, ids: jax.Array) -> jax.Array:
             return run(flora.join(base, adapter), x, ids)
 
-        return jax.value_and_grad(lora, (0, 1)), (adapter, x, base, sizes.ids)
+        return lora, adapter, base
 
-    key = jax.random.key(0)
-    params = jax.eval_shape(
-        lambda x: model.init(key, x, sizes.ids, method=Llama.loss), x
-    )
-    yield "frozen", jax.value_and_grad(loss, 1), (params, x, sizes.ids)
-    yield f"flora {how.form}", *with_factors(params)
+    def without(loss: Any) -> Any:
+        return lambda _, x, params, ids: loss(params, x, ids)
+
+    def init(x: jax.Array, ids: jax.Array) -> Any:
+        return model.init(jax.random.key(0), x, ids, method=Llama.loss)
+
+    params = jax.eval_shape(init, x, sizes.ids)
+    arms = {
+        "frozen": (without(loss), (), params),
+        f"flora {how.form}": with_factors(params),
+        "full": (lambda params, x, _, ids: loss(params, x, ids), params, ()),
+    }
     if how.base != "bfloat16":
         stored = flora.quantize.quantize(
             params, how.base, target=LINEAR, block=how.block
         )
-        frozen = jax.value_and_grad(flora.lora(loss), 1)
-        yield f"frozen, {how.base}", frozen, (stored, x, sizes.ids)
-        yield f"flora {how.form}, {how.base}", *with_factors(stored)
-    yield "full", jax.value_and_grad(loss, (0, 1)), (params, x, sizes.ids)
+        arms[f"frozen, {how.base}"] = without(flora.lora(loss)), (), stored
+        arms[f"flora {how.form}, {how.base}"] = with_factors(stored)
+    for name, (fn, trained, base) in arms.items():
+        yield name, accumulated(fn, how.accumulate), (trained, x, base, sizes.ids)
+
+
+def accumulated(fn: Any, count: int) -> Any:
+    """`fn`'s value, and its gradients summed over so many batches; those by x stay."""
+    step = jax.value_and_grad(fn, (0, 1))
+    if count == 1:
+        return step
+
+    def by_batches(trained: Any, x: jax.Array, base: Any, ids: jax.Array) -> Any:
+        def add(total: Any, batch: Any) -> tuple[Any, jax.Array]:
+            value, (grads, dx) = step(trained, batch[0], base, batch[1])
+            return jax.tree.map(jnp.add, total, (value, grads)), dx
+
+        parts = (y.reshape(count, -1, *y.shape[1:]) for y in (x, ids))
+        zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, trained)
+        return jax.lax.scan(add, zero, tuple(parts))
+
+    return by_batches
 
 
 def measure(
-    chip: str, sizes: Sizes, how: How, arms: Sequence[str] = ()
+    chip: str,
+    sizes: Sizes,
+    how: How,
+    arms: Sequence[str] = (),
+    known: Mapping[str, _tpu.Costs] = MappingProxyType({}),
 ) -> dict[str, _tpu.Costs]:
-    """`{arm: costs}` as `_tpu.cost` has them, of these arms or of all.
+    """`{arm: costs}` as `_tpu.cost` has them, of frozen and these arms or of all.
 
     "once_to_frozen" and "trips_to_frozen" are the ratios of "cycles_once" and "cycles",
-    "temp_to_frozen" that of "temp_bytes".
+    "temp_to_frozen" that of "temp_bytes".  `known` has arms that were measured before.
     """
     costs: dict[str, _tpu.Costs] = {}
     for name, step, inputs in steps(sizes, how):
         if name != "frozen" and arms and name not in arms:
             continue
-        costs[name] = found = _tpu.cost(chip, step, *inputs)
+        found = dict(known[name]) if name in known else _tpu.cost(chip, step, *inputs)
+        costs[name] = found
         for ratio, key in RATIOS.items():
             found[ratio] = found[key] / costs["frozen"][key]
     return costs
@@ -212,6 +256,9 @@ def parse() -> tuple[Sizes, How, argparse.Namespace]:
         "--base", default="bfloat16", choices=("bfloat16", *flora.quantize.QTYPES)
     )
     parser.add_argument("--block", type=int, default=64, help="0: one scale a column")
+    parser.add_argument("--policy", default="nothing", choices=POLICIES)
+    parser.add_argument("--packed", action="store_true")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches")
     parser.add_argument("--chips", default=",".join(_tpu.CHIPS))
     parser.add_argument("--cycles", default="once", choices=("once", "trips"))
     parser.add_argument("--arms", nargs="+", default=[], help="beside frozen")
@@ -236,6 +283,9 @@ def parse() -> tuple[Sizes, How, argparse.Namespace]:
         variant=args.variant,
         base=args.base,
         block=args.block or None,
+        policy=args.policy,
+        packed=args.packed,
+        accumulate=args.accumulate,
     )
     return sizes, how, args
 

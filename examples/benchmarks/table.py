@@ -4,10 +4,12 @@
     python examples/benchmarks/table.py --rows "8B*" --write
 
 Each row is a line of Markdown that begins with its name.  Cells are cycles of flora to
-those of the frozen model, a loop's body counted once, and in brackets the temporary
-memory of the two; rows of quantized bases are to the step on bfloat16.  One step is
-compiled after the other, and a row is written as soon as its cells are there.  The
-tests hold what the page says (`tests/models/test_tpu.py`).
+those of the frozen model, and in brackets the temporary memory of the two; rows of
+quantized bases are to flora's step on bfloat16.  A loop's body counts once, but where a
+model has a head as often as it runs.  One step is compiled after the other, which takes
+about a minute each on an idle core (attention written out: four), and a row is written
+as soon as its cells are there.  The tests hold what the page says
+(`tests/models/test_tpu.py`).
 """
 
 import argparse
@@ -33,67 +35,87 @@ def sizes_like(name: str, **more: Any) -> Sizes:
 
 LINEAR = How(attention="none", head="none")
 WRITTEN = How(head="frozen")
+HEAD = How(head="adapted", head_block=512)
 EIGHT = sizes_like("8b")
 
 
-def stored(qtype: str, block: int | None) -> tuple[Sizes, How]:
-    """The first row on a quantized base."""
-    return EIGHT, dataclasses.replace(LINEAR, base=qtype, block=block)
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a row measures: flora on a model, or "full" fine-tuning of it."""
+
+    sizes: Sizes
+    how: How = LINEAR
+    full: bool = False
+
+    @property
+    def ours(self) -> str:
+        """The arm on the base in bfloat16."""
+        return "full" if self.full else f"flora {self.how.form}"
+
+    @property
+    def arms(self) -> tuple[str, str]:
+        """The arm, and that which it is to."""
+        if self.how.base == "bfloat16":
+            return self.ours, "frozen"
+        return f"{self.ours}, {self.how.base}", self.ours
+
+    def keys(self, chip: str) -> dict[str, Any]:
+        """What the costs depend on: a frozen model has neither rank nor form."""
+        how = dataclasses.replace(self.how, base="bfloat16", block=64)
+        head = how.head if how.head == "none" else "frozen"
+        plain = dataclasses.replace(how, form="", variant="", target="", head=head)
+        own = () if self.full else (self.sizes, how)
+        return {
+            "frozen": (chip, dataclasses.replace(self.sizes, rank=0), plain),
+            self.ours: (chip, self.ours, self.sizes, plain, own),
+        }
 
 
-ROWS: dict[str, tuple[Sizes, How]] = {
-    "8B, linear layers": (EIGHT, LINEAR),
-    "8B, attention written out, frozen head": (EIGHT, WRITTEN),
-    "8B, rank 64": (sizes_like("8b", rank=64), LINEAR),
-    "8B, rank 256": (sizes_like("8b", rank=256), LINEAR),
-    "8B, DoRA": (EIGHT, dataclasses.replace(LINEAR, variant="dora")),
-    "8B, 2048 tokens": (sizes_like("8b", tokens=2048), LINEAR),
-    "8B, 32768 tokens": (sizes_like("8b", tokens=32768, sequences=8), LINEAR),
-    "8B, `direct`": (EIGHT, dataclasses.replace(LINEAR, form="direct")),
-    "70B, linear layers": (sizes_like("70b"), LINEAR),
-    "Gemma 4 31B, linear layers": (sizes_like("gemma4-31b"), LINEAR),
-    "8B, adapted head in blocks of 512 tokens": (
-        EIGHT,
-        How(head="adapted", head_block=512),
-    ),
-    "8B, packed sequences": (EIGHT, dataclasses.replace(WRITTEN, packed=True)),
-    "8B, gradients of 2 batches": (
-        EIGHT,
-        dataclasses.replace(LINEAR, accumulate=2),
-    ),
-    "8B, remat keeps products": (EIGHT, dataclasses.replace(LINEAR, policy="dots")),
-    "8B, remat offloads products": (
-        EIGHT,
-        dataclasses.replace(LINEAR, policy="offload"),
-    ),
-    "8B, flash attention": (EIGHT, dataclasses.replace(LINEAR, attention="flash")),
-    "8B on int8, a scale a column": stored("int8", None),
-    "8B on int4, a scale a column": stored("int4", None),
-    "8B on float8_e4m3fn, a scale a column": stored("float8_e4m3fn", None),
-    "8B on int4, blocks of 64": stored("int4", 64),
-    "8B on nf4, blocks of 64": stored("nf4", 64),
+def eight(**how: Any) -> Row:
+    """The first row, other than it in something."""
+    return Row(EIGHT, dataclasses.replace(LINEAR, **how))
+
+
+ROWS = {
+    "8B, linear layers": Row(EIGHT),
+    "the same, full fine-tuning": Row(EIGHT, full=True),
+    "the same, `direct`": eight(form="direct"),
+    "8B, attention written out, frozen head": Row(EIGHT, WRITTEN),
+    "with them, full fine-tuning": Row(EIGHT, WRITTEN, full=True),
+    "8B, rank 64": Row(sizes_like("8b", rank=64)),
+    "8B, rank 256": Row(sizes_like("8b", rank=256)),
+    "8B, DoRA": eight(variant="dora"),
+    "8B, 2048 tokens": Row(sizes_like("8b", tokens=2048)),
+    "8B, 32768 tokens": Row(sizes_like("8b", tokens=32768, sequences=8)),
+    "70B, linear layers": Row(sizes_like("70b")),
+    "Gemma 4 31B, linear layers": Row(sizes_like("gemma4-31b")),
+    "8B, head adapted too": Row(EIGHT, HEAD),
+    "8B, packed sequences": Row(EIGHT, dataclasses.replace(WRITTEN, packed=True)),
+    "8B, gradients of 2 batches": eight(accumulate=2),
+    "8B, remat keeps products": eight(policy="dots"),
+    "8B, remat offloads products": eight(policy="offload"),
+    "8B, flash attention": eight(attention="flash"),
+    "8B on int8, a scale a column": eight(base="int8", block=None),
+    "8B on int4, a scale a column": eight(base="int4", block=None),
+    "8B on fp8 (e4m3), a scale a column": eight(base="float8_e4m3fn", block=None),
+    "8B on int8, blocks of 64": eight(base="int8"),
+    "8B on int4, blocks of 64": eight(base="int4"),
+    "8B on nf4, blocks of 64": eight(base="nf4"),
 }
 
-_known: dict[tuple[Any, ...], _tpu.Costs] = {}
+_known: dict[Any, _tpu.Costs] = {}
 
 
-def cell(chip: str, row: str) -> tuple[float, float]:
+def cell(chip: str, name: str) -> tuple[float, float]:
     """The ratios of cycles and of temporary memory."""
-    sizes, how = ROWS[row]
-    ours = f"flora {how.form}"
-    last = ours if how.base == "bfloat16" else f"{ours}, {how.base}"
-    plain = dataclasses.replace(how, form="", variant="", base="", block=None)
-    # What an arm depends on: frozen models have neither rank nor form.
-    keys = {
-        "frozen": (chip, dataclasses.replace(sizes, rank=0), plain),
-        ours: (chip, sizes, dataclasses.replace(how, base="bfloat16", block=64)),
-    }
-    known = {arm: _known[key] for arm, key in keys.items() if key in _known}
-    found = llama.measure(chip, sizes, how, [ours, last], known)
-    _known.update({key: found[arm] for arm, key in keys.items()})
-    to = found["frozen" if last == ours else ours]
-    cycles, temp = (found[last][k] / to[k] for k in ("cycles_once", "temp_bytes"))
-    return cycles, temp
+    row = ROWS[name]
+    arm, to = row.arms
+    known = {x: _known[key] for x, key in row.keys(chip).items() if key in _known}
+    found = llama.measure(chip, row.sizes, row.how, [row.ours, arm], known)
+    _known.update({key: found[x] for x, key in row.keys(chip).items()})
+    cycles = "cycles_once" if row.how.head == "none" else "cycles"
+    one, other = (found[arm][k] / found[to][k] for k in (cycles, "temp_bytes"))
+    return one, other
 
 
 def published(text: str) -> dict[tuple[str, str], tuple[float, float]]:

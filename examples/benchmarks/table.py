@@ -118,23 +118,26 @@ def cell(chip: str, name: str) -> tuple[float, float]:
     return one, other
 
 
-def published(text: str) -> dict[tuple[str, str], tuple[float, float]]:
+Cells = dict[tuple[str, str], tuple[float, ...]]
+
+
+def published(text: str) -> Cells:
     """`{(row, chip): (cycles, memory)}` of the page's cells that have numbers."""
     found = {}
     for line in text.splitlines():
         name, *cells = (x.strip() for x in line.strip("|").split("|"))
         for chip, told in zip(_tpu.CHIPS, cells, strict=False):
-            if name in ROWS and (match := re.match(r"([\d.]+) \(([\d.]+)\)", told)):
-                found[name, chip] = float(match[1]), float(match[2])
+            numbers = re.findall(r"\d+\.\d+", told)
+            if name in ROWS and numbers:
+                found[name, chip] = tuple(map(float, numbers))
     return found
 
 
-def line(row: str, cells: dict[tuple[str, str], tuple[float, float]]) -> str:
+def line(row: str, cells: Cells) -> str:
     """A row in Markdown."""
-    told = [
-        "{:.3f} ({:.2f})".format(*cells[row, chip]) if (row, chip) in cells else ""
-        for chip in _tpu.CHIPS
-    ]
+    forms = {0: "", 1: "{:.3f}", 2: "{:.3f} ({:.2f})"}
+    found = [cells.get((row, chip), ()) for chip in _tpu.CHIPS]
+    told = [forms[len(x)].format(*x) for x in found]
     return f"| {' | '.join([row, *told])} |"
 
 

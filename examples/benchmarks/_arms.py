@@ -375,7 +375,7 @@ def quax_arm(sizes: Sizes) -> Arm:
 
 def on_quantized(name: str, make: Callable[..., Arm]) -> dict[str, Callable]:
     """The arm on weights in each of `QTYPES`."""
-    return {f"{name}, {x}": functools.partial(make, qtype=x) for x in QTYPES}
+    return {f"{name} on {x}": functools.partial(make, qtype=x) for x in QTYPES}
 
 
 OTHERS: dict[str, Callable[[Sizes], Arm]] = {

@@ -23,7 +23,7 @@ import numpy as np
 import flora.quantize
 
 TORCH_ARMS = ("torch frozen", "torch full", "PEFT")
-QUANTIZED = {f"PEFT, {x}": x for x in _arms.QTYPES}
+QUANTIZED = {f"PEFT on {x}": x for x in _arms.QTYPES}
 
 
 def baselines(names: Iterable[str]) -> dict[str, str]:
@@ -153,7 +153,7 @@ def calls(
     if _report.installed("bitsandbytes"):
         names = *names, *QUANTIZED
     else:
-        refused["PEFT, int8 and nf4"] = "bitsandbytes is not installed."
+        refused["PEFT on int8, nf4"] = "bitsandbytes is not installed."
     for name in names:
         check(name)
         model, x = build(name, sizes, device)

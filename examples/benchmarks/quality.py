@@ -218,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Bases in fewer bits: quality.")
     parser.add_argument("gguf", help="a Llama's GGUF file")
     parser.add_argument("--qtypes", nargs="+", default=list(flora.quantize.QTYPES))
-    parser.add_argument("--blocks", nargs="+", type=_block, default=[None, 128, 64, 32])
+    parser.add_argument("--blocks", nargs="+", type=_block, default=[None, 192, 64, 32])
     parser.add_argument("--loftq", nargs="*", default=["int4", "nf4"], help="qtypes")
     parser.add_argument("--loftq-steps", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
@@ -234,7 +234,8 @@ def main() -> None:
         for loftq in (False, True)
         for qtype in args.qtypes
         for block in args.blocks
-        if not loftq or qtype in args.loftq
+        if qtype in args.loftq or not loftq
+        if (qtype, block) != ("nf4", None)  # there are only blocks of it
     ]
     how: dict[str, int] = {"rank": args.rank, "steps": args.loftq_steps}
     print("| kernels as | bits | error of logits | KL | perplexity |")

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from benchmarks import _report, _tpu
-from benchmarks._decoder import Llama, Sizes, on_mesh, weight_spec
+from benchmarks._decoder import LIKE, Llama, Sizes, on_mesh, weight_spec
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
@@ -38,8 +38,7 @@ import flora.quantize
 import flora.sharding
 
 MODELS = {
-    "8b": Sizes(layers=32, d=4096, heads=32, kv_heads=8, ff=14336, vocab=128256),
-    "70b": Sizes(layers=80, d=8192, heads=64, kv_heads=8, ff=28672, vocab=128256),
+    **LIKE,
     "smoke": Sizes(layers=2, d=256, heads=4, kv_heads=2, ff=512, vocab=1024),
 }
 
@@ -139,7 +138,9 @@ def plan(sizes: Sizes, topology: str, axes: tuple[int, ...], **how: Any) -> Plan
         return Plan(title, 0.0, problem=problem)
     mesh = _tpu.mesh(topology, data=data, fsdp=fsdp, tp=tp)
     constrain = on_mesh(mesh, sizes.kv_heads, shard_sequence=how["shard_sequence"])
-    model = Llama(sizes, "scan, remat", constrain, how["block"])
+    model = Llama(
+        sizes, "scan, remat", constrain, how["block"], head_block=how["block"]
+    )
     run, args = inputs(model, mesh, how["base"], how["train_dtype"])
     kinds: dict[str, Any] = argument_bytes(*args[:3])
     result, step = Plan(title, 0.0, **kinds), train_step(run)

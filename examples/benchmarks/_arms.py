@@ -6,7 +6,8 @@ each W with LoRA of rank r.  Every arm has the same weights, factors and activat
 all of one dtype, and every arm's step returns the loss and the gradients of what it
 trains and of x, since a layer below would need dx.  quax and `nnx.LoRALinear` have no
 alpha: the scale is in their B before the step starts, which saves them a
-multiplication.
+multiplication.  Arms named for a qtype have their W in that, with a scale for each
+`block` of inputs; the libraries round alike.
 """
 
 import dataclasses
@@ -23,9 +24,11 @@ import optax
 from flax import nnx
 
 import flora
+import flora.quantize
 
 FORMS = ("auto", "direct", "thin_first", "thin_last", "concat", "merged", "dithered")
 KERNELS = ("gate", "up", "down")
+QTYPES = ("int8", "nf4")  # of quantized arms
 
 Weights = dict[str, Any]
 Factors = dict[str, tuple[Any, Any]]
@@ -40,6 +43,7 @@ class Sizes:
     ff: int
     rank: int = 16
     dtype: Any = jnp.bfloat16
+    block: int = 64
 
     scale = 2.0
 
@@ -64,11 +68,13 @@ class Arm:
       pack: `(weights, factors)` to `(trained, frozen)`, two trees.
       loss: `(trained, frozen, x)` to the loss.
       factored: whether the weights that it applies are W + scale A B.
+      qtype: what its W are stored as; empty for the dtype of all.
     """
 
     pack: Callable[[Weights, Factors], tuple[Any, Any]]
     loss: Callable[[Any, Any, jax.Array], jax.Array]
     factored: bool = True
+    qtype: str = ""
 
     def step(self, trained: Any, frozen: Any, x: jax.Array) -> Any:
         """`(loss, (gradients of trained, dx))`."""
@@ -122,11 +128,19 @@ def as_params(weights: Weights) -> Any:
     return {name: {"kernel": w} for name, w in weights.items()}
 
 
-def frozen_arm(sizes: Sizes) -> Arm:
+def quantized(params: Any, sizes: Sizes, qtype: str) -> Any:
+    """flora's way to store the weights of a tree; as they are if there is no qtype."""
+    if not qtype:
+        return params
+    return flora.quantize.quantize(params, qtype, target="*", block=sizes.block)
+
+
+def frozen_arm(sizes: Sizes, qtype: str = "") -> Arm:
     """Loss and dx alone: the lower bound for every way to train."""
+    run = flora.lora(plain_loss) if qtype else plain_loss
     return Arm(
-        lambda weights, factors: ((), as_params(weights)),
-        lambda _, params, x: plain_loss(params, x), factored=False,
+        lambda weights, factors: ((), quantized(as_params(weights), sizes, qtype)),
+        lambda _, params, x: run(params, x), factored=False, qtype=qtype,
     )  # fmt: skip
 
 
@@ -174,7 +188,7 @@ def merge_arm(sizes: Sizes) -> Arm:
     return Arm(lambda weights, factors: (factors, weights), loss)
 
 
-def flora_arm(sizes: Sizes, form: str) -> Arm:
+def flora_arm(sizes: Sizes, form: str = "auto", qtype: str = "") -> Arm:
     """The arm of flora in a form; 'auto' sees the device when the step is traced."""
     run = flora.lora(plain_loss, form=form)
     config = flora.LoraConfig(
@@ -182,7 +196,7 @@ def flora_arm(sizes: Sizes, form: str) -> Arm:
     )
 
     def pack(weights: Weights, factors: Factors) -> tuple[Any, Any]:
-        params = as_params(weights)
+        params = quantized(as_params(weights), sizes, qtype)
         adapted = flora.init(jax.random.key(0), config, gated_mlp, params, sizes.x)
         for name, (a, b) in factors.items():
             w = adapted[name]["kernel"]
@@ -190,7 +204,10 @@ def flora_arm(sizes: Sizes, form: str) -> Arm:
         base, adapter = flora.split(adapted)
         return adapter, base
 
-    return Arm(pack, lambda adapter, base, x: run(flora.join(base, adapter), x))
+    def loss(adapter: Any, base: Any, x: jax.Array) -> jax.Array:
+        return run(flora.join(base, adapter), x)
+
+    return Arm(pack, loss, qtype=qtype)
 
 
 class LinenModel(nn.Module):
@@ -210,44 +227,43 @@ class LinenModel(nn.Module):
         return x + dense(nn.silu(dense(x, "gate")) * dense(x, "up"), "down")
 
 
-def qwix_arm(sizes: Sizes) -> Arm:
+def qwix_provider(sizes: Sizes, qtype: str) -> Any:
+    """What adapts every layer, on weights in that type if there is one."""
+    qwix = importlib.import_module("qwix")
+    how = {"weight_qtype": qtype, "tile_size": sizes.block} if qtype else {}
+    alpha = sizes.scale * sizes.rank
+    return qwix.LoraProvider(module_path=".*", rank=sizes.rank, alpha=alpha, **how)
+
+
+def qwix_arm(sizes: Sizes, qtype: str = "") -> Arm:
     """qwix: `apply_lora_to_model` on Linen; the factors are split off by name."""
     qwix = importlib.import_module("qwix")
-    alpha = sizes.scale * sizes.rank
-    provider = qwix.LoraProvider(module_path=".*", rank=sizes.rank, alpha=alpha)
-    model = qwix.apply_lora_to_model(LinenModel(sizes), provider)
+    model = qwix.apply_lora_to_model(LinenModel(sizes), qwix_provider(sizes, qtype))
 
     def pack(weights: Weights, factors: Factors) -> tuple[Any, Any]:
         lora = {
             name: {"kernel_lora_a": a, "kernel_lora_b": b}
             for name, (a, b) in factors.items()
         }
-        return lora, as_params(weights)
+        params = as_params(weights)
+        if qtype:
+            like = jax.eval_shape(model.init, jax.random.key(0), sizes.x)["params"]
+            params = qwix.quantize_params(params, like)
+        return lora, params
 
     def loss(lora: Any, params: Any, x: jax.Array) -> jax.Array:
         params = {name: params[name] | lora[name] for name in params}
         return mean_square(model.apply({"params": params}, x))
 
-    return Arm(pack, loss)
+    return Arm(pack, loss, qtype=qtype)
 
 
 class NnxModel(nnx.Module):
-    """The model with `nnx.LoRALinear`, which has no alpha."""
+    """The model in NNX, of layers that `linear(in, out)` makes."""
 
-    def __init__(self, sizes: Sizes, rngs: nnx.Rngs):
-        dtype = sizes.dtype
+    def __init__(self, sizes: Sizes, linear: Callable[..., Any]):
         for name in KERNELS:
-            layer = nnx.LoRALinear(
-                *sizes.kernel(name),
-                lora_rank=sizes.rank,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=dtype,
-                lora_dtype=dtype,
-                lora_param_dtype=dtype,
-                rngs=rngs,
-            )
-            setattr(self, name, layer)
+            setattr(self, name, linear(*sizes.kernel(name)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[tokens, d]` to the same shape."""
@@ -255,25 +271,80 @@ class NnxModel(nnx.Module):
         return x + down(nnx.silu(gate(x)) * up(x))
 
 
-def nnx_arm(sizes: Sizes) -> Arm:
-    """Flax NNX's own layer, its state split by `nnx.LoRAParam`; the scale is in B."""
-    model = nnx.eval_shape(lambda: NnxModel(sizes, nnx.Rngs(0)))
-    graphdef, trained, frozen = nnx.split(model, nnx.LoRAParam, ...)
+def nnx_linear(sizes: Sizes) -> Callable[..., Any]:
+    """What makes `nnx.Linear`s."""
+    dtypes = {"dtype": sizes.dtype, "param_dtype": sizes.dtype}
+    return functools.partial(
+        nnx.Linear, use_bias=False, rngs=nnx.Rngs(0), **dtypes
+    )  # fmt: skip
 
-    def fill(state: Any, values: Any) -> Any:
-        return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(values))
+
+def nnx_loss(graphdef: Any) -> Callable[..., jax.Array]:
+    """The loss of a model that was split into its factors and the rest."""
+
+    def loss(trained: Any, frozen: Any, x: jax.Array) -> jax.Array:
+        return mean_square(nnx.merge(graphdef, trained, frozen)(x))
+
+    return loss
+
+
+def filled(state: Any, values: Any) -> Any:
+    """The values in the place of a state's."""
+    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(values))
+
+
+def nnx_arm(sizes: Sizes) -> Arm:
+    """`nnx.LoRALinear`, its state split by `nnx.LoRAParam`; the scale is in B."""
+
+    def linear(*shape: int) -> Any:
+        dtype = sizes.dtype
+        return nnx.LoRALinear(
+            *shape,
+            lora_rank=sizes.rank,
+            use_bias=False,
+            dtype=dtype,
+            param_dtype=dtype,
+            lora_dtype=dtype,
+            lora_param_dtype=dtype,
+            rngs=nnx.Rngs(0),
+        )
+
+    model = nnx.eval_shape(lambda: NnxModel(sizes, linear))
+    graphdef, trained, frozen = nnx.split(model, nnx.LoRAParam, ...)
 
     def pack(weights: Weights, factors: Factors) -> tuple[Any, Any]:
         lora = {
             name: {"lora": {"lora_a": a, "lora_b": sizes.scale * b}}
             for name, (a, b) in factors.items()
         }
-        return fill(trained, lora), fill(frozen, as_params(weights))
+        return filled(trained, lora), filled(frozen, as_params(weights))
 
-    def loss(trained: Any, frozen: Any, x: jax.Array) -> jax.Array:
-        return mean_square(nnx.merge(graphdef, trained, frozen)(x))
+    return Arm(pack, nnx_loss(graphdef))
 
-    return Arm(pack, loss)
+
+def tunix_arm(sizes: Sizes, qtype: str = "") -> Arm:
+    """Tunix's recipe: qwix on an NNX model, `nnx.LoRAParam` trains."""
+    qwix = importlib.import_module("qwix")
+
+    def adapted() -> Any:
+        model, x = NnxModel(sizes, nnx_linear(sizes)), jnp.zeros((1, sizes.d))
+        provider = qwix_provider(sizes, qtype)
+        return qwix.apply_lora_to_model(model, provider, x, rngs=nnx.Rngs(1))
+
+    model = nnx.eval_shape(adapted)
+    graphdef, trained, frozen = nnx.split(model, nnx.LoRAParam, ...)
+
+    def pack(weights: Weights, factors: Factors) -> tuple[Any, Any]:
+        lora = {
+            name: {"kernel_lora_a": a, "kernel_lora_b": b}
+            for name, (a, b) in factors.items()
+        }
+        params = as_params(weights)
+        if qtype:
+            params = qwix.quantize_params(params, model)
+        return filled(trained, lora), filled(frozen, params)
+
+    return Arm(pack, nnx_loss(graphdef), qtype=qtype)
 
 
 def quax_arm(sizes: Sizes) -> Arm:
@@ -302,7 +373,19 @@ def quax_arm(sizes: Sizes) -> Arm:
     return Arm(pack, loss)
 
 
-OTHERS = {"qwix": qwix_arm, "quax": quax_arm, "nnx.LoRALinear": nnx_arm}
+def on_quantized(name: str, make: Callable[..., Arm]) -> dict[str, Callable]:
+    """The arm on weights in each of `QTYPES`."""
+    return {f"{name} on {x}": functools.partial(make, qtype=x) for x in QTYPES}
+
+
+OTHERS: dict[str, Callable[[Sizes], Arm]] = {
+    "qwix": qwix_arm,
+    "Tunix's recipe": tunix_arm,
+    "quax": quax_arm,
+    "nnx.LoRALinear": nnx_arm,
+    **on_quantized("qwix", qwix_arm),
+    **on_quantized("Tunix's recipe", tunix_arm),
+}
 
 
 def makers() -> dict[str, Callable[[Sizes], Arm]]:
@@ -310,7 +393,8 @@ def makers() -> dict[str, Callable[[Sizes], Arm]]:
     forms = {f"flora {form}": functools.partial(flora_arm, form=form) for form in FORMS}
     ends = {"full": full_arm, "dense merge": merge_arm}
     limits = {"frozen": frozen_arm, "frozen fenced": fenced_arm}
-    return limits | forms | ends | OTHERS
+    stored = on_quantized("frozen", frozen_arm) | on_quantized("flora auto", flora_arm)
+    return limits | forms | stored | ends | OTHERS
 
 
 @functools.cache
@@ -368,13 +452,13 @@ def check(name: str, make: Callable[[Sizes], Arm]) -> None:
       RuntimeError: its loss or dx is not that of W + scale A B, its gradient is zero,
         or ten steps of gradient descent do not lower the loss.
     """
-    sizes = Sizes(tokens=32, d=16, ff=24, rank=4, dtype=jnp.float32)
+    sizes = Sizes(tokens=32, d=16, ff=24, rank=4, dtype=jnp.float32, block=8)
     arm, key = make(sizes), jax.random.key(1)
     trained, frozen, x = arm.inputs(sizes, key)
     step = jax.jit(arm.step)
     first, (grads, dx) = step(trained, frozen, x)
     if arm.factored:
-        _check_values(name, first, dx, sizes, key)
+        _check_values(name, arm, first, dx, sizes, key)
     if not jax.tree.leaves(trained):
         return
     norm = optax.tree.norm(grads)
@@ -390,10 +474,14 @@ def check(name: str, make: Callable[[Sizes], Arm]) -> None:
         raise RuntimeError(f"{name}: ten steps take the loss from {first} to {loss}.")
 
 
-def _check_values(name: str, loss: Any, dx: Any, sizes: Sizes, key: Any) -> None:
-    """The dense merge of the same factors is the oracle."""
+def _check_values(
+    name: str, arm: Arm, loss: Any, dx: Any, sizes: Sizes, key: Any
+) -> None:
+    """The dense merge of the same factors, W rounded as the arm's, is the oracle."""
     oracle = merge_arm(sizes)
-    wanted, (_, wanted_dx) = oracle.step(*oracle.inputs(sizes, key))
+    factors, weights, x = oracle.inputs(sizes, key)
+    weights = flora.quantize.dequantize(quantized(weights, sizes, arm.qtype))
+    wanted, (_, wanted_dx) = oracle.step(factors, weights, x)
     largest = jnp.max(jnp.abs(wanted_dx))
     off = jnp.maximum(abs(loss / wanted - 1), jnp.max(abs(dx - wanted_dx)) / largest)
     if not off <= 1e-4:

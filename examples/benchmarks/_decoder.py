@@ -8,7 +8,6 @@ References: Touvron et al. 2023. https://arxiv.org/abs/2302.13971
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +15,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.pallas.ops.tpu import flash_attention
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 DTYPES: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
 
 Constrain = Callable[[jax.Array, str], jax.Array]
+
+
+ATTENTION = ("written", "flash", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +37,33 @@ class Sizes:
     d: int = 2048
     heads: int = 16
     kv_heads: int = 8
+    head_dim: int = 0  # 0 is d / heads
     ff: int = 5632
     vocab: int = 32000
     rank: int = 16
     tied: bool = False
 
     @property
+    def dim(self) -> int:
+        """Of a head."""
+        return self.head_dim or self.d // self.heads
+
+    @property
     def ids(self) -> jax.ShapeDtypeStruct:
         """The tokens, `[sequences, tokens of each]`."""
         shape = self.sequences, self.tokens // self.sequences
         return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+# Widths of models that people train.  Five of six layers of Gemma 4 have these heads,
+# the sixth 4 key heads of 512 (https://github.com/google-deepmind/gemma, 4.0.1).
+LIKE = {
+    "8b": Sizes(32, d=4096, heads=32, kv_heads=8, ff=14336, vocab=128256),
+    "70b": Sizes(80, d=8192, heads=64, kv_heads=8, ff=28672, vocab=128256),
+    "gemma4-31b": Sizes(
+        60, d=5376, heads=32, kv_heads=16, head_dim=256, ff=21504, vocab=262144
+    ),
+}
 
 
 def anywhere(x: jax.Array, kind: str) -> jax.Array:
@@ -103,17 +123,25 @@ def rotate(x: jax.Array) -> jax.Array:
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array | int = 0
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first: jax.Array | int = 0,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of `[batch, tokens, heads, dim]`; query heads share key heads.
 
-    The scores are written out in float32.  Queries start at position `first`.
+    The scores are written out in float32.  Queries start at position `first`.  Where
+    there are `segments` `[batch, tokens]`, a token sees its own alone.
     """
     groups = q.shape[2] // k.shape[2]
     q = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[3])
     scores = jnp.einsum("bqhgd,bkhd->bhgqk", q, k) * q.shape[-1] ** -0.5
     position = first + jnp.arange(q.shape[1])
     seen = position[:, None] >= jnp.arange(k.shape[1])
+    if segments is not None:
+        same = segments[:, :, None] == segments[:, None]
+        seen = (seen & same)[:, None, None]
     scores = jnp.where(seen, scores.astype(jnp.float32), -jnp.inf)
     weights = jax.nn.softmax(scores).astype(v.dtype)
     y = jnp.einsum("bhgqk,bkhd->bqhgd", weights, v)
@@ -130,6 +158,21 @@ def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, block: int) -> ja
     return jnp.moveaxis(y, 0, 1).reshape(*q.shape[:2], -1)
 
 
+def attend_by_flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`attend` by JAX's Pallas kernel for TPUs, which keeps no scores."""
+    groups, dim = q.shape[2] // k.shape[2], q.shape[3]
+    k, v = (jnp.repeat(x, groups, 2) for x in (k, v))
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
+    y = flash_attention.flash_attention(q, k, v, causal=True, sm_scale=dim**-0.5)
+    return jnp.moveaxis(y, 1, 2).reshape(*y.shape[::2], -1)
+
+
+def no_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Q sigmoid(k) + v, which reads and writes what a flash kernel does."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
+    return (q * nn.sigmoid(k) + v).reshape(*q.shape[:2], -1)
+
+
 def _blocks(x: jax.Array, block: int) -> jax.Array:
     """`[batch, tokens, ...]` to `[blocks, batch, block, ...]`."""
     x = x.reshape(x.shape[0], -1, block, *x.shape[2:])
@@ -142,11 +185,14 @@ class Layer(nn.Module):
     sizes: Sizes
     constrain: Constrain = anywhere
     block: int = 0
+    attention: str = "written"
 
     @nn.compact
-    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, segments: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
         """`[batch, tokens, d]` to the same shape, and nothing to stack."""
-        sizes, at, dim = self.sizes, self.constrain, self.sizes.d // self.sizes.heads
+        sizes, at, dim = self.sizes, self.constrain, self.sizes.dim
 
         def dense(x: jax.Array, out: int, name: str) -> jax.Array:
             return nn.Dense(out, use_bias=False, name=name, **DTYPES)(x)
@@ -156,11 +202,16 @@ class Layer(nn.Module):
             return at(y, "heads" if name == "q_proj" else "kv_heads")
 
         h = at(nn.RMSNorm(name="attention_norm", **DTYPES)(x), "normed")
-        q = rotate(heads(h, sizes.heads, "q_proj"))
-        k = rotate(heads(h, sizes.kv_heads, "k_proj"))
+        q, k = heads(h, sizes.heads, "q_proj"), heads(h, sizes.kv_heads, "k_proj")
         v = heads(h, sizes.kv_heads, "v_proj")
-        in_blocks = functools.partial(attend_in_blocks, block=self.block)
-        y = (in_blocks if self.block else attend)(q, k, v)
+        if self.attention == "none":
+            y = no_attention(q, k, v)
+        elif self.attention == "flash":
+            y = attend_by_flash(rotate(q), rotate(k), v)
+        elif self.block:
+            y = attend_in_blocks(rotate(q), rotate(k), v, self.block)
+        else:
+            y = attend(rotate(q), rotate(k), v, segments=segments)
         x = at(x + dense(at(y, "ff"), sizes.d, "o_proj"), "stream")
         h = at(nn.RMSNorm(name="mlp_norm", **DTYPES)(x), "normed")
         gate, up = dense(h, sizes.ff, "gate_proj"), dense(h, sizes.ff, "up_proj")
@@ -213,25 +264,37 @@ class Llama(nn.Module):
       sizes: of the model.
       variant: 'unrolled' or 'scan', with ', remat' or without.
       constrain: shards the activations.
-      block: how many queries, or tokens of the head, are computed at a time; 0 for all.
+      block: how many queries are computed at a time; 0 for all.
+      attention: of `ATTENTION`.
+      head: whether there are a norm, a head and a cross-entropy; else the loss is the
+        mean of the squares of what the last layer returns.
+      head_block: how many tokens of the head are computed at a time; 0 for all.
+      policy: what remat keeps, of `jax.checkpoint_policies`.
+      packed: whether token 0 begins another example, which sees none before it.
     """
 
     sizes: Sizes
     variant: str = "unrolled"
     constrain: Constrain = anywhere
     block: int = 0
+    attention: str = "written"
+    head: bool = True
+    head_block: int = 0
+    policy: Any = None
+    packed: bool = False
 
     def setup(self) -> None:
         sizes, layer = self.sizes, Layer
         if "remat" in self.variant:
-            layer = nn.remat(Layer, prevent_cse="scan" not in self.variant)
+            once = "scan" not in self.variant
+            layer = nn.remat(Layer, prevent_cse=once, policy=self.policy)
+        args = sizes, self.constrain, self.block, self.attention
         if "scan" in self.variant:
             axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-            stack = nn.scan(layer, length=sizes.layers, **axes)
-            self.layers = [stack(sizes, self.constrain, self.block)]
+            ins = {"in_axes": nn.broadcast, "length": sizes.layers}
+            self.layers = [nn.scan(layer, **axes, **ins)(*args)]
         else:
-            layer = functools.partial(layer, sizes, self.constrain, self.block)
-            self.layers = [layer() for _ in range(sizes.layers)]
+            self.layers = [layer(*args) for _ in range(sizes.layers)]
         self.embed = nn.Embed(sizes.vocab, sizes.d, **DTYPES)
         self.norm = nn.RMSNorm(**DTYPES)
         if not sizes.tied:
@@ -243,10 +306,13 @@ class Llama(nn.Module):
 
     def loss(self, x: jax.Array, ids: jax.Array) -> jax.Array:
         """The next tokens' cross-entropy, from embedded tokens `[batch, tokens, d]`."""
+        segments = jnp.cumsum(ids == 0, axis=1) if self.packed else None
         for layer in self.layers:
-            x, _ = layer(x, None)
+            x, _ = layer(x, segments)
+        if not self.head:
+            return jnp.mean(jnp.square(x.astype(jnp.float32)))
         x = self.constrain(self.norm(x), "normed")
-        if self.block and not self.sizes.tied:
-            return self.lm_head.loss_in_blocks(x, ids, self.block)
+        if self.head_block and not self.sizes.tied:
+            return self.lm_head.loss_in_blocks(x, ids, self.head_block)
         logits = self.embed.attend(x) if self.sizes.tied else self.lm_head(x)
         return next_token_loss(logits, ids)

@@ -2,7 +2,9 @@
 
 Weights, factors and activations are those of the JAX arms, and so is the dtype:
 `autocast_adapter_dtype=False` stops PEFT from keeping the factors of a bfloat16 model
-in float32.  PyTorch is imported when it is first needed.
+in float32.  Quantized weights are bitsandbytes': int8 with a scale a column, which
+rounds activations too, and nf4 in blocks of 64.  PyTorch is imported when it is first
+needed.
 """
 
 import importlib
@@ -12,12 +14,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import _arms
+import _report
 import _timing
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import flora.quantize
+
 TORCH_ARMS = ("torch frozen", "torch full", "PEFT")
+QUANTIZED = {f"PEFT on {x}": x for x in _arms.QTYPES}
 
 
 def baselines(names: Iterable[str]) -> dict[str, str]:
@@ -35,7 +41,28 @@ def _tensor(x: Any, sizes: _arms.Sizes, device: str) -> Any:
     return torch.from_numpy(np.array(x, np.float32)).to(device, dtype)
 
 
-def _mlp(weights: dict[str, Any]) -> Any:
+def _linear(w: Any, qtype: str) -> Any:
+    """A layer of this weight `[in, out]`, which is quantized when it is moved."""
+    torch = importlib.import_module("torch")
+    if not qtype:
+        layer = torch.nn.Linear(*w.shape, bias=False, device="meta")
+        layer.weight = torch.nn.Parameter(w.T.contiguous())
+        return layer
+    bnb = importlib.import_module("bitsandbytes").nn
+    if qtype == "int8":
+        layer = bnb.Linear8bitLt(*w.shape, bias=False, has_fp16_weights=False)
+        parts = {"has_fp16_weights": False, "requires_grad": False}
+        layer.weight = bnb.Int8Params(w.T.contiguous().cpu(), **parts)
+        return layer
+    layer = bnb.Linear4bit(
+        *w.shape, bias=False, quant_type=qtype, compute_dtype=w.dtype
+    )
+    parts = {"quant_type": qtype, "requires_grad": False}
+    layer.weight = bnb.Params4bit(w.T.contiguous().cpu(), **parts)
+    return layer
+
+
+def _mlp(weights: dict[str, Any], qtype: str = "") -> Any:
     """x + down(silu(gate(x)) * up(x)), made of `nn.Linear`s with these weights."""
     torch = importlib.import_module("torch")
 
@@ -43,9 +70,9 @@ def _mlp(weights: dict[str, Any]) -> Any:
         def __init__(self) -> None:
             super().__init__()
             for name, w in weights.items():
-                layer = torch.nn.Linear(*w.shape, bias=False, device="meta")
-                layer.weight = torch.nn.Parameter(w.T.contiguous())
-                setattr(self, name, layer)
+                setattr(self, name, _linear(w, qtype))
+            self.is_loaded_in_8bit = qtype == "int8"  # what PEFT asks
+            self.is_loaded_in_4bit = qtype == "nf4"
 
         def forward(self, x: Any) -> Any:
             y = torch.nn.functional.silu(self.gate(x)) * self.up(x)
@@ -79,9 +106,9 @@ def build(name: str, sizes: _arms.Sizes, device: str, seed: int = 0) -> tuple[An
 
     drawn = jax.jit(_arms.draw, static_argnums=0)(sizes, jax.random.key(seed))
     weights, factors, x = jax.tree.map(tensor, drawn)
-    model = _mlp(weights)
-    if name == "PEFT":
-        model = _with_lora(model, factors, sizes)
+    model = _mlp(weights, QUANTIZED.get(name, ""))
+    if name in ("PEFT", *QUANTIZED):
+        model = _with_lora(model.to(device), factors, sizes)
     elif name == "torch frozen":
         model.requires_grad_(False)
     return model.to(device), x.requires_grad_()
@@ -122,8 +149,12 @@ def calls(
     """
     torch = importlib.import_module("torch")
     torch.set_num_threads(os.cpu_count() or 1)
-    found, refused = {}, {}
-    for name in TORCH_ARMS:
+    found, refused, names = {}, {}, TORCH_ARMS
+    if _report.installed("bitsandbytes"):
+        names = *names, *QUANTIZED
+    else:
+        refused["PEFT on int8, nf4"] = "bitsandbytes is not installed."
+    for name in names:
         check(name)
         model, x = build(name, sizes, device)
         found[name] = step(loss_of(model), model, x)
@@ -145,16 +176,20 @@ def check(name: str) -> None:
       RuntimeError: one of these does not hold.
     """
     torch = importlib.import_module("torch")
-    sizes = _arms.Sizes(tokens=32, d=16, ff=24, rank=4, dtype=jnp.float32)
+    sizes = _arms.Sizes(tokens=32, d=64, ff=128, rank=4, dtype=jnp.float32)
     model, x = build(name, sizes, "cpu")
     value, (dx, *grads) = step(loss_of(model), model, x)()
     first = value.item()
-    oracle = _arms.merge_arm(sizes) if name == "PEFT" else _arms.frozen_arm(sizes)
+    factored, qtype = name.startswith("PEFT"), QUANTIZED.get(name, "")
+    oracle = _arms.merge_arm(sizes) if factored else _arms.frozen_arm(sizes)
+    factors, weights, x_ = oracle.inputs(sizes, jax.random.key(0))
+    if qtype:
+        weights = flora.quantize.dequantize(_arms.quantized(weights, sizes, qtype))
     with jax.default_matmul_precision("highest"):  # as PyTorch's, also on a GPU
-        wanted = oracle.step(*oracle.inputs(sizes, jax.random.key(0)))
+        wanted = oracle.step(factors, weights, x_)
     off = np.max(np.abs(np.array(wanted[1][1]) - dx.numpy()))
     off = max(off / float(jnp.max(jnp.abs(wanted[1][1]))), abs(first / wanted[0] - 1))
-    if not off <= 1e-4:
+    if not off <= {"": 1e-4, "nf4": 1e-2, "int8": 0.1}[qtype]:
         raise RuntimeError(f"{name}: loss or dx is off by {off} from JAX's.")
     if not grads:
         return

@@ -4,10 +4,12 @@ The model, the arms and their checks are those of `compare.py`, in bfloat16.  A 
 one call of each arm in random order, each waited for; a ratio is the median over rounds
 of the ratios within a round, to the frozen model of the same library (PyTorch compiled
 to PyTorch compiled).  JAX's steps are compiled; PyTorch's are eager and compiled.
+Widths are those of a Llama of 1 and of 8 billion parameters, and the weights are
+bfloat16, int8 or nf4.
 
-    pip install "jax[cuda13]" qwix quax torch peft
-    python examples/benchmarks/gpu.py --shape 8192x4096x14336
-    python examples/benchmarks/gpu.py --device cpu --shape 256x128x256 --rounds 5
+    pip install "jax[cuda13]" qwix quax torch peft bitsandbytes
+    python examples/benchmarks/gpu.py --shapes 8192x2048x8192,8192x4096x14336
+    python examples/benchmarks/gpu.py --device cpu --shapes 256x128x256 --rounds 5
 """
 
 import argparse
@@ -21,6 +23,8 @@ import _timing
 import jax
 import jax.numpy as jnp
 from rich.console import Console
+
+SHAPES = "8192x2048x8192,8192x4096x14336"  # of 1B and of 8B
 
 
 def measure(
@@ -63,7 +67,7 @@ def main() -> None:
     """Parses the options, measures, prints."""
     parser = argparse.ArgumentParser(description="Wall-clock on a GPU.")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
-    parser.add_argument("--shape", default="8192x4096x14336", help="tokens x d x ff")
+    parser.add_argument("--shapes", default=SHAPES, help="tokens x d x ff, ...")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=50)
@@ -72,13 +76,15 @@ def main() -> None:
     # PyTorch needs memory beside JAX; the backend reads this when it starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax.config.update("jax_platforms", "cpu" if args.device == "cpu" else "cuda,cpu")
-    tokens, d, ff = (int(x) for x in args.shape.split("x"))
-    sizes = _arms.Sizes(tokens, d, ff, args.rank, jnp.dtype(args.dtype))
-    console.print(_report.versions("qwix", "quax", "torch", "peft"), highlight=False)
+    others = ("qwix", "quax", "torch", "peft", "bitsandbytes")
+    console.print(_report.versions(*others), highlight=False)
     console.print(described(args.device), highlight=False)
     only = [x for x in args.arms.split(",") if x]
-    results = measure(sizes, device=args.device, rounds=args.rounds, only=only)
-    console.print(_report.time_table(f"{args.rounds} rounds: {sizes}", results))
+    for shape in args.shapes.split(","):
+        tokens, d, ff = (int(x) for x in shape.split("x"))
+        sizes = _arms.Sizes(tokens, d, ff, args.rank, jnp.dtype(args.dtype))
+        found = measure(sizes, device=args.device, rounds=args.rounds, only=only)
+        console.print(_report.time_table(f"{args.rounds} rounds: {sizes}", found))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the examples claim, and what the pages say of the library."""
 
 import collections
+import dataclasses
 import json
 import math
 import os
@@ -117,10 +118,25 @@ def test_the_same_operations_as_in_the_formula_by_hand():
 
 def test_every_arm_of_the_comparison_trains_and_is_timed():
     names = [name for name in _arms.makers() if name not in _arms.OTHERS]
-    sizes = _arms.Sizes(tokens=16, d=16, ff=32, rank=2, dtype=jnp.float32)
+    sizes = _arms.Sizes(tokens=16, d=16, ff=32, rank=2, dtype=jnp.float32, block=8)
     results = gpu.measure(sizes, device="cpu", rounds=2, only=names)
     assert {f"flora {form}" for form in FORMS} < set(names)
     assert all(results[name]["to_frozen"] > 0 for name in names)
+
+
+@pytest.mark.third_party
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [x for x in _arms.OTHERS if x != "quax"])
+def test_arms_of_other_libraries_train(name):
+    _arms.check(name, _arms.OTHERS[name])
+
+
+def test_an_arm_on_weights_that_are_not_rounded_stops_the_comparison():
+    def unrounded(sizes):
+        return dataclasses.replace(_arms.flora_arm(sizes), qtype="nf4")
+
+    with pytest.raises(RuntimeError, match="is off by"):
+        _arms.check("unrounded", unrounded)
 
 
 def test_an_arm_that_does_not_train_stops_the_comparison():

@@ -1,5 +1,6 @@
 """What examples/finetune_lm.py writes, in the hands of transformers and PEFT."""
 
+import _peft
 import jax
 import jax.numpy as jnp
 import lm_tiny
@@ -61,3 +62,8 @@ def test_transformers_and_peft_give_the_same_logits(tmp_path):
     found = tokenizer.apply_chat_template(chat)
     found = found["input_ids"] if hasattr(found, "keys") else found
     assert tuple(found) == Text.read(folder).example({"messages": chat}).ids
+
+
+@pytest.mark.parametrize("name", _peft.TORCH_ARMS)
+def test_arms_of_pytorch_train(name):
+    _peft.check(name)

@@ -7,6 +7,7 @@ import llama
 import mixed
 import pytest
 import quantized
+import table
 
 LIBTPU = "0.0.52"  # the compiler that gave these numbers; pyproject.toml pins it
 
@@ -38,6 +39,26 @@ def test_the_step_costs_what_the_readme_says(chip, shape):
     assert step["temp_bytes"] <= frozen["temp_bytes"] + thin + copy
 
 
+ROWS = table.published(table.PAGE.read_text())
+CHEAP = [("8B, linear layers", chip) for chip in ("v5e", "v5p", "v6e")]
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize(
+    ("name", "chip"),
+    [
+        case if case in CHEAP else pytest.param(*case, marks=pytest.mark.by_hand)
+        for case in ROWS
+    ],
+)
+def test_a_row_costs_what_the_page_says(name, chip):
+    assert metadata.version("libtpu") == LIBTPU, "measure anew: table.py --write"
+    cycles, temp = table.cell(chip, name)
+    published = ROWS[name, chip]
+    assert cycles == pytest.approx(published[0], abs=0.002)
+    assert [temp] * (len(published) - 1) == pytest.approx(published[1:], abs=0.01)
+
+
 # Of a decoder: flora in the form that it chooses, and full fine-tuning.
 HEAD = {"v5e": (1.413, 1.321), "v5p": (1.044, 0.960), "v6e": (1.807, 1.294)}
 DECODER = {
@@ -50,10 +71,10 @@ DECODER = {
 }
 
 
-def close_to_the_readme(chip, sizes, variant, expected):
+def close_to_the_readme(chip, sizes, layers, expected):
     assert metadata.version("libtpu") == LIBTPU, "measure anew: llama.py"
-    found = llama.measure(chip, sizes, variant, "auto")
-    got = [found[arm]["to_frozen"] for arm in ("flora auto", "full")]
+    found = llama.measure(chip, sizes, llama.How(layers))
+    got = [found[arm]["trips_to_frozen"] for arm in ("flora auto", "full")]
     assert got == pytest.approx(expected, abs=0.005), found
 
 

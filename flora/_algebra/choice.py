@@ -13,11 +13,13 @@ class Form:
       forward: y = x W + z Q.
       backward: dx = dy Wᵀ + g Pᵀ.
       together: whether products of one x share their low-rank terms.
+      kernel: whether one kernel reads dy for both dy Qᵀ and zᵀ dy.
     """
 
     forward: str
     backward: str
     together: bool = True
+    kernel: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Sizes:
 def named_form(name: str) -> Form | None:
     """The form of that name in both passes; `None` for what JAX derives itself."""
     return None if name == "direct" else Form(name, name)
+
+
+def with_kernel(form: Form | None) -> Form:
+    """The form of form="kernel", by that of form="auto"."""
+    return dataclasses.replace(form or Form("direct", "direct"), kernel=True)
 
 
 # Narrower products have little to gain.

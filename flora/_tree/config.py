@@ -19,7 +19,7 @@ from flora._tree.weight import Variant
 
 # Forms that multiply by a copy of W, which must not be kept for the backward pass.
 COPIES = ("concat", "merged", "dithered")
-FORMS = ("auto", "direct", "thin_first", "thin_last", *COPIES)
+FORMS = ("auto", "direct", "thin_first", "thin_last", *COPIES, "kernel")
 # The fields that are `{pattern: value}`: the first that selects a leaf decides.
 PATTERN_FIELDS = (
     "rank_pattern", "alpha_pattern", "layouts", "init_pattern", "form_pattern"

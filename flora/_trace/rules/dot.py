@@ -11,7 +11,7 @@ from jax import lax
 
 from flora._algebra.axes import RANK, Axis, Factored, Name, Named, Sizes, fused, renamed
 from flora._algebra.choice import Sizes as Counts
-from flora._algebra.choice import cheapest, may_differ, named_form, target
+from flora._algebra.choice import cheapest, may_differ, named_form, target, with_kernel
 from flora._algebra.forms import Spec, alike, products
 from flora._algebra.low_rank import (
     compute_dtype_of,
@@ -211,12 +211,21 @@ def _in_form(eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm | None:
         or (not mesh.empty and (mesh.manual_axes or mesh.explicit_axes))
     ):
         return None
-    auto = asked == "auto"
+    auto = asked in ("auto", "kernel")
     form = cheapest(_counts(met), target()) if auto else named_form(asked)
+    if asked == "kernel":
+        form = with_kernel(form)
     if form is None:
         return None
     (p, q), precision = ends, eqn.params["precision"]
-    spec = Spec(form.forward, form.backward, met.y, out.dtype, precision)
+    spec = Spec(
+        form.forward,
+        form.backward,
+        met.y,
+        out.dtype,
+        precision,
+        kernel=form.kernel,
+    )
     base = Named(lax.reshape(w.base, [y.size for y in met.w.pieces]), met.w.names)
     q = Named(widened(q.array, x) * w.settings.scale, q.names)
     return _InForm(spec, form.together, met.x, base, p, q, out.shape)

@@ -13,13 +13,14 @@ class Form:
       forward: y = x W + z Q.
       backward: dx = dy Wᵀ + g Pᵀ.
       together: whether products of one x share their low-rank terms.
-      kernel: whether one kernel reads dy for both dy Qᵀ and zᵀ dy.
+      kernel: the mesh axes that outputs are sharded over, if one kernel is to read dy
+        for both dy Qᵀ and zᵀ dy.
     """
 
     forward: str
     backward: str
     together: bool = True
-    kernel: bool = False
+    kernel: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +44,10 @@ def named_form(name: str) -> Form | None:
     return None if name == "direct" else Form(name, name)
 
 
-def with_kernel(form: Form | None) -> Form:
-    """The form of form="kernel", by that of form="auto"."""
-    return dataclasses.replace(form or Form("direct", "direct"), kernel=True)
+def with_kernel(form: Form | None, axes: tuple[str, ...]) -> Form:
+    """The form of form="kernel": y and dx are as in form="auto"."""
+    like = form or Form("direct", "direct")
+    return Form(like.forward, like.backward, like.together, kernel=axes)
 
 
 # Narrower products have little to gain.

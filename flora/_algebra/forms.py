@@ -46,7 +46,8 @@ class Spec:
       dtype: of y.
       precision: as of `lax.dot_general`.
       scope: the name of the product within that of what it is computed with.
-      kernel: whether one kernel reads dy for both g and dQ, where it can.
+      kernel: the mesh axes that outputs are sharded over, if one kernel is to read dy
+        for both g and dQ.
     """
 
     forward: str
@@ -55,7 +56,7 @@ class Spec:
     dtype: Any
     precision: Any = None
     scope: str = ""
-    kernel: bool = False
+    kernel: tuple[str, ...] | None = None
 
     def times(self, u: Named, v: Named, out: Names, dtype: Any = None) -> Named:
         """u·v, summed over what `out` lacks."""
@@ -264,9 +265,14 @@ def _of_dy(
 ) -> tuple[Named, Callable[[], Named]]:
     """G = dy Qᵀ with axes of these names, and what gives dQ = zᵀ dy."""
     factor, dtype = q.astype(z.array.dtype), q.array.dtype
-    if spec.kernel and (both := by_kernel(z, dy, factor, spec.precision)):
-        g, dq = (Named(x.ordered(n), tuple(n)) for x, n in zip(both, (names, q.names)))
-        return g, lambda: dq.astype(dtype)
+    if spec.kernel is not None:
+        options = {"precision": spec.precision, "out_axes": spec.kernel}
+        if both := by_kernel(z, dy, factor, **options):
+            g, dq = (
+                Named(u.ordered(order), tuple(order))
+                for u, order in zip(both, (names, q.names), strict=True)
+            )
+            return g, lambda: dq.astype(dtype)
     dy = dy.astype(z.array.dtype)
     g = spec.times(dy, factor, names)
     return g, lambda: spec.times(z, dy, q.names, dtype)

@@ -5,9 +5,11 @@ as y.  Here a block of dy comes into a TPU core's vector memory and both product
 it from there.  z, g and the factors are stored with the rank before the tokens, so that
 a rank of 16 is not padded to the 128 lanes of a TPU's tiles.
 
-The kernel is written for TPUs (Mosaic).  On other devices Pallas interprets it: right,
-and slow.  It is one operation to the partitioner, which splits it like the products
-that it stands for: over any of its axes, with sums over those that meet.
+The kernel is written for TPUs (Mosaic); elsewhere Pallas interprets it: right, and
+slow.  No partitioner splits it: `custom_partitioning` has no support in libtpu
+(https://github.com/jax-ml/jax/issues/38196).  So on a mesh it stands in a `shard_map`,
+each device has its part of the tokens, and of the outputs if told so, and what it sums
+over those is summed over the mesh.
 """
 
 import functools
@@ -18,15 +20,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from flora._algebra.axes import RANK, Name, Named
+from flora._algebra.axes import RANK, Named
+from flora._tree.errors import LoraError
 
 LANES = 128
 # Elements of a block of dy, and bytes of all blocks, two of each.  The compiler gives a
 # kernel 16 MiB of vector memory on v5e and v5p if nothing else is said.
 _BLOCK, _VMEM = 2**20, 12 * 2**20
 _WIDEST = 2048  # outputs of a block
+_FEWEST = 8  # tokens: the rows of a tile
 _PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)
 
 
@@ -55,31 +59,45 @@ class Blocks(NamedTuple):
 
 
 def by_kernel(
-    z: Named, dy: Named, q: Named, precision: Any = None
+    z: Named,
+    dy: Named,
+    q: Named,
+    *,
+    precision: Any = None,
+    out_axes: tuple[str, ...] = (),
 ) -> tuple[Named, Named] | None:
     """`(g, dQ)` of one reading of dy; `None` for what the kernel is not made for.
 
-    g = dy Qᵀ has z's dtype, dQ = zᵀ dy float32 or wider.
+    g = dy Qᵀ has z's dtype, dQ = zᵀ dy float32 or wider.  On a mesh the first axis of
+    the tokens is divided over all of its axes but `out_axes`, the first of the outputs
+    over those.  Arrays that lie otherwise are moved.
 
     Args:
       z: x P, with the tokens' axes and the rank.
       dy: of any dtype; it is cast to z's.
       q: the factor, in z's dtype.
       precision: as of `lax.dot_general`.
+      out_axes: of the mesh.
     """
     stack = [n for n in dy.names if n in z.names and n in q.names]
     tokens = [n for n in dy.names if n in z.names and n not in q.names]
     out = [n for n in dy.names if n in q.names and n not in z.names]
-    axes = Axes(len(stack), len(tokens), len(out))
     ranked = [{*u.names} - {*dy.names} for u in (z, q)]
+    sizes = dy.sizes
+    divided = _divided(out_axes)
     if (
         ranked != [{RANK}, {RANK}]
-        or sum(axes) != len(dy.names)
+        or len(dy.names) != len([*stack, *tokens, *out])
+        or not tokens
+        or not out
         or precision not in _PRECISIONS
         or 0 in dy.array.shape
+        or sizes[tokens[0]] % math.prod(n for _, n in divided.tokens)
+        or sizes[out[0]] % math.prod(n for _, n in divided.out)
     ):
         return None
-    g, dq = _operation(axes, precision)(
+    axes = Axes(len(stack), len(tokens), len(out))
+    g, dq = _operation(axes, divided, precision)(
         z.ordered([*stack, RANK, *tokens]),
         dy.ordered([*stack, *tokens, *out]),
         q.ordered([*stack, RANK, *out]),
@@ -87,13 +105,36 @@ def by_kernel(
     return Named(g, (*stack, RANK, *tokens)), Named(dq, (*stack, RANK, *out))
 
 
+class Divided(NamedTuple):
+    """The mesh axes, each with its size, that the tokens and the outputs are over."""
+
+    tokens: tuple[tuple[str, int], ...] = ()
+    out: tuple[tuple[str, int], ...] = ()
+
+
+def _divided(out_axes: Sequence[str]) -> Divided:
+    """By the mesh that is set; axes of size 1 do not count."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return Divided()
+    if unknown := [a for a in out_axes if a not in mesh.axis_names]:
+        raise LoraError(
+            f"form={'kernel:' + ','.join(out_axes)!r} names the mesh axes {unknown}; "
+            f"the mesh that is set has {mesh.axis_names}. Name those over which the "
+            "outputs of products are sharded, or write form='kernel'."
+        )
+    found = {a: n for a, n in mesh.shape.items() if n > 1}
+    tokens = tuple((a, n) for a, n in found.items() if a not in out_axes)
+    return Divided(tokens, tuple((a, n) for a, n in found.items() if a in out_axes))
+
+
 @functools.cache
-def _operation(axes: Axes, precision: Any) -> Any:
-    """`(z, dy, q)` to `(g, dQ)`: differentiable once more, batched and partitioned."""
+def _operation(axes: Axes, divided: Divided, precision: Any) -> Any:
+    """`(z, dy, q)` to `(g, dQ)`: batched, and differentiable as what it stands for."""
 
     @jax.custom_batching.custom_vmap
     def operation(z: Any, dy: Any, q: Any) -> Any:
-        return _partitioned(axes, precision)(z, dy, q)
+        return _on_mesh(axes, divided, precision)(z, dy, q)
 
     @operation.def_vmap
     def batched(size: int, is_batched: Sequence[bool], *args: Any) -> Any:
@@ -102,91 +143,53 @@ def _operation(axes: Axes, precision: Any) -> Any:
             for x, has in zip(args, is_batched, strict=True)
         )
         more = axes._replace(stack=axes.stack + 1)
-        return _operation(more, precision)(*args), (True, True)
+        return _operation(more, divided, precision)(*args), (True, True)
 
     differentiable = jax.custom_jvp(operation)
 
     @differentiable.defjvp
-    def tangents(primals: Any, tangents: Any) -> Any:
+    def jvp(primals: Any, tangents: Any) -> Any:
         by_xla = functools.partial(_by_xla, axes, precision)
         return differentiable(*primals), jax.jvp(by_xla, primals, tangents)[1]
 
     return differentiable
 
 
-def _names(axes: Axes) -> tuple[tuple[Name, ...], ...]:
-    """Of the stack, tokens and outputs."""
-    return tuple(
-        tuple(f"{kind}{i}" for i in range(n))
-        for kind, n in zip("sto", axes, strict=True)
-    )
-
-
 def _by_xla(axes: Axes, precision: Any, z: Any, dy: Any, q: Any) -> tuple[Any, Any]:
     """The two products as XLA computes them."""
-    s, t, o = _letters(axes)
-    dy = dy.astype(z.dtype)
-    times = functools.partial(jnp.einsum, precision=precision)
-    g = times(f"{s}{t}{o},{s}r{o}->{s}r{t}", dy, q)
-    dq = times(
-        f"{s}r{t},{s}{t}{o}->{s}r{o}", z, dy, preferred_element_type=_wide(z.dtype)
-    )
-    return g, dq
-
-
-def _letters(axes: Axes) -> list[str]:
     letters = iter("abcdefghijklmnopqstuvwxyz")
-    return ["".join(next(letters) for _ in range(n)) for n in axes]
+    s, t, o = ("".join(next(letters) for _ in range(n)) for n in axes)
+    dy, times = dy.astype(z.dtype), functools.partial(jnp.einsum, precision=precision)
+    g = times(f"{s}{t}{o},{s}r{o}->{s}r{t}", dy, q)
+    wide = {"preferred_element_type": _wide(z.dtype)}
+    return g, times(f"{s}r{t},{s}{t}{o}->{s}r{o}", z, dy, **wide)
 
 
 def _wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-@functools.cache
-def _partitioned(axes: Axes, precision: Any) -> Any:
-    """The operation, which the partitioner splits over any of its axes."""
-    from jax.experimental.custom_partitioning import custom_partitioning
-
+def _on_mesh(axes: Axes, divided: Divided, precision: Any) -> Any:
+    """The operation, of which each device of the mesh that is set does a part."""
     local = functools.partial(_local, axes, precision)
-    operation = custom_partitioning(lambda z, dy, q: local(z, dy, q))
-    s, t, o = _names(axes)
+    if not any(divided):
+        return local
+    tokens, out = (tuple(a for a, _ in part) for part in divided)
 
-    def partition(_: Any, args: Any, results: Any) -> Any:
-        del results
-        dy = args[1].sharding
-        if not isinstance(dy, NamedSharding):  # no mesh to name: each device does all
-            raise NotImplementedError(dy)
-        spec = [*dy.spec, *(None,) * (len(args[1].shape) - len(dy.spec))]
-        stack, tokens = spec[: axes.stack], spec[axes.stack : -axes.out or None]
-        out = spec[axes.stack + axes.tokens :]
-        thin, factor = [*stack, None, *tokens], [*stack, None, *out]
-        places = [
-            NamedSharding(dy.mesh, PartitionSpec(*x)) for x in (thin, spec, factor)
-        ]
+    def of_shard(z: Any, dy: Any, q: Any) -> Any:
+        g, dq = local(z, dy, q)
+        return lax.psum(g, out), lax.psum(dq, tokens)
 
-        def of_shard(z: Any, dy: Any, q: Any) -> Any:
-            g, dq = local(z, dy, q)
-            return _summed(g, out), _summed(dq, tokens)
-
-        return dy.mesh, of_shard, (places[0], places[2]), tuple(places)
-
-    def joined(*names: Any) -> str:
-        return " ".join(n for group in names for n in group)
-
-    thin, factor = joined(s, "r", t), joined(s, "r", o)
-    operation.def_partition(
-        partition, sharding_rule=f"{thin}, {joined(s, t, o)}, {factor} -> {thin}, {factor}"
+    stack = (None,) * axes.stack
+    rest = (None,) * (axes.tokens - 1)
+    thin, factor = (PartitionSpec(*stack, None, x) for x in (tokens, out))
+    whole = PartitionSpec(*stack, tokens, *rest, out)
+    return jax.shard_map(
+        of_shard,
+        in_specs=(thin, whole, factor),
+        out_specs=(thin, factor),
+        check_vma=False,
     )
-    return operation
-
-
-def _summed(x: Any, entries: Sequence[Any]) -> Any:
-    """The sum over the mesh axes that those entries of a spec name."""
-    axes = [
-        a for e in entries if e for a in (e if isinstance(e, tuple) else (e,))
-    ]
-    return lax.psum(x, tuple(axes)) if axes else x
 
 
 def _local(axes: Axes, precision: Any, z: Any, dy: Any, q: Any) -> tuple[Any, Any]:
@@ -202,6 +205,8 @@ def _local(axes: Axes, precision: Any, z: Any, dy: Any, q: Any) -> tuple[Any, An
         dy.reshape(sizes.stack, sizes.tokens, sizes.out),
         q.reshape(sizes.stack, rank, sizes.out),
     )
+    if sizes.tokens < _FEWEST:
+        return _by_xla(axes, precision, z, dy, q)
     call = functools.partial(_call, sizes, precision)
     g, dq = lax.platform_dependent(
         *args,

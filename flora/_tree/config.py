@@ -265,6 +265,16 @@ def initializer_problems(name: str, start: Any) -> list[str]:
 
 def form_problems(name: str, form: Any) -> list[str]:
     """What is wrong with the name of a form."""
-    if isinstance(form, str) and form in FORMS:
+    if isinstance(form, str) and (form in FORMS or kernel_axes(form)):
         return []
-    return [f"{name}={form!r}. Write one of {', '.join(map(repr, FORMS))}."]
+    return [
+        f"{name}={form!r}. Write one of {', '.join(map(repr, FORMS))}, or "
+        "'kernel:tp' with the mesh axes (here tp) that outputs are sharded over."
+    ]
+
+
+def kernel_axes(form: str) -> tuple[str, ...] | None:
+    """The mesh axes that 'kernel:tp,ep' names; `None` if it is no such form."""
+    name, colon, axes = form.partition(":")
+    found = tuple(axes.split(",")) if colon else ()
+    return found if name == "kernel" and all(found) else None

@@ -24,6 +24,7 @@ from flora._algebra.low_rank import (
 from flora._trace.compat import INLINE, Eqn, eval_eqn, relative_scopes
 from flora._trace.interpret import Context
 from flora._trace.rules.product import Operation, multiplied, plain
+from flora._tree.config import kernel_axes
 from flora._tree.errors import Unfactorable
 
 
@@ -211,10 +212,11 @@ def _in_form(eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm | None:
         or (not mesh.empty and (mesh.manual_axes or mesh.explicit_axes))
     ):
         return None
-    auto = asked in ("auto", "kernel")
+    axes = kernel_axes(asked)
+    auto = asked == "auto" or axes is not None
     form = cheapest(_counts(met), target()) if auto else named_form(asked)
-    if asked == "kernel":
-        form = with_kernel(form)
+    if axes is not None:
+        form = with_kernel(form, axes)
     if form is None:
         return None
     (p, q), precision = ends, eqn.params["precision"]

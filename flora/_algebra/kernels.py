@@ -2,8 +2,10 @@
 
 XLA makes two kernels of the two products, each of which reads dy, an array as large
 as y.  Here a block of dy comes into a TPU core's vector memory and both products take
-it from there.  z, g and the factors are stored with the rank before the tokens, so that
-a rank of 16 is not padded to the 128 lanes of a TPU's tiles.
+it from there.  z and g are stored with the rank before the tokens, so that a rank of 16
+is not padded to the 128 lanes of a TPU's tiles.  Of dy the longer of its two axes comes
+last, which is how XLA tends to lay it out: a kernel's operands are copied if they lie
+otherwise.
 
 The kernel is written for TPUs (Mosaic); elsewhere Pallas interprets it: right, and
 slow.  No partitioner splits it: `custom_partitioning` has no support in libtpu
@@ -26,12 +28,14 @@ from flora._algebra.axes import RANK, Named
 from flora._tree.errors import LoraError
 
 LANES = 128
-# Elements of a block of dy, and bytes of all blocks, two of each.  The compiler gives a
-# kernel 16 MiB of vector memory on v5e and v5p if nothing else is said.
-_BLOCK, _VMEM = 2**20, 12 * 2**20
-_WIDEST = 2048  # outputs of a block
+# Elements of a block of dy, and bytes of all blocks, two of each.
+_BLOCK, _VMEM = 2**20, 20 * 2**20
+_WIDEST = 4096  # outputs of a block
 _FEWEST = 8  # tokens: the rows of a tile
-_PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)
+_PRECISIONS = (
+    None,
+    *((p, p) for p in (lax.Precision.DEFAULT, lax.Precision.HIGHEST)),
+)
 
 
 class Axes(NamedTuple):
@@ -43,12 +47,22 @@ class Axes(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of what one device computes: dy is `[stack, tokens, out]`."""
+    """Of what one device computes.
+
+    Attributes:
+      stack: of products.
+      groups: into which the tokens are divided.
+      tokens: of a group.
+      out, rank: lengths.
+      turned: whether dy is `[stack, groups, out, tokens]`, not `[..., tokens, out]`.
+    """
 
     stack: int
+    groups: int
     tokens: int
     out: int
     rank: int
+    turned: bool = False
 
 
 class Blocks(NamedTuple):
@@ -98,11 +112,11 @@ def by_kernel(
         return None
     axes = Axes(len(stack), len(tokens), len(out))
     g, dq = _operation(axes, divided, precision)(
-        z.ordered([*stack, RANK, *tokens]),
+        z.ordered([*stack, *tokens, RANK]),
         dy.ordered([*stack, *tokens, *out]),
         q.ordered([*stack, RANK, *out]),
     )
-    return Named(g, (*stack, RANK, *tokens)), Named(dq, (*stack, RANK, *out))
+    return Named(g, (*stack, *tokens, RANK)), Named(dq, (*stack, RANK, *out))
 
 
 class Divided(NamedTuple):
@@ -160,9 +174,9 @@ def _by_xla(axes: Axes, precision: Any, z: Any, dy: Any, q: Any) -> tuple[Any, A
     letters = iter("abcdefghijklmnopqstuvwxyz")
     s, t, o = ("".join(next(letters) for _ in range(n)) for n in axes)
     dy, times = dy.astype(z.dtype), functools.partial(jnp.einsum, precision=precision)
-    g = times(f"{s}{t}{o},{s}r{o}->{s}r{t}", dy, q)
+    g = times(f"{s}{t}{o},{s}r{o}->{s}{t}r", dy, q)
     wide = {"preferred_element_type": _wide(z.dtype)}
-    return g, times(f"{s}r{t},{s}{t}{o}->{s}r{o}", z, dy, **wide)
+    return g, times(f"{s}{t}r,{s}{t}{o}->{s}r{o}", z, dy, **wide)
 
 
 def _wide(dtype: Any) -> Any:
@@ -180,10 +194,10 @@ def _on_mesh(axes: Axes, divided: Divided, precision: Any) -> Any:
         g, dq = local(z, dy, q)
         return lax.psum(g, out), lax.psum(dq, tokens)
 
-    stack = (None,) * axes.stack
-    rest = (None,) * (axes.tokens - 1)
-    thin, factor = (PartitionSpec(*stack, None, x) for x in (tokens, out))
+    stack, rest = (None,) * axes.stack, (None,) * (axes.tokens - 1)
+    thin = PartitionSpec(*stack, tokens)
     whole = PartitionSpec(*stack, tokens, *rest, out)
+    factor = PartitionSpec(*stack, None, out)
     return jax.shard_map(
         of_shard,
         in_specs=(thin, whole, factor),
@@ -194,26 +208,31 @@ def _on_mesh(axes: Axes, divided: Divided, precision: Any) -> Any:
 
 def _local(axes: Axes, precision: Any, z: Any, dy: Any, q: Any) -> tuple[Any, Any]:
     """The operation on one device."""
-    ends = axes.stack, axes.stack + axes.tokens
-    stack, tokens, out = (
-        dy.shape[: ends[0]], dy.shape[ends[0] : ends[1]], dy.shape[ends[1] :]
-    )  # fmt: skip
-    rank = z.shape[axes.stack]
-    sizes = Sizes(*(math.prod(x) for x in (stack, tokens, out)), rank)
-    args = (
-        z.reshape(sizes.stack, rank, sizes.tokens),
-        dy.reshape(sizes.stack, sizes.tokens, sizes.out),
-        q.reshape(sizes.stack, rank, sizes.out),
-    )
+    first = axes.stack + axes.tokens
+    stack, tokens = dy.shape[: axes.stack], dy.shape[axes.stack : first]
+    sizes = _sizes(stack, tokens, dy.shape[first:], z.shape[-1])
     if sizes.tokens < _FEWEST:
         return _by_xla(axes, precision, z, dy, q)
+    lead, (t, o, r) = sizes[:2], (sizes.tokens, sizes.out, sizes.rank)
+    dy, thin = dy.reshape(*lead, t, o), z.reshape(*lead, t, r).swapaxes(2, 3)
+    args = thin, dy.swapaxes(2, 3) if sizes.turned else dy, q.reshape(sizes.stack, r, o)
     call = functools.partial(_call, sizes, precision)
     g, dq = lax.platform_dependent(
         *args,
         tpu=functools.partial(call, interpret=False),
         default=functools.partial(call, interpret=True),
     )
-    return g.reshape(*stack, rank, *tokens), dq.reshape(*stack, rank, *out)
+    return g.swapaxes(2, 3).reshape(z.shape), dq.reshape(q.shape)
+
+
+def _sizes(
+    stack: Sequence[int], tokens: Sequence[int], out: Sequence[int], rank: int
+) -> Sizes:
+    """Dy is turned where its last axis of tokens is as long as its outputs."""
+    width, whole = math.prod(out), math.prod(tokens)
+    turned = tokens[-1] >= max(width, LANES)
+    last = tokens[-1] if turned else whole
+    return Sizes(math.prod(stack), whole // last, last, width, rank, turned)
 
 
 def blocks_of(sizes: Sizes, itemsize: int) -> Blocks:
@@ -261,20 +280,16 @@ def plan(sizes: Sizes, blocks: Blocks) -> Plan:
     from jax.experimental import pallas as pl
 
     tokens, out, rank = blocks.tokens, blocks.out, sizes.rank
-    grid = sizes.stack, -(-sizes.out // out), -(-sizes.tokens // tokens)
-    factor = pl.BlockSpec((None, rank, out), lambda s, o, t: (s, 0, o))
-    return Plan(
-        grid,
-        [
-            pl.BlockSpec((None, rank, tokens), lambda s, o, t: (s, 0, t)),
-            pl.BlockSpec((None, tokens, out), lambda s, o, t: (s, t, o)),
-            factor,
-        ],
-        [
-            pl.BlockSpec((None, None, rank, tokens), lambda s, o, t: (o, s, 0, t)),
-            factor,
-        ],
-    )
+    steps = -(-sizes.out // out), sizes.groups, -(-sizes.tokens // tokens)
+    if sizes.turned:
+        dy = pl.BlockSpec((None, None, out, tokens), lambda s, o, n, t: (s, n, o, t))
+    else:
+        dy = pl.BlockSpec((None, None, tokens, out), lambda s, o, n, t: (s, n, t, o))
+    thin = (None, rank, tokens)
+    z = pl.BlockSpec((None, *thin), lambda s, o, n, t: (s, n, 0, t))
+    g = pl.BlockSpec((None, None, *thin), lambda s, o, n, t: (o, s, n, 0, t))
+    factor = pl.BlockSpec((None, rank, out), lambda s, o, n, t: (s, 0, o))
+    return Plan((sizes.stack, *steps), [z, dy, factor], [g, factor])
 
 
 def _call(
@@ -301,10 +316,11 @@ def _call(
         name="lora_dy_once",
         interpret=interpret,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=_VMEM + _VMEM // 2,  # and what stands between them
         ),
         cost_estimate=pl.CostEstimate(
-            flops=4 * math.prod(sizes),
+            flops=4 * math.prod(sizes[:5]),
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in (z, dy, q, *shapes)),
             transcendentals=0,
         ),
@@ -322,23 +338,24 @@ def _kernel(
     o, t = (
         functools.partial(_cut, size=size, block=block, at=pl.program_id(axis))
         for axis, size, block in (
-            (1, sizes.out, blocks.out), (2, sizes.tokens, blocks.tokens)
+            (1, sizes.out, blocks.out), (3, sizes.tokens, blocks.tokens)
         )
     )  # fmt: skip
-    block = o(t(dy[...].astype(z.dtype), axis=0), axis=1)
+    of_tokens, of_out = (1, 0) if sizes.turned else (0, 1)
+    block = t(o(dy[...].astype(z.dtype), axis=of_out), axis=of_tokens)
 
-    def times(u: Any, v: Any, axis: int) -> Any:
+    def times(u: Any, axis: int) -> Any:
         return lax.dot_general(
             u,
-            v,
+            block,
             (((1,), (axis,)), ((), ())),
-            precision=precision if u.dtype == jnp.float32 else None,
+            precision=None if u.dtype == jnp.bfloat16 else precision,
             preferred_element_type=_wide(u.dtype),
         )
 
-    g[...] = times(o(q[...], axis=1), block, 1).astype(g.dtype)
-    change = times(t(z[...], axis=1), block, 0)
-    first = pl.program_id(2) == 0
+    g[...] = times(o(q[...], axis=1), of_out).astype(g.dtype)
+    change = times(t(z[...], axis=1), of_tokens)
+    first = (pl.program_id(2) == 0) & (pl.program_id(3) == 0)
     pl.when(first)(lambda: dq.__setitem__(..., change))
     pl.when(~first)(lambda: dq.__setitem__(..., dq[...] + change))
 

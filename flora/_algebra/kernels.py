@@ -302,9 +302,7 @@ def _call(
     moved, wide = plan(sizes, blocks), _wide(z.dtype)
     parts = moved.grid[1]
     shapes = [
-        jax.ShapeDtypeStruct(
-            (parts, *z.shape), z.dtype if parts == 1 else wide
-        ),
+        jax.ShapeDtypeStruct((parts, *z.shape), z.dtype if parts == 1 else wide),
         jax.ShapeDtypeStruct(q.shape, wide),
     ]
     g, dq = pl.pallas_call(
@@ -329,7 +327,14 @@ def _call(
 
 
 def _kernel(
-    sizes: Sizes, blocks: Blocks, precision: Any, z: Any, dy: Any, q: Any, g: Any, dq: Any
+    sizes: Sizes,
+    blocks: Blocks,
+    precision: Any,
+    z: Any,
+    dy: Any,
+    q: Any,
+    g: Any,
+    dq: Any,
 ) -> None:
     """A block of dy: its part of g is written, its part of dQ added to the others'."""
     from jax.experimental import pallas as pl

@@ -85,7 +85,11 @@ class LoraConfig:
         'direct', 'thin_first' and 'thin_last' differ in what is written to memory
         first; 'concat' multiplies [x | xA] by [W ; B].  All are exact up to the order
         of summation.  'merged' multiplies by W + scale A B, rounded to W's dtype;
-        'dithered' rounds it at random.  `jax.jvp` needs 'direct'.  Where another form
+        'dithered' rounds it at random.  'kernel' is like 'auto', and one Pallas kernel
+        for TPUs reads dy once for the gradients of z = x A and B, where XLA reads it
+        twice; elsewhere it is interpreted, which is slow.  On a mesh its tokens are
+        divided over all axes, or 'kernel:tp' names those that outputs are sharded over.
+        It is never chosen by itself.  `jax.jvp` needs 'direct'.  Where another form
         does not apply (dropout, lookups, convolutions, inside shard_map) the product is
         direct too.
       form_pattern: `{pattern: form}`, for leaves that need another.

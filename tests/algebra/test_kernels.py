@@ -1,20 +1,20 @@
 """One kernel that reads dy once, beside the two products that it stands for."""
 
 import functools
-import itertools
-import math
 
+import _tpu
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import thin_kernel
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import flora
 from flora._algebra import kernels
 from flora._algebra.axes import RANK, Named
-from flora._algebra.kernels import Sizes, blocks_of, by_kernel, plan
+from flora._algebra.kernels import Sizes, blocks_of, by_kernel
 from tests.support.contract import adapt, array, close, equations, randomized, scalar
 
 SMALL = {"_WIDEST": 128, "_BLOCK": 2**14}
@@ -47,9 +47,7 @@ def in_order(z, dy, q, **options):
 
 def in_numpy(z, dy, q):
     """The two products in float64."""
-    s, t, o = (
-        [n for n in dy.names if n.startswith(kind)] for kind in ("s", "t", "o")
-    )
+    s, t, o = ([n for n in dy.names if n.startswith(kind)] for kind in ("s", "t", "o"))
     letters = dict(zip([*s, *t, *o, RANK], "abcdefghijk", strict=False))
 
     def spelled(names):
@@ -95,9 +93,7 @@ def test_it_gives_what_the_two_products_give(small_blocks, case):
 
 @pytest.mark.parametrize("dy", [jnp.bfloat16, jnp.float32])
 def test_bfloat16_is_summed_in_float32(small_blocks, dy):
-    z, dy, q = operands(
-        tokens=(300,), out=(333,), rank=16, dtype=jnp.bfloat16, dy=dy
-    )
+    z, dy, q = operands(tokens=(300,), out=(333,), rank=16, dtype=jnp.bfloat16, dy=dy)
     g, dq = in_order(z, dy, q)
     assert (g.dtype, dq.dtype) == (jnp.bfloat16, jnp.float32)
     expected = in_numpy(z, dy.astype(jnp.bfloat16), q)
@@ -107,7 +103,9 @@ def test_bfloat16_is_summed_in_float32(small_blocks, dy):
 
 def test_axes_in_any_order():
     z, dy, q = operands(stack=(2,), tokens=(3, 4), out=(5, 6))
-    turned = Named(jnp.transpose(dy.array, (3, 1, 0, 4, 2)), ("o0", "t0", "s0", "o1", "t1"))
+    turned = Named(
+        jnp.transpose(dy.array, (3, 1, 0, 4, 2)), ("o0", "t0", "s0", "o1", "t1")
+    )
     agree(in_order(z, turned, q), in_numpy(z, dy, q))
 
 
@@ -147,7 +145,9 @@ def test_its_derivative_is_that_of_the_products(x64):
         return dy @ q.T, z.T @ dy
 
     close(jax.jvp(run, at, moves), jax.jvp(products, at, moves))
-    slopes = [jax.grad(lambda *a, f=f: scalar(f(*a)), (0, 1, 2))(*at) for f in (run, products)]
+    slopes = [
+        jax.grad(lambda *a, f=f: scalar(f(*a)), (0, 1, 2))(*at) for f in (run, products)
+    ]
     close(*slopes)
 
 
@@ -156,7 +156,11 @@ def test_what_the_kernel_is_not_made_for():
     assert by_kernel(z, dy, q) is not None
     high, highest = jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST
     assert by_kernel(z, dy, q, precision=(highest, highest)) is not None
-    for other in ((high, high), (highest, high), jax.lax.DotAlgorithmPreset.F32_F32_F32):
+    for other in (
+        (high, high),
+        (highest, high),
+        jax.lax.DotAlgorithmPreset.F32_F32_F32,
+    ):
         assert by_kernel(z, dy, q, precision=other) is None
     nothing = Named(dy.array[:0], dy.names)
     assert by_kernel(Named(z.array[:0], z.names), nothing, q) is None
@@ -184,7 +188,9 @@ def test_on_a_mesh(spec, out_axes):
 def test_what_a_mesh_does_not_divide_is_left_to_xla():
     with jax.set_mesh(MESH):
         assert by_kernel(*operands(tokens=(12,))) is None
-        assert by_kernel(*operands(tokens=(12,), out=(8,)), out_axes=("tp",)) is not None
+        assert (
+            by_kernel(*operands(tokens=(12,), out=(8,)), out_axes=("tp",)) is not None
+        )
         assert by_kernel(*operands(tokens=(12,), out=(9,)), out_axes=("tp",)) is None
 
 
@@ -212,29 +218,17 @@ def test_a_step_on_a_mesh(x64):
         found = equations(jax.make_jaxpr(step)(adapter, x))
         calls = [e.primitive.name for e in found].count("shard_map")
         assert calls == 2  # one for each weight
-        with pytest.raises(flora.LoraError, match=r"'kernel:ep'.*\['ep'\].*'fsdp', 'tp'"):
+        with pytest.raises(
+            flora.LoraError, match=r"'kernel:ep'.*\['ep'\].*'fsdp', 'tp'"
+        ):
             gradient("kernel:ep", adapter, x)
-
-
-def moved(sizes, blocks):
-    """Bytes between HBM and the core's memory, by what the index maps say."""
-    found = plan(sizes, blocks)
-    total = []
-    for spec in (*found.in_specs, *found.out_specs):
-        last, times = None, 0
-        for at in itertools.product(*map(range, found.grid)):
-            index = spec.index_map(*at)
-            times += index != last
-            last = index
-        total.append(times * math.prod(n for n in spec.block_shape if n))
-    return total
 
 
 @pytest.mark.parametrize("rank", [1, 16, 64, 256])
 def test_dy_comes_in_once(rank):
     sizes = Sizes(1, 1, 8192, 14336, rank)
     blocks = blocks_of(sizes, 2)
-    z, dy, q, g, dq = moved(sizes, blocks)
+    z, dy, q, g, dq = thin_kernel.moved(sizes, blocks, (1,) * 5)
     assert dy == 8192 * 14336
     assert q == dq == 14336 * rank  # no block of dQ goes out before it is summed up
     assert z == g == 8192 * rank * -(-14336 // blocks.out)
@@ -261,3 +255,52 @@ def test_blocks_divide_where_they_can():
     assert blocks_of(Sizes(1, 1, 8192, 11264, 16), 2) == (256, 3840 - 1024)
     assert blocks_of(Sizes(1, 1, 8192, 11008, 16), 2) == (256, 4096)  # 86 x 128
     assert blocks_of(Sizes(1, 1, 300, 4096, 16), 2) == (300, 2048)
+
+
+COMPILED = {
+    "as trained": ((2, 4096), (14336,), 16, jnp.bfloat16, jnp.bfloat16),
+    "turned": ((2, 4096), (32, 128), 16, jnp.bfloat16, jnp.bfloat16),
+    "odd": ((12345,), (333,), 17, jnp.bfloat16, jnp.bfloat16),
+    "odd, turned": ((3, 1001), (77,), 3, jnp.float32, jnp.float32),
+    "rank 1": ((1000,), (5000,), 1, jnp.bfloat16, jnp.float32),
+    "rank 256": ((8192,), (14336,), 256, jnp.bfloat16, jnp.float32),
+    "a head": ((8192,), (128256,), 64, jnp.bfloat16, jnp.bfloat16),
+}
+
+
+WHOLE = (P(), P(), P())
+
+
+def compiled(mesh, case, specs=WHOLE, **options):
+    """The text of the program for a mesh of chips that are not there."""
+    tokens, out, rank, dtype, wide = case
+    z, dy, q = operands(tokens=(1,) * len(tokens), out=(1,) * len(out), rank=1)
+    shapes = (*tokens, rank), (*tokens, *out), (rank, *out)
+    arrays = [
+        jax.ShapeDtypeStruct(shape, kind, sharding=jax.NamedSharding(mesh, spec))
+        for shape, kind, spec in zip(shapes, (dtype, wide, dtype), specs, strict=True)
+    ]
+    names = [u.names for u in (z, dy, q)]
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda *a: in_order(*map(Named, a, names), **options))
+        return run.lower(*arrays).compile().as_text()
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("chip", _tpu.CHIPS)
+@pytest.mark.parametrize("case", COMPILED)
+def test_it_compiles_for_tpus(chip, case):
+    mesh = jax.sharding.Mesh([_tpu.device(chip)], "device")
+    text = compiled(mesh, COMPILED[case])
+    assert text.count('custom_call_target="tpu_custom_call"') == 1
+
+
+@pytest.mark.tpu_compiler
+def test_on_a_mesh_of_tpus_only_what_is_thin_moves():
+    mesh = _tpu.mesh("v5e:2x2", fsdp=2, tp=2)
+    case = ((8, 1024), (4096,), 16, jnp.bfloat16, jnp.bfloat16)
+    specs = P("fsdp"), P("fsdp", None, "tp"), P(None, "tp")
+    text = compiled(mesh, case, specs, out_axes=("tp",))
+    assert text.count('custom_call_target="tpu_custom_call"') == 1
+    # g of a device's tokens in bfloat16, dQ of its outputs in float32
+    assert sum(_tpu.collectives(text).values()) <= 16 * (4096 * 2 + 2048 * 4)

@@ -15,12 +15,15 @@ class Form:
       together: whether products of one x share their low-rank terms.
       in_heads: whether axes that a reshape beside the product divides, into heads, are
         divided within.
+      kernel: the mesh axes that outputs are sharded over, if one kernel is to read dy
+        for both dy Qᵀ and zᵀ dy.
     """
 
     forward: str
     backward: str
     together: bool = True
     in_heads: bool = False
+    kernel: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,12 @@ class Sizes:
 def named_form(name: str) -> Form | None:
     """The form of that name in both passes; `None` for what JAX derives itself."""
     return None if name == "direct" else Form(name, name)
+
+
+def with_kernel(form: Form | None, axes: tuple[str, ...]) -> Form:
+    """The form of form="kernel": y and dx are as in form="auto"."""
+    like = form or Form("direct", "direct")
+    return dataclasses.replace(like, kernel=axes)
 
 
 # Narrower products have little to gain.

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._algebra.axes import RANK, Name, Named
+from flora._algebra.kernels import by_kernel
 from flora._algebra.low_rank import SCOPE, Names, contract
 from flora._tree.config import COPIES
 
@@ -45,6 +46,8 @@ class Spec:
       dtype: of y.
       precision: as of `lax.dot_general`.
       scope: the name of the product within that of what it is computed with.
+      kernel: the mesh axes that outputs are sharded over, if one kernel is to read dy
+        for both g and dQ.
     """
 
     forward: str
@@ -53,6 +56,7 @@ class Spec:
     dtype: Any
     precision: Any = None
     scope: str = ""
+    kernel: tuple[str, ...] | None = None
 
     def times(self, u: Named, v: Named, out: Names, dtype: Any = None) -> Named:
         """u·v, summed over what `out` lacks."""
@@ -239,25 +243,39 @@ def _backward(
         Named(lax.optimization_barrier(dy), spec.y)
         for spec, dy in zip(each, dys, strict=True)
     ]
-    thin = [dy.astype(dtype) for dy in dys]
     with jax.named_scope(SCOPE):
-        gs = [
-            spec.times(dy, q.astype(dtype), _hidden(dy, q, ps))
-            for spec, dy, q in zip(each, thin, qs, strict=True)
+        thin = [
+            _of_dy(spec, part, dy, q, _hidden(dy, q, ps))
+            for spec, part, dy, q in zip(each, _parts(z, qs), dys, qs, strict=True)
         ]
-    g, p = _joined(gs), _joined(ps)
+    g, p = _joined([g for g, _ in thin]), _joined(ps)
     backs = [dataclasses.replace(one, y=x.names, dtype=dtype) for one in each]
     dx = _summed(backs, dys, ws, g, qs[0], p)
     with jax.named_scope(SCOPE):
         dp = each[0].times(x, g, p.names, ps[0].array.dtype)
-        dqs = [
-            spec.times(part, dy, q.names, q.array.dtype)
-            for spec, part, dy, q in zip(each, _parts(z, qs), thin, qs, strict=True)
-        ]
-    return Named(dx, x.names), None, tuple(_parts(dp, qs)), tuple(dqs)
+        dqs = tuple(dq() for _, dq in thin)
+    return Named(dx, x.names), None, tuple(_parts(dp, qs)), dqs
 
 
 products.defvjp(_forward, _backward)
+
+
+def _of_dy(
+    spec: Spec, z: Named, dy: Named, q: Named, names: Names
+) -> tuple[Named, Callable[[], Named]]:
+    """G = dy Qᵀ with axes of these names, and what gives dQ = zᵀ dy."""
+    factor, dtype = q.astype(z.array.dtype), q.array.dtype
+    if spec.kernel is not None:
+        options = {"precision": spec.precision, "out_axes": spec.kernel}
+        if both := by_kernel(z, dy, factor, **options):
+            g, dq = (
+                Named(u.ordered(order), tuple(order))
+                for u, order in zip(both, (names, q.names), strict=True)
+            )
+            return g, lambda: dq.astype(dtype)
+    dy = dy.astype(z.array.dtype)
+    g = spec.times(dy, factor, names)
+    return g, lambda: spec.times(z, dy, q.names, dtype)
 
 
 def _summed(

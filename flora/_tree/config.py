@@ -19,7 +19,7 @@ from flora._tree.weight import Variant
 
 # Forms that multiply by a copy of W, which must not be kept for the backward pass.
 COPIES = ("concat", "merged", "dithered")
-FORMS = ("auto", "direct", "thin_first", "thin_last", *COPIES)
+FORMS = ("auto", "direct", "thin_first", "thin_last", *COPIES, "kernel")
 # The fields that are `{pattern: value}`: the first that selects a leaf decides.
 PATTERN_FIELDS = (
     "rank_pattern", "alpha_pattern", "layouts", "init_pattern", "form_pattern"
@@ -85,7 +85,11 @@ class LoraConfig:
         'direct', 'thin_first' and 'thin_last' differ in what is written to memory
         first; 'concat' multiplies [x | xA] by [W ; B].  All are exact up to the order
         of summation.  'merged' multiplies by W + scale A B, rounded to W's dtype;
-        'dithered' rounds it at random.  `jax.jvp` needs 'direct'.  Where another form
+        'dithered' rounds it at random.  'kernel' is like 'auto', and one Pallas kernel
+        for TPUs reads dy once for the gradients of z = x A and B, where XLA reads it
+        twice; elsewhere it is interpreted, which is slow.  On a mesh its tokens are
+        divided over all axes, or 'kernel:tp' names those that outputs are sharded over.
+        It is never chosen by itself.  `jax.jvp` needs 'direct'.  Where another form
         does not apply (dropout, lookups, convolutions, inside shard_map) the product is
         direct too.
       form_pattern: `{pattern: form}`, for leaves that need another.
@@ -265,6 +269,16 @@ def initializer_problems(name: str, start: Any) -> list[str]:
 
 def form_problems(name: str, form: Any) -> list[str]:
     """What is wrong with the name of a form."""
-    if isinstance(form, str) and form in FORMS:
+    if isinstance(form, str) and (form in FORMS or kernel_axes(form)):
         return []
-    return [f"{name}={form!r}. Write one of {', '.join(map(repr, FORMS))}."]
+    return [
+        f"{name}={form!r}. Write one of {', '.join(map(repr, FORMS))}, or "
+        "'kernel:tp' with the mesh axes (here tp) that outputs are sharded over."
+    ]
+
+
+def kernel_axes(form: str) -> tuple[str, ...] | None:
+    """The mesh axes that 'kernel:tp,ep' names; `None` if it is no such form."""
+    name, colon, axes = form.partition(":")
+    found = tuple(axes.split(",")) if colon else ()
+    return found if name == "kernel" and all(found) else None

@@ -17,6 +17,7 @@ from flora._algebra.choice import (
     may_differ,
     named_form,
     target,
+    with_kernel,
 )
 from flora._trace import interpret as _interpreter
 from flora._trace.rules import dot
@@ -128,6 +129,15 @@ def test_what_a_name_means_in_both_passes():
     assert named_form("direct") is None
     for name in ("thin_first", "concat", "merged"):
         assert named_form(name) == Form(name, name, together=True)
+
+
+def test_the_kernel_goes_with_any_form():
+    widens = cheapest(Sizes(8192, 4096, 14336, 16), Target("TPU v6 lite"))
+    found = with_kernel(widens, ("tp",))
+    assert found == dataclasses.replace(widens, kernel=("tp",))
+    assert with_kernel(None, ()) == Form("direct", "direct", kernel=())
+    assert may_differ("kernel")
+    assert may_differ("kernel:tp")
 
 
 def test_where_a_form_may_differ_from_the_direct_one(monkeypatch):

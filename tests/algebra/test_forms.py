@@ -10,7 +10,13 @@ import pytest
 
 import flora
 from flora._algebra.axes import Named
-from flora._algebra.forms import Spec, alike, products, stochastically_rounded
+from flora._algebra.forms import (
+    SUMS,
+    Spec,
+    alike,
+    products,
+    stochastically_rounded,
+)
 from flora._trace.compat import P
 from flora._tree.config import COPIES, FORMS
 from tests.support.contract import (
@@ -26,6 +32,7 @@ from tests.support.contract import (
 )
 
 EXACT = [form for form in FORMS if form not in ("merged", "dithered")]
+EXACT_SUMS = [form for form in EXACT if form in SUMS]
 
 PRODUCTS = {
     "dense": ("bi,io->bo", (3, 5), (5, 4)),
@@ -259,9 +266,10 @@ def test_fences_stand_where_the_forms_say():
         assert both == forward + backward
 
 
-@pytest.mark.parametrize("backward", EXACT[1:])
-@pytest.mark.parametrize("forward", EXACT[1:])
-def test_both_passes_of_products_of_one_x(x64, forward, backward):
+@pytest.mark.parametrize("kernel", [None, ()])
+@pytest.mark.parametrize("backward", EXACT_SUMS)
+@pytest.mark.parametrize("forward", EXACT_SUMS)
+def test_both_passes_of_products_of_one_x(x64, forward, backward, kernel):
     """Each pass in a form of its own, as `cheapest` chooses on TPUs."""
     x = Named(array(3, 5), ("t", "i"))
     ws, ps, qs = (
@@ -272,7 +280,7 @@ def test_both_passes_of_products_of_one_x(x64, forward, backward):
             (5, ("rank", "o"), [(2, 4), (3, 4)]),
         )
     )
-    each = (Spec(forward, backward, ("t", "o"), x.array.dtype),) * 2
+    each = (Spec(forward, backward, ("t", "o"), x.array.dtype, kernel=kernel),) * 2
 
     def run(x, ps, qs):
         return scalar(products(each, x, ws, ps, qs))

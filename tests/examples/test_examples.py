@@ -120,7 +120,8 @@ def test_every_arm_of_the_comparison_trains_and_is_timed():
     names = [name for name in _arms.makers() if name not in _arms.OTHERS]
     sizes = _arms.Sizes(tokens=16, d=16, ff=32, rank=2, dtype=jnp.float32, block=8)
     results = gpu.measure(sizes, device="cpu", rounds=2, only=names)
-    assert {f"flora {form}" for form in FORMS} < set(names)
+    # The compiler has no estimate for a kernel: benchmarks/kernel.py counts its bytes.
+    assert {f"flora {form}" for form in FORMS} - {"flora kernel"} < set(names)
     assert all(results[name]["to_frozen"] > 0 for name in names)
 
 

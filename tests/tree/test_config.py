@@ -14,6 +14,7 @@ from flora._tree.config import (
     FORMS,
     form_problems,
     is_fallback,
+    kernel_axes,
     require_config,
 )
 
@@ -104,7 +105,10 @@ def test_what_is_no_config_says_the_order_of_arguments():
 def test_names_of_forms_and_fallbacks():
     for form in FORMS:
         assert form_problems("form", form) == []
-    for bad in ("fast", "", None, 3, ["auto"]):
+    assert form_problems("form", "kernel:tp,ep") == []
+    named = [kernel_axes(x) for x in ("kernel", "kernel:tp,ep", "auto", "kernels:tp")]
+    assert named == [(), ("tp", "ep"), None, None]
+    for bad in ("fast", "", None, 3, ["auto"], "kernel:", "kernel:tp,", "direct:tp"):
         (problem,) = form_problems("here", bad)
         assert problem.startswith(f"here={bad!r}. Write one of 'auto', 'direct', ")
     assert set(COPIES) < set(FORMS)

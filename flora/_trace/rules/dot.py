@@ -21,7 +21,7 @@ from flora._algebra.axes import (
     renamed,
 )
 from flora._algebra.choice import Sizes as Counts
-from flora._algebra.choice import cheapest, may_differ, named_form, target
+from flora._algebra.choice import cheapest, may_differ, named_form, target, with_kernel
 from flora._algebra.forms import Spec, alike, products
 from flora._algebra.low_rank import (
     compute_dtype_of,
@@ -34,6 +34,7 @@ from flora._algebra.low_rank import (
 from flora._trace.compat import INLINE, Eqn, eval_eqn, relative_scopes
 from flora._trace.interpret import Context
 from flora._trace.rules.product import Operation, multiplied, plain
+from flora._tree.config import kernel_axes
 from flora._tree.errors import Unfactorable
 
 
@@ -221,14 +222,18 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
         or (not mesh.empty and (mesh.manual_axes or mesh.explicit_axes))
     ):
         return None
-    auto = asked == "auto"
+    axes = kernel_axes(asked)
+    auto = asked == "auto" or axes is not None
     form = cheapest(_counts(met), target()) if auto else named_form(asked)
+    if axes is not None:
+        form = with_kernel(form, axes)
     if form is None:
         return None
     (p, q), precision = ends, eqn.params["precision"]
     parts = _divided(ctx, eqn, met, side) if form.in_heads else {}
     y = [n for name in met.y for n, _ in parts.get(name, [(name, 0)])]
-    spec = Spec(form.forward, form.backward, tuple(y), out.dtype, precision)
+    how = {"precision": precision, "kernel": form.kernel}
+    spec = Spec(form.forward, form.backward, tuple(y), out.dtype, **how)
     held = w.base
     if parts:  # or a loop's whole stack is laid out anew before it starts
         held = lax.optimization_barrier(held)

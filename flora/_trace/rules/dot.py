@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.axes import RANK, Axis, Factored, Name, Named, Sizes, fused, renamed
+from flora._algebra.axes import RANK, Axis, Factored, Name, Named, fused, renamed
 from flora._algebra.choice import Sizes as Counts
 from flora._algebra.choice import cheapest, may_differ, named_form, target
+from flora._algebra.codes import stored, with_scale
 from flora._algebra.forms import Spec, alike, products
 from flora._algebra.low_rank import (
     compute_dtype_of,
@@ -22,8 +23,15 @@ from flora._algebra.low_rank import (
     widened,
 )
 from flora._trace.compat import INLINE, Eqn, eval_eqn, relative_scopes
+from flora._trace.dequantize import on_quantized
 from flora._trace.interpret import Context
-from flora._trace.rules.product import Operation, multiplied, plain
+from flora._trace.rules.product import (
+    Operation,
+    Scaling,
+    multiplied,
+    plain,
+    scales_apart,
+)
 from flora._tree.errors import Unfactorable
 
 
@@ -39,6 +47,8 @@ def dot_general(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> list[Any]:
             free = {*range(len(other))} - {*dims[0][1 - side], *dims[1][1 - side]}
             tokens = math.prod(other[i] for i in free)
             ctx.claim(w, eqn, _roles(dims, side, len(w.axes)), tokens=tokens)
+    if isinstance(lhs, Factored) and isinstance(rhs, Factored):
+        return on_quantized(lambda *two: [_product(ctx, eqn, *two)], [lhs, rhs])
     return [_product(ctx, eqn, lhs, rhs)]
 
 
@@ -66,20 +76,17 @@ def _product(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> Any:
             terms = [_product(ctx, eqn, *((w.base, x), (x, w.base))[side])]
         if w.factors:
             bare = dataclasses.replace(w.without("key"), base=None)
-            terms.append(plain(ctx, Operation(eqn, _change, side), bare, x))
+            terms.append(plain(ctx, Operation(eqn, _change, _scaling, side), bare, x))
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
     if found := _in_form(eqn, x, w, side):
         return _computed([found])[0]
+    return multiplied(ctx, Operation(eqn, _change, _scaling, side), w, x)
 
-    def scale() -> tuple[Named, Sizes]:
-        met = _meeting(eqn, x, w, side)
-        return met.w.factors["scale"], [(n, met.sizes[n]) for n in met.y]
 
-    def x_sizes() -> Sizes:
-        return [*sizes_of(_meeting(eqn, x, w, side).x).items()]
-
-    operation = Operation(eqn, _change, side)
-    return multiplied(ctx, operation, w, x, scale=scale, x_sizes=x_sizes)
+def _scaling(operation: Operation, w: Factored, x: Any) -> Scaling:
+    met = _meeting(operation.eqn, x, w, operation.at)
+    y, x_sizes = [(n, met.sizes[n]) for n in met.y], [*sizes_of(met.x).items()]
+    return Scaling(met.w.factors["scale"], y, x_sizes)
 
 
 def _change(operation: Operation, w: Factored, x: Any) -> Any:
@@ -178,14 +185,14 @@ class _InForm:
     Attributes:
       spec: what is static.
       together: whether it may be computed with others.
-      x, w, p, q: the operands.
+      x, w, p, q: the operands; w may be quantized.
       shape: of the result.
     """
 
     spec: Spec
     together: bool
     x: Named
-    w: Named
+    w: Any
     p: Named
     q: Named
     shape: tuple[int, ...]
@@ -217,7 +224,7 @@ def _in_form(eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm | None:
         return None
     (p, q), precision = ends, eqn.params["precision"]
     spec = Spec(form.forward, form.backward, met.y, out.dtype, precision)
-    base = Named(lax.reshape(w.base, [y.size for y in met.w.pieces]), met.w.names)
+    base = stored(met.w if scales_apart(eqn) else with_scale(met.w), met.x.names, met.y)
     q = Named(widened(q.array, x) * w.settings.scale, q.names)
     return _InForm(spec, form.together, met.x, base, p, q, out.shape)
 

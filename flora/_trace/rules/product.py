@@ -81,7 +81,7 @@ def scales_apart(eqn: Eqn) -> bool:
     """Whether a product can hold sums of codes: float16 and 8 bits end too soon."""
     dtypes = [v.aval.dtype for v in (*eqn.invars, *eqn.outvars)]
     floating = [x for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
-    return all(jnp.finfo(x).max > 1e30 for x in floating)
+    return all(float(jnp.finfo(x).max) > 1e30 for x in floating)
 
 
 class Scaling(NamedTuple):

@@ -181,9 +181,7 @@ def dequantize(tree: Any) -> Any:
     )
 
 
-def loftq(
-    adapted: Any, qtype: str, *, block: int | None = None, steps: int = 5
-) -> Any:
+def loftq(adapted: Any, qtype: str, *, block: int | None = None, steps: int = 5) -> Any:
     """Quantized bases, with factors that compensate for the rounding (LoftQ).
 
     Alternates `steps` times between Q = quantized(W − scale A B) and scale A B = the
@@ -231,9 +229,7 @@ def loftq(
     )
 
 
-def _nearest(
-    w: LoraWeight, *, qtype: str, block: int | None, steps: int
-) -> LoraWeight:
+def _nearest(w: LoraWeight, *, qtype: str, block: int | None, steps: int) -> LoraWeight:
     """The pair of quantized base and factors that is nearest to the weight."""
     in_ = _summed(w, len(w.base.shape))
     make = _maker(qtype, block, jnp.dtype(w.base.dtype), in_)

@@ -1,8 +1,8 @@
 """Weights in fewer bits inside the interpreter: W = C ⊙ s, codes with a scale apart.
 
-Where s does not vary along what a product sums over, the product is of C, and its result
-or its other operand is scaled: the cast of C rides on the product's own read, and no
-array of W's shape is written.
+Where s does not vary along what a product sums over, the product is of C, and its
+result or its other operand is scaled: the cast of C rides on the product's own read,
+and no array of W's shape is written.
 
     y = (x C) ⊙ s,   dx = (dy ⊙ s) Cᵀ
 """
@@ -122,7 +122,7 @@ class Stored:
 
 
 def stored(w: Factored, *ends: tuple[str, ...]) -> Any:
-    """The base as an operand of a product: a `Named`, or `Stored` where it is quantized.
+    """The base as an operand: a `Named`, or `Stored` where it is quantized.
 
     Args:
       w: the weight.

@@ -50,7 +50,9 @@ class Operation:
         """X W.  Of a quantized weight the quantized values are kept, nothing dense."""
         if not is_quantized(w.base):
             return self.of(w.base, *rest)
-        return jax.checkpoint(self._of_stored)(dataclasses.replace(w, factors={}), *rest)
+        return jax.checkpoint(self._of_stored)(
+            dataclasses.replace(w, factors={}), *rest
+        )
 
     def of(self, w: Any, *rest: Any) -> Any:
         """The operation itself, on arrays."""

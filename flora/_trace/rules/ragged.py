@@ -1,7 +1,6 @@
 """The rule for `ragged_dot`: mixtures of experts whose tokens are sorted by expert."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax

@@ -3,13 +3,13 @@
     params = flora.quantize.quantize(params, "nf4", target="*/kernel", donate=True)
     adapted = flora.init(key, config, model.apply, params, x)
 
-W ≈ q ⊙ scale, with one scale an output, or one a block.  A scale an output is applied to
-what the codes multiply to, and costs next to nothing:
+W ≈ q ⊙ scale, with one scale an output, or one a block.  A scale an output is applied
+to what the codes multiply to, and costs next to nothing:
 
     y = (x q) ⊙ scale,   dx = (dy ⊙ scale) qᵀ
 
-In blocks a weight is dequantized where an operation reads it, one layer at a time inside
-a scan, and again for the backward pass, so that no dense copy is kept.
+In blocks a weight is dequantized where an operation reads it, one layer at a time
+inside a scan, and again for the backward pass, so that no dense copy is kept.
 
 References: Dettmers et al. 2023 (QLoRA). https://arxiv.org/abs/2305.14314
 """

@@ -1,4 +1,4 @@
-"""W = C ⊙ s: outputs and gradients over the dequantized W, and no array of its shape."""
+"""W = C ⊙ s: outputs and gradients are those over W; nothing of its shape is made."""
 
 import dataclasses
 import math
@@ -166,9 +166,11 @@ def test_what_is_kept_for_the_backward_pass_is_the_codes(x64):
     for form in ("direct", "thin_last"):
         fn, stored, _, x = case("product", form=form)
         base, adapter = flora.split(stored)
-        _, pull = jax.vjp(
-            lambda a, x, base=base: flora.lora(fn)(flora.join(base, a), x), adapter, x
-        )
+
+        def apply(a, x, run=flora.lora(fn), base=base):
+            return run(flora.join(base, a), x)
+
+        _, pull = jax.vjp(apply, adapter, x)
         kept = [y for y in jax.tree.leaves(pull) if hasattr(y, "dtype")]
         of_w = [y.dtype for y in kept if y.shape in ((8, 6), (6, 4))]
         assert of_w.count(jnp.int8) >= 2

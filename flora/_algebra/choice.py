@@ -27,6 +27,7 @@ class Sizes:
     Attributes:
       tokens, in_, out, rank: lengths.
       sliced: whether W is the slice of a stack that a step of a loop takes.
+      stored: whether W is stored in fewer bits.
     """
 
     tokens: int
@@ -34,6 +35,7 @@ class Sizes:
     out: int
     rank: int
     sliced: bool = False
+    stored: bool = False
 
 
 def named_form(name: str) -> Form | None:

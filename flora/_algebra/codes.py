@@ -132,7 +132,8 @@ def stored(w: Factored, *ends: tuple[str, ...]) -> Any:
     sizes = tuple(x.size for x in w.pieces)
     if not is_quantized(w.base):
         return Named(lax.reshape(w.base, sizes), w.names)
-    if is_codes(w) and not any({*w.base_scale.names} <= {*names} for names in ends):
+    by = w.base_scale
+    if by is not None and not any({*by.names} <= {*names} for names in ends):
         w = with_scale(w)
     return Stored(w.base, w.base_scale, w.names, sizes)
 

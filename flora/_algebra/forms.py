@@ -72,12 +72,13 @@ class Sum(NamedTuple):
 
     def base(self, x: Named | None = None, w: Named | None = None) -> Any:
         """X W, or of what stands for x and W; (x C) ⊙ s or (x ⊙ s) C of codes."""
-        spec, x, w, by = self.spec, x or self.x, w or self.w, self.scale
-        w = w.opened() if isinstance(w, Stored) else w
+        spec, x, by = self.spec, x or self.x, self.scale
+        weight: Any = w or self.w
+        weight = weight.opened() if isinstance(weight, Stored) else weight
         if by and not self.scales_y:
             x = scaled(x, by)
-        y = spec.times(w, x, spec.y, spec.dtype)
-        return scaled(y, by).array if by and self.scales_y else y.array
+        y = spec.times(weight, x, spec.y, spec.dtype)
+        return (scaled(y, by) if by and self.scales_y else y).array
 
     @property
     def scale(self) -> Named | None:

@@ -167,8 +167,8 @@ def test_what_is_kept_for_the_backward_pass_is_the_codes(x64):
         fn, stored, _, x = case("product", form=form)
         base, adapter = flora.split(stored)
 
-        def apply(a, x, run=flora.lora(fn), base=base):
-            return run(flora.join(base, a), x)
+        def apply(a, x, fn=fn, base=base):
+            return flora.lora(fn)(flora.join(base, a), x)
 
         _, pull = jax.vjp(apply, adapter, x)
         kept = [y for y in jax.tree.leaves(pull) if hasattr(y, "dtype")]

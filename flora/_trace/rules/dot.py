@@ -33,6 +33,7 @@ from flora._trace.rules.product import (
     scales_apart,
 )
 from flora._tree.errors import Unfactorable
+from flora._tree.quantized import is_quantized
 
 
 def dot_general(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> list[Any]:
@@ -175,6 +176,7 @@ def _counts(met: _Meeting) -> Counts:
         out=count(n for n in held if n not in met.x.names),
         rank=met.w.rank,
         sliced=met.w.settings.sliced,
+        stored=is_quantized(met.w.base),
     )
 
 

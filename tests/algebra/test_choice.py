@@ -48,6 +48,12 @@ def test_device_and_sizes_decide():
         Sizes(8192, 4096, 4096, 256),
     ):
         assert cheapest(few, v6e) is None
+    for chip in (v5e, v5p, v6e):  # nor is what is stored in fewer bits
+        for sizes, form in (
+            (on_chip, Form("thin_first", "thin_last")),
+            (narrow, Form("thin_last", "thin_first")),
+        ):
+            assert cheapest(dataclasses.replace(sizes, stored=True), chip) == form
     for kind in kinds:  # what may be sharded is not joined
         assert cheapest(on_chip, Target(kind, 4)) == Form("direct", "direct")
 

@@ -101,8 +101,12 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     generation = kind.removeprefix("TPU ")
     widens, fits = sizes.in_ < sizes.out, sizes.in_ * sizes.out * 2 <= _ON_CHIP
     first, last = ("thin_first", "thin_last")[:: 1 if widens else -1]
-    if sizes.stored:
+    if sizes.stored and not generation.startswith("v6"):
         return Form(first, last)
+    if sizes.stored and fits:
+        return Form("direct", "direct")
+    if sizes.stored:
+        return Form(first, last, together=False)
     if not fits and sizes.out > _HEAD * sizes.in_:
         return Form("concat", "direct")
     if generation in ("v5 lite", "v5e"):

@@ -91,11 +91,30 @@ def test_a_decoder_costs_what_the_readme_says(chip, variant):
 def test_no_dense_base_is_kept_of_a_stored_one(variant):
     sizes = quantized.Sizes(layers=4, tokens=256, d=512, ff=1408)
     dense = quantized.measure("v5e", sizes, variant, "bfloat16")
-    for kind in ("int8", "nf4"):
+    for kind in ("int8", "nf4/64"):
         stored = quantized.measure("v5e", sizes, variant, kind)
         assert stored["base_bytes"] < 0.6 * dense["base_bytes"]
         more = stored["temp_bytes"] - dense["temp_bytes"]
         assert more < dense["dense_bytes"] / sizes.layers, (kind, more)  # one layer's
+
+
+# Cycles of a step on a base in int8, a scale an output, to those on bfloat16.
+TO_BFLOAT16 = {"v5e": 1.065, "v6e": 0.841}
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("chip", TO_BFLOAT16)
+def test_a_stored_base_costs_what_the_readme_says(chip):
+    assert metadata.version("libtpu") == LIBTPU, "measure anew: quantized.py"
+    sizes = quantized.Sizes(layers=1)
+    dense, stored = (
+        quantized.measure(chip, sizes, "unrolled", kind)
+        for kind in ("bfloat16", "int8")
+    )
+    ratio = stored["cycles"] / dense["cycles"]
+    assert ratio == pytest.approx(TO_BFLOAT16[chip], abs=0.005)
+    # None of W's bytes: a copy of one weight would be 22 MiB.
+    assert stored["temp_bytes"] <= dense["temp_bytes"] + 2**20
 
 
 def gathered(qtype):

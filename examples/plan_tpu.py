@@ -44,11 +44,17 @@ MODELS = {
 
 TARGET = "*_proj/kernel"
 
-# What the adapted weights are stored as; the embedding and the head stay in bfloat16.
+# What the adapted weights are stored as, with a scale an output or, such as "int4/64",
+# in blocks; the embedding and the head stay in bfloat16.
 BASES: dict[str, Callable[[Any], Any]] = {"bf16": lambda params: params}
-for qtype in ("int8", "int4", "nf4"):
-    BASES[qtype] = functools.partial(
-        flora.quantize.quantize, qtype=qtype, target=TARGET
+for name, qtype, block in (
+    ("int8", "int8", None),
+    ("int4", "int4", None),
+    ("int4/64", "int4", 64),
+    ("nf4", "nf4", 64),
+):
+    BASES[name] = functools.partial(
+        flora.quantize.quantize, qtype=qtype, target=TARGET, block=block
     )
 
 OPTIMIZER = optax.adamw(1e-4)

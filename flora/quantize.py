@@ -3,9 +3,13 @@
     params = flora.quantize.quantize(params, "nf4", target="*/kernel", donate=True)
     adapted = flora.init(key, config, model.apply, params, x)
 
-W ≈ scale · q, with one scale a block.  A weight is dequantized where an operation reads
-it, one layer at a time inside a scan, and again for the backward pass, so that no dense
-copy is kept.
+W ≈ q ⊙ scale, with one scale an output, or one a block.  A scale an output is applied
+to what the codes multiply to, and costs next to nothing:
+
+    y = (x q) ⊙ scale,   dx = (dy ⊙ scale) qᵀ
+
+In blocks a weight is dequantized where an operation reads it, one layer at a time
+inside a scan, and again for the backward pass, so that no dense copy is kept.
 
 References: Dettmers et al. 2023 (QLoRA). https://arxiv.org/abs/2305.14314
 """
@@ -49,7 +53,7 @@ def quantize(
     *,
     target: Pattern = "kernel",
     exclude: Pattern = (),
-    block: int = 64,
+    block: int | None = None,
     dtype: Any = None,
     donate: bool = False,
     allow_nonfinite: bool = False,
@@ -65,6 +69,12 @@ def quantize(
       exclude: which of the targeted leaves to leave as they are.
       block: how many neighbors share a scale, along the last axis but one or, where
         that does not divide, the last.  Every index of the other axes has its own.
+        `None` is one scale an output, for each index of a stack: an adapted leaf's
+        layout says which axes these are, any other leaf's shape is taken for
+        `[*stack, in, out]`.  Quantize what `flora.init` returned where kernels have
+        several in or out axes: scales that vary along in are right, too, but their
+        weight is dequantized before it multiplies.  For nf4, whose levels are made for
+        blocks, `None` is 64.
       dtype: of the dequantized weight; by default the weight's own.
       donate: whether to delete each array as soon as it is quantized, so that no more
         than one leaf is ever held twice.
@@ -87,7 +97,7 @@ def quantize(
       >>> bool(abs(flora.quantize.dequantize(quantized)["kernel"] - w).max() < 0.02)
       True
     """
-    _require(qtype, block)
+    block = _require(qtype, block)
     _require_dtype(dtype)
     named, treedef = named_leaves(params)
     bases = _selected(named, target, exclude)
@@ -95,20 +105,27 @@ def quantize(
     fail(_idle(target, bases, chosen))
     fail(_problems(chosen, block, "Write exclude={}"))
     require_finite("quantize", chosen, allow_nonfinite)
-    made: dict[int, Quantized] = {}  # one array may stand in several places
+    made: dict[Any, Quantized] = {}  # one array may stand in several places
 
     def one(path: str, leaf: Any) -> Any:
         if path not in chosen:
             return leaf
         x = chosen[path]
-        if id(x) not in made:
-            made[id(x)] = _quantized(x, qtype, block, dtype, donate)
-        quantized = made[id(x)]
+        in_ = _summed(leaf, len(x.shape))
+        if (id(x), in_) not in made:
+            made[id(x), in_] = _quantized(x, qtype, block, in_, dtype, donate)
+        quantized = made[id(x), in_]
         if isinstance(leaf, LoraWeight):
             return dataclasses.replace(leaf, base=quantized)
         return quantized
 
     return treedef.unflatten([one(path, leaf) for path, leaf in named])
+
+
+def _summed(leaf: Any, ndim: int) -> tuple[int, ...]:
+    """The axes that products sum over."""
+    known = leaf.layout.in_ if isinstance(leaf, LoraWeight) else ()
+    return tuple(known) or (ndim - 2,)
 
 
 def _selected(
@@ -164,7 +181,7 @@ def dequantize(tree: Any) -> Any:
     )
 
 
-def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
+def loftq(adapted: Any, qtype: str, *, block: int | None = None, steps: int = 5) -> Any:
     """Quantized bases, with factors that compensate for the rounding (LoftQ).
 
     Alternates `steps` times between Q = quantized(W − scale A B) and scale A B = the
@@ -187,7 +204,7 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
 
     References: Li et al. 2023 (LoftQ), algorithm 1. https://arxiv.org/abs/2310.08659
     """
-    _require(qtype, block)
+    block = _require(qtype, block)
     named, treedef = named_leaves(adapted)
     chosen = {p: x.base for p, x in named if isinstance(x, LoraWeight)}
     if not chosen or not isinstance(steps, int) or steps < 1:
@@ -203,7 +220,8 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
         found = functools.partial(_nearest, qtype=qtype, block=block, steps=steps)
         if not isinstance(w.base, jax.ShapeDtypeStruct):
             return _placed_as(w, found(w))
-        quantized = _quantized(w.base, qtype, block, None, donate=False)
+        in_ = _summed(w, len(w.base.shape))
+        quantized = _quantized(w.base, qtype, block, in_, None)
         return dataclasses.replace(w, base=quantized)
 
     return treedef.unflatten(
@@ -211,9 +229,10 @@ def loftq(adapted: Any, qtype: str, *, block: int = 64, steps: int = 5) -> Any:
     )
 
 
-def _nearest(w: LoraWeight, *, qtype: str, block: int, steps: int) -> LoraWeight:
+def _nearest(w: LoraWeight, *, qtype: str, block: int | None, steps: int) -> LoraWeight:
     """The pair of quantized base and factors that is nearest to the weight."""
-    make = _maker(qtype, block, jnp.dtype(w.base.dtype))
+    in_ = _summed(w, len(w.base.shape))
+    make = _maker(qtype, block, jnp.dtype(w.base.dtype), in_)
     wide = w.base.astype(jnp.promote_types(w.base.dtype, jnp.float32))
     best, least, change = w, jnp.inf, jnp.zeros_like(wide)
     for step in range(steps):
@@ -244,11 +263,18 @@ def _placed_as(w: LoraWeight, made: LoraWeight) -> LoraWeight:
     return dataclasses.replace(made, a=a, b=b)
 
 
-def _require(qtype: str, block: int) -> None:
+def _require(qtype: str, block: int | None) -> int | None:
+    """The block to use."""
     if qtype not in QTYPES:
         raise LoraError(f"qtype={qtype!r}. Write one of {', '.join(QTYPES)}.")
+    if block is None:
+        return 64 if qtype == "nf4" else None
     if not isinstance(block, int) or isinstance(block, bool) or block < 1:
-        raise LoraError(f"block={block!r}. Write a positive number, such as 64.")
+        raise LoraError(
+            f"block={block!r}. Write a positive number, such as 64, or None for one "
+            "scale an output."
+        )
+    return block
 
 
 def _require_dtype(dtype: Any) -> None:
@@ -263,7 +289,7 @@ def _require_dtype(dtype: Any) -> None:
         )
 
 
-def _problems(chosen: dict[str, Any], block: int, remedy: str) -> list[str]:
+def _problems(chosen: dict[str, Any], block: int | None, remedy: str) -> list[str]:
     """What keeps leaves from being stored; the remedy's {} is the leaf's pattern."""
     problems = []
     for path, x in chosen.items():
@@ -272,7 +298,7 @@ def _problems(chosen: dict[str, Any], block: int, remedy: str) -> list[str]:
             problems.append(
                 f"'{path}' is {x!r}; only floating arrays can be quantized. {without}."
             )
-        elif _blocked_axis(x.shape, block) is None:
+        elif block is not None and _blocked_axis(x.shape, block) is None:
             problems.append(
                 f"'{path}' has shape {tuple(x.shape)}; neither of the last two axes "
                 f"divides into blocks of {block}. {without}, or write another block."
@@ -286,8 +312,15 @@ def _blocked_axis(shape: Any, block: int) -> int | None:
     return next((i for i in axes if shape[i] and shape[i] % block == 0), None)
 
 
-def _quantized(x: Any, qtype: str, block: int, dtype: Any, donate: bool) -> Quantized:
-    make = _maker(qtype, block, jnp.dtype(dtype or x.dtype))
+def _quantized(
+    x: Any,
+    qtype: str,
+    block: int | None,
+    in_: tuple[int, ...],
+    dtype: Any,
+    donate: bool = False,
+) -> Quantized:
+    make = _maker(qtype, block, jnp.dtype(dtype or x.dtype), in_)
     if isinstance(x, jax.ShapeDtypeStruct):
         return _lying_as(x, jax.eval_shape(make, x))
     made = _lying_as(x, make(x))
@@ -318,39 +351,43 @@ def _lying_as(x: Any, quantized: Quantized) -> Quantized:
 
 
 @functools.cache
-def _maker(qtype: str, block: int, dtype: Any) -> Any:
+def _maker(qtype: str, block: int | None, dtype: Any, in_: tuple[int, ...]) -> Any:
     """Quantizes an array; compiled once for leaves of one shape and place."""
 
     @jax.jit
     def make(x: jax.Array) -> Quantized:
-        axis: Any = _blocked_axis(x.shape, block)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        codes, scale = _coded(x, qtype, axis, block)
+        if block is None:
+            codes, scale = _coded(x, qtype, in_)
+        else:
+            axis: Any = _blocked_axis(x.shape, block)
+            apart = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
+            codes, scale = _coded(apart, qtype, (axis + 1,))
+            codes, scale = codes.reshape(x.shape), scale.squeeze(axis + 1)
         return Quantized(Codes(codes, scale.astype(dtype), qtype), of_codes)
 
     return make
 
 
 def _coded(
-    x: jax.Array, qtype: str, axis: int, block: int
+    x: jax.Array, qtype: str, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes of the nearest levels, and the scales of the blocks.
+    """Codes of the nearest levels, and scales, which those along the axes share.
 
     As qwix has them for float32, here for every floating dtype, and element by
     element, so that they lie where x does.
     """
-    blocks = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
-    scale = jnp.max(jnp.abs(blocks), axis + 1, keepdims=True) / _bound(qtype)
+    scale = jnp.max(jnp.abs(x), axes, keepdims=True) / _bound(qtype)
     small = jnp.sqrt(jnp.finfo(scale.dtype).tiny)
     scale = jnp.where(scale < small, jnp.ones_like(scale), scale)
-    unit = blocks / scale
+    unit = x / scale
     if qtype == "nf4":
         codes = _nearest_level(unit)
     elif qtype.startswith("int"):
         codes = jnp.round(unit).astype(qtype)  # the cast clips
     else:
         codes = jnp.clip(unit, -_bound(qtype), _bound(qtype)).astype(qtype)
-    return codes.reshape(x.shape), scale.squeeze(axis + 1)
+    return codes, scale
 
 
 def _bound(qtype: str) -> float:

@@ -236,7 +236,7 @@ def test_a_sharded_tree_is_quantized_where_it_lies():
     close(jax.device_put(tree, places), tree, 0)
     wide = flora.sharding.shardings(tree, {"kernel": Spec(("fsdp", "tp"))}, mesh=mesh)
     close(jax.device_put(tree, wide), tree, 0)
-    make = flora.quantize._maker("int8", 4, jnp.dtype("float32"))
+    make = flora.quantize._maker("int8", 4, jnp.dtype("float32"), (0,))
     dense = jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=place)
     text = make.lower(dense).compile().as_text()
     assert "all-gather" not in text
@@ -349,14 +349,15 @@ def test_reports_and_trees_that_are_adapted_already(x64):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("qtype", QTYPES)
-def test_what_is_opened_is_what_qwix_opens(qtype, dtype):
+@pytest.mark.parametrize("block", [None, 64])
+def test_what_is_opened_is_what_qwix_opens(qtype, dtype, block):
     x = array(3, 128, 16, dtype=dtype)
-    w = quantize(x, qtype, target="*")
+    w = quantize(x, qtype, target="*", block=block)
     assert w.dtype == w.dense().dtype == dtype
     kind = qtype if qtype == "nf4" else jnp.dtype(qtype)
     theirs = qwix.pallas.quantize(
-        x.astype(jnp.float32), kind, channelwise_axes=(0, 2), tiled_axes={1: 64},
-        scale_dtype=dtype,
+        x.astype(jnp.float32), kind, channelwise_axes=(0, 2),
+        tiled_axes={1: 64} if block or qtype == "nf4" else {}, scale_dtype=dtype,
     )  # fmt: skip
     assert np.array_equal(w.values.qvalue, theirs.qvalue)
     assert np.array_equal(w.dense(), qwix.dequantize(theirs))
@@ -405,7 +406,8 @@ BAD = {
         {"kernel": jnp.ones((64, 4))}, {"qtype": "int3"}, "qtype='int3'. Write one"),
     "block": ({"kernel": jnp.ones((64, 4))}, {"block": 0}, "block=0"),
     "no target": ({"w": jnp.ones((64, 4))}, {}, "target='kernel' selects none"),
-    "does not divide": ({"kernel": jnp.ones((60, 4))}, {}, r"\(60, 4\); neither of"),
+    "does not divide": (
+        {"kernel": jnp.ones((60, 4))}, {"block": 64}, r"\(60, 4\); neither of"),
     "integers": ({"kernel": jnp.ones((64, 4), int)}, {}, "only floating arrays"),
     "vectors": (
         {"kernel": jnp.ones(64)}, {}, r"'kernel' has shape \(64,\); only leaves"),

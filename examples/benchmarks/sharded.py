@@ -6,6 +6,7 @@ those of one chip, counted as `_tpu.collectives` says; each collective is there 
 
     pip install -e ".[examples,tpu-compiler]"
     python examples/benchmarks/sharded.py --forms auto,direct
+    python examples/benchmarks/sharded.py --cases "FSDP x TP" --base int8
 
 Meshes of v5e:4x4: FSDP x TP (4 x 4), the same with the tokens between blocks divided
 over 'tp', FSDP (16), data parallel (16), and 16 experts on 16 chips.
@@ -30,9 +31,11 @@ from rich.console import Console
 from rich.table import Table
 
 import flora
+import flora.quantize
 import flora.sharding
 
 TOPOLOGY = "v5e:4x4"
+NOT_ADAPTED = re.compile(r".*norm.*|router")
 SIZES = Sizes(sequences=16, tokens=16384, d=4096, heads=32, kv_heads=8, ff=14336)
 
 
@@ -123,19 +126,29 @@ CASES: dict[str, Callable[[Sizes], Case]] = {
 
 
 def arms(
-    case: Case, sizes: Sizes, forms: Sequence[str], dtype: Any
+    case: Case, sizes: Sizes, forms: Sequence[str], dtype: Any, base: str = ""
 ) -> Iterator[tuple[str, Callable, tuple[Any, ...]]]:
-    """`(arm, loss, its arguments)`: the frozen model, then flora in each form."""
+    """`(arm, loss, its arguments)`: the frozen model, then flora in each form.
+
+    flora's base is stored as `base` says, such as 'int8' or 'int4/64' in blocks of 64;
+    the frozen model's is bfloat16 in any case.
+    """
     yield "frozen", lambda _, x, params: case.loss(params, x), ((), case.x, case.params)
     config = flora.LoraConfig(
         rank=sizes.rank,
         alpha=2 * sizes.rank,
         dtype=dtype,
         target="*",
-        exclude=re.compile(r".*norm.*|router"),
+        exclude=NOT_ADAPTED,
     )
     key = jax.random.key(0)
     adapted = flora.init(key, config, case.loss, case.params, case.x)
+    if base:
+        qtype, _, block = base.partition("/")
+        block = int(block) if block else None
+        adapted = flora.quantize.quantize(
+            adapted, qtype, target="*", exclude=NOT_ADAPTED, block=block
+        )
     adapted = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         adapted,
@@ -156,8 +169,9 @@ def measure(
     sizes: Sizes = SIZES,
     forms: Sequence[str] = ("auto",),
     dtype: Any = jnp.bfloat16,
+    base: str = "",
 ) -> dict[str, dict[str, Any]]:
-    """What the compiler says of each arm of a case.
+    """What the compiler says of each arm of a case; `base` as of `arms`.
 
     Returns:
       `{arm: {"cycles", "temp_bytes", "collectives", "bytes", "factor_bytes",
@@ -166,7 +180,7 @@ def measure(
     """
     case, found = CASES[name](sizes), {}
     whole = NamedSharding(case.mesh, P())
-    for arm, loss, args in arms(case, sizes, forms, dtype):
+    for arm, loss, args in arms(case, sizes, forms, dtype, base):
         step = jax.value_and_grad(loss, (0, 1))
         places = jax.tree.map(lambda x: x.sharding, args[:2])
         with jax.set_mesh(case.mesh):  # the target, for flora's choice of a form
@@ -216,13 +230,14 @@ def main() -> None:
     parser.add_argument("--forms", default="auto", help="of flora, with commas")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--dtype", default="bfloat16", help="of A and B")
+    parser.add_argument("--base", default="", help="flora's, such as int8 or int4/64")
     parser.add_argument("--rank", type=int, default=SIZES.rank)
     args, console = parser.parse_args(), Console()
     sizes = dataclasses.replace(SIZES, rank=args.rank)
     forms, dtype = args.forms.split(","), jnp.dtype(args.dtype)
     console.print(f"{_report.versions('libtpu')}; {TOPOLOGY}; {sizes}", highlight=False)
     for name in args.cases:
-        console.print(table(name, measure(name, sizes, forms, dtype)))
+        console.print(table(name, measure(name, sizes, forms, dtype, args.base)))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._tree.errors import Unfactorable
+from flora._tree.quantized import apart
 from flora._tree.weight import LoraWeight, product_of, scale_of
 
 Name = str
@@ -194,6 +195,8 @@ class Factored:
       settings: path, scale of A B and more.
       indexed: axes of which indices chose rows; such a value can pass for activations.
       reduced: whether axes were summed away; such a value is small and can be formed.
+      base_scale: where the base holds codes in the place of W's elements, what these
+        are multiplied by, one for each index of some axes.  It stays apart, too.
     """
 
     base: Any
@@ -202,6 +205,7 @@ class Factored:
     settings: Settings
     indexed: tuple[Axis, ...] = ()
     reduced: bool = False
+    base_scale: Named | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -237,7 +241,7 @@ class Factored:
 
     def role(self, name: Name) -> str:
         """'stack', 'in' or 'out'; '' of a name that no factor holds."""
-        if not self.factors:
+        if "b" not in self.factors:
             return ""
         in_b = name in self.b.names
         if name in self.a.names:
@@ -253,11 +257,12 @@ class Factored:
     def on_factors(self, fn: Callable[[Named], Named], **changes: Any) -> "Factored":
         """The weight after `fn` acted on each factor, and with other attributes."""
         factors = {k: fn(f) for k, f in self.factors.items()}
-        return dataclasses.replace(self, factors=factors, **changes)
+        by = None if self.base_scale is None else fn(self.base_scale)
+        return dataclasses.replace(self, factors=factors, base_scale=by, **changes)
 
     def frozen(self, base: Any) -> "Factored":
         """W alone, or what stands for it, with no factors."""
-        return dataclasses.replace(self, base=base, factors={})
+        return dataclasses.replace(self, base=base, factors={}, base_scale=None)
 
     def without(self, *factors: str) -> "Factored":
         """The weight without some of its factors."""
@@ -274,7 +279,7 @@ class Factored:
 
 jax.tree_util.register_dataclass(
     Factored,
-    data_fields=["base", "factors"],
+    data_fields=["base", "factors", "base_scale"],
     meta_fields=["axes", "settings", "indexed", "reduced"],
 )
 
@@ -327,15 +332,24 @@ def from_weight(weight: LoraWeight, path: str) -> Factored:
         weight.form,
         product.between,
     )
-    return Factored(
-        weight.base, factors, axes_of_leaf(path, weight.base.shape), settings
-    )
+    return _with_base(weight.base, path, factors, settings)
 
 
 def undiscovered(base: Any, path: str, fallback: str = "error") -> Factored:
     """A weight whose layout is still to be found, or that has no factors."""
-    settings = Settings((path,), fallback=fallback)
-    return Factored(base, {}, axes_of_leaf(path, base.shape), settings)
+    return _with_base(base, path, {}, Settings((path,), fallback=fallback))
+
+
+def _with_base(
+    base: Any, path: str, factors: Mapping[str, Named], settings: Settings
+) -> Factored:
+    axes = axes_of_leaf(path, base.shape)
+    base, scale = apart(base)
+    if scale is None:
+        return Factored(base, factors, axes, settings)
+    held = [i for i, n in enumerate(scale.shape) if n > 1]
+    by = Named(lax.reshape(scale, [scale.shape[i] for i in held]), (*map(str, held),))
+    return Factored(base, factors, axes, settings, base_scale=by)
 
 
 def regrouped(w: Factored, base: Any, axes: Sequence[Sequence[Axis]]) -> Factored:
@@ -436,7 +450,16 @@ def fused(w: Factored, at: Iterable[int] | None = None) -> Factored:
         if i in mine and at is not None and len(runs) > 1:
             raise Unfactorable("an axis that joins axes of other roles")
         axes.append(tuple(_one(run, groups) for run in runs))
-    return w.on_factors(lambda f: f.merged(groups), axes=tuple(axes))
+    sizes = {x.name: x.size for axis in few for x in axis}
+
+    def merged(f: Named) -> Named:
+        for names in groups.values():  # a scale may hold some pieces of a run
+            missing = [n for n in names if n not in f.names]
+            for name in missing if len(missing) < len(names) else ():
+                f = f.repeated(name, sizes[name])
+        return f.merged(groups)
+
+    return w.on_factors(merged, axes=tuple(axes))
 
 
 def _one(run: Sequence[Axis], groups: dict[Name, tuple[Name, ...]]) -> Axis:

@@ -33,6 +33,7 @@ class Sizes:
     Attributes:
       tokens, in_, out, rank: lengths.
       sliced: whether W is the slice of a stack that a step of a loop takes.
+      stored: whether W is stored in fewer bits.
     """
 
     tokens: int
@@ -40,6 +41,7 @@ class Sizes:
     out: int
     rank: int
     sliced: bool = False
+    stored: bool = False
 
 
 def named_form(name: str) -> Form | None:
@@ -76,7 +78,7 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     """The rule of form="auto"; `None` is the direct form as JAX differentiates it.
 
     The low-rank term is cheap to compute and dear to add: one pass over the larger of
-    two arrays.  Seven things decide who pays it:
+    two arrays.  Eight things decide who pays it:
 
     - A product that widens (in < out) lets its own kernel add z Q; one that narrows is
       added in the kernel of z Q.  For dx the two change places.
@@ -89,6 +91,8 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     - A head's logits are dearer to write and read again than a copy of W is, and their
       gradient is slow to come by: longer operands forward, XLA's own order backward.
     - dy and x are written once instead of being computed anew by each of their readers.
+    - A weight in fewer bits is cast on the product's own way in, and joining keeps it
+      from that: it is never joined.
     - Arrays that may be sharded are never joined: two shards side by side are no shard
       of the whole, and moving them costs more than all else.
 
@@ -110,6 +114,13 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     if sizes.sliced and sizes.out <= _HEAD * sizes.in_:
         return _in_a_loop(sizes, generation)
     widens, fits = sizes.in_ < sizes.out, sizes.in_ * sizes.out * 2 <= _ON_CHIP
+    first, last = ("thin_first", "thin_last")[:: 1 if widens else -1]
+    if sizes.stored and not generation.startswith("v6"):
+        return Form(first, last)
+    if sizes.stored and fits:
+        return Form("direct", "direct")
+    if sizes.stored:
+        return Form(first, last, together=False)
     if not fits and sizes.out > _HEAD * sizes.in_:
         return Form("concat", "direct")
     if generation in ("v5 lite", "v5e"):
@@ -117,7 +128,6 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     if generation.startswith("v6"):
         if fits:
             return Form("concat", "direct")
-        first, last = ("thin_first", "thin_last")[:: 1 if widens else -1]
         return Form(first, last, together=False)
     if fits:
         return Form("concat", "concat" if widens else "thin_first")

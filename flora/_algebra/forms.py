@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._algebra.axes import RANK, Name, Named
+from flora._algebra.codes import Stored, scaled
 from flora._algebra.kernels import by_kernel
 from flora._algebra.low_rank import SCOPE, Names, contract
 from flora._tree.config import COPIES
@@ -64,19 +65,38 @@ class Spec:
 
 
 class Sum(NamedTuple):
-    """The operands of x W + z Q with z = x P."""
+    """The operands of x W + z Q with z = x P; W may be `Stored`."""
 
     spec: Spec
     x: Named
-    w: Named
+    w: Any
     z: Named
     p: Named
     q: Named
 
     def base(self, x: Named | None = None, w: Named | None = None) -> Any:
-        """X W, or of what stands for x and W."""
-        spec = self.spec
-        return spec.times(w or self.w, x or self.x, spec.y, spec.dtype).array
+        """X W, or of what stands for x and W; (x C) ⊙ s or (x ⊙ s) C of codes."""
+        spec, x, by = self.spec, x or self.x, self.scale
+        weight: Any = w or self.w
+        weight = weight.opened() if isinstance(weight, Stored) else weight
+        if by and not self.scales_y:
+            x = scaled(x, by)
+        y = spec.times(weight, x, spec.y, spec.dtype)
+        return (scaled(y, by) if by and self.scales_y else y).array
+
+    @property
+    def scale(self) -> Named | None:
+        """That of codes; it meets the result, or else x."""
+        return self.w.scale if isinstance(self.w, Stored) else None
+
+    @property
+    def scales_y(self) -> bool:
+        return self.scale is not None and {*self.scale.names} <= {*self.spec.y}
+
+    def dense(self) -> "Sum":
+        """With W as an array."""
+        w = self.w.dense() if isinstance(self.w, Stored) else self.w
+        return self._replace(w=w)
 
     def change(self) -> Any:
         """Z Q."""
@@ -108,7 +128,10 @@ def _thin_last(s: Sum) -> Any:
 
 
 def _concat(s: Sum) -> Any:
-    """[x | z] [W ; Q]: one product of longer operands."""
+    """[x | z] [W ; Q]: one product of longer operands.
+
+    Of codes that scale the result, [x | z] [C ; Q ⊘ s] ⊙ s.
+    """
     summed = [n for n in s.x.names if n not in s.spec.y]
     if len(summed) != 1:
         return _thin_last(s)
@@ -119,16 +142,26 @@ def _concat(s: Sum) -> Any:
         pair = [first.array, more.astype(first.array.dtype)]
         return first.along(axis, lambda _, at: lax.concatenate(pair, at))
 
-    return s.base(longer(s.x, s.z), longer(s.w, s.q))
+    x, w, q = s.x, s.w, s.q
+    if isinstance(w, Stored):
+        w, by = w.opened().astype(x.dtype), s.scale
+        if by and s.scales_y:
+            q = scaled(q, by, lax.div)
+        elif by:
+            s = s._replace(x=scaled(x, by), w=w)
+            x = s.x
+    return s.base(longer(x, s.z), longer(w, q))
 
 
 def _merged(s: Sum) -> Any:
     """X (W + P Q), rounded to W's dtype: what is under half its last place vanishes."""
+    s = s.dense()
     return _by_copy(s, s.weight().astype(s.w.array.dtype))
 
 
 def _dithered(s: Sum) -> Any:
     """X (W + P Q), rounded so that it is right on average."""
+    s = s.dense()
     return _by_copy(s, stochastically_rounded(s.weight(), s.w.array.dtype))
 
 
@@ -186,7 +219,7 @@ SUMS: Mapping[str, Callable[..., Any]] = {
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def products(
-    each: tuple[Spec, ...], x: Named, ws: Arrays, ps: Arrays, qs: Arrays
+    each: tuple[Spec, ...], x: Named, ws: Sequence[Any], ps: Arrays, qs: Arrays
 ) -> Sequence[Any]:
     """X W + (x P) Q for each W, with the axes `spec.y`.  Reverse mode only.
 
@@ -196,7 +229,7 @@ def products(
     Args:
       each: forms, dtype and precision of each product.  All are `alike`.
       x: activations.
-      ws: the frozen weights; they get no gradient.
+      ws: the frozen weights, some may be `Stored`; they get no gradient.
       ps: the factors that x meets.
       qs: the other ones, with the scale in them.
     """
@@ -212,7 +245,7 @@ def alike(one: tuple[Spec, Named], other: tuple[Spec, Named]) -> bool:
 
 
 def _forward(
-    each: tuple[Spec, ...], x: Named, ws: Arrays, ps: Arrays, qs: Arrays
+    each: tuple[Spec, ...], x: Named, ws: Sequence[Any], ps: Arrays, qs: Arrays
 ) -> tuple[Sequence[Any], Any]:
     x = lax.optimization_barrier(x)  # written once: W, P and dP read it
     p = _joined([p.astype(x.array.dtype) for p in ps])
@@ -236,7 +269,8 @@ def _backward(
 ) -> tuple[Any, ...]:
     x, ws, z, ps, qs = saved
     dtype = x.array.dtype
-    if any(spec.backward in COPIES for spec in each):
+    opened = any(isinstance(w, Stored) and w.scale is None for w in ws)
+    if opened or any(spec.backward in COPIES for spec in each):
         # or XLA keeps the forward pass's copy of W until here
         ws, ps, qs = lax.optimization_barrier((ws, ps, qs))
     dys = [  # written once: W, Q, dQ read it
@@ -279,7 +313,7 @@ def _of_dy(
 
 
 def _summed(
-    backs: Sequence[Spec], dys: Arrays, ws: Arrays, g: Named, q: Named, p: Named
+    backs: Sequence[Spec], dys: Arrays, ws: Sequence[Any], g: Named, q: Named, p: Named
 ) -> Any:
     """Σ dy Wᵀ + g Pᵀ, the low-rank term with the first product, in its form.
 

@@ -26,6 +26,7 @@ from flora._algebra.axes import (
     require_linear,
     reshaped,
 )
+from flora._algebra.codes import with_scale
 from flora._tree.arrays import compute_dtype
 from flora._tree.errors import LoraError, Unfactorable
 from flora._tree.quantized import dequantized
@@ -209,6 +210,7 @@ def sum_dtype(result: Any) -> Any:
 
 def densified(w: Factored) -> Any:
     """W + scale A B as one dense array: the fallback, never taken silently."""
+    w = with_scale(w)
     base = dequantized(w.base)
     if not w.factors:
         return base

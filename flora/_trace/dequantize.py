@@ -1,8 +1,9 @@
 """Operations on quantized weights, which are dequantized where they multiply.
 
-An operation that multiplies dequantizes the weight inside `jax.checkpoint`: its
+An operation that computes with the weight dequantizes it inside `jax.checkpoint`: its
 residuals are the quantized values, and the backward pass dequantizes them again.  One
-that only reshapes, slices or casts the weight is deferred until then.
+that only reshapes or slices the weight is deferred until then; where a weight is codes
+with a scale apart, it acts on the codes.
 """
 
 import dataclasses
@@ -12,8 +13,9 @@ from typing import Any
 import jax
 
 from flora._algebra.axes import Factored, is_lazy
+from flora._algebra.codes import with_scale
 from flora._trace.stage import filled
-from flora._tree.quantized import Quantized, dequantized, is_quantized
+from flora._tree.quantized import Quantized, dequantized, is_quantized, of_levels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,6 +68,7 @@ def on_quantized(run: Callable[..., Sequence[Any]], values: Sequence[Any]) -> li
     def fn(values: Sequence[Any]) -> list[Any]:
         return list(run(*jax.tree.map(_dequantized, values, is_leaf=is_lazy)))
 
+    values = jax.tree.map(with_scale, values, is_leaf=is_lazy)
     flat = jax.tree.leaves(values, is_leaf=is_lazy)
     quantized = [x for x in flat if isinstance(x, Factored) and is_quantized(x.base)]
     if not quantized:
@@ -76,6 +79,25 @@ def on_quantized(run: Callable[..., Sequence[Any]], values: Sequence[Any]) -> li
     if len(quantized) > 1:  # such as a sum of two weights, which is dense
         return fn(values)
     return [_deferred(fn, values, k, x) for k, x in enumerate(fn(values))]
+
+
+def on_codes(run: Callable[..., Sequence[Any]], w: Factored, *rest: Any) -> list[Any]:
+    """The outputs of an operation that moves elements of a weight, W = C ⊙ s.
+
+    It acts on the codes C as it would on W, and on s by name.
+
+    Args:
+      run: the operation, on values without quantized weights.
+      w: the weight.
+      *rest: the other operands.
+    """
+    levels = w.base.values
+
+    def stored(x: Any) -> Any:
+        codes = dataclasses.replace(levels, qvalue=x.base)
+        return dataclasses.replace(x, base=Quantized(codes, of_levels))
+
+    return [stored(x) for x in run(dataclasses.replace(w, base=levels.qvalue), *rest)]
 
 
 def in_slices(w: Factored, size: int) -> Factored:

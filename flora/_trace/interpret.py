@@ -12,10 +12,11 @@ from jax import lax
 
 from flora._algebra.axes import Axis, Factored, Squared, is_lazy
 from flora._algebra.choice import may_differ
+from flora._algebra.codes import is_codes
 from flora._algebra.low_rank import densified
 from flora._trace import compat
 from flora._trace.compat import Eqn
-from flora._trace.dequantize import on_quantized
+from flora._trace.dequantize import on_codes, on_quantized
 from flora._trace.reshapes import reshapes
 from flora._trace.share import Schedule, in_order, together
 from flora._trace.source import source_line
@@ -73,7 +74,8 @@ class Context:
     Attributes:
       rules: the table.
       rules_for_squares: the table for operations that read squares of weights.
-      enters: the primitives that hand their operands on to functions inside.
+      takes_stored: the primitives whose rules take quantized weights as they are.
+      moves: the primitives that only move elements of a weight, its first operand.
       together: computes several products of one x at once; `None` where none are.
       log: where uses are recorded, as keys, in order; `None` while computing.
       salt: tells apart the dropout masks of a weight that is used more than once.
@@ -90,7 +92,8 @@ class Context:
 
     rules: Mapping[Any, Rule]
     rules_for_squares: Mapping[Any, Rule]
-    enters: Collection[Any] = ()
+    takes_stored: Collection[Any] = ()
+    moves: Collection[Any] = ()
     together: Callable[[Any, Sequence[Any], Sequence[Any]], list[Any]] | None = None
     log: dict[Use, None] | None = None
     salt: int = 0
@@ -253,8 +256,7 @@ def _results(
     joint: list[Any] = [None] * len(eqns)
     if ctx.together and len(eqns) > 1:
         with compat.common_scope(eqns):
-            run = functools.partial(ctx.together, ctx, eqns)
-            joint = on_quantized(lambda *values: run(values), values)
+            joint = ctx.together(ctx, eqns, values)
     return [
         _apply_rule(ctx, i, eqn, args) if y is None else [y]
         for i, eqn, args, y in zip(step, eqns, values, joint, strict=True)
@@ -273,9 +275,12 @@ def _apply_rule(ctx: Context, i: int, eqn: Eqn, values: list[Any]) -> Sequence[A
                 raise Unfactorable(what if squares else "no rule for this primitive")
             if what := compat.unlike_known(eqn):
                 raise _other_jax(ctx, eqn, values, what)
-            if eqn.primitive in ctx.enters:
+            if eqn.primitive in ctx.takes_stored:
                 return rule(ctx, eqn, *values)
-            return on_quantized(functools.partial(rule, ctx, eqn), values)
+            run = functools.partial(rule, ctx, eqn)
+            if eqn.primitive in ctx.moves and is_codes(values[0]):
+                return on_codes(run, *values)
+            return on_quantized(run, values)
         except Unfactorable as reason:
             why = str(reason)
             pairs = zip(values, eqn.invars, strict=True)

@@ -105,15 +105,53 @@ class Codes:
 
 def of_codes(values: Codes) -> jax.Array:
     """The weight that the codes stand for."""
-    codes, dtype = values.qvalue, values.scale.dtype
-    # A table that every element looks up is slow on TPU; choosing by bits fuses.
-    nf4 = values.qtype == "nf4"
-    levels = _looked_up(codes, LEVELS).astype(dtype) if nf4 else codes.astype(dtype)
+    levels = of_levels(Levels(values.qvalue, values.qtype, values.scale.dtype))
     blocks: list[int] = []
     for size, count in zip(levels.shape, values.scale.shape, strict=True):
         blocks += [count, size // count]
     scale = values.scale.reshape([n for c in values.scale.shape for n in (c, 1)])
     return (levels.reshape(blocks) * scale).reshape(levels.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """The levels of codes, without their scale.
+
+    Attributes:
+      qvalue: the codes, `[...]`.
+      qtype: as of `Codes`.
+      dtype: of the weight.
+    """
+
+    qvalue: Any
+    qtype: str = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    shape = property(lambda self: self.qvalue.shape)
+
+
+def of_levels(values: Levels) -> jax.Array:
+    """The levels that the codes stand for."""
+    codes, dtype = values.qvalue, values.dtype
+    # A table that every element looks up is slow on TPU; choosing by bits fuses.
+    nf4 = values.qtype == "nf4"
+    return _looked_up(codes, LEVELS).astype(dtype) if nf4 else codes.astype(dtype)
+
+
+def apart(base: Any) -> tuple[Any, Any]:
+    """`(C, s)` with W = C ⊙ s where scales are one for each index of some axes.
+
+    s has length 1 along the others; it is `None` where W has no such scales.
+    """
+    if not is_quantized(base) or base.dequantize is not of_codes:
+        return base, None
+    codes = base.values
+    sizes = zip(codes.qvalue.shape, codes.scale.shape, strict=True)
+    if any(count not in (1, size) for size, count in sizes):
+        return base, None
+    levels = Levels(codes.qvalue, codes.qtype, codes.scale.dtype)
+    return Quantized(levels, of_levels), codes.scale
 
 
 # The levels of NF4, by the code that qwix stores: Dettmers et al. 2023, appendix E.

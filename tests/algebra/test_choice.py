@@ -49,7 +49,13 @@ def test_device_and_sizes_decide():
         Sizes(8192, 4096, 4096, 256),
     ):
         assert cheapest(few, v6e) is None
-    for kind in kinds:  # what may be sharded is not joined
+    stored = functools.partial(dataclasses.replace, stored=True)  # is not joined
+    for chip in (v5e, v5p):
+        assert cheapest(stored(on_chip), chip) == Form("thin_first", "thin_last")
+        assert cheapest(stored(narrow), chip) == Form("thin_last", "thin_first")
+    assert cheapest(stored(on_chip), v6e) == Form("direct", "direct")
+    assert cheapest(stored(wide), v6e) == cheapest(wide, v6e)
+    for kind in kinds:  # nor is what may be sharded
         assert cheapest(on_chip, Target(kind, 4)) == Form("direct", "direct")
 
 

@@ -89,8 +89,18 @@ RULES_FOR_SQUARES = {
     P.jit: control.jit,
 }
 
-# What hands weights on to functions inside, quantized ones as they are.
-_ENTERS = frozenset({P.jit, P.remat, P.scan, P.while_, P.cond})
+# What takes quantized weights as they are: products, casts, functions inside.
+_TAKES_STORED = frozenset({
+    P.dot_general, P.conv_general_dilated, P.gather, P.ragged_dot_general,
+    P.convert_element_type, P.optimization_barrier,
+    P.jit, P.remat, P.scan, P.while_, P.cond,
+})  # fmt: skip
+
+# What moves the elements of a weight, whatever they are: codes as they are.
+_MOVES = frozenset({
+    P.transpose, P.reshape, P.broadcast_in_dim, P.squeeze, P.slice, P.dynamic_slice,
+    P.split, P.rev, P.copy, P.sharding_constraint, P.checkpoint_name, P.stop_gradient,
+})  # fmt: skip
 
 
 def context(
@@ -112,7 +122,8 @@ def context(
     return Context(
         RULES,
         RULES_FOR_SQUARES,
-        _ENTERS,
+        _TAKES_STORED,
+        _MOVES,
         joint,
         log,
         claims=claims,

@@ -256,20 +256,35 @@ def _scanned(ctx: Context, eqn: Eqn, w: Any) -> tuple[Any, Callable[[Any], Any]]
     (stack,) = w.axes[0] or (Axis("", 1),)
     w = in_slices(w, stack.size)
     held = {k: f.along(stack.name, lambda x, at: jnp.moveaxis(x, at, 0)).array
-            for k, f in w.factors.items() if stack.name in f.names}  # fmt: skip
+            for k, f in _by_name(w).items() if stack.name in f.names}  # fmt: skip
     settings = dataclasses.replace(w.settings, sliced=True)
 
     def rebuild(step: tuple[Any, Mapping[str, Any]]) -> Factored:
         base, sliced = step
-        factors = dict(w.factors)
+        factors = _by_name(w)
         for k, array in sliced.items():
             names = tuple(n for n in factors[k].names if n != stack.name)
             factors[k] = Named(array, names)
+        scale = factors.pop(_SCALE, None)
         return dataclasses.replace(
-            w, base=base, axes=w.axes[1:], factors=factors, settings=settings
+            w,
+            base=base,
+            axes=w.axes[1:],
+            factors=factors,
+            settings=settings,
+            base_scale=scale,
         )
 
     return (w.base, held), rebuild
+
+
+_SCALE = "scale of the base"
+
+
+def _by_name(w: Factored) -> dict[str, Named]:
+    """The factors and, if it is apart, the base's scale."""
+    by = {} if w.base_scale is None else {_SCALE: w.base_scale}
+    return {**w.factors, **by}
 
 
 def _at_step(w: Any, i: Any) -> Any:

@@ -16,7 +16,7 @@ from flora._algebra.axes import RANK, Axis, Factored, Named, Sizes, fused
 from flora._algebra.low_rank import compute_dtype_of, sum_dtype, with_cast
 from flora._trace.compat import Eqn
 from flora._trace.interpret import Context, Roles, sources_as
-from flora._trace.rules.product import Operation, multiplied
+from flora._trace.rules.product import Operation, Scaling, multiplied
 from flora._tree.errors import Unfactorable
 
 
@@ -30,16 +30,16 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Any, w: Any) -> list[Any]:
     if isinstance(x, Factored) or not isinstance(w, Factored):
         raise Unfactorable("a weight as the input of a convolution")
     ctx.record(eqn, _roles(w, eqn.params))
+    return [multiplied(ctx, Operation(eqn, _change, _scaling, 1), w, x)]
 
-    def scale() -> tuple[Named, Sizes]:
-        dn, shape = eqn.params["dimension_numbers"], eqn.outvars[0].aval.shape
-        out, features = [(f"y{i}", n) for i, n in enumerate(shape)], dn.out_spec[1]
-        own = fused(w)
-        channels = _sizes(own.axes[dn.rhs_spec[0]])
-        sizes = [*out[:features], *channels, *out[features + 1 :]]
-        return own.factors["scale"], sizes
 
-    return [multiplied(ctx, Operation(eqn, _change, 1), w, x, scale=scale)]
+def _scaling(operation: Operation, w: Factored, x: Any) -> Scaling:
+    eqn, own = operation.eqn, fused(w)
+    dn, shape = eqn.params["dimension_numbers"], eqn.outvars[0].aval.shape
+    out, features = [(f"y{i}", n) for i, n in enumerate(shape)], dn.out_spec[1]
+    channels = _sizes(own.axes[dn.rhs_spec[0]])
+    sizes = [*out[:features], *channels, *out[features + 1 :]]
+    return Scaling(own.factors["scale"], sizes)
 
 
 def _sizes(axis: Sequence[Axis]) -> Sizes:

@@ -22,6 +22,7 @@ from flora._algebra.axes import (
 )
 from flora._algebra.choice import Sizes as Counts
 from flora._algebra.choice import cheapest, may_differ, named_form, target, with_kernel
+from flora._algebra.codes import stored, with_scale
 from flora._algebra.forms import Spec, alike, products
 from flora._algebra.low_rank import (
     compute_dtype_of,
@@ -32,10 +33,18 @@ from flora._algebra.low_rank import (
     widened,
 )
 from flora._trace.compat import INLINE, Eqn, eval_eqn, relative_scopes
+from flora._trace.dequantize import on_quantized
 from flora._trace.interpret import Context
-from flora._trace.rules.product import Operation, multiplied, plain
+from flora._trace.rules.product import (
+    Operation,
+    Scaling,
+    multiplied,
+    plain,
+    scales_apart,
+)
 from flora._tree.config import kernel_axes
 from flora._tree.errors import Unfactorable
+from flora._tree.quantized import is_quantized
 
 
 def dot_general(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> list[Any]:
@@ -50,6 +59,8 @@ def dot_general(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> list[Any]:
             free = {*range(len(other))} - {*dims[0][1 - side], *dims[1][1 - side]}
             tokens = math.prod(other[i] for i in free)
             ctx.claim(w, eqn, _roles(dims, side, len(w.axes)), tokens=tokens)
+    if isinstance(lhs, Factored) and isinstance(rhs, Factored):
+        return on_quantized(lambda *two: [_product(ctx, eqn, *two)], [lhs, rhs])
     return [_product(ctx, eqn, lhs, rhs)]
 
 
@@ -77,20 +88,17 @@ def _product(ctx: Context, eqn: Eqn, lhs: Any, rhs: Any) -> Any:
             terms = [_product(ctx, eqn, *((w.base, x), (x, w.base))[side])]
         if w.factors:
             bare = dataclasses.replace(w.without("key"), base=None)
-            terms.append(plain(ctx, Operation(eqn, _change, side), bare, x))
+            terms.append(plain(ctx, Operation(eqn, _change, _scaling, side), bare, x))
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
     if found := _in_form(ctx, eqn, x, w, side):
         return _computed([found])[0]
+    return multiplied(ctx, Operation(eqn, _change, _scaling, side), w, x)
 
-    def scale() -> tuple[Named, Sizes]:
-        met = _meeting(eqn, x, w, side)
-        return met.w.factors["scale"], [(n, met.sizes[n]) for n in met.y]
 
-    def x_sizes() -> Sizes:
-        return [*sizes_of(_meeting(eqn, x, w, side).x).items()]
-
-    operation = Operation(eqn, _change, side)
-    return multiplied(ctx, operation, w, x, scale=scale, x_sizes=x_sizes)
+def _scaling(operation: Operation, w: Factored, x: Any) -> Scaling:
+    met = _meeting(operation.eqn, x, w, operation.at)
+    y, x_sizes = [(n, met.sizes[n]) for n in met.y], [*sizes_of(met.x).items()]
+    return Scaling(met.w.factors["scale"], y, x_sizes)
 
 
 def _change(operation: Operation, w: Factored, x: Any) -> Any:
@@ -179,6 +187,7 @@ def _counts(met: _Meeting) -> Counts:
         out=count(n for n in held if n not in met.x.names),
         rank=met.w.rank,
         sliced=met.w.settings.sliced,
+        stored=is_quantized(met.w.base),
     )
 
 
@@ -189,14 +198,14 @@ class _InForm:
     Attributes:
       spec: what is static.
       together: whether it may be computed with others.
-      x, w, p, q: the operands.
+      x, w, p, q: the operands; w may be quantized.
       shape: of the result.
     """
 
     spec: Spec
     together: bool
     x: Named
-    w: Named
+    w: Any
     p: Named
     q: Named
     shape: tuple[int, ...]
@@ -234,18 +243,15 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     y = [n for name in met.y for n, _ in parts.get(name, [(name, 0)])]
     how = {"precision": precision, "kernel": form.kernel}
     spec = Spec(form.forward, form.backward, tuple(y), out.dtype, **how)
-    held = w.base
+    base = stored(met.w if scales_apart(eqn) else with_scale(met.w), met.x.names, met.y)
     if parts:  # or a loop's whole stack is laid out anew before it starts
-        held = lax.optimization_barrier(held)
-    base = Named(lax.reshape(held, [y.size for y in met.w.pieces]), met.w.names)
+        base = lax.optimization_barrier(base)
     q = Named(widened(q.array, x) * w.settings.scale, q.names)
     x, base, p, q = (u.split(parts) for u in (met.x, base, p, q))
     return _InForm(spec, form.together, x, base, p, q, out.shape)
 
 
-def _divided(
-    ctx: Context, eqn: Eqn, met: _Meeting, side: int
-) -> dict[Name, Sizes]:
+def _divided(ctx: Context, eqn: Eqn, met: _Meeting, side: int) -> dict[Name, Sizes]:
     """What reshapes beside a product divide W's axes into: heads."""
     y, x = eqn.outvars[0], eqn.invars[1 - side]
     found: dict[Name, Sizes] = {}
@@ -268,9 +274,7 @@ def _computed(found: Sequence[_InForm]) -> list[Any]:
     return [lax.reshape(y, one.shape) for y, one in zip(ys, found, strict=True)]
 
 
-def together(
-    ctx: Context, eqns: Sequence[Eqn], values: Sequence[Any]
-) -> list[Any]:
+def together(ctx: Context, eqns: Sequence[Eqn], values: Sequence[Any]) -> list[Any]:
     """Products of the same activations, as far as they can be computed at once.
 
     Args:

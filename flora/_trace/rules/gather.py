@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flora._algebra.axes import RANK, Axis, Factored, Name, Named, fused, require_linear
+from flora._algebra.codes import is_codes
 from flora._algebra.low_rank import (
     contract,
     on_hidden,
@@ -18,8 +19,9 @@ from flora._algebra.low_rank import (
     with_output_scale,
 )
 from flora._trace.compat import Eqn, eval_eqn
+from flora._trace.dequantize import on_codes, on_quantized
 from flora._trace.interpret import Context
-from flora._trace.rules.product import Operation, plain
+from flora._trace.rules.product import Operation, Scaling, plain
 from flora._tree.errors import Unfactorable
 
 
@@ -39,7 +41,14 @@ def gather(ctx: Context, eqn: Eqn, w: Any, indices: Any) -> list[Any]:
         ctx.claim(w, eqn, roles)
         return [_rows(ctx, eqn, w, indices)]
     ctx.claim(w, eqn, dict.fromkeys(places.looked_up, "stack"), binding=False)
-    return [_restacked(ctx, eqn, w, indices, places)]
+
+    def run(w: Factored) -> list[Factored]:
+        return [_restacked(ctx, eqn, w, indices, places)]
+
+    sole = _sole_index(w, places) and eqn.params["fill_value"] is None
+    if is_codes(w) and (sole or not _fills(eqn)):
+        return on_codes(run, w)
+    return on_quantized(run, [w])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +97,56 @@ def _is_lookup(w: Factored, places: _Places) -> bool:
 
 def _rows(ctx: Context, eqn: Eqn, w: Factored, indices: Any) -> Any:
     """Rows of W and of the low-rank term, with scaled outputs."""
-    y = plain(ctx, Operation(eqn, _change, 0), w.without("scale", "key"), indices)
+    operation = Operation(eqn, _change, _scaling, 0)
+    y = plain(ctx, operation, w.without("scale", "key"), indices)
     if w.output_scale is None:
         return y
+    by, sizes, _ = _scaling(operation, w, indices)
+    return with_output_scale(y, by, sizes)
+
+
+def _scaling(operation: Operation, w: Factored, indices: Any) -> Scaling:
+    eqn, (w, at) = operation.eqn, _with_sole_axes(w)
+    places, shape = _places(eqn, w, indices.ndim - 1), eqn.outvars[0].aval.shape
+    by = w.factors["scale"]
+    if {*w.factors} == {"scale"}:  # of codes
+        by = _scale_of_rows(eqn, w, by, indices, places)
+    else:
+        by = _gathered(eqn, by, at, indices, places)
+    return Scaling(by, [*zip(_result(at, places), shape, strict=True)])
+
+
+def _scale_of_rows(
+    eqn: Eqn, w: Factored, by: Named, indices: Any, places: _Places
+) -> Named:
+    """A scale where the rows are; NaN where an index is out of bounds and that fills.
+
+    Codes that are integers cannot say so.
+    """
     w, at = _with_sole_axes(w)
-    places = _places(eqn, w, indices.ndim - 1)
-    scale = _gathered(eqn, w.factors["scale"], at, indices, places)
-    return with_output_scale(
-        y, scale, [*zip(_result(at, places), y.shape, strict=True)]
-    )
+    if not _fills(eqn):
+        return _gathered(eqn, by, at, indices, places)
+    if not _sole_index(w, places) or eqn.params["fill_value"] is not None:
+        raise Unfactorable("indices along several axes, some out of bounds")
+    (name,) = (x.name for i in places.looked_up for x in w.axes[i])
+    if name in by.names:
+        return _gathered(eqn, by, at, indices, places, fill=None)
+    (size,) = (x.size for i in places.looked_up for x in w.axes[i])
+    ones = Named(jnp.ones([size], by.dtype), (name,))
+    valid = _gathered(eqn, ones, at, indices, places, fill=None)
+    spread = valid.array.reshape(*valid.array.shape, *(1 for _ in by.names))
+    return Named(spread * by.array, (*valid.names, *by.names))
+
+
+def _fills(eqn: Eqn) -> bool:
+    """Whether rows that an index does not find are filled with a value."""
+    return eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+
+
+def _sole_index(w: Factored, places: _Places) -> bool:
+    """Whether the indices pick elements along one axis, and no windows."""
+    pieces = [x for i in places.looked_up for x in w.axes[i]]
+    return len(pieces) == 1 and not places.cut
 
 
 def _change(operation: Operation, w: Factored, indices: Any) -> Any:
@@ -132,7 +182,12 @@ def _with_sole_axes(w: Factored) -> tuple[Factored, dict[Name, int]]:
 
 
 def _gathered(
-    eqn: Eqn, f: Named, axes: Mapping[Name, int], indices: Any, places: _Places
+    eqn: Eqn,
+    f: Named,
+    axes: Mapping[Name, int],
+    indices: Any,
+    places: _Places,
+    fill: Any = 0,
 ) -> Named:
     """The same gather on a factor: index axes first, then the factor's own."""
     p, dn = eqn.params, eqn.params["dimension_numbers"]
@@ -162,7 +217,7 @@ def _gathered(
             for n, size in f.sizes.items()
         ],
         mode=p["mode"],
-        fill_value=0 if p["mode"] == lax.GatherScatterMode.FILL_OR_DROP else None,
+        fill_value=fill if _fills(eqn) else None,
     )
     return Named(y, (*places.indices, *own))
 
@@ -183,7 +238,7 @@ def _restacked(
     if len(places.looked_up) > 1 and places.indices:
         raise Unfactorable("a stack indexed along several axes at once")
     at: dict[Name, int] = {}
-    if w.factors:
+    if w.factors or w.base_scale is not None:
         w, at = _with_sole_axes(w)
     old = [x for i in places.looked_up or places.cut for x in w.axes[i]]
     source = old[0].sources if old else ()
@@ -199,6 +254,9 @@ def _restacked(
     new = dataclasses.replace(
         w, base=base, axes=tuple(axes), indexed=(*w.indexed, *rows)
     )
+    if w.base_scale is not None:
+        by = _scale_of_rows(eqn, w, w.base_scale, indices, places)
+        new = dataclasses.replace(new, base_scale=by)
     if not w.factors:
         return new
     factors = {k: _gathered(eqn, f, at, indices, places) for k, f in w.factors.items()

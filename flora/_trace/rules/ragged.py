@@ -1,18 +1,17 @@
 """The rule for `ragged_dot`: mixtures of experts whose tokens are sorted by expert."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flora._algebra.axes import RANK, Factored, Name, Named, Sizes, fused
+from flora._algebra.axes import RANK, Factored, Name, Named, fused
 from flora._algebra.low_rank import compute_dtype_of, on_hidden, sum_dtype, with_cast
 from flora._trace.compat import Eqn, eval_eqn
 from flora._trace.interpret import Context
-from flora._trace.rules.product import Operation, multiplied
+from flora._trace.rules.product import Operation, Scaling, multiplied
 from flora._tree.errors import Unfactorable
 
 
@@ -32,13 +31,26 @@ def ragged_dot_general(ctx: Context, eqn: Eqn, x: Any, w: Any, *rest: Any) -> li
     if w.factors and any(len(axis) > 1 for axis in w.axes):
         raise Unfactorable("a ragged product with joined axes")
     names = [w.axes[i][0].name if w.axes[i] else f"new{i}" for i in axes]
+    operation = Operation(eqn, _change, _scaling, 1, *names, ctx.ragged_dot)
+    return [multiplied(ctx, operation, w, x, *rest)]
 
-    def scale() -> tuple[Named, Sizes]:
-        by = _scale_of_tokens(eqn, x, w, rest[0], names)
-        return by, [("tokens", x.shape[0]), (names[2], eqn.outvars[0].aval.shape[1])]
 
-    operation = Operation(eqn, _change, 1, *names, ctx.ragged_dot)
-    return [multiplied(ctx, operation, w, x, *rest, scale=scale)]
+def _scaling(operation: Operation, w: Factored, x: Any, *rest: Any) -> Scaling:
+    """Where experts have scales of their own, each token takes its expert's."""
+    eqn, (g, _, n, _) = operation.eqn, operation.static
+    y = [("tokens", x.shape[0]), (n, eqn.outvars[0].aval.shape[1])]
+    by = w.factors["scale"]
+    if g not in by.names or not {*by.names} <= {g, n}:
+        return Scaling(by, y)
+    of_tokens = lax.ragged_dot(
+        jnp.ones((x.shape[0], 1), by.dtype),
+        by.aligned((g, "one", n)),
+        rest[0],
+        precision=lax.Precision.HIGHEST,
+        group_offset=eqn.params["group_offset"],
+    )
+    names = ("tokens", n) if n in by.names else ("tokens", "one")
+    return Scaling(Named(of_tokens, names).summed(["one"]), y)
 
 
 def _without_weights(ctx: Context, eqn: Eqn, x: Any, w: Any, *rest: Any) -> Any:
@@ -70,23 +82,6 @@ def _axes(eqn: Eqn, x: Any, w: Factored) -> tuple[int, int, int]:
     ):
         raise Unfactorable("a ragged product with batch or other ragged axes")
     return group[0], summed[0], 3 - summed[0] - group[0]
-
-
-def _scale_of_tokens(
-    eqn: Eqn, x: Any, w: Factored, sizes: Any, names: Sequence[Name]
-) -> Named:
-    """The output scale; where experts have their own, each token takes its expert's."""
-    (g, _, n), scale = names, w.factors["scale"]
-    if g not in scale.names:
-        return scale
-    of_tokens = lax.ragged_dot(
-        jnp.ones((x.shape[0], 1), scale.array.dtype),
-        scale.ordered((g, n))[:, None, :],
-        sizes,
-        precision=lax.Precision.HIGHEST,
-        group_offset=eqn.params["group_offset"],
-    )
-    return Named(of_tokens, ("tokens", n))
 
 
 def _change(operation: Operation, w: Factored, x: Any, sizes: Any, *offset: Any) -> Any:

@@ -21,11 +21,13 @@ from flora._algebra.axes import (
     reshaped,
     with_axis,
 )
+from flora._algebra.codes import with_dtype
 from flora._algebra.low_rank import widened
 from flora._trace.compat import Eqn, eval_eqn
 from flora._trace.interpret import REPEATS_PRODUCT, Context, densify
 from flora._trace.rules.squares import square
 from flora._tree.errors import Unfactorable
+from flora._tree.quantized import is_quantized
 
 
 def _base(eqn: Eqn, w: Factored, *rest: Any) -> Any:
@@ -51,6 +53,8 @@ def convert_element_type(ctx: Context, eqn: Eqn, w: Factored) -> list[Factored]:
     """The factors keep their dtype until a product casts them to the activations'."""
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
         raise Unfactorable(f"a cast to {eqn.params['new_dtype']}")
+    if is_quantized(w.base):
+        return [with_dtype(w, eqn.params["new_dtype"])]
     return on_base(ctx, eqn, w)
 
 

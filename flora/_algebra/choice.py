@@ -1,6 +1,8 @@
 """Which form computes a product: what the caller named, or what costs least there."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import jax
 
@@ -13,11 +15,13 @@ class Form:
       forward: y = x W + z Q.
       backward: dx = dy Wᵀ + g Pᵀ.
       together: whether products of one x share their low-rank terms.
+      by_platform: whether it is taken on a TPU only, and the direct one elsewhere.
     """
 
     forward: str
     backward: str
     together: bool = True
+    by_platform: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +58,15 @@ class Target:
     Attributes:
       kind: a device kind, as `jax.devices()[0].device_kind` gives it.
       devices: how many there are; arrays may be sharded over them.
+      certain: whether it is known, or else another platform can still be lowered for.
     """
 
     kind: str
     devices: int = 1
+    certain: bool = True
+
+
+_ANY_TPU = Target("TPU", 2)  # of no generation, and arrays may be sharded
 
 
 def cheapest(sizes: Sizes, target: Target) -> Form | None:
@@ -82,13 +91,17 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
 
     How much each weighs differs between generations of TPU.  The rule was read off the
     TPU compiler's estimates (`examples/benchmarks/compare.py`), not off clocks.  On CPU
-    and GPU the direct form is taken.
+    and GPU the direct form is taken.  Where the platform is not certain, what several
+    TPUs of any generation take is left to be taken when the program is lowered.
 
     Args:
       sizes: of the product.
       target: what the product runs on.
     """
     kind = target.kind
+    if not target.certain and not is_tpu(kind):
+        form = cheapest(sizes, _ANY_TPU)
+        return form and dataclasses.replace(form, by_platform=True)
     narrow = min(sizes.in_, sizes.out) < _MIN_WIDTH or sizes.tokens < _MIN_TOKENS
     if not is_tpu(kind) or narrow or sizes.rank > _MAX_RANK:
         return None
@@ -121,8 +134,9 @@ def target() -> Target:
     """What a trace is for: the mesh that is set, or else the default device.
 
     With no mesh set, arrays may be sharded over all devices that there are: a trace
-    does not see where its arguments lie.  To compile ahead of time for other devices,
-    trace under `jax.set_mesh(mesh)` with a mesh of their topology.
+    does not see where its arguments lie, nor what it will be lowered for.  For the
+    form of a generation of TPU that is not there, trace under `jax.set_mesh(mesh)` with
+    a mesh of its topology.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if device := getattr(mesh, "abstract_device", None):
@@ -130,9 +144,17 @@ def target() -> Target:
     device = jax.config.jax_default_device  # pyright: ignore
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
-    return Target(device.device_kind, jax.device_count(device.platform))
+    return Target(device.device_kind, jax.device_count(device.platform), False)
 
 
 def may_differ(name: str) -> bool:
-    """Whether a form can be another than the plain direct one on the device at hand."""
-    return name != "direct" and (name != "auto" or is_tpu(target().kind))
+    """Whether a form can be another than the plain direct one, as far as is known."""
+    if name != "auto":
+        return name != "direct"
+    here = target()
+    return is_tpu(here.kind) or not here.certain
+
+
+def is_large(*shapes: Sequence[int]) -> bool:
+    """Whether `cheapest` may find anything for a product of operands of such shapes."""
+    return min(map(math.prod, shapes)) >= _MIN_WIDTH * min(_MIN_TOKENS, _MIN_WIDTH)

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flora._algebra import by_platform
 from flora._algebra.axes import RANK, Axis, Factored, Name, Named, Sizes, fused, renamed
 from flora._algebra.choice import Sizes as Counts
-from flora._algebra.choice import cheapest, may_differ, named_form, target
+from flora._algebra.choice import cheapest, is_large, may_differ, named_form, target
 from flora._algebra.forms import Spec, alike, products
 from flora._algebra.low_rank import (
     compute_dtype_of,
@@ -178,12 +179,14 @@ class _InForm:
     Attributes:
       spec: what is static.
       together: whether it may be computed with others.
+      by_platform: whether it is taken on a TPU only.
       x, w, p, q: the operands.
       shape: of the result.
     """
 
     spec: Spec
     together: bool
+    by_platform: bool
     x: Named
     w: Named
     p: Named
@@ -202,6 +205,9 @@ def _in_form(eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm | None:
         return None
     if w.output_scale is not None or w.settings.between is not None:
         return None
+    auto = asked == "auto"
+    if auto and not is_large(x.shape, w.shape):
+        return None
     met = _meeting(eqn, x, w, side)
     ends, mesh = _ends(met), jax.sharding.get_abstract_mesh()
     if (
@@ -211,7 +217,6 @@ def _in_form(eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm | None:
         or (not mesh.empty and (mesh.manual_axes or mesh.explicit_axes))
     ):
         return None
-    auto = asked == "auto"
     form = cheapest(_counts(met), target()) if auto else named_form(asked)
     if form is None:
         return None
@@ -219,18 +224,21 @@ def _in_form(eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm | None:
     spec = Spec(form.forward, form.backward, met.y, out.dtype, precision)
     base = Named(lax.reshape(w.base, [y.size for y in met.w.pieces]), met.w.names)
     q = Named(widened(q.array, x) * w.settings.scale, q.names)
-    return _InForm(spec, form.together, met.x, base, p, q, out.shape)
+    how = form.together, form.by_platform
+    return _InForm(spec, *how, met.x, base, p, q, out.shape)
 
 
 # Traced, differentiated and transposed once for all layers that are alike.
 _products = jax.jit(products, static_argnums=0, inline=INLINE)
+_by_platform = jax.jit(by_platform.products, static_argnums=0, inline=INLINE)
 
 
 def _computed(found: Sequence[_InForm]) -> list[Any]:
     """The products, all of one x."""
     each = tuple(one.spec for one in found)
     ws, ps, qs = zip(*((one.w, one.p, one.q) for one in found), strict=True)
-    ys: Any = _products(each, found[0].x, ws, ps, qs)
+    run = _by_platform if found[0].by_platform else _products
+    ys: Any = run(each, found[0].x, ws, ps, qs)
     return [lax.reshape(y, one.shape) for y, one in zip(ys, found, strict=True)]
 
 

@@ -15,7 +15,8 @@ class Form:
       forward: y = x W + z Q.
       backward: dx = dy Wᵀ + g Pᵀ.
       together: whether products of one x share their low-rank terms.
-      by_platform: whether it is taken on a TPU only, and the direct one elsewhere.
+      by_platform: whether it is what several TPUs take, but for fences where the
+        program is lowered for something else.
     """
 
     forward: str
@@ -66,9 +67,6 @@ class Target:
     certain: bool = True
 
 
-_ANY_TPU = Target("TPU", 2)  # of no generation, and arrays may be sharded
-
-
 def cheapest(sizes: Sizes, target: Target) -> Form | None:
     """The rule of form="auto"; `None` is the direct form as JAX differentiates it.
 
@@ -91,20 +89,19 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
 
     How much each weighs differs between generations of TPU.  The rule was read off the
     TPU compiler's estimates (`examples/benchmarks/compare.py`), not off clocks.  On CPU
-    and GPU the direct form is taken.  Where the platform is not certain, what several
-    TPUs of any generation take is left to be taken when the program is lowered.
+    and GPU the direct form is taken.  Where a program may still be lowered for either,
+    it is what several TPUs of any generation take, with fences for TPUs only.
 
     Args:
       sizes: of the product.
       target: what the product runs on.
     """
     kind = target.kind
-    if not target.certain and not is_tpu(kind):
-        form = cheapest(sizes, _ANY_TPU)
-        return form and dataclasses.replace(form, by_platform=True)
     narrow = min(sizes.in_, sizes.out) < _MIN_WIDTH or sizes.tokens < _MIN_TOKENS
-    if not is_tpu(kind) or narrow or sizes.rank > _MAX_RANK:
+    if not may_be_tpu(target) or narrow or sizes.rank > _MAX_RANK:
         return None
+    if not is_tpu(kind):
+        return Form("direct", "direct", by_platform=True)
     if target.devices > 1:
         return Form("direct", "direct")
     generation = kind.removeprefix("TPU ")
@@ -151,8 +148,12 @@ def may_differ(name: str) -> bool:
     """Whether a form can be another than the plain direct one, as far as is known."""
     if name != "auto":
         return name != "direct"
-    here = target()
-    return is_tpu(here.kind) or not here.certain
+    return may_be_tpu(target())
+
+
+def may_be_tpu(target: Target) -> bool:
+    """Whether a program may be lowered for a TPU."""
+    return is_tpu(target.kind) or not target.certain
 
 
 def is_large(*shapes: Sequence[int]) -> bool:

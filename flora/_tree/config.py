@@ -81,11 +81,13 @@ class LoraConfig:
         first that matches a leaf wins.
       fallback: 'error', or 'materialize' to form W + scale A B where an operation has
         no factored rule.
-      form: how y = x W + scale (x A) B is computed: 'auto' chooses by device and sizes.
+      form: how y = x W + scale (x A) B is computed: 'auto' chooses by sizes and device,
+        by platform once the program is lowered where no mesh of devices is set.
         'direct', 'thin_first' and 'thin_last' differ in what is written to memory
         first; 'concat' multiplies [x | xA] by [W ; B].  All are exact up to the order
         of summation.  'merged' multiplies by W + scale A B, rounded to W's dtype;
-        'dithered' rounds it at random.  `jax.jvp` needs 'direct'.  Where another form
+        'dithered' rounds it at random.  `jax.jvp` needs 'direct', but
+        for 'auto' away from TPUs.  Where another form
         does not apply (dropout, lookups, convolutions, inside shard_map) the product is
         direct too.
       form_pattern: `{pattern: form}`, for leaves that need another.

@@ -66,7 +66,7 @@ def step_of(model, form=None):
 
 @pytest.mark.parametrize("model", [mlp, layers, loops])
 def test_the_open_form_computes_the_product(x64, small, model):
-    params, x, adapted = case(model)
+    _, x, adapted = case(model)
     close_to_merged(model, randomized(adapted), x, start=adapted)
 
 

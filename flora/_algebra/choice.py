@@ -1,6 +1,8 @@
 """Which form computes a product: what the caller named, or what costs least there."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import jax
 
@@ -17,6 +19,8 @@ class Form:
         divided within.
       kernel: the mesh axes that outputs are sharded over, if one kernel is to read dy
         for both dy Qᵀ and zᵀ dy.
+      by_platform: whether it is what several TPUs take, but for fences where the
+        program is lowered for something else.
     """
 
     forward: str
@@ -24,6 +28,7 @@ class Form:
     together: bool = True
     in_heads: bool = False
     kernel: tuple[str, ...] | None = None
+    by_platform: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,7 @@ def named_form(name: str) -> Form | None:
 def with_kernel(form: Form | None, axes: tuple[str, ...]) -> Form:
     """The form of form="kernel": y and dx are as in form="auto"."""
     like = form or Form("direct", "direct")
-    return dataclasses.replace(like, kernel=axes)
+    return dataclasses.replace(like, kernel=axes, by_platform=False)
 
 
 # Narrower products have little to gain.
@@ -68,10 +73,12 @@ class Target:
     Attributes:
       kind: a device kind, as `jax.devices()[0].device_kind` gives it.
       devices: how many there are; arrays may be sharded over them.
+      certain: whether it is known, or else another platform can still be lowered for.
     """
 
     kind: str
     devices: int = 1
+    certain: bool = True
 
 
 def cheapest(sizes: Sizes, target: Target) -> Form | None:
@@ -98,7 +105,8 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
 
     How much each weighs differs between generations of TPU.  The rule was read off the
     TPU compiler's estimates (`examples/benchmarks/compare.py`), not off clocks.  On CPU
-    and GPU the direct form is taken.
+    and GPU the direct form is taken.  Where a program may still be lowered for either,
+    it is what several TPUs of any generation take, with fences for TPUs only.
 
     Args:
       sizes: of the product.
@@ -106,8 +114,10 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     """
     kind = target.kind
     narrow = min(sizes.in_, sizes.out) < _MIN_WIDTH or sizes.tokens < _MIN_TOKENS
-    if not is_tpu(kind) or narrow or sizes.rank > _MAX_RANK:
+    if not may_be_tpu(target) or narrow or sizes.rank > _MAX_RANK:
         return None
+    if not is_tpu(kind):
+        return Form("direct", "direct", by_platform=True)
     if target.devices > 1:
         return Form("direct", "direct")
     generation = kind.removeprefix("TPU ")
@@ -154,8 +164,9 @@ def target() -> Target:
     """What a trace is for: the mesh that is set, or else the default device.
 
     With no mesh set, arrays may be sharded over all devices that there are: a trace
-    does not see where its arguments lie.  To compile ahead of time for other devices,
-    trace under `jax.set_mesh(mesh)` with a mesh of their topology.
+    does not see where its arguments lie, nor what it will be lowered for.  For the
+    form of a generation of TPU that is not there, trace under `jax.set_mesh(mesh)` with
+    a mesh of its topology.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if device := getattr(mesh, "abstract_device", None):
@@ -163,9 +174,21 @@ def target() -> Target:
     device = jax.config.jax_default_device  # pyright: ignore
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
-    return Target(device.device_kind, jax.device_count(device.platform))
+    return Target(device.device_kind, jax.device_count(device.platform), False)
 
 
 def may_differ(name: str) -> bool:
-    """Whether a form can be another than the plain direct one on the device at hand."""
-    return name != "direct" and (name != "auto" or is_tpu(target().kind))
+    """Whether a form can be another than the plain direct one, as far as is known."""
+    if name != "auto":
+        return name != "direct"
+    return may_be_tpu(target())
+
+
+def may_be_tpu(target: Target) -> bool:
+    """Whether a program may be lowered for a TPU."""
+    return is_tpu(target.kind) or not target.certain
+
+
+def is_large(*shapes: Sequence[int]) -> bool:
+    """Whether `cheapest` may find anything for a product of operands of such shapes."""
+    return min(map(math.prod, shapes)) >= _MIN_WIDTH * min(_MIN_TOKENS, _MIN_WIDTH)

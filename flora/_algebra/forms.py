@@ -63,6 +63,18 @@ class Spec:
         """u·v, summed over what `out` lacks."""
         return contract(u, v, out, precision=self.precision, dtype=dtype)
 
+    def base(self, x: Named, w: Any) -> Named:
+        """X W; (x C) ⊙ s or (x ⊙ s) C of codes."""
+        c, by = (w.opened(), w.scale) if isinstance(w, Stored) else (w, None)
+        if by and not self.scales_y(by):
+            x = scaled(x, by)
+        y = self.times(c, x, self.y, self.dtype)
+        return scaled(y, by) if by and self.scales_y(by) else y
+
+    def scales_y(self, by: Named) -> bool:
+        """Whether a scale of codes meets the result, not x."""
+        return {*by.names} <= {*self.y}
+
 
 class Sum(NamedTuple):
     """The operands of x W + z Q with z = x P; W may be `Stored`."""
@@ -74,24 +86,9 @@ class Sum(NamedTuple):
     p: Named
     q: Named
 
-    def base(self, x: Named | None = None, w: Named | None = None) -> Any:
-        """X W, or of what stands for x and W; (x C) ⊙ s or (x ⊙ s) C of codes."""
-        spec, x, by = self.spec, x or self.x, self.scale
-        weight: Any = w or self.w
-        weight = weight.opened() if isinstance(weight, Stored) else weight
-        if by and not self.scales_y:
-            x = scaled(x, by)
-        y = spec.times(weight, x, spec.y, spec.dtype)
-        return (scaled(y, by) if by and self.scales_y else y).array
-
-    @property
-    def scale(self) -> Named | None:
-        """That of codes; it meets the result, or else x."""
-        return self.w.scale if isinstance(self.w, Stored) else None
-
-    @property
-    def scales_y(self) -> bool:
-        return self.scale is not None and {*self.scale.names} <= {*self.spec.y}
+    def base(self, x: Named | None = None, w: Any = None) -> Any:
+        """X W, or of what stands for x and W."""
+        return self.spec.base(x or self.x, w or self.w).array
 
     def dense(self) -> "Sum":
         """With W as an array."""
@@ -142,14 +139,13 @@ def _concat(s: Sum) -> Any:
         pair = [first.array, more.astype(first.array.dtype)]
         return first.along(axis, lambda _, at: lax.concatenate(pair, at))
 
-    x, w, q = s.x, s.w, s.q
+    x, w, q, by = s.x, s.w, s.q, None
     if isinstance(w, Stored):
-        w, by = w.opened().astype(x.dtype), s.scale
-        if by and s.scales_y:
-            q = scaled(q, by, lax.div)
-        elif by:
-            s = s._replace(x=scaled(x, by), w=w)
-            x = s.x
+        by, w = w.scale, w.opened().astype(x.dtype)
+    if by and s.spec.scales_y(by):
+        y = s.spec.base(longer(x, s.z), longer(w, scaled(q, by, lax.div)))
+        return scaled(y, by).array
+    x = scaled(x, by) if by else x
     return s.base(longer(x, s.z), longer(w, q))
 
 
@@ -248,18 +244,18 @@ def _forward(
     each: tuple[Spec, ...], x: Named, ws: Sequence[Any], ps: Arrays, qs: Arrays
 ) -> tuple[Sequence[Any], Any]:
     x = lax.optimization_barrier(x)  # written once: W, P and dP read it
-    p = _joined([p.astype(x.array.dtype) for p in ps])
+    p = joined([p.astype(x.array.dtype) for p in ps])
     with jax.named_scope(SCOPE):
-        z = each[0].times(x, p, _hidden(x, p, qs))
+        z = each[0].times(x, p, hidden(x, p, qs))
     ys = []
-    for spec, w, part, own, q in zip(each, ws, _parts(z, qs), ps, qs, strict=True):
+    for spec, w, part, own, q in zip(each, ws, parts(z, qs), ps, qs, strict=True):
         scope = jax.named_scope(spec.scope) if spec.scope else contextlib.nullcontext()
         with scope:
             ys.append(SUMS[spec.forward](Sum(spec, x, w, part, own, q)))
     return tuple(ys), (x, ws, z, ps, qs)
 
 
-def _hidden(x: Named, p: Named, qs: Arrays) -> Names:
+def hidden(x: Named, p: Named, qs: Arrays) -> Names:
     """The names of x P: x's but those that P sums over, and the rank."""
     return (*(n for n in x.names if n not in p.names or n in qs[0].names), RANK)
 
@@ -279,16 +275,16 @@ def _backward(
     ]
     with jax.named_scope(SCOPE):
         thin = [
-            _of_dy(spec, part, dy, q, _hidden(dy, q, ps))
-            for spec, part, dy, q in zip(each, _parts(z, qs), dys, qs, strict=True)
+            _of_dy(spec, part, dy, q, hidden(dy, q, ps))
+            for spec, part, dy, q in zip(each, parts(z, qs), dys, qs, strict=True)
         ]
-    g, p = _joined([g for g, _ in thin]), _joined(ps)
+    g, p = joined([g for g, _ in thin]), joined(ps)
     backs = [dataclasses.replace(one, y=x.names, dtype=dtype) for one in each]
     dx = _summed(backs, dys, ws, g, qs[0], p)
     with jax.named_scope(SCOPE):
         dp = each[0].times(x, g, p.names, ps[0].array.dtype)
         dqs = tuple(dq() for _, dq in thin)
-    return Named(dx, x.names), None, tuple(_parts(dp, qs)), dqs
+    return Named(dx, x.names), None, tuple(parts(dp, qs)), dqs
 
 
 products.defvjp(_forward, _backward)
@@ -327,7 +323,7 @@ def _summed(
     return dx + first.change() if direct else dx
 
 
-def _joined(factors: Arrays) -> Named:
+def joined(factors: Arrays) -> Named:
     """Side by side along the rank."""
     arrays = [f.array for f in factors]
     if len(arrays) == 1:
@@ -335,10 +331,10 @@ def _joined(factors: Arrays) -> Named:
     return factors[0].along(RANK, lambda _, at: lax.concatenate(arrays, at))
 
 
-def _parts(joined: Named, qs: Arrays) -> Arrays:
-    """What `_joined` had joined; each product's rank is that of its Q."""
+def parts(whole: Named, qs: Arrays) -> Arrays:
+    """What `joined` had joined; each product's rank is that of its Q."""
     if len(qs) == 1:
-        return (joined,)
+        return (whole,)
     ranks = [q.sizes[RANK] for q in qs]
-    found = lax.split(joined.array, ranks, joined.names.index(RANK))
-    return tuple(Named(x, joined.names) for x in found)
+    found = lax.split(whole.array, ranks, whole.names.index(RANK))
+    return tuple(Named(x, whole.names) for x in found)

@@ -11,7 +11,7 @@ import jax
 from jax import lax
 
 from flora._algebra.axes import Axis, Factored, Squared, is_lazy
-from flora._algebra.choice import may_differ
+from flora._algebra.choice import is_large, may_differ
 from flora._algebra.codes import is_codes
 from flora._algebra.low_rank import densified
 from flora._trace import compat
@@ -243,10 +243,19 @@ def _unseen(
 
 def _schedule(ctx: Context, eqns: Sequence[Eqn], lazy: Mapping[Any, Any]) -> Schedule:
     """Products together where a form may gain by it."""
+    if ctx.log is not None or not ctx.together:
+        return in_order(eqns)
     forms = {x.settings.form for x in lazy.values() if isinstance(x, Factored)}
-    if ctx.log is None and ctx.together and any(map(may_differ, forms)):
-        return together(eqns, lazy)
-    return in_order(eqns)
+    named = any(map(may_differ, forms - {"auto"}))
+    auto = "auto" in forms and may_differ("auto") and any(map(_is_large, eqns))
+    return together(eqns, lazy) if named or auto else in_order(eqns)
+
+
+def _is_large(eqn: Eqn) -> bool:
+    """Whether it is a product for which a form can be chosen."""
+    if eqn.primitive is not compat.P.dot_general:
+        return False
+    return is_large(*(v.aval.shape for v in eqn.invars))
 
 
 def _results(

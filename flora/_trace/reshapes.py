@@ -45,7 +45,8 @@ def _product(v: Any, maker: Mapping[Any, Any]) -> Any:
         return None if eqn is None else v
     if eqn.primitive not in _BETWEEN:
         return None
-    whole = [u for u in eqn.invars if u.aval.shape == v.aval.shape]
+    shape = v.aval.shape
+    whole = [u for u in eqn.invars if getattr(u.aval, "shape", None) == shape]
     return next((u for x in whole if (u := _product(x, maker)) is not None), None)
 
 

@@ -81,7 +81,8 @@ class LoraConfig:
         first that matches a leaf wins.
       fallback: 'error', or 'materialize' to form W + scale A B where an operation has
         no factored rule.
-      form: how y = x W + scale (x A) B is computed: 'auto' chooses by device and sizes.
+      form: how y = x W + scale (x A) B is computed: 'auto' chooses by sizes and device,
+        by platform once the program is lowered where no mesh of devices is set.
         'direct', 'thin_first' and 'thin_last' differ in what is written to memory
         first; 'concat' multiplies [x | xA] by [W ; B].  All are exact up to the order
         of summation.  'merged' multiplies by W + scale A B, rounded to W's dtype;
@@ -89,7 +90,8 @@ class LoraConfig:
         for TPUs reads dy once for the gradients of z = x A and B, where XLA reads it
         twice; elsewhere it is interpreted, which is slow.  On a mesh its tokens are
         divided over all axes, or 'kernel:tp' names those that outputs are sharded over.
-        It is never chosen by itself.  `jax.jvp` needs 'direct'.  Where another form
+        It is never chosen by itself.  `jax.jvp` needs 'direct', but for 'auto' away
+        from TPUs.  Where another form
         does not apply (dropout, lookups, convolutions, inside shard_map) the product is
         direct too.
       form_pattern: `{pattern: form}`, for leaves that need another.

@@ -18,7 +18,7 @@ from flora._tree.checks import weight_problems
 from flora._tree.config import PATTERN_FIELDS, LoraConfig, require_config
 from flora._tree.errors import LoraError, LoraTypeError, fail
 from flora._tree.initializers import ByKind, Initializer
-from flora._tree.keys import consumed, path_salt, require_key
+from flora._tree.keys import path_salt, require_key
 from flora._tree.layout import Layout
 from flora._tree.paths import (
     entries,
@@ -33,7 +33,7 @@ from flora._tree.quantized import abstract, is_quantized
 from flora._tree.selection import idle_entries, idle_keys, nothing_selected, shown
 from flora._tree.weight import LoraWeight, Trained, is_node, within_blocks
 from flora._verbs import indices, rows
-from flora._verbs.draw import drawn, kind_of
+from flora._verbs.draw import drawn, kind_of, root_of
 from flora._verbs.lora import returned_raw
 
 Named = list[tuple[str, Any]]
@@ -103,7 +103,7 @@ def init(
     layouts = _layouts(config, dict(named), found)
     own = {path: layouts.pop(path) for path in words}
     adapters = indices.adapters(config, named, layouts)
-    root = consumed(key)
+    root = root_of(key, [x for p, x in named if p in mine])
     starts = _starts(config, dict(named), layouts, found, staged, followed)
     wanted = [
         (p, x, layouts[p], adapters[p].rank, starts[p])

@@ -13,6 +13,7 @@ from flora._algebra.choice import (
     Sizes,
     Target,
     cheapest,
+    is_large,
     is_tpu,
     may_differ,
     named_form,
@@ -84,6 +85,7 @@ CHOSEN = {
 def test_every_choice_computes_the_product(x64, form, monkeypatch):
     for module in (dot, _interpreter):
         monkeypatch.setattr(module, "may_differ", lambda name: True)
+        monkeypatch.setattr(module, "is_large", lambda *shapes: True)
     monkeypatch.setattr(dot, "cheapest", lambda *_: form)
 
     def layers(params, x):
@@ -105,7 +107,7 @@ def test_every_choice_computes_the_product(x64, form, monkeypatch):
 def test_a_loop_says_that_it_takes_slices(scanned, monkeypatch):
     w = {"kernel": jnp.ones((3, 4, 4))}
     seen = []
-    monkeypatch.setattr(dot, "may_differ", lambda form: True)
+    monkeypatch.setattr(dot, "is_large", lambda *shapes: True)
     monkeypatch.setattr(dot, "cheapest", lambda sizes, _: seen.append(sizes.sliced))
 
     def over_layers(w, x):
@@ -123,7 +125,9 @@ def test_a_loop_says_that_it_takes_slices(scanned, monkeypatch):
 
 def test_the_target_is_the_mesh_that_is_set_or_all_devices():
     kind = jax.devices()[0].device_kind
-    assert target() == Target(kind, jax.device_count())
+    assert target() == Target(kind, jax.device_count(), certain=False)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4,), ("x",))):
+        assert not target().certain
     for count in (1, 2):
         mesh = jax.make_mesh((count,), ("x",), devices=jax.devices()[:count])
         with jax.set_mesh(mesh):
@@ -149,13 +153,36 @@ def test_the_kernel_goes_with_any_form():
 def test_where_a_form_may_differ_from_the_direct_one(monkeypatch):
     assert not may_differ("direct")
     assert may_differ("concat")
-    assert not may_differ("auto")  # on a CPU
+    assert may_differ("auto")  # a TPU may be what the program is lowered for
+    with jax.set_mesh(jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])):
+        assert not may_differ("auto")  # on a CPU
     monkeypatch.setattr(choice, "target", lambda: Target("TPU v5 lite"))
     assert may_differ("auto")
     assert not may_differ("direct")
     assert [is_tpu(kind) for kind in ("TPU v6 lite", "cpu", "NVIDIA TPU")] == [
         True, False, False,
     ]  # fmt: skip
+
+
+def test_an_open_platform_gets_the_form_of_several_tpus():
+    sizes, here = Sizes(8192, 4096, 14336, 16), Target("cpu", certain=False)
+    open_ = cheapest(sizes, here)
+    assert open_ == Form("direct", "direct", by_platform=True)
+    for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite"):
+        several = cheapest(sizes, Target(kind, 4))
+        assert dataclasses.replace(open_, by_platform=False) == several
+    assert cheapest(dataclasses.replace(sizes, tokens=1), here) is None
+    v6e = Target("TPU v6 lite")  # on a TPU the form is that TPU's
+    assert cheapest(sizes, dataclasses.replace(v6e, certain=False)) == cheapest(
+        sizes, v6e
+    )
+
+
+def test_what_is_large():
+    assert is_large((1024, 1024), (1024, 1024))
+    assert is_large((2, 512, 1024), (1024, 8, 128))
+    assert not is_large((1023, 1024), (1024, 1024))
+    assert not is_large((4096, 4096), (1023, 1024))
 
 
 def test_thresholds_are_where_the_docstring_says():

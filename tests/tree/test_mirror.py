@@ -26,7 +26,6 @@ EXCEPTIONS = {
     "_multi/stacked.py": ("test_multi.py", "stacks of adapters, as callers hold them"),
     "_starts/components.py": ("test_budget.py", "budgets divided among leaves"),
     "_starts/residual.py": ("test_starts.py", "starts, as callers ask for them"),
-    "_verbs/draw.py": ("verbs/test_init.py", "what `init` draws"),
     "_peft/config.py": (REFUSED, "settings that are refused"),
     "_peft/factors.py": ("peft/test_peft_layers.py", "factors, layer by layer"),
     "_peft/file.py": (REFUSED, "files that are damaged"),

@@ -310,3 +310,17 @@ def test_entries_for_functions_strings_and_numbers_alone(settings, message):
     p = STATIC | {"kernel": array(7, 5, dtype=jnp.float32), "bias": jnp.ones(5)}
     with pytest.raises(flora.LoraError, match=message):
         init(p=p, f=with_static, **settings)
+
+
+def test_abstract_leaves_evaluate_nothing(caplog):
+    key = jax.random.key(0)
+
+    def fn(params, x):
+        return x @ params["kernel"]
+
+    params = {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.float32)}
+    x = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+    with jax.log_compiles():
+        adapted = flora.init(key, flora.LoraConfig(rank=2), fn, params, x)
+    assert "ompiling" not in caplog.text
+    assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves(adapted))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flora._algebra import by_platform
 from flora._algebra.axes import (
     RANK,
     Axis,
@@ -21,7 +22,14 @@ from flora._algebra.axes import (
     renamed,
 )
 from flora._algebra.choice import Sizes as Counts
-from flora._algebra.choice import cheapest, may_differ, named_form, target, with_kernel
+from flora._algebra.choice import (
+    cheapest,
+    is_large,
+    may_differ,
+    named_form,
+    target,
+    with_kernel,
+)
 from flora._algebra.codes import stored, with_scale
 from flora._algebra.forms import Spec, alike, products
 from flora._algebra.low_rank import (
@@ -198,12 +206,14 @@ class _InForm:
     Attributes:
       spec: what is static.
       together: whether it may be computed with others.
+      by_platform: whether it is taken on a TPU only.
       x, w, p, q: the operands; w may be quantized.
       shape: of the result.
     """
 
     spec: Spec
     together: bool
+    by_platform: bool
     x: Named
     w: Any
     p: Named
@@ -222,6 +232,10 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
         return None
     if w.output_scale is not None or w.settings.between is not None:
         return None
+    axes = kernel_axes(asked)
+    auto = asked == "auto" or axes is not None
+    if asked == "auto" and not is_large(x.shape, w.shape):
+        return None
     met = _meeting(eqn, x, w, side)
     ends, mesh = _ends(met), jax.sharding.get_abstract_mesh()
     if (
@@ -231,8 +245,6 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
         or (not mesh.empty and (mesh.manual_axes or mesh.explicit_axes))
     ):
         return None
-    axes = kernel_axes(asked)
-    auto = asked == "auto" or axes is not None
     form = cheapest(_counts(met), target()) if auto else named_form(asked)
     if axes is not None:
         form = with_kernel(form, axes)
@@ -248,7 +260,8 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
         base = lax.optimization_barrier(base)
     q = Named(widened(q.array, x) * w.settings.scale, q.names)
     x, base, p, q = (u.split(parts) for u in (met.x, base, p, q))
-    return _InForm(spec, form.together, x, base, p, q, out.shape)
+    how = form.together, form.by_platform
+    return _InForm(spec, *how, x, base, p, q, out.shape)
 
 
 def _divided(ctx: Context, eqn: Eqn, met: _Meeting, side: int) -> dict[Name, Sizes]:
@@ -264,13 +277,15 @@ def _divided(ctx: Context, eqn: Eqn, met: _Meeting, side: int) -> dict[Name, Siz
 
 # Traced, differentiated and transposed once for all layers that are alike.
 _products = jax.jit(products, static_argnums=0, inline=INLINE)
+_by_platform = jax.jit(by_platform.products, static_argnums=0, inline=INLINE)
 
 
 def _computed(found: Sequence[_InForm]) -> list[Any]:
     """The products, all of one x."""
     each = tuple(one.spec for one in found)
     ws, ps, qs = zip(*((one.w, one.p, one.q) for one in found), strict=True)
-    ys: Any = _products(each, found[0].x, ws, ps, qs)
+    run = _by_platform if found[0].by_platform else _products
+    ys: Any = run(each, found[0].x, ws, ps, qs)
     return [lax.reshape(y, one.shape) for y, one in zip(ys, found, strict=True)]
 
 

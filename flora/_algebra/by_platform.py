@@ -1,0 +1,138 @@
+"""Products for a platform that is not known before they are lowered.
+
+    y = x W + z Q,   z = x [P₁ P₂ …] for all products of one x
+
+What is traced on a CPU or a GPU may be lowered for a TPU, alone or as one platform of
+several.  There the form is `forms.products`' direct one, which differs from what is
+best elsewhere by its fences alone: they are left to `lax.platform_dependent`.  The
+backward pass is the transpose, which JAX takes, of
+
+    dy = dx W + dz Q + z dQ,   dz = dx [P₁ P₂ …] + x [dP₁ dP₂ …]
+
+so that, unlike there, forward mode works.  Kept for it are x, z, W, P and Q.
+"""
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from flora._algebra.axes import Named
+from flora._algebra.forms import Arrays, Spec, hidden, joined, parts
+from flora._algebra.low_rank import SCOPE
+
+Each = tuple[Spec, ...]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def products(
+    each: Each, x: Named, ws: Sequence[Any], ps: Arrays, qs: Arrays
+) -> Sequence[Any]:
+    """X W + (x P) Q for each W; see `forms.products`.
+
+    Args:
+      each: what is static; both passes are direct.
+      x: activations.
+      ws: the frozen weights, some may be `Stored`; they get no gradient.
+      ps: the factors that x meets.
+      qs: the other ones, with the scale in them.
+    """
+    return _sums(each, x, ws, ps, qs)[0]
+
+
+@functools.partial(products.defjvp, symbolic_zeros=True)
+def _jvp(each: Each, primals: Any, tangents: Any) -> Any:
+    x, ws, ps, qs = primals
+    ys, zs = _sums(each, x, ws, ps, qs)
+    dx, _, dps, dqs = map(_arrays, tangents)
+    # What is made of P and Q alone is not kept, but made again.
+    changes = jax.checkpoint(functools.partial(_changes, each), prevent_cse=False)
+    return ys, changes((x, ws, zs, ps, qs), (dx, dps, dqs))
+
+
+def _arrays(tangents: Any) -> Any:
+    """Tangents as arrays; `None` if all are zero."""
+    if all(map(_is_zero, jax.tree.leaves(tangents, is_leaf=_is_zero))):
+        return None
+    return jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x,
+        tangents,
+        is_leaf=_is_zero,
+    )
+
+
+def _is_zero(x: Any) -> bool:
+    return isinstance(x, SymbolicZero)
+
+
+def _sums(
+    each: Each, x: Named, ws: Sequence[Any], ps: Arrays, qs: Arrays
+) -> tuple[Sequence[Any], Arrays]:
+    """Each y and each z."""
+    x = Named(_fenced(x.array), x.names)  # W, P and dP read it
+    z = _hidden_term(each, x, joined(_cast(ps, x)), qs)
+    ys = []
+    for spec, w, z_, q in zip(each, ws, parts(z, qs), qs, strict=True):
+        with _scope(spec):
+            y = spec.base(x, w)
+            ys.append(_added(y, _term(spec, z_, q)).array)
+    return tuple(ys), tuple(parts(z, qs))
+
+
+def _changes(each: Each, known: Any, moves: Any) -> Sequence[Any]:
+    """Each dy; the products of dx stand in the order in which dx is to be summed."""
+    x, ws, zs, ps, qs = known
+    dx, dps, dqs = moves
+    ps, qs, none = _cast(ps, x), _cast(qs, x), [None] * len(each)
+    dz = _added(
+        None if dx is None else _hidden_term(each, dx, joined(ps), qs),
+        None if dps is None else _hidden_term(each, x, joined(_cast(dps, x)), qs),
+    )
+    dqs = none if dqs is None else _cast(dqs, x)
+    dzs = none if dz is None else parts(dz, qs)
+    dys = []
+    for spec, w, z, q, dz, dq in zip(each, ws, zs, qs, dzs, dqs, strict=True):
+        with _scope(spec):
+            y = None if dx is None else spec.base(dx, w)
+            change = _added(_term(spec, dz, q), _term(spec, z, dq))
+            dys.append(_added(y, change).array)
+    return _fenced(tuple(dys))  # in the transpose W, Q and dQ read it
+
+
+def _fenced(x: Any) -> Any:
+    """What a TPU is to write once, instead of computing it anew for each reader."""
+    return lax.platform_dependent(x, tpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def _hidden_term(each: Each, x: Named, p: Named, qs: Arrays) -> Named:
+    """X P."""
+    with jax.named_scope(SCOPE):
+        return each[0].times(x, p, hidden(x, p, qs))
+
+
+def _term(spec: Spec, z: Named | None, q: Named | None) -> Named | None:
+    """Z Q."""
+    if z is None or q is None:
+        return None
+    with jax.named_scope(SCOPE):
+        return spec.times(z, q.astype(z.dtype), spec.y, spec.dtype)
+
+
+def _cast(factors: Arrays, x: Named) -> list[Named]:
+    return [f.astype(x.dtype) for f in factors]
+
+
+def _added(u: Named | None, v: Named | None) -> Any:
+    """The sum; `None` is zero."""
+    if u is None or v is None:
+        return v if u is None else u
+    return Named(u.array + v.array, u.names)
+
+
+def _scope(spec: Spec) -> contextlib.AbstractContextManager:
+    return jax.named_scope(spec.scope) if spec.scope else contextlib.nullcontext()

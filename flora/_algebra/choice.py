@@ -61,7 +61,7 @@ def with_kernel(form: Form | None, axes: tuple[str, ...]) -> Form:
 
 
 # Narrower products have little to gain.
-_MIN_TOKENS, _MIN_WIDTH, _MAX_RANK = 1024, 1024, 64
+_MIN_TOKENS, _MIN_WIDTH, _MAX_RANK, _MAX_RANK_IN_A_LOOP = 1024, 1024, 64, 256
 _ON_CHIP = 64 * 2**20  # bytes of W that can stay in a TPU core's vector memory
 _HEAD = 7  # outputs to inputs; above it a product gives logits of a vocabulary
 
@@ -85,16 +85,18 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     """The rule of form="auto"; `None` is the direct form as JAX differentiates it.
 
     The low-rank term is cheap to compute and dear to add: one pass over the larger of
-    two arrays.  Eight things decide who pays it:
+    two arrays.  Nine things decide who pays it:
 
     - A product that widens (in < out) lets its own kernel add z Q; one that narrows is
       added in the kernel of z Q.  For dx the two change places.
     - Products of one x that are computed together pay for one pass instead of several.
     - Longer operands, [x | z] [W ; Q], need no pass, but a copy of W: free where the
       compiler joins them on the way in (v5e), cheap where W stays on the chip.
-    - The slice of a stack must be written before it can be joined.  On v6e that costs
-      more than the pass, so what fits on the chip is not joined in a loop; on v5p it
-      pays at every size, if dx is not joined.
+    - A loop's product reads its weight out of the stack by itself, as long as nothing
+      is joined to it and XLA may not order the sum: then x W goes to memory first, and
+      dx too.  But for y of a product that widens on v6e, whose order XLA finds better.
+    - In a loop a reshape beside the product, which makes heads or joins them, would lay
+      its result out anew: heads are axes of the product, and no stack is copied for it.
     - A head's logits are dearer to write and read again than a copy of W is, and their
       gradient is slow to come by: longer operands forward, XLA's own order backward.
     - dy and x are written once instead of being computed anew by each of their readers.
@@ -114,7 +116,8 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     """
     kind = target.kind
     narrow = min(sizes.in_, sizes.out) < _MIN_WIDTH or sizes.tokens < _MIN_TOKENS
-    if not may_be_tpu(target) or narrow or sizes.rank > _MAX_RANK:
+    most = _MAX_RANK_IN_A_LOOP if sizes.sliced else _MAX_RANK
+    if not may_be_tpu(target) or narrow or sizes.rank > most:
         return None
     if not is_tpu(kind):
         return Form("direct", "direct", by_platform=True)
@@ -145,11 +148,7 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
 
 
 def _in_a_loop(sizes: Sizes, generation: str) -> Form:
-    """The form of a layer that a loop runs.
-
-    Its weight is read out of the stack by the product itself, as long as nothing else
-    reads it: what is joined, or what XLA may order as it likes, copies it first.
-    """
+    """The form of a product whose weight is the slice of a stack."""
     widens = sizes.in_ < sizes.out
     first = "direct" if widens and generation.startswith("v6") else "thin_last"
     return Form(first, "thin_last", together=not widens, in_heads=True)

@@ -40,13 +40,12 @@ def reshapes(eqns: Sequence[Any]) -> Mapping[Any, tuple[int, ...]]:
 
 def _product(v: Any, maker: Mapping[Any, Any]) -> Any:
     """The product's result that v is, but for casts and a bias; or `None`."""
-    eqn = None if isinstance(v, Literal) else maker.get(v)
+    eqn: Any = None if isinstance(v, Literal) else maker.get(v)
     if eqn is None or eqn.primitive is P.dot_general:
         return None if eqn is None else v
     if eqn.primitive not in _BETWEEN:
         return None
-    shape = v.aval.shape
-    whole = [u for u in eqn.invars if getattr(u.aval, "shape", None) == shape]
+    whole = [u for u in eqn.invars if u.aval.shape == eqn.outvars[0].aval.shape]
     return next((u for x in whole if (u := _product(x, maker)) is not None), None)
 
 

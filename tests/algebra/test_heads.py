@@ -184,3 +184,22 @@ def test_products_of_one_x_whose_stacks_are_divided_otherwise(x64, parts):
     params = {n: array(6, 8, 4, seed=i) for i, n in enumerate("uv")}
     check(fn, params, array(6, 5, 8, seed=9), dtype=jnp.float64)
     assert lengths(parts) == {(2, 3), (3, 2)}
+
+
+def test_activations_that_are_a_constant_of_the_program(x64, parts):
+    constant = jax.device_get(array(14, 8, seed=9))
+
+    def fn(p, x):
+        y = jax.lax.dot_general(constant, p["w"], (((1,), (0,)), ((), ())))
+        return x + y.reshape(2, 7, 3, 4)
+
+    params, x = {"w": array(8, 12)}, array(2, 7, 3, 4, seed=1)
+    adapted = randomized(adapt(fn, params, x, dtype=x.dtype))
+    before = jax.config.jax_use_simplified_jaxpr_constants
+    jax.config.update("jax_use_simplified_jaxpr_constants", True)
+    try:
+        got = flora.lora(fn)(adapted, x)  # a constant is a literal here
+    finally:
+        jax.config.update("jax_use_simplified_jaxpr_constants", before)
+    close(got, fn(flora.merge(adapted), x))
+    assert lengths(parts) == {(3, 4)}

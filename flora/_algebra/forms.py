@@ -237,7 +237,12 @@ def alike(one: tuple[Spec, Named], other: tuple[Spec, Named]) -> bool:
     if {one[0].forward, one[0].backward} & {"merged", "dithered"}:
         return False
     same = one[0].dtype == other[0].dtype and one[0].precision == other[0].precision
-    return same and one[1].names == other[1].names
+    p, other_p = one[1], other[1]
+    return (
+        same
+        and p.names == other_p.names
+        and all(p.sizes[n] == other_p.sizes[n] for n in p.names if n != RANK)
+    )
 
 
 def _forward(

@@ -28,8 +28,8 @@ def reshapes(eqns: Sequence[Any]) -> Mapping[Any, tuple[int, ...]]:
     found: dict[Any, tuple[int, ...]] = {}
     for eqn in eqns:
         if eqn.primitive is P.reshape:
-            v = _product(eqn.invars[0], maker)
-            found.setdefault(v, eqn.outvars[0].aval.shape)
+            if (v := _product(eqn.invars[0], maker)) is not None:
+                found.setdefault(v, eqn.outvars[0].aval.shape)
         elif eqn.primitive is P.dot_general:
             for v in eqn.invars:
                 made = _cast_of(v, maker)

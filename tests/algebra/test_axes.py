@@ -20,6 +20,7 @@ from flora._algebra.axes import (
     Squared,
     axes_of_leaf,
     by_position,
+    divided,
     from_weight,
     fused,
     is_lazy,
@@ -431,6 +432,44 @@ def test_renamed_names_factors_alike(x64):
     assert new.role("3") == "stack"
     assert new.pieces[0].sources == w.pieces[0].sources
     keeps(w, new)
+
+
+TB = [("t", 6), ("b", 8)]
+DIVIDED = {
+    "into heads": (TB, (6, 2, 4), {"b": (2, 4)}),
+    "in three": (TB, (6, 2, 2, 2), {"b": (2, 2, 2)}),
+    "both": (TB, (2, 3, 4, 2), {"t": (2, 3), "b": (4, 2)}),
+    "the first": (TB, (3, 2, 8), {"t": (3, 2)}),
+    "nothing": (TB, (6, 8), {}),
+    "joined": (TB, (48,), {}),
+    "joined, another divided": ([*TB, ("c", 4)], (48, 2, 2), {"c": (2, 2)}),
+    "divided, others joined": ([*TB, ("c", 4)], (2, 3, 32), {"t": (2, 3)}),
+    "other groups": (TB, (8, 6), {}),
+    "other groups, then heads": ([*TB, ("c", 4)], (8, 6, 2, 2), {"c": (2, 2)}),
+    "groups that straddle": (TB, (4, 3, 4), {}),
+    "a group that ends within": ([("a", 6), ("b", 10)], (3, 4, 5), {}),
+    "ones in the shape": (TB, (1, 6, 1, 2, 4, 1), {"b": (2, 4)}),
+    "ones among the axes": (
+        [("u", 1), ("t", 6), ("v", 1), ("b", 8), ("w", 1)], (6, 2, 4), {"b": (2, 4)}
+    ),
+    "ones alone": ([("u", 1)], (1, 1), {}),
+    "a one for heads": (TB, (6, 1, 8), {}),
+    "no axes": ([], (), {}),
+    "no elements": ([("t", 0), ("b", 8)], (0, 2, 4), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_divided(name):
+    sizes, shape, want = DIVIDED[name]
+    got = divided(sizes, shape)
+    assert {n: tuple(size for _, size in parts) for n, parts in got.items()} == want
+    names = [n for parts in got.values() for n, _ in parts]
+    assert len({*names}) == len(names)
+    # Row order stays, so that a reshape gives either array.
+    array = np.arange(math.prod(n for _, n in sizes))
+    u = Named(jnp.asarray(array.reshape([n for _, n in sizes])), tuple(dict(sizes)))
+    np.testing.assert_array_equal(u.split(got).array.ravel(), array)
 
 
 def test_swapped(x64):

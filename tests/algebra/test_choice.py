@@ -61,16 +61,38 @@ def test_device_and_sizes_decide():
 
 
 def test_slices_of_a_stack_are_told_from_whole_weights():
-    whole, wide = Sizes(4096, 2048, 5632, 16), Sizes(8192, 4096, 14336, 16)
+    wide, narrow = Sizes(8192, 4096, 14336, 16), Sizes(8192, 14336, 4096, 16)
     v5e, v5p, v6e = map(Target, ("TPU v5 lite", "TPU v5", "TPU v6 lite"))
 
     def sliced(sizes, chip):
         return cheapest(dataclasses.replace(sizes, sliced=True), chip)
 
-    assert sliced(whole, v6e) == Form("direct", "direct")
-    assert sliced(wide, v6e) == cheapest(wide, v6e)
-    assert sliced(whole, v5p) == sliced(wide, v5p) == Form("concat", "direct")
-    assert sliced(whole, v5e) == cheapest(whole, v5e)
+    last = Form("thin_last", "thin_last", in_heads=True)
+    apart = dataclasses.replace(last, together=False)
+    for chip in (v5e, v5p, v6e):
+        assert sliced(narrow, chip) == last
+        assert sliced(dataclasses.replace(narrow, stored=True), chip) == last
+    assert sliced(wide, v5e) == sliced(wide, v5p) == apart
+    assert sliced(wide, v6e) == dataclasses.replace(apart, forward="direct")
+    square = Sizes(8192, 4096, 4096, 16)  # does not widen
+    assert sliced(square, v5p) == sliced(square, v6e) == last
+    for kind in ("TPU v5", "cpu"):  # what may be sharded or lowered for another
+        several = Target(kind, 4, certain=kind == "TPU v5")
+        assert sliced(wide, several) == cheapest(wide, several)
+
+
+def test_limits_in_a_loop():
+    chip = Target("TPU v5")
+    loop = Sizes(8192, 2048, 7 * 2048, 256, sliced=True)
+    assert cheapest(loop, chip).in_heads
+    assert cheapest(dataclasses.replace(loop, rank=257), chip) is None
+    assert cheapest(dataclasses.replace(loop, sliced=False, rank=65), chip) is None
+    assert cheapest(dataclasses.replace(loop, sliced=False, rank=64), chip) is not None
+    head = dataclasses.replace(loop, out=7 * 2048 + 1, rank=16)  # as outside of one
+    assert cheapest(head, chip) == cheapest(
+        dataclasses.replace(head, sliced=False), chip
+    )
+    assert not cheapest(head, chip).in_heads
 
 
 CHOSEN = {

@@ -10,6 +10,8 @@ import pytest
 from jax import lax
 
 import flora
+from flora._algebra.axes import Named, from_weight
+from flora._algebra.codes import Stored, stored
 from flora.quantize import Quantized, dequantize, quantize
 from tests.support.contract import (
     P,
@@ -83,12 +85,12 @@ def case(name, qtype="int8", dtype=jnp.float64, **config):
     return fn, stored, dequantize(stored), x
 
 
-def step(fn):
+def step(fn, form=None):
     def run(tree, x):
         base, adapter = flora.split(tree)
 
         def loss(adapter, x):
-            out = flora.lora(fn)(flora.join(base, adapter), x)
+            out = flora.lora(fn, form=form)(flora.join(base, adapter), x)
             return scalar(out), out
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(adapter, x)
@@ -242,3 +244,91 @@ def test_a_cast_weight_has_its_dtype_and_its_values():
         want = flora.lora(fn)({"kernel": plain}, x)
         assert got.dtype == want.dtype == jnp.bfloat16
         close(got.astype(jnp.float32), want.astype(jnp.float32), 2e-2)
+
+
+def operand(block=None):
+    """A weight `[8, 12]` as a product takes it, and its array."""
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    tree = quantize({"w": array(8, 12)}, "int8", target="*", block=block)
+    tree = adapt(fn, tree, array(3, 8), dtype=jnp.float64)
+    w = stored(from_weight(tree["w"], "w"), ("t", "0"), ("t", "1"))
+    return w, tree["w"].base.dense()
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_a_stored_operand_is_split_as_an_array_is(x64, block):
+    w, dense = operand(block)
+    assert isinstance(w, Stored)
+    assert (w.scale is None) == (block is not None)
+    close(w.dense(), Named(dense, ("0", "1")))
+    pieces = {"0": [("h", 2), ("i", 4)], "1": [("a", 3), ("b", 4)], "other": [("z", 1)]}
+    for some in ({}, {"0": pieces["0"]}, {"1": pieces["1"]}, pieces):
+        new, want = w.split(some), Named(dense, w.names).split(some)
+        assert new.base is w.base  # the codes stay as they are stored
+        assert (new.names, new.sizes) == (want.names, want.array.shape)
+        close(new.dense(), want)
+        assert new.opened().names == want.names
+        if w.scale is not None:
+            assert new.scale.names == (("a", "b") if "1" in some else ("1",))
+
+
+LARGE = {
+    "product": (lambda p, x: x @ p["w"], {"w": (1024, 1024)}),
+    "one x": (lambda p, x: jnp.tanh(x @ p["g"]) * (x @ p["u"]),
+              {"g": (1024, 1024), "u": (1024, 1024)}),
+    "scanned": (
+        lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["s"])[0],
+        {"s": (2, 1024, 1024)},
+    ),
+}  # fmt: skip
+
+
+def in_float32(fn, shapes, tokens, **how):
+    """A tree on a stored base, the same on the dequantized one, and activations."""
+    params = {
+        k: array(*s, seed=i, dtype=jnp.float32) / s[-2] ** 0.5
+        for i, (k, s) in enumerate(shapes.items())
+    }
+    x = array(tokens, shapes[next(iter(shapes))][-2], seed=9, dtype=jnp.float32)
+    tree = randomized(adapt(fn, params, x), size=0.03)
+    tree = quantize(tree, "int8", target="*", **how)
+    return tree, dequantize(tree), x
+
+
+@pytest.mark.parametrize("block", [None, 8])
+def test_the_kernel_off_tpus(block):
+    fn, shapes = MODELS["product"][0], {"w": (16, 24), "v": (24, 8)}
+    tree, dense, x = in_float32(fn, shapes, 40, block=block)
+    run = step(fn, "kernel")
+    found = [e.primitive.name for e in equations(jax.make_jaxpr(run)(tree, x))]
+    assert "pallas_call" in found
+    close(jax.jit(run)(tree, x), jax.jit(step(fn))(dense, x))
+
+
+@pytest.mark.parametrize("block", [None, 256])
+@pytest.mark.parametrize("name", LARGE)
+def test_large_products_whose_platform_is_open(name, block):
+    fn, shapes = LARGE[name]
+    tree, dense, x = in_float32(fn, shapes, 1024, block=block)
+    run = step(fn, "auto")
+    found = [e.primitive.name for e in equations(jax.make_jaxpr(run)(tree, x))]
+    assert "platform_index" in found
+    got, want = jax.jit(run)(tree, x), jax.jit(step(fn, "direct"))(dense, x)
+    close(got[0][1], want[0][1])
+    close((got[0][0], got[1]), (want[0][0], want[1]), 1e-4)
+
+
+@pytest.mark.parametrize("block", [None, 256])
+def test_an_open_platform_keeps_nothing_dense(block):
+    fn, shapes = LARGE["one x"]
+    tree, _, x = in_float32(fn, shapes, 1100, block=block)
+    base, adapter = flora.split(tree)
+
+    def apply(a, x):
+        return flora.lora(fn)(flora.join(base, a), x)
+
+    kept = jax.tree.leaves(jax.eval_shape(lambda a, x: jax.vjp(apply, a, x)[1],
+                                          adapter, x))  # fmt: skip
+    of_w = [y.dtype for y in kept if y.shape == (1024, 1024)]
+    assert {*of_w} <= {jnp.dtype("int8")}
+    assert any(y.shape == (1100, 1024) for y in kept)

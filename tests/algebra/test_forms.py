@@ -228,10 +228,12 @@ def test_what_makes_products_of_one_x_alike():
     p = Named(jnp.ones((5, 2)), ("x1", "rank"))
     one = Spec("direct", "concat", ("x0", "1"), jnp.float32), p
     assert alike(one, (Spec("concat", "direct", ("x0", "2"), jnp.float32), p))
+    assert alike(one, (one[0], Named(jnp.ones((5, 3)), p.names)))  # of another rank
     others = [
         (Spec("direct", "concat", ("x0", "1"), jnp.bfloat16), p),
         (Spec("direct", "concat", ("x0", "1"), jnp.float32, "highest"), p),
         (one[0], p.renamed({"x1": "x2"})),
+        (one[0], Named(jnp.ones((6, 2)), p.names)),
     ]
     for other in others:
         assert not alike(one, other)

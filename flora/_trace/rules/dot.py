@@ -40,7 +40,7 @@ from flora._algebra.low_rank import (
     sum_dtype,
     widened,
 )
-from flora._trace.compat import INLINE, Eqn, eval_eqn, relative_scopes
+from flora._trace.compat import INLINE, Eqn, Literal, eval_eqn, relative_scopes
 from flora._trace.dequantize import on_quantized
 from flora._trace.interpret import Context
 from flora._trace.rules.product import (
@@ -269,7 +269,7 @@ def _divided(ctx: Context, eqn: Eqn, met: _Meeting, side: int) -> dict[Name, Siz
     y, x = eqn.outvars[0], eqn.invars[1 - side]
     found: dict[Name, Sizes] = {}
     for v, names in ((y, met.y), (x, met.x.names)):
-        if shape := ctx.reshapes.get(v):
+        if not isinstance(v, Literal) and (shape := ctx.reshapes.get(v)):
             parts = divided([(n, met.sizes[n]) for n in names], shape)
             found |= {n: parts[n] for n in parts if n in met.w.names}
     return found

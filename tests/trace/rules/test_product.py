@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import flora
-from flora._algebra.axes import Named
+from flora._algebra.axes import Named, undiscovered
 from flora._algebra.low_rank import drop
 from flora._trace.rules import context, dot
-from flora._trace.rules.product import Operation, multiplied, plain
+from flora._trace.rules.product import Operation, Scaling, multiplied, plain
 from tests.support import contract
 from tests.support.contract import array
 from tests.support.named import factored, whole
@@ -28,6 +28,10 @@ def change(operation, w, x):
     return x
 
 
+def scaling(operation, w, x):
+    return Scaling(w.output_scale, ())
+
+
 X = jnp.ones((3, 5))
 W = jnp.ones((5, 4))
 
@@ -35,10 +39,12 @@ W = jnp.ones((5, 4))
 def test_the_same_product_twice_is_equal():
     first, second = eqns(lambda x, w: (x @ w, (x + 1) @ w), X, W)
     assert first is not second
-    one, other = Operation(first, change, 1), Operation(second, change, 1)
-    assert one == other
-    assert hash(one) == hash(other)
-    assert Operation(first, change, 1, "name") == Operation(second, change, 1, "name")
+    for static in ((), ("name",)):
+        one, other = (
+            Operation(eqn, change, scaling, 1, *static) for eqn in (first, second)
+        )
+        assert one == other
+        assert hash(one) == hash(other)
     assert one != "another"
 
 
@@ -56,21 +62,22 @@ def test_the_same_product_twice_is_equal():
 )  # fmt: skip
 def test_other_products_are_not_equal(fn, args):
     (mine,), (other,) = eqns(lambda x, w: x @ w, X, W), eqns(fn, *args)
-    assert Operation(mine, change, 1) != Operation(other, change, 1)
+    assert Operation(mine, change, scaling, 1) != Operation(other, change, scaling, 1)
 
 
 def test_the_summed_axes_tell_products_apart():
     one, other = eqns(lambda x: (x @ x, jnp.einsum("ij,kj->ik", x, x)), W[:4])
-    assert Operation(one, change, 1) != Operation(other, change, 1)
+    assert Operation(one, change, scaling, 1) != Operation(other, change, scaling, 1)
 
 
 def test_what_is_asked_of_a_product_counts_too():
     (eqn,) = eqns(lambda x, w: x @ w, X, W)
-    one = Operation(eqn, change, 1)
+    one = Operation(eqn, change, scaling, 1)
     others = [
-        Operation(eqn, change, 0),
-        Operation(eqn, dot._change, 1),
-        Operation(eqn, change, 1, "name"),
+        Operation(eqn, change, scaling, 0),
+        Operation(eqn, dot._change, scaling, 1),
+        Operation(eqn, change, dot._scaling, 1),
+        Operation(eqn, change, scaling, 1, "name"),
     ]
     assert all(one != other for other in others)
 
@@ -80,7 +87,7 @@ def test_the_base_meets_the_equation_as_it_stands(side):
     (eqn,) = eqns(lambda x, w: x @ w, X, W)
     pair = array(3, 5, dtype=jnp.float32), array(5, 4, seed=1, dtype=jnp.float32)
     w, x = pair if side == 0 else pair[::-1]
-    got = Operation(eqn, change, side).base(w, x)
+    got = Operation(eqn, change, scaling, side).base(undiscovered(w, "w"), x)
     np.testing.assert_array_equal(got, jnp.matmul(*pair))
 
 
@@ -88,7 +95,7 @@ def product(**settings):
     """An equation x W, its operation, and weights and activations for it."""
     (eqn,) = eqns(lambda x, w: x @ w, array(3, 5), array(5, 4))
     w = factored([[("0", 5, "in")], [("1", 4, "out")]], **settings)
-    return Operation(eqn, dot._change, 1), w, array(3, 5, seed=7)
+    return Operation(eqn, dot._change, dot._scaling, 1), w, array(3, 5, seed=7)
 
 
 def test_plain_is_the_product_with_the_sum(x64):
@@ -115,9 +122,9 @@ def test_while_uses_are_recorded_a_kind_of_product_is_evaluated_once(x64):
 def test_multiplied(x64, met, scaled, dropped, base):
     """What adapting changes, output scale included, sees x dropped; x W does not."""
     operation, w, x = product(columns=scaled, dropout=0.5)
+    eqn = operation.eqn
     if met == "out":
-        (eqn,) = eqns(lambda x, w: x @ w, array(3, 4), array(4, 5))
-        operation, x = Operation(eqn, dot._change, 1), array(3, 4, seed=7)
+        (eqn,), x = eqns(lambda x, w: x @ w, array(3, 4), array(4, 5)), x[:, :4]
         w = dataclasses.replace(w, axes=w.axes[::-1], base=w.base.T)
     if not base:
         w = dataclasses.replace(w, base=None)
@@ -134,13 +141,13 @@ def test_multiplied(x64, met, scaled, dropped, base):
     # x W + x' (W' - W), of which x' is dropped and W' is adapted.
     want = np.asarray(x) @ (0 * adapted + frozen) + seen @ (adapted - frozen)
 
-    def scale():
-        return w.output_scale, [("t", 3), ("1" if met == "in" else "0", len(bare.T))]
+    def sizes(operation, w, x):
+        y, axis = ("1", "0") if met == "in" else ("0", "1")
+        of_x, of_y = ((n, size) for n, size in zip((axis, y), bare.shape, strict=True))
+        return Scaling(w.output_scale, [("t", 3), of_y], [("t", 3), of_x])
 
-    def x_sizes():
-        return [("t", 3), ("0" if met == "in" else "1", len(bare))]
-
-    got = multiplied(context(), operation, w, x, scale=scale, x_sizes=x_sizes)
+    operation = Operation(eqn, dot._change, sizes, 1)
+    got = multiplied(context(), operation, w, x)
     contract.close(got, jnp.asarray(want))
 
 

@@ -63,6 +63,7 @@ def with_kernel(form: Form | None, axes: tuple[str, ...]) -> Form:
 # Narrower products have little to gain.
 _MIN_TOKENS, _MIN_WIDTH, _MAX_RANK, _MAX_RANK_IN_A_LOOP = 1024, 1024, 64, 256
 _ON_CHIP = 64 * 2**20  # bytes of W that can stay in a TPU core's vector memory
+_WIDE = 4096  # inputs of a layer whose weight a loop's product reads by itself
 _HEAD = 7  # outputs to inputs; above it a product gives logits of a vocabulary
 
 
@@ -92,11 +93,13 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     - Products of one x that are computed together pay for one pass instead of several.
     - Longer operands, [x | z] [W ; Q], need no pass, but a copy of W: free where the
       compiler joins them on the way in (v5e), cheap where W stays on the chip.
-    - A loop's product reads its weight out of the stack by itself, as long as nothing
-      is joined to it and XLA may not order the sum: then x W goes to memory first, and
-      dx too.  But for y of a product that widens on v6e, whose order XLA finds better.
-    - In a loop a reshape beside the product, which makes heads or joins them, would lay
-      its result out anew: heads are axes of the product, and no stack is copied for it.
+    - The slice of a stack must be written before it can be joined.  On v6e that costs
+      more than the pass; on v5p it pays in narrow layers, if dx is not joined.  In
+      layers of 4096 inputs and more a loop's product reads its weight out of the stack
+      by itself, as long as XLA may not order the sum: x W goes to memory first, and so
+      does dx.  But for y of a product that widens on v6e, whose order XLA finds better.
+    - In such layers a reshape beside the product, which makes heads or joins them,
+      would lay its result out anew: there heads are axes of the product.
     - A head's logits are dearer to write and read again than a copy of W is, and their
       gradient is slow to come by: longer operands forward, XLA's own order backward.
     - dy and x are written once instead of being computed anew by each of their readers.
@@ -116,7 +119,8 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     """
     kind = target.kind
     narrow = min(sizes.in_, sizes.out) < _MIN_WIDTH or sizes.tokens < _MIN_TOKENS
-    most = _MAX_RANK_IN_A_LOOP if sizes.sliced else _MAX_RANK
+    in_a_loop = sizes.sliced and _is_of_a_wide_layer(sizes)
+    most = _MAX_RANK_IN_A_LOOP if in_a_loop else _MAX_RANK
     if not may_be_tpu(target) or narrow or sizes.rank > most:
         return None
     if not is_tpu(kind):
@@ -124,7 +128,7 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     if target.devices > 1:
         return Form("direct", "direct")
     generation = kind.removeprefix("TPU ")
-    if sizes.sliced and sizes.out <= _HEAD * sizes.in_:
+    if in_a_loop:
         return _in_a_loop(sizes, generation)
     widens, fits = sizes.in_ < sizes.out, sizes.in_ * sizes.out * 2 <= _ON_CHIP
     first, last = ("thin_first", "thin_last")[:: 1 if widens else -1]
@@ -140,11 +144,20 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
         return Form("concat", "concat" if widens else "thin_last")
     if generation.startswith("v6"):
         if fits:
-            return Form("concat", "direct")
+            return Form("direct" if sizes.sliced else "concat", "direct")
         return Form(first, last, together=False)
+    if sizes.sliced:
+        return Form("concat", "direct")
     if fits:
         return Form("concat", "concat" if widens else "thin_first")
     return Form("direct", "direct", together=False)
+
+
+def _is_of_a_wide_layer(sizes: Sizes) -> bool:
+    """Whether a layer has 4096 inputs or more; what narrows to less makes few heads."""
+    few_heads = sizes.out * 4 <= sizes.in_
+    wide = sizes.in_ >= _WIDE and (sizes.out >= _WIDE or few_heads)
+    return wide and sizes.out <= _HEAD * sizes.in_
 
 
 def _in_a_loop(sizes: Sizes, generation: str) -> Form:

@@ -81,14 +81,26 @@ def test_slices_of_a_stack_are_told_from_whole_weights():
         assert sliced(wide, several) == cheapest(wide, several)
 
 
+def test_slices_of_narrow_layers_are_as_they_are_elsewhere():
+    v5e, v5p, v6e = map(Target, ("TPU v5 lite", "TPU v5", "TPU v6 lite"))
+    for in_, out in ((2048, 5632), (5632, 2048), (2048, 2048), (2048, 1024)):
+        whole = Sizes(4096, in_, out, 16)
+        sliced = dataclasses.replace(whole, sliced=True)
+        assert cheapest(sliced, v6e) == Form("direct", "direct")
+        assert cheapest(sliced, v5p) == Form("concat", "direct")
+        assert cheapest(sliced, v5e) == cheapest(whole, v5e)
+    heads = Sizes(8192, 4096, 1024, 16, sliced=True)  # of keys, of a wide layer
+    assert cheapest(heads, v6e).in_heads
+
+
 def test_limits_in_a_loop():
     chip = Target("TPU v5")
-    loop = Sizes(8192, 2048, 7 * 2048, 256, sliced=True)
+    loop = Sizes(8192, 4096, 7 * 4096, 256, sliced=True)
     assert cheapest(loop, chip).in_heads
     assert cheapest(dataclasses.replace(loop, rank=257), chip) is None
     assert cheapest(dataclasses.replace(loop, sliced=False, rank=65), chip) is None
     assert cheapest(dataclasses.replace(loop, sliced=False, rank=64), chip) is not None
-    head = dataclasses.replace(loop, out=7 * 2048 + 1, rank=16)  # as outside of one
+    head = dataclasses.replace(loop, out=7 * 4096 + 1, rank=16)  # as outside of one
     assert cheapest(head, chip) == cheapest(
         dataclasses.replace(head, sliced=False), chip
     )

@@ -14,6 +14,7 @@ inside a scan, and again for the backward pass, so that no dense copy is kept.
 References: Dettmers et al. 2023 (QLoRA). https://arxiv.org/abs/2305.14314
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from flora._algebra.dense import delta
-from flora._tree.arrays import is_array
+from flora._tree.arrays import is_array, shown
 from flora._tree.errors import LoraError, fail
 from flora._tree.finite import require_finite
 from flora._tree.matrices import folded, nearest
@@ -106,6 +107,7 @@ def quantize(
     fail(_problems(chosen, block, "Write exclude={}"))
     require_finite("quantize", chosen, allow_nonfinite)
     made: dict[Any, Quantized] = {}  # one array may stand in several places
+    left = collections.Counter(map(id, chosen.values()))
 
     def one(path: str, leaf: Any) -> Any:
         if path not in chosen:
@@ -113,8 +115,11 @@ def quantize(
         x = chosen[path]
         in_ = _summed(leaf, len(x.shape))
         if (id(x), in_) not in made:
-            made[id(x), in_] = _quantized(x, qtype, block, in_, dtype, donate)
+            made[id(x), in_] = _quantized(x, qtype, block, in_, dtype)
         quantized = made[id(x), in_]
+        left[id(x)] -= 1
+        if donate and not left[id(x)]:
+            _delete(x, quantized)
         if isinstance(leaf, LoraWeight):
             return dataclasses.replace(leaf, base=quantized)
         return quantized
@@ -294,9 +299,11 @@ def _problems(chosen: dict[str, Any], block: int | None, remedy: str) -> list[st
     problems = []
     for path, x in chosen.items():
         without = remedy.format(repr(exactly(path)))
-        if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+        if not _is_wide(x):
+            kind = shown(x) if is_array(x) else repr(x)
             problems.append(
-                f"'{path}' is {x!r}; only floating arrays can be quantized. {without}."
+                f"'{path}' is {kind}; only floating arrays of more than 8 bits an "
+                f"element can be quantized. {without}."
             )
         elif block is not None and _blocked_axis(x.shape, block) is None:
             problems.append(
@@ -306,6 +313,12 @@ def _problems(chosen: dict[str, Any], block: int | None, remedy: str) -> list[st
     return problems
 
 
+def _is_wide(x: Any) -> bool:
+    """Whether x is an array of more than 8 bits an element, and floating."""
+    floating = is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+    return floating and jnp.dtype(x.dtype).itemsize > 1
+
+
 def _blocked_axis(shape: Any, block: int) -> int | None:
     """The axis along which neighbors share a scale."""
     axes = [len(shape) - 2, len(shape) - 1]
@@ -313,21 +326,19 @@ def _blocked_axis(shape: Any, block: int) -> int | None:
 
 
 def _quantized(
-    x: Any,
-    qtype: str,
-    block: int | None,
-    in_: tuple[int, ...],
-    dtype: Any,
-    donate: bool = False,
+    x: Any, qtype: str, block: int | None, in_: tuple[int, ...], dtype: Any
 ) -> Quantized:
     make = _maker(qtype, block, jnp.dtype(dtype or x.dtype), in_)
     if isinstance(x, jax.ShapeDtypeStruct):
         return _lying_as(x, jax.eval_shape(make, x))
-    made = _lying_as(x, make(x))
-    if donate and isinstance(x, jax.Array) and not isinstance(x, Tracer):
+    return _lying_as(x, make(x))
+
+
+def _delete(x: Any, made: Quantized) -> None:
+    """Deletes an array, once what is made of it is there."""
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer):
         jax.block_until_ready(made)
         x.delete()
-    return made
 
 
 def _lying_as(x: Any, quantized: Quantized) -> Quantized:
@@ -377,7 +388,7 @@ def _coded(
     As qwix has them for float32, here for every floating dtype, and element by
     element, so that they lie where x does.
     """
-    scale = jnp.max(jnp.abs(x), axes, keepdims=True) / _bound(qtype)
+    scale = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0) / _bound(qtype)
     small = jnp.sqrt(jnp.finfo(scale.dtype).tiny)
     scale = jnp.where(scale < small, jnp.ones_like(scale), scale)
     unit = x / scale

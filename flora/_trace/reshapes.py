@@ -40,13 +40,18 @@ def reshapes(eqns: Sequence[Any]) -> Mapping[Any, tuple[int, ...]]:
 
 def _product(v: Any, maker: Mapping[Any, Any]) -> Any:
     """The product's result that v is, but for casts and a bias; or `None`."""
-    eqn: Any = None if isinstance(v, Literal) else maker.get(v)
-    if eqn is None or eqn.primitive is P.dot_general:
-        return None if eqn is None else v
-    if eqn.primitive not in _BETWEEN:
-        return None
-    whole = [u for u in eqn.invars if u.aval.shape == eqn.outvars[0].aval.shape]
-    return next((u for x in whole if (u := _product(x, maker)) is not None), None)
+    todo, seen = [v], set()
+    while todo:
+        v = todo.pop()
+        eqn: Any = None if isinstance(v, Literal) or v in seen else maker.get(v)
+        if eqn is None or eqn.primitive not in (P.dot_general, *_BETWEEN):
+            continue
+        if eqn.primitive is P.dot_general:
+            return v
+        seen.add(v)
+        shape = eqn.outvars[0].aval.shape
+        todo += [u for u in reversed(eqn.invars) if u.aval.shape == shape]
+    return None
 
 
 def _cast_of(v: Any, maker: Mapping[Any, Any]) -> Any:

@@ -42,13 +42,13 @@ def gather(ctx: Context, eqn: Eqn, w: Any, indices: Any) -> list[Any]:
         return [_rows(ctx, eqn, w, indices)]
     ctx.claim(w, eqn, dict.fromkeys(places.looked_up, "stack"), binding=False)
 
-    def run(w: Factored) -> list[Factored]:
+    def run(w: Factored, indices: Any) -> list[Factored]:
         return [_restacked(ctx, eqn, w, indices, places)]
 
     sole = _sole_index(w, places) and eqn.params["fill_value"] is None
     if is_codes(w) and (sole or not _fills(eqn)):
-        return on_codes(run, w)
-    return on_quantized(run, [w])
+        return on_codes(run, w, indices)
+    return on_quantized(run, [w, indices])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -251,6 +251,23 @@ def test_one_array_in_two_places_is_donated_once():
     close(quantized, {"a": {"kernel": whole}, "b": {"kernel": whole}}, 0)
 
 
+def test_an_array_that_two_layouts_read_is_donated_after_both():
+    w = array(4, 2, 6, dtype=jnp.float32)
+    adapted = adapt(lambda p, x: jnp.einsum("bih,iho->bo", x, p["q"]), {"q": w},
+                    array(3, 4, 2, dtype=jnp.float32), target="q")  # fmt: skip
+    tree = {"a": adapted["q"], "b": w}
+    stored = quantize(tree, "int8", target="*", donate=True)
+    assert w.is_deleted()
+    assert stored["a"].base.values.scale.shape == (1, 1, 6)
+    assert stored["b"].values.scale.shape == (4, 1, 6)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 4, 4)])
+def test_what_is_empty_stays_empty(shape):
+    stored = quantize({"kernel": jnp.ones(shape)}, "int8")
+    assert dequantize(stored)["kernel"].shape == shape
+
+
 def test_inside_jit():
     params = {"kernel": array(64, 8, dtype=jnp.float32)}
     make = lambda p: quantize(p, "int8", donate=True)  # noqa: E731
@@ -409,6 +426,8 @@ BAD = {
     "does not divide": (
         {"kernel": jnp.ones((60, 4))}, {"block": 64}, r"\(60, 4\); neither of"),
     "integers": ({"kernel": jnp.ones((64, 4), int)}, {}, "only floating arrays"),
+    "8 bits": (
+        {"kernel": jnp.ones((64, 4), jnp.float8_e5m2)}, {}, r"float8_e5m2\[64,4\]"),
     "vectors": (
         {"kernel": jnp.ones(64)}, {}, r"'kernel' has shape \(64,\); only leaves"),
     "opens to integers": (

@@ -91,9 +91,8 @@ class LoraConfig:
         twice; elsewhere it is interpreted, which is slow.  On a mesh its tokens are
         divided over all axes, or 'kernel:tp' names those that outputs are sharded over.
         It is never chosen by itself.  `jax.jvp` needs 'direct', but for 'auto' away
-        from TPUs.  Where another form
-        does not apply (dropout, lookups, convolutions, inside shard_map) the product is
-        direct too.
+        from TPUs.  Where another form does not apply (dropout, lookups, convolutions,
+        inside shard_map) the product is direct too.
       form_pattern: `{pattern: form}`, for leaves that need another.
       variant: how A and B become a product, one of `flora.variants` or your own;
         `None` is LoRA.

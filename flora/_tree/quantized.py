@@ -108,7 +108,7 @@ def of_codes(values: Codes) -> jax.Array:
     levels = of_levels(Levels(values.qvalue, values.qtype, values.scale.dtype))
     blocks: list[int] = []
     for size, count in zip(levels.shape, values.scale.shape, strict=True):
-        blocks += [count, size // count]
+        blocks += [count, size // max(count, 1)]
     scale = values.scale.reshape([n for c in values.scale.shape for n in (c, 1)])
     return (levels.reshape(blocks) * scale).reshape(levels.shape)
 

@@ -4,6 +4,7 @@ import pytest
 from jax import lax
 
 import flora
+import flora.quantize
 from tests.support import contract
 from tests.support.contract import array
 from tests.support.variant_cases import Between
@@ -245,3 +246,16 @@ def test_only_what_has_the_indexed_axis_is_gathered():
     jaxpr = jax.make_jaxpr(flora.lora(take("clip")))(adapted, ids)
     found = [e for e in contract.equations(jaxpr) if e.primitive is contract.P.gather]
     assert [e.invars[0].aval.shape for e in found] == [(11, 7), (11, 2)]
+
+
+@pytest.mark.parametrize("block", [None, 2])
+def test_rows_of_a_stored_stack_by_indices_of_an_inner_jit(x64, block):
+    def fn(p, x):  # `jnp.take` is a jit, in which the indices are made
+        stack = jnp.take(p["s"], jnp.array([0, 2, 1]), axis=0)
+        return jnp.einsum("bi,bio->bo", x, stack)
+
+    params, x = {"s": array(3, 8, 4)}, array(3, 8, seed=1)
+    adapted = contract.randomized(contract.adapt(fn, params, x, target="s"))
+    stored = flora.quantize.quantize(adapted, "int8", target="s", block=block)
+    dense = flora.quantize.dequantize(stored)
+    contract.close(flora.lora(fn)(stored, x), flora.lora(fn)(dense, x))

@@ -375,7 +375,10 @@ def _maker(qtype: str, block: int | None, dtype: Any, in_: tuple[int, ...]) -> A
             apart = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
             codes, scale = _coded(apart, qtype, (axis + 1,))
             codes, scale = codes.reshape(x.shape), scale.squeeze(axis + 1)
-        return Quantized(Codes(codes, scale.astype(dtype), qtype), of_codes)
+        # Float16 would make zeros of small scales, by which a form may divide.
+        least = jnp.finfo(dtype).smallest_subnormal.astype(scale.dtype)
+        scale = jnp.maximum(scale, least).astype(dtype)
+        return Quantized(Codes(codes, scale, qtype), of_codes)
 
     return make
 

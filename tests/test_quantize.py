@@ -268,6 +268,12 @@ def test_what_is_empty_stays_empty(shape):
     assert dequantize(stored)["kernel"].shape == shape
 
 
+def test_scales_are_not_rounded_to_zero():
+    w = 1e-4 * array(64, 4, dtype=jnp.float32)
+    stored = quantize({"kernel": w.astype(jnp.float16)}, "float8_e5m2")
+    assert stored["kernel"].values.scale.all()
+
+
 def test_inside_jit():
     params = {"kernel": array(64, 8, dtype=jnp.float32)}
     make = lambda p: quantize(p, "int8", donate=True)  # noqa: E731

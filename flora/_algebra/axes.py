@@ -164,7 +164,7 @@ class Settings:
       scale: of A B.
       dropout: the rate.
       fallback: 'error' or 'materialize'.
-      form: one of `config.FORMS`.
+      form: as `LoraConfig.form`.
       between: a function on the hidden x A before it meets B; `None` for none.
       sliced: whether it is the slice of a stack that a step of a loop takes.
     """

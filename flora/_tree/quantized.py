@@ -87,11 +87,12 @@ def is_quantized(x: Any) -> bool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """W ≈ scale · level(code), with one scale a block.
+    """W ≈ scale · level(code), with one scale a block or an output.
 
     Attributes:
       qvalue: the codes, `[...]`.
-      scale: of each block, one element a block along the axis of blocks.
+      scale: of each block, one element a block along the axis of blocks; of each
+        output, of length 1 along the axes that it sums over.
       qtype: one of `flora.quantize.QTYPES`.
     """
 

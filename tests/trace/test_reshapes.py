@@ -119,3 +119,13 @@ def test_literals_are_no_products():
     read = [v for e in eqns if e.primitive is P.reshape for v in e.invars]
     assert any(isinstance(v, Literal) for v in read)
     assert reshapes(eqns) == {}
+
+
+def test_a_long_way_back_takes_no_longer_than_the_program():
+    def doubled(x):
+        y = x @ W
+        for _ in range(1200):
+            y = y + y
+        return y.reshape(HEADS)
+
+    assert found(doubled, X) == [(HEADS, None)]

@@ -161,7 +161,7 @@ def measure(
 
     def scores(tree: Any) -> Scores:
         found = [compare(tree, *x) for x in zip(ids, dense, strict=True)]
-        off, size, kl, nll = np.mean(found, axis=0, dtype=np.float64)
+        off, size, kl, nll = np.asarray(found, np.float64).mean(axis=0)
         bits = _bits(tree)
         return {
             "bits": bits,

@@ -202,5 +202,10 @@ def may_be_tpu(target: Target) -> bool:
 
 
 def is_large(*shapes: Sequence[int]) -> bool:
-    """Whether `cheapest` may find anything for a product of operands of such shapes."""
+    """Whether `cheapest` may find anything for a product of operands of such shapes.
+
+    Of symbolic lengths, as `jax.export` has them, nothing is known.
+    """
+    if not all(isinstance(n, int) for shape in shapes for n in shape):
+        return False
     return min(map(math.prod, shapes)) >= _MIN_WIDTH * min(_MIN_TOKENS, _MIN_WIDTH)

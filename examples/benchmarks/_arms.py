@@ -235,17 +235,21 @@ def qwix_provider(sizes: Sizes, qtype: str) -> Any:
     return qwix.LoraProvider(module_path=".*", rank=sizes.rank, alpha=alpha, **how)
 
 
+def qwix_factors(factors: Factors) -> Any:
+    """The factors under qwix's names."""
+    return {
+        name: {"kernel_lora_a": a, "kernel_lora_b": b}
+        for name, (a, b) in factors.items()
+    }
+
+
 def qwix_arm(sizes: Sizes, qtype: str = "") -> Arm:
     """qwix: `apply_lora_to_model` on Linen; the factors are split off by name."""
     qwix = importlib.import_module("qwix")
     model = qwix.apply_lora_to_model(LinenModel(sizes), qwix_provider(sizes, qtype))
 
     def pack(weights: Weights, factors: Factors) -> tuple[Any, Any]:
-        lora = {
-            name: {"kernel_lora_a": a, "kernel_lora_b": b}
-            for name, (a, b) in factors.items()
-        }
-        params = as_params(weights)
+        lora, params = qwix_factors(factors), as_params(weights)
         if qtype:
             like = jax.eval_shape(model.init, jax.random.key(0), sizes.x)["params"]
             params = qwix.quantize_params(params, like)
@@ -335,11 +339,7 @@ def tunix_arm(sizes: Sizes, qtype: str = "") -> Arm:
     graphdef, trained, frozen = nnx.split(model, nnx.LoRAParam, ...)
 
     def pack(weights: Weights, factors: Factors) -> tuple[Any, Any]:
-        lora = {
-            name: {"kernel_lora_a": a, "kernel_lora_b": b}
-            for name, (a, b) in factors.items()
-        }
-        params = as_params(weights)
+        lora, params = qwix_factors(factors), as_params(weights)
         if qtype:
             params = qwix.quantize_params(params, model)
         return filled(trained, lora), filled(frozen, params)

@@ -12,7 +12,6 @@ backward pass is the transpose, which JAX takes, of
 so that, unlike there, forward mode works.  Kept for it are x, z, W, P and Q.
 """
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -78,7 +77,7 @@ def _sums(
     z = _hidden_term(each, x, joined(_cast(ps, x)), qs)
     ys = []
     for spec, w, z_, q in zip(each, ws, parts(z, qs), qs, strict=True):
-        with _scope(spec):
+        with spec.scoped():
             y = spec.base(x, w)
             ys.append(_added(y, _term(spec, z_, q)).array)
     return tuple(ys), tuple(parts(z, qs))
@@ -97,7 +96,7 @@ def _changes(each: Each, known: Any, moves: Any) -> Sequence[Any]:
     dzs = none if dz is None else parts(dz, qs)
     dys = []
     for spec, w, z, q, dz, dq in zip(each, ws, zs, qs, dzs, dqs, strict=True):
-        with _scope(spec):
+        with spec.scoped():
             y = None if dx is None else spec.base(dx, w)
             change = _added(_term(spec, dz, q), _term(spec, z, dq))
             dys.append(_added(y, change).array)
@@ -132,7 +131,3 @@ def _added(u: Named | None, v: Named | None) -> Any:
     if u is None or v is None:
         return v if u is None else u
     return Named(u.array + v.array, u.names)
-
-
-def _scope(spec: Spec) -> contextlib.AbstractContextManager:
-    return jax.named_scope(spec.scope) if spec.scope else contextlib.nullcontext()

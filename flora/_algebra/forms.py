@@ -59,6 +59,10 @@ class Spec:
     scope: str = ""
     kernel: tuple[str, ...] | None = None
 
+    def scoped(self) -> contextlib.AbstractContextManager:
+        """Names the product in profiles."""
+        return jax.named_scope(self.scope) if self.scope else contextlib.nullcontext()
+
     def times(self, u: Named, v: Named, out: Names, dtype: Any = None) -> Named:
         """u·v, summed over what `out` lacks."""
         return contract(u, v, out, precision=self.precision, dtype=dtype)
@@ -254,8 +258,7 @@ def _forward(
         z = each[0].times(x, p, hidden(x, p, qs))
     ys = []
     for spec, w, part, own, q in zip(each, ws, parts(z, qs), ps, qs, strict=True):
-        scope = jax.named_scope(spec.scope) if spec.scope else contextlib.nullcontext()
-        with scope:
+        with spec.scoped():
             ys.append(SUMS[spec.forward](Sum(spec, x, w, part, own, q)))
     return tuple(ys), (x, ws, z, ps, qs)
 

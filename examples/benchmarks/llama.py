@@ -93,9 +93,10 @@ class How:
     packed: bool = False
     accumulate: int = 1
 
-    def config(self, rank: int) -> flora.LoraConfig:
-        """LoRA of that rank on what is selected."""
-        target = [LINEAR] if self.target in ("linear", "all") else list(self.target)
+    def config(self, sizes: Sizes) -> flora.LoraConfig:
+        """LoRA of the model's rank on what is selected."""
+        rank, every = sizes.rank, self.target in ("linear", "all")
+        target = list(self.target) if not every else [LINEAR] if sizes.layers else []
         if self.target == "all" or self.head == "adapted":
             target.append("lm_head/kernel")
         return flora.LoraConfig(
@@ -127,7 +128,7 @@ def steps(sizes: Sizes, how: How) -> Iterator[tuple[str, Any, Any]]:
         return value
 
     def with_factors(params: Any) -> tuple[Any, ...]:
-        config, key = how.config(sizes.rank), jax.random.key(0)
+        config, key = how.config(sizes), jax.random.key(0)
         adapted = flora.init(key, config, loss, params, x, sizes.ids)
         base, adapter = flora.split(adapted)
         run = flora.lora(loss)

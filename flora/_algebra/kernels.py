@@ -31,7 +31,7 @@ LANES = 128
 # Elements of a block of dy, and bytes of all blocks, two of each.
 _BLOCK, _VMEM = 2**20, 20 * 2**20
 _WIDEST = 4096  # outputs of a block
-_FEWEST = 8  # tokens: the rows of a tile
+_ROWS = 8  # of a tile: a block has as many tokens and ranks, or more
 _PRECISIONS = (
     None,
     *((p, p) for p in (lax.Precision.DEFAULT, lax.Precision.HIGHEST)),
@@ -211,8 +211,14 @@ def _local(axes: Axes, precision: Any, z: Any, dy: Any, q: Any) -> tuple[Any, An
     first = axes.stack + axes.tokens
     stack, tokens = dy.shape[: axes.stack], dy.shape[axes.stack : first]
     sizes = _sizes(stack, tokens, dy.shape[first:], z.shape[-1])
-    if sizes.tokens < _FEWEST:
+    if sizes.tokens < _ROWS:
         return _by_xla(axes, precision, z, dy, q)
+    if more := max(_ROWS - sizes.rank, 0):  # Mosaic refuses some that are fewer
+        same, wider = (0, 0), (0, more)
+        z = jnp.pad(z, [*[same] * first, wider])
+        q = jnp.pad(q, [*[same] * axes.stack, wider, *[same] * axes.out])
+        g, dq = _local(axes, precision, z, dy, q)
+        return g[..., :-more], lax.slice_in_dim(dq, 0, sizes.rank, axis=axes.stack)
     lead, (t, o, r) = sizes[:2], (sizes.tokens, sizes.out, sizes.rank)
     dy, thin = dy.reshape(*lead, t, o), z.reshape(*lead, t, r).swapaxes(2, 3)
     args = thin, dy.swapaxes(2, 3) if sizes.turned else dy, q.reshape(sizes.stack, r, o)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 
@@ -62,7 +62,7 @@ def with_kernel(form: Form | None, axes: tuple[str, ...]) -> Form:
 
 # Narrower products have little to gain.
 _MIN_TOKENS, _MIN_WIDTH, _MAX_RANK, _MAX_RANK_IN_A_LOOP = 1024, 1024, 64, 256
-_ON_CHIP = 64 * 2**20  # bytes of W that can stay in a TPU core's vector memory
+_ON_CHIP = 64 * 2**20  # bytes that can stay in a TPU core's vector memory
 _WIDE = 4096  # inputs of a layer whose weight a loop's product reads by itself
 _HEAD = 7  # outputs to inputs; above it a product gives logits of a vocabulary
 
@@ -141,7 +141,7 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     if not fits and sizes.out > _HEAD * sizes.in_:
         return Form("concat", "direct")
     if generation in ("v5 lite", "v5e"):
-        return Form("concat", "concat" if widens else "thin_last")
+        return Form("concat", "concat" if widens and fits else "thin_last")
     if generation.startswith("v6"):
         if fits:
             return Form("direct" if sizes.sliced else "concat", "direct")
@@ -165,6 +165,24 @@ def _in_a_loop(sizes: Sizes, generation: str) -> Form:
     widens = sizes.in_ < sizes.out
     first = "direct" if widens and generation.startswith("v6") else "thin_last"
     return Form(first, "thin_last", together=not widens, in_heads=True)
+
+
+def makes_again(
+    forms: Collection[str], target: Target, size: int = _ON_CHIP, widens: bool = True
+) -> bool:
+    """Whether the input of a product is made again for dP, where it is cheap to make.
+
+    What can stay on the chip is better kept.  On v6e XLA makes it again by itself where
+    a product narrows, and does it better.
+
+    Args:
+      forms: those that the weights ask for; what names a form gets no more than that.
+      target: what the product runs on.
+      size: bytes of the input.
+      widens: whether the product has at least as many outputs as inputs.
+    """
+    found = {*forms} == {"auto"} and is_tpu(target.kind) and size >= _ON_CHIP
+    return found and (widens or not target.kind.startswith("TPU v6"))
 
 
 def is_tpu(kind: str) -> bool:

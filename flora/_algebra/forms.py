@@ -217,9 +217,18 @@ SUMS: Mapping[str, Callable[..., Any]] = {
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+Again = Callable[[Sequence[Any]], Named] | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def products(
-    each: tuple[Spec, ...], x: Named, ws: Sequence[Any], ps: Arrays, qs: Arrays
+    each: tuple[Spec, ...],
+    again: Again,
+    x: Named,
+    sources: Sequence[Any],
+    ws: Sequence[Any],
+    ps: Arrays,
+    qs: Arrays,
 ) -> Sequence[Any]:
     """X W + (x P) Q for each W, with the axes `spec.y`.  Reverse mode only.
 
@@ -228,12 +237,14 @@ def products(
 
     Args:
       each: forms, dtype and precision of each product.  All are `alike`.
+      again: makes x of the sources once more, for dP; x is kept if `None`.
       x: activations.
+      sources: these get no gradient, as x gets all of it.
       ws: the frozen weights, some may be `Stored`; they get no gradient.
       ps: the factors that x meets.
       qs: the other ones, with the scale in them.
     """
-    return _forward(each, x, ws, ps, qs)[0]
+    return _forward(each, again, x, sources, ws, ps, qs)[0]
 
 
 def alike(one: tuple[Spec, Named], other: tuple[Spec, Named]) -> bool:
@@ -250,7 +261,13 @@ def alike(one: tuple[Spec, Named], other: tuple[Spec, Named]) -> bool:
 
 
 def _forward(
-    each: tuple[Spec, ...], x: Named, ws: Sequence[Any], ps: Arrays, qs: Arrays
+    each: tuple[Spec, ...],
+    again: Again,
+    x: Named,
+    sources: Sequence[Any],
+    ws: Sequence[Any],
+    ps: Arrays,
+    qs: Arrays,
 ) -> tuple[Sequence[Any], Any]:
     x = lax.optimization_barrier(x)  # written once: W, P and dP read it
     p = joined([p.astype(x.array.dtype) for p in ps])
@@ -260,7 +277,7 @@ def _forward(
     for spec, w, part, own, q in zip(each, ws, parts(z, qs), ps, qs, strict=True):
         with spec.scoped():
             ys.append(SUMS[spec.forward](Sum(spec, x, w, part, own, q)))
-    return tuple(ys), (x, ws, z, ps, qs)
+    return tuple(ys), (x if again is None else sources, ws, z, ps, qs)
 
 
 def hidden(x: Named, p: Named, qs: Arrays) -> Names:
@@ -269,9 +286,12 @@ def hidden(x: Named, p: Named, qs: Arrays) -> Names:
 
 
 def _backward(
-    each: tuple[Spec, ...], saved: Any, dys: Sequence[Any]
+    each: tuple[Spec, ...], again: Again, saved: Any, dys: Sequence[Any]
 ) -> tuple[Any, ...]:
     x, ws, z, ps, qs = saved
+    nothing = None
+    if again is not None:  # fenced, or XLA keeps what it made of them
+        nothing, x = [None] * len(x), again(lax.optimization_barrier(x))
     dtype = x.array.dtype
     opened = any(isinstance(w, Stored) and w.scale is None for w in ws)
     if opened or any(spec.backward in COPIES for spec in each):
@@ -292,7 +312,7 @@ def _backward(
     with jax.named_scope(SCOPE):
         dp = each[0].times(x, g, p.names, ps[0].array.dtype)
         dqs = tuple(dq() for _, dq in thin)
-    return Named(dx, x.names), None, tuple(parts(dp, qs)), dqs
+    return Named(dx, x.names), nothing, None, tuple(parts(dp, qs)), dqs
 
 
 products.defvjp(_forward, _backward)

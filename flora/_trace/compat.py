@@ -249,8 +249,13 @@ def eval_eqn(eqn: Eqn, values: Sequence[Any]) -> list[Any]:
         for v, x in zip(eqn.invars, values, strict=True)
         if not isinstance(v, Literal)
     }
+    return eval_eqns([unnamed(eqn)], eqn.outvars, env)
+
+
+def unnamed(eqn: Eqn) -> Eqn:
+    """The equation without names of its own, to be named by what is around it."""
     bare = eqn.source_info.replace(name_stack=source_info_util.new_name_stack())
-    return eval_eqns([eqn.replace(source_info=bare)], eqn.outvars, env)
+    return eqn.replace(source_info=bare)
 
 
 @contextlib.contextmanager

@@ -11,14 +11,15 @@ import jax
 from jax import lax
 
 from flora._algebra.axes import Axis, Factored, Squared, is_lazy
-from flora._algebra.choice import is_large, may_differ
+from flora._algebra.choice import is_large, makes_again, may_differ, target
 from flora._algebra.codes import is_codes
 from flora._algebra.low_rank import densified
 from flora._trace import compat
+from flora._trace.again import Recipe, bytes_of, made, recipes
 from flora._trace.compat import Eqn
 from flora._trace.dequantize import on_codes, on_quantized
 from flora._trace.reshapes import reshapes
-from flora._trace.share import Schedule, in_order, together
+from flora._trace.share import in_order, together
 from flora._trace.source import source_line
 from flora._tree.errors import LoraError, Unfactorable, human_bytes
 from flora._tree.paths import exactly
@@ -86,6 +87,9 @@ class Context:
         that no adapted weight is part of are handed to it, too.
       reshapes: the shape that the result of a product is given, and that an operand
         had, by variable.
+      again: how the operands of a product can be made again, and of what values, by
+        variable.
+      keeps: whether what is computed now is kept for the backward pass.
       seen: while uses are recorded a value counts by its type alone: results by what
         computes them or by type, of this jaxpr, which stand for later ones.
     """
@@ -102,6 +106,10 @@ class Context:
     claims: bool = True
     ragged_dot: Callable[..., Any] = lax.ragged_dot
     reshapes: Mapping[Any, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    again: Mapping[Any, tuple[Recipe, Sequence[Any]]] = dataclasses.field(
+        default_factory=dict
+    )
+    keeps: bool = True
     seen: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def line(self, eqn: Eqn) -> str:
@@ -196,9 +204,10 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     lazy = {v: x for v, x in env.items() if is_lazy(x)}
-    schedule = _schedule(ctx, jaxpr.eqns, lazy)
+    jointly, cheap = _chooses(ctx, jaxpr.eqns, lazy)
+    schedule = together(jaxpr.eqns, lazy) if jointly else in_order(jaxpr.eqns)
     own = ctx.ragged_dot is not lax.ragged_dot
-    last_use = schedule.last_uses(jaxpr)
+    last_use = schedule.last_uses(jaxpr, {v: x.sources for v, x in cheap.items()})
     touched = set(lazy)
     untouched: list[Any] = []
 
@@ -217,10 +226,23 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         eqns = [jaxpr.eqns[i] for i in step]
         held = any(v in touched for e in eqns for v in compat.variables(e.invars))
         if not (held or (own and any(map(compat.has_experts, eqns)))):
-            untouched += eqns
+            value, *_ = [*eqns[0].outvars, None]
+            if value not in cheap:
+                untouched += eqns
+                continue
+            flush(at)
+            env[value] = made(cheap[value], *map(read, cheap[value].sources))
             continue
         flush(at)
-        results = _results(ctx, step, eqns, [[*map(read, e.invars)] for e in eqns])
+        again = {
+            v: (cheap[v], [*map(read, cheap[v].sources)])
+            for e in eqns
+            for v in compat.variables(e.invars)
+            if v in cheap and not any(u in touched for u in cheap[v].sources)
+        }
+        with_them = dataclasses.replace(ctx, again=again) if again else ctx
+        values = [[*map(read, e.invars)] for e in eqns]
+        results = _results(with_them, step, eqns, values)
         for eqn, outs in zip(eqns, results, strict=True):
             env.update(zip(eqn.outvars, outs, strict=True))
             touched.update(v for v in eqn.outvars if is_lazy(env[v]))
@@ -241,14 +263,33 @@ def _unseen(
     return left
 
 
-def _schedule(ctx: Context, eqns: Sequence[Eqn], lazy: Mapping[Any, Any]) -> Schedule:
-    """Products together where a form may gain by it."""
+def _chooses(
+    ctx: Context, eqns: Sequence[Eqn], lazy: Mapping[Any, Any]
+) -> tuple[bool, Mapping[Any, Recipe]]:
+    """Whether a form may gain by products taken together, and what is made again."""
     if ctx.log is not None or not ctx.together:
-        return in_order(eqns)
+        return False, {}
     forms = {x.settings.form for x in lazy.values() if isinstance(x, Factored)}
     named = any(map(may_differ, forms - {"auto"}))
     auto = "auto" in forms and may_differ("auto") and any(map(_is_large, eqns))
-    return together(eqns, lazy) if named or auto else in_order(eqns)
+    again = functools.partial(makes_again, forms, target())
+    plain = all(  # others keep x, whatever can be made again
+        isinstance(x, Factored) and x.output_scale is None and x.key is None
+        for x in lazy.values()
+    )
+    if not (ctx.keeps and plain and (named or auto) and again()):
+        return named or auto, {}
+    widens = {
+        v: eqn.outvars[0].aval.size >= v.aval.size
+        for eqn in eqns
+        if eqn.primitive is compat.P.dot_general
+        for v in compat.variables(eqn.invars)
+    }
+    return True, {
+        v: recipe
+        for v, recipe in recipes(eqns).items()
+        if again(size=bytes_of(v), widens=widens[v])
+    }
 
 
 def _is_large(eqn: Eqn) -> bool:

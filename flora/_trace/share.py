@@ -5,7 +5,7 @@ MLP.  Taken together, their low-rank terms read it once.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flora._trace.compat import P, variables
@@ -23,13 +23,21 @@ class Schedule:
     steps: list[tuple[int, ...]]
     same: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
-    def last_uses(self, jaxpr: Any) -> dict[Any, int]:
-        """The last step that reads each variable; outputs are read after every step."""
+    def last_uses(
+        self, jaxpr: Any, beside: Mapping[Any, Sequence[Any]]
+    ) -> dict[Any, int]:
+        """The last step that reads each variable; outputs are read after every step.
+
+        Args:
+          jaxpr: whose equations these are.
+          beside: what is read with a variable.
+        """
         found: dict[Any, int] = {}
         read = [[v for i in step for v in jaxpr.eqns[i].invars] for step in self.steps]
         for at, invars in enumerate([*read, jaxpr.outvars]):
             for v in variables(invars):
-                found[v] = found[self.same.get(v, v)] = at
+                for u in (v, *beside.get(v, ())):
+                    found[u] = found[self.same.get(u, u)] = at
         return found
 
 

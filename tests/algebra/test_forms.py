@@ -285,7 +285,7 @@ def test_both_passes_of_products_of_one_x(x64, forward, backward, kernel):
     each = (Spec(forward, backward, ("t", "o"), x.array.dtype, kernel=kernel),) * 2
 
     def run(x, ps, qs):
-        return scalar(products(each, x, ws, ps, qs))
+        return scalar(products(each, None, x, (), ws, ps, qs))
 
     def direct(x, ps, qs):
         trios = zip(ws, ps, qs, strict=True)

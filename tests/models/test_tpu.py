@@ -7,6 +7,7 @@ import compare
 import jax
 import jax.numpy as jnp
 import llama
+import memory
 import mixed
 import pytest
 import quantized
@@ -24,8 +25,8 @@ LARGE, SMALL = (8192, 4096, 14336), (4096, 2048, 5632)
 
 # Cycles of the step in the form that flora chooses, to the frozen model's.
 TO_FROZEN = {
-    ("v5e", LARGE): 0.987,
-    ("v5p", LARGE): 1.023,
+    ("v5e", LARGE): 1.007,
+    ("v5p", LARGE): 1.031,
     ("v6e", LARGE): 1.046,
     ("v5e", SMALL): 1.144,
     ("v5p", SMALL): 1.057,
@@ -43,9 +44,38 @@ def test_the_step_costs_what_the_readme_says(chip, shape):
     assert abs(step["to_frozen"] - TO_FROZEN[chip, shape]) < 0.005, step
     # Beside the frozen model's: x A and dy B of three products, padded to 128 lanes,
     # and one [W ; B] at a time, padded alike.  If copies of W lasted, there would be
-    # three.
+    # three.  The input of down is made again, so it is not there; but on v5p what it is
+    # made of stays until dy of gate and up have been written.
     thin, copy = 3 * 2 * sizes.tokens * 128 * 2, (sizes.d + 128) * sizes.ff * 2
-    assert step["temp_bytes"] <= frozen["temp_bytes"] + thin + copy
+    sources = sizes.tokens * sizes.ff * 2 * ((chip, shape) == ("v5p", LARGE))
+    assert step["temp_bytes"] <= frozen["temp_bytes"] + thin + copy + sources
+
+
+# Temporary memory of residual gated MLPs of a Llama-3-8B without remat, to the frozen
+# model's, and cycles.
+MEMORY = {
+    ("v5e", 2): (1.234, 0.949),
+    ("v5e", 3): (1.053, 0.896),
+    ("v5p", 2): (1.094, 1.118),
+    ("v5p", 3): (1.069, 1.113),
+    ("v6e", 2): (1.118, 1.043),
+    ("v6e", 3): (1.239, 1.008),
+}
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize(
+    ("chip", "layers"),
+    [
+        case if case == ("v5p", 2) else pytest.param(*case, marks=pytest.mark.by_hand)
+        for case in MEMORY
+    ],
+)
+def test_memory_without_remat_is_what_the_page_says(chip, layers):
+    assert metadata.version("libtpu") == LIBTPU, "measure anew: memory.py"
+    frozen, ours = memory.measure(chip, memory.Sizes(layers)).values()
+    got = [ours[k] / frozen[k] for k in ("temp_bytes", "cycles")]
+    assert got == pytest.approx(MEMORY[chip, layers], abs=0.005)
 
 
 ROWS = table.published(table.PAGE.read_text())

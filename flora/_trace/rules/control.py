@@ -65,6 +65,7 @@ def _constrained(values: Sequence[Any], shardings: Any) -> list[Any]:
 
 def remat(ctx: Context, eqn: Eqn, *args: Any) -> Any:
     p = eqn.params
+    ctx = dataclasses.replace(ctx, keeps=False)
 
     def fn(*args: Any) -> list[Any]:
         return interpret(ctx, p["jaxpr"], args)

@@ -40,6 +40,7 @@ from flora._algebra.low_rank import (
     sum_dtype,
     widened,
 )
+from flora._trace.again import Recipe
 from flora._trace.compat import INLINE, Eqn, Literal, eval_eqn, relative_scopes
 from flora._trace.dequantize import on_quantized
 from flora._trace.interpret import Context
@@ -209,6 +210,8 @@ class _InForm:
       by_platform: whether it is taken on a TPU only.
       x, w, p, q: the operands; w may be quantized.
       shape: of the result.
+      again: how x is made again.
+      sources: of what.
     """
 
     spec: Spec
@@ -219,6 +222,21 @@ class _InForm:
     p: Named
     q: Named
     shape: tuple[int, ...]
+    again: "_Again | None"
+    sources: Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Again:
+    """How x is made of other values, with named axes."""
+
+    recipe: Recipe
+    names: tuple[Name, ...]
+    shape: tuple[int, ...]
+
+    def __call__(self, sources: Sequence[Any]) -> Named:
+        x = self.recipe.unnamed()(*sources)
+        return Named(lax.reshape(x, self.shape), self.names)
 
 
 def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm | None:
@@ -261,7 +279,9 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     q = Named(widened(q.array, x) * w.settings.scale, q.names)
     x, base, p, q = (u.split(parts) for u in (met.x, base, p, q))
     how = form.together, form.by_platform
-    return _InForm(spec, *how, x, base, p, q, out.shape)
+    recipe, sources = ctx.again.get(eqn.invars[1 - side], (None, ()))
+    again = recipe and _Again(recipe, x.names, x.array.shape)
+    return _InForm(spec, *how, x, base, p, q, out.shape, again, sources)
 
 
 def _divided(ctx: Context, eqn: Eqn, met: _Meeting, side: int) -> dict[Name, Sizes]:
@@ -276,7 +296,7 @@ def _divided(ctx: Context, eqn: Eqn, met: _Meeting, side: int) -> dict[Name, Siz
 
 
 # Traced, differentiated and transposed once for all layers that are alike.
-_products = jax.jit(products, static_argnums=0, inline=INLINE)
+_products = jax.jit(products, static_argnums=(0, 1), inline=INLINE)
 _by_platform = jax.jit(by_platform.products, static_argnums=0, inline=INLINE)
 
 
@@ -284,8 +304,11 @@ def _computed(found: Sequence[_InForm]) -> list[Any]:
     """The products, all of one x."""
     each = tuple(one.spec for one in found)
     ws, ps, qs = zip(*((one.w, one.p, one.q) for one in found), strict=True)
-    run = _by_platform if found[0].by_platform else _products
-    ys: Any = run(each, found[0].x, ws, ps, qs)
+    first, ys = found[0], ()
+    if first.by_platform:
+        ys: Any = _by_platform(each, first.x, ws, ps, qs)
+    else:
+        ys = _products(each, first.again, first.x, first.sources, ws, ps, qs)
     return [lax.reshape(y, one.shape) for y, one in zip(ys, found, strict=True)]
 
 

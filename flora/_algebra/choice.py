@@ -63,6 +63,7 @@ def with_kernel(form: Form | None, axes: tuple[str, ...]) -> Form:
 # Narrower products have little to gain.
 _MIN_TOKENS, _MIN_WIDTH, _MAX_RANK, _MAX_RANK_IN_A_LOOP = 1024, 1024, 64, 256
 _ON_CHIP = 64 * 2**20  # bytes that can stay in a TPU core's vector memory
+_V5E = ("v5 lite", "v5e")
 _WIDE = 4096  # inputs of a layer whose weight a loop's product reads by itself
 _HEAD = 7  # outputs to inputs; above it a product gives logits of a vocabulary
 
@@ -127,7 +128,7 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
         return Form("direct", "direct", by_platform=True)
     if target.devices > 1:
         return Form("direct", "direct")
-    generation = kind.removeprefix("TPU ")
+    generation = _generation(kind)
     if in_a_loop:
         return _in_a_loop(sizes, generation)
     widens, fits = sizes.in_ < sizes.out, sizes.in_ * sizes.out * 2 <= _ON_CHIP
@@ -140,7 +141,7 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
         return Form(first, last, together=False)
     if not fits and sizes.out > _HEAD * sizes.in_:
         return Form("concat", "direct")
-    if generation in ("v5 lite", "v5e"):
+    if generation in _V5E:
         return Form("concat", "concat" if widens and fits else "thin_last")
     if generation.startswith("v6"):
         if fits:
@@ -167,22 +168,35 @@ def _in_a_loop(sizes: Sizes, generation: str) -> Form:
     return Form(first, "thin_last", together=not widens, in_heads=True)
 
 
-def makes_again(
-    forms: Collection[str], target: Target, size: int = _ON_CHIP, widens: bool = True
-) -> bool:
-    """Whether the input of a product is made again for dP, where it is cheap to make.
-
-    What can stay on the chip is better kept.  On v6e XLA makes it again by itself where
-    a product narrows, and does it better.
+def may_make_again(forms: Collection[str], target: Target) -> bool:
+    """Whether inputs of products may be made again for dP, where that is cheap.
 
     Args:
       forms: those that the weights ask for; what names a form gets no more than that.
+      target: what the products run on.
+    """
+    return {*forms} == {"auto"} and is_tpu(target.kind)
+
+
+def makes_again(target: Target, size: int, widens: bool) -> bool:
+    """Whether the input of a product is.
+
+    What can stay on the chip is better kept.  Where a product narrows, its input is the
+    larger array: v5e gains by that alone, and on v6e XLA makes it again by itself.
+
+    Args:
       target: what the product runs on.
       size: bytes of the input.
       widens: whether the product has at least as many outputs as inputs.
     """
-    found = {*forms} == {"auto"} and is_tpu(target.kind) and size >= _ON_CHIP
-    return found and (widens or not target.kind.startswith("TPU v6"))
+    generation = _generation(target.kind)
+    if generation in _V5E:
+        return size >= 2 * _ON_CHIP and not widens
+    return size >= _ON_CHIP and (widens or not generation.startswith("v6"))
+
+
+def _generation(kind: str) -> str:
+    return kind.removeprefix("TPU ")
 
 
 def is_tpu(kind: str) -> bool:

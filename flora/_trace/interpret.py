@@ -11,7 +11,13 @@ import jax
 from jax import lax
 
 from flora._algebra.axes import Axis, Factored, Squared, is_lazy
-from flora._algebra.choice import is_large, makes_again, may_differ, target
+from flora._algebra.choice import (
+    is_large,
+    makes_again,
+    may_differ,
+    may_make_again,
+    target,
+)
 from flora._algebra.codes import is_codes
 from flora._algebra.low_rank import densified
 from flora._trace import compat
@@ -272,12 +278,11 @@ def _chooses(
     forms = {x.settings.form for x in lazy.values() if isinstance(x, Factored)}
     named = any(map(may_differ, forms - {"auto"}))
     auto = "auto" in forms and may_differ("auto") and any(map(_is_large, eqns))
-    again = functools.partial(makes_again, forms, target())
     plain = all(  # others keep x, whatever can be made again
         isinstance(x, Factored) and x.output_scale is None and x.key is None
         for x in lazy.values()
     )
-    if not (ctx.keeps and plain and (named or auto) and again()):
+    if not (ctx.keeps and plain and may_make_again(forms, target())):
         return named or auto, {}
     widens = {
         v: eqn.outvars[0].aval.size >= v.aval.size
@@ -288,7 +293,7 @@ def _chooses(
     return True, {
         v: recipe
         for v, recipe in recipes(eqns).items()
-        if again(size=bytes_of(v), widens=widens[v])
+        if makes_again(target(), bytes_of(v), widens[v])
     }
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import flora
-from flora._algebra.choice import Target, makes_again
+from flora._algebra.choice import Target, makes_again, may_make_again
 from flora._trace import interpret
 from flora._trace.again import made, recipes
 from flora._trace.compat import P
@@ -170,7 +170,8 @@ def test_masks_have_no_gradient():
 @pytest.fixture
 def again(monkeypatch):
     """As on a TPU, where only large products are worth it."""
-    monkeypatch.setattr(interpret, "makes_again", lambda *_, **__: True)
+    for name in ("makes_again", "may_make_again"):
+        monkeypatch.setattr(interpret, name, lambda *_: True)
 
 
 class Block(nn.Module):
@@ -211,14 +212,19 @@ def test_gradients_are_those_of_the_direct_form(again, x64, name, form):
     close(slopes(form), slopes("direct"))
 
 
-def test_only_tpus_and_the_automatic_form_make_again():
-    tpus = {kind: Target(kind) for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite")}
-    for kind, found in tpus.items():
-        assert makes_again({"auto"}, found)
-        assert makes_again({"auto"}, found, widens=False) == ("v6" not in kind)
-        assert not makes_again({"auto", "concat"}, found)
-        assert not makes_again({"auto"}, found, size=2**26 - 1)
-    assert not makes_again({"auto"}, Target("cpu", certain=False))
+def test_the_device_and_the_size_decide():
+    v5e, v5p, v6e = map(Target, ("TPU v5 lite", "TPU v5", "TPU v6 lite"))
+    large, half = 2**27, 2**26
+    assert makes_again(v5e, large, widens=False)
+    assert not makes_again(v5e, large, widens=True)
+    assert not makes_again(v5e, large - 1, widens=False)
+    for widens in (True, False):
+        assert makes_again(v5p, half, widens)
+        assert not makes_again(v5p, half - 1, widens)
+        assert makes_again(v6e, half, widens) == widens
+    assert may_make_again({"auto"}, v5p)
+    assert not may_make_again({"auto", "concat"}, v5p)
+    assert not may_make_again({"auto"}, Target("cpu", certain=False))
 
 
 def kept(fn, *args):

@@ -1,0 +1,339 @@
+"""LoRA of Gemma 4 31B on a v5p-8, planned on any machine: no line adapts the model.
+
+The models are other packages' own, as they are: Tunix's `Gemma4`, `Qwen3`, `Llama3`
+(NNX) and DeepMind's `gemma` (Linen).  flora reads the axes off the computation and
+lays A and B as the model's own metadata lays its weights; the training step (AdamW on
+A and B, donated) is compiled by the TPU's compiler for chips that are not there.
+
+    pip install -e ".[examples,third-party,tpu-compiler]"
+    python examples/plan_gemma4.py --coverage         # seconds: what is factored
+    python examples/plan_gemma4.py --topology v5p:2x2x1 --mesh 4x1 --base int8
+    python examples/plan_gemma4.py --model llama3-70b --check 4
+
+These models are unrolled, and a layer takes the compiler half a minute, so the plan is
+made of a few: with one layer more of each kind the costs grow by that layer's, and the
+whole is the sum.  Memory of base, adapter and optimizer is exact, of all layers.
+`--check N` compiles N layers in one and prints them beside the sum for N.
+
+"frozen" in the table is the model's own loss and its gradient for the scale of its
+first norm, which goes through all layers as a gradient for A and B does.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from benchmarks import _plan, _report, _tpu
+from benchmarks._plan import Plan
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+import flora
+import flora.quantize
+import flora.sharding
+
+LOCAL, GLOBAL = "LOCAL_SLIDING", "GLOBAL"
+RANK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder of another package.
+
+    Attributes:
+      package: the module that has it, and `name`, its class.
+      sizes: the classmethod of its `ModelConfig`.
+      kinds: of its layers, from the first to the last.
+      target: what has factors: every linear layer that flora can factor.
+      first_norm: the path of the scale in front of everything that is adapted.
+    """
+
+    package: str
+    name: str
+    sizes: str
+    kinds: tuple[str, ...]
+    target: tuple[str, ...]
+    first_norm: str
+
+
+MODELS = {
+    "gemma4-31b": Model(
+        "tunix.models.gemma4.model",
+        "Gemma4",
+        "gemma4_31b",
+        (*[LOCAL] * 5, GLOBAL) * 10,
+        ("attn/*_einsum/w", "mlp/*_proj/kernel"),
+        "layers/0/pre_attention_norm/scale",
+    ),
+    # On a mesh of TPUs Tunix's experts are a Pallas kernel, which has no factors.
+    "qwen3-30b-a3b": Model(
+        "tunix.models.qwen3.model",
+        "Qwen3",
+        "qwen3_30b_a3b",
+        ("experts",) * 48,
+        ("attn/*_proj/w", "router/kernel"),
+        "layers/0/input_layernorm/w",
+    ),
+    "llama3-70b": Model(
+        "tunix.models.llama3.model",
+        "Llama3",
+        "llama3_70b",
+        ("layer",) * 80,
+        ("attn/*_proj/w", "mlp/*_proj/kernel"),
+        "layers/0/input_layernorm/w",
+    ),
+}
+
+
+def built(model: Model, kinds: Sequence[str]) -> tuple[Callable, Any]:
+    """The loss of a model with these layers, and its state: shapes with metadata."""
+    module = importlib.import_module(model.package)
+    sizes = getattr(module.ModelConfig, model.sizes)()
+    known = {x.name for x in dataclasses.fields(sizes)}
+    wanted = {
+        "num_layers": len(kinds),
+        "dtype": jnp.bfloat16,
+        "param_dtype": jnp.bfloat16,
+        "remat_config": module.RematConfig.DECODER,
+    }
+    if "attention_pattern" in known:
+        wanted["attention_pattern"] = tuple(module.AttentionType[x] for x in kinds)
+    sizes = dataclasses.replace(sizes, **{k: wanted[k] for k in known & {*wanted}})
+    make = getattr(module, model.name)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(sizes, rngs=nnx.Rngs(0))))
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), state
+    )  # Llama3's config has no dtype
+
+    def loss(state: Any, ids: jax.Array, positions: jax.Array, mask: jax.Array) -> Any:
+        logits, _ = nnx.merge(graphdef, state)(ids, positions, None, mask)
+        return next_token_loss(logits, ids)
+
+    return loss, state
+
+
+def next_token_loss(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """Mean nats of each token but the first."""
+    logp = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    return -jnp.mean(jnp.take_along_axis(logp, ids[:, 1:, None], -1))
+
+
+def arguments(batch: int, tokens: int, mesh: Mesh | None = None) -> tuple[Any, ...]:
+    """Shapes of tokens, positions and a mask, whose rows lie along 'fsdp'."""
+    rows = mesh and NamedSharding(mesh, PartitionSpec("fsdp"))
+
+    def shape(dtype: Any, *rest: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, tokens, *rest), dtype, sharding=rows)
+
+    return shape(jnp.int32), shape(jnp.int32), shape(bool, tokens)
+
+
+@contextlib.contextmanager
+def as_on(mesh: Mesh) -> Iterator[None]:
+    """Traces as on the chips of a mesh.
+
+    Models ask where they are, Tunix's for `jax.devices()` and the mesh of `with mesh:`,
+    and leave out what they say about activations where that is a CPU.  On the chips
+    themselves `with mesh:` is all.
+    """
+    chips = list(mesh.devices.flat)
+    with warnings.catch_warnings(), jax.set_mesh(mesh), mesh:
+        warnings.simplefilter("ignore")
+        with mock.patch.object(jax, "devices", return_value=chips):
+            yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is planned, but for the number of layers."""
+
+    model: Model
+    mesh: Mesh
+    base: str
+    batch: int
+    tokens: int
+    key: Any
+
+    def adapted(self, kinds: Sequence[str]) -> tuple[Callable, Any]:
+        """The loss and the adapted state, each array where the metadata says."""
+        loss, state = built(self.model, kinds)
+        places = flora.sharding.shardings(state, mesh=self.mesh)
+        state = _plan.place(state, places)
+        config = flora.LoraConfig(rank=RANK, alpha=RANK, target=self.model.target)
+        with as_on(self.mesh):
+            args = arguments(self.batch, self.tokens, self.mesh)
+            adapted = flora.init(self.key, config, loss, state, *args)
+        if self.base != "bf16":
+            target = self.model.target
+            adapted = flora.quantize.quantize(adapted, self.base, target=target)
+        return loss, adapted
+
+    def layers(self, kinds: Sequence[str]) -> Plan:
+        """The costs of a model with these layers, compiled."""
+        start = time.perf_counter()
+        loss, adapted = self.adapted(kinds)
+        inputs = _plan.inputs(adapted, *arguments(self.batch, self.tokens, self.mesh))
+        with as_on(self.mesh):
+            step = _plan.train_step(flora.lora(loss))
+            traced = _plan.traced(step, self.mesh, inputs)
+            lowered = traced.lower()
+        found = _plan.compiled_costs(lowered)
+        return Plan(
+            f"{len(kinds)} layers",
+            time.perf_counter() - start,
+            flops=_plan.product_flops(traced.jaxpr) / self.mesh.size,
+            **_plan.argument_bytes(*inputs[:3]),
+            **found,
+        )
+
+    def frozen(self, kinds: Sequence[str]) -> Plan:
+        """The costs of the model's own loss and a gradient through all of it."""
+        start = time.perf_counter()
+        loss, state = built(self.model, kinds)
+        state = _plan.place(state, flora.sharding.shardings(state, mesh=self.mesh))
+        flat, treedef = jax.tree_util.tree_flatten_with_path(state)
+        paths = [jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in flat]
+        first = [x.startswith(self.model.first_norm) for x in paths].index(True)
+        leaves = [x for _, x in flat]
+
+        def of_norm(scale: Any, leaves: list[Any], *args: Any) -> Any:
+            leaves = [*leaves[:first], scale, *leaves[first + 1 :]]
+            return loss(treedef.unflatten(leaves), *args)
+
+        with as_on(self.mesh):
+            args = arguments(self.batch, self.tokens, self.mesh)
+            traced = jax.jit(jax.value_and_grad(of_norm)).trace(
+                leaves[first], leaves, *args
+            )
+            lowered = traced.lower()
+        found = _plan.compiled_costs(lowered)
+        flops = _plan.product_flops(traced.jaxpr) / self.mesh.size
+        return Plan("frozen", time.perf_counter() - start, flops=flops, **found)
+
+    def held(self, kinds: Sequence[str]) -> Plan:
+        """What such a model's arrays take; the step is not compiled."""
+        start = time.perf_counter()
+        _, adapted = self.adapted(kinds)
+        sizes = _plan.argument_bytes(*_plan.inputs(adapted)[:3])
+        return Plan("", time.perf_counter() - start, **sizes)
+
+
+def covered(model: Model, kinds: Sequence[str], mesh: Mesh, args: Any) -> Any:
+    """What flora can factor of a model with these layers."""
+    loss, state = built(model, kinds)
+    with as_on(mesh):
+        return flora.coverage(loss, state, *arguments(args.batch, args.tokens, mesh))
+
+
+SUMMED = ("temp", "flops", "cycles")
+
+
+def extrapolated(compiled: Callable, kinds: Sequence[str]) -> Plan:
+    """The costs of a stack of layers, from those of one and two.
+
+    f(stack) = f(first) + the sum over each further layer's kind of
+    f(first, kind) - f(first).
+    """
+    first, *rest = kinds
+    one = compiled((first,))
+    total = {name: getattr(one, name) for name in SUMMED}
+    moved, seconds = dict(one.collectives), one.seconds
+    for kind in dict.fromkeys(rest):
+        two, count = compiled((first, kind)), rest.count(kind)
+        seconds += two.seconds
+        for name in SUMMED:
+            total[name] += count * (getattr(two, name) - getattr(one, name))
+        for name in {*one.collectives, *two.collectives}:
+            more = two.collectives.get(name, 0) - one.collectives.get(name, 0)
+            moved[name] = moved.get(name, 0) + count * more
+    return Plan("", seconds, collectives=moved, **total)
+
+
+def plan(case: Case, *, frozen: bool = False, check: int = 0) -> list[Plan]:
+    """The plan of the whole, the frozen model's, and a check of the sums."""
+    compiled = functools.cache(case.layers)
+
+    def summed(kinds: tuple[str, ...], title: str) -> Plan:
+        held, found = case.held(kinds), extrapolated(compiled, kinds)
+        seconds = held.seconds + found.seconds
+        peak = held.base + held.adapter + held.optimizer + found.temp
+        return dataclasses.replace(
+            found,
+            mesh=title,
+            seconds=seconds,
+            peak=peak,
+            base=held.base,
+            adapter=held.adapter,
+            optimizer=held.optimizer,
+        )
+
+    kinds = case.model.kinds
+    plans = [summed(kinds, f"{len(kinds)} layers")]
+    if frozen:
+        found = extrapolated(functools.cache(case.frozen), kinds)
+        plans.append(dataclasses.replace(found, mesh="frozen"))
+    if check:
+        plans.append(summed(kinds[:check], f"{check}, summed"))
+        whole = compiled(kinds[:check])
+        plans.append(dataclasses.replace(whole, mesh=f"{check}, compiled"))
+    return plans
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=MODELS, default="gemma4-31b")
+    parser.add_argument("--topology", default="v5p:2x2x1", help="such as v5e:4x4")
+    parser.add_argument("--mesh", default="4x1", help="FSDP x TP")
+    parser.add_argument("--base", choices=("bf16", "int8", "int4"), default="bf16")
+    parser.add_argument("--batch", type=int, default=8, help="sequences, of all chips")
+    parser.add_argument("--tokens", type=int, default=2048, help="of each sequence")
+    parser.add_argument("--frozen", action="store_true", help="the model's own step")
+    parser.add_argument("--check", type=int, default=0, help="layers in one program")
+    parser.add_argument("--coverage", action="store_true", help="no compiler")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> list[Plan]:
+    """Parses the options, plans, prints the table."""
+    args, console, start = parse(argv), Console(), time.perf_counter()
+    model, chip = MODELS[args.model], args.topology.split(":")[0]
+    key = jax.random.key(0)  # before any mesh is set: on its chips nothing can be drawn
+    fsdp, tp = map(int, args.mesh.split("x"))
+    mesh = _tpu.mesh(args.topology, fsdp=fsdp, tp=tp)
+    if args.coverage:
+        each = tuple(dict.fromkeys(model.kinds))
+        print(covered(model, each, mesh, args), "\n\nAll layers:")
+        print(str(covered(model, model.kinds, mesh, args)).splitlines()[0])
+        return []
+    case = Case(model, mesh, args.base, args.batch, args.tokens, key)
+    plans = plan(case, frozen=args.frozen, check=args.check)
+    title = (
+        f"{args.model} on {args.topology}, fsdp x tp {args.mesh}, {args.base} base, "
+        f"{args.batch} x {args.tokens} tokens, rank {RANK}; per chip: GiB, of "
+        f"{_tpu.HBM[chip]}"
+    )
+    console.print(_report.versions("libtpu", "google-tunix"), highlight=False)
+    console.print(_plan.table(title, plans, chip))
+    console.print(
+        f"Planned in {time.perf_counter() - start:.0f} s, with "
+        f"{_report.peak_bytes() / 2**30:.1f} GiB of this machine's memory.",
+        highlight=False,
+    )
+    return plans
+
+
+if __name__ == "__main__":
+    main()

@@ -147,9 +147,10 @@ def as_on(mesh: Mesh) -> Iterator[None]:
     themselves `with mesh:` is all.
     """
     chips = list(mesh.devices.flat)
-    with warnings.catch_warnings(), jax.set_mesh(mesh), mesh:
-        warnings.simplefilter("ignore")
-        with mock.patch.object(jax, "devices", return_value=chips):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of `with mesh:`
+        devices = mock.patch.object(jax, "devices", return_value=chips)
+        with jax.set_mesh(mesh), mesh, devices:
             yield
 
 
@@ -302,6 +303,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048, help="of each sequence")
     parser.add_argument("--frozen", action="store_true", help="the model's own step")
     parser.add_argument("--check", type=int, default=0, help="layers in one program")
+    parser.add_argument(
+        "--quick", action="store_true", help="no cycles, in a third of the time"
+    )
     parser.add_argument("--coverage", action="store_true", help="no compiler")
     return parser.parse_args(argv)
 
@@ -319,7 +323,11 @@ def main(argv: list[str] | None = None) -> list[Plan]:
         print(str(covered(model, model.kinds, mesh, args)).splitlines()[0])
         return []
     case = Case(model, mesh, args.base, args.batch, args.tokens, key)
+    if args.quick:
+        jax.config.update("jax_optimization_level", "O1")
     plans = plan(case, frozen=args.frozen, check=args.check)
+    if args.quick:
+        plans = [dataclasses.replace(x, cycles=0) for x in plans]
     title = (
         f"{args.model} on {args.topology}, fsdp x tp {args.mesh}, {args.base} base, "
         f"{args.batch} x {args.tokens} tokens, rank {RANK}; per chip: GiB, of "

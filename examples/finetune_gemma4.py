@@ -14,6 +14,7 @@ another mesh, and leave as an adapter of PEFT and as a merged checkpoint.
 """
 
 import argparse
+import importlib
 import json
 import pathlib
 import time
@@ -55,6 +56,11 @@ TINY = {
     "sliding_window_size": 4, "k_eq_v_global": True, "attention_pattern": None,
     "final_logit_softcap": 30.0, "per_layer_input_dim": 0,
 }  # fmt: skip
+
+
+def tunix() -> Any:
+    """Its module of Gemma 4; what reads a run's files needs none."""
+    return importlib.import_module("tunix.models.gemma4.model")
 
 
 def is_global(config: Any, i: int) -> bool:
@@ -142,9 +148,7 @@ def hf_config(config: Any) -> dict[str, Any]:
 
 def plain(config: Any) -> tuple[Callable, Any]:
     """`logits(state, ids)` of Tunix's model, and its state as shapes with metadata."""
-    from tunix.models.gemma4.model import Gemma4
-
-    model = nnx.eval_shape(lambda: Gemma4(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: tunix().Gemma4(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
 
     def logits(state: Any, ids: jax.Array) -> jax.Array:
@@ -210,9 +214,7 @@ def trainer(logits: Callable, adapted: Any) -> tuple[Callable, Any]:
 
 def run(folder: pathlib.Path, sizes: dict[str, Any], steps: int) -> list[float]:
     """Trains half of the steps on one mesh and half on another; returns the losses."""
-    from tunix.models.gemma4.model import ModelConfig
-
-    config = ModelConfig(**sizes)
+    config = tunix().ModelConfig(**sizes)
     random_checkpoint(folder / "base", config)
     logits, shapes = plain(config)
     names = tensors(config, "model.")
@@ -259,15 +261,13 @@ def run(folder: pathlib.Path, sizes: dict[str, Any], steps: int) -> list[float]:
 
 def check(folder: pathlib.Path) -> dict[str, float]:
     """The largest differences of transformers' and PEFT's logits, to max|logits|."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
+    wanted = ("torch", "peft", "transformers")
+    torch, peft, hf = (importlib.import_module(name) for name in wanted)
     ours = np.load(folder / "logits.npz")
     ids = torch.tensor(ours["ids"], dtype=torch.long)
 
     def loaded(name: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder / name, dtype="float32")
+        return hf.AutoModelForCausalLM.from_pretrained(folder / name, dtype="float32")
 
     def error(model: Any, name: str) -> float:
         with torch.no_grad():
@@ -275,7 +275,7 @@ def check(folder: pathlib.Path) -> dict[str, float]:
         return float(abs(theirs - ours[name]).max() / abs(ours[name]).max())
 
     found = {"base": error(loaded("base"), "base")}
-    model = PeftModel.from_pretrained(loaded("base"), folder / "adapter")
+    model = peft.PeftModel.from_pretrained(loaded("base"), folder / "adapter")
     found["adapter"] = error(model, "adapted")
     found["adapter, merged by PEFT"] = error(model.merge_and_unload(), "adapted")
     return found | {"merged checkpoint": error(loaded("merged"), "adapted")}

@@ -46,60 +46,13 @@ LOCAL, GLOBAL = "LOCAL_SLIDING", "GLOBAL"
 RANK = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A decoder of another package.
-
-    Attributes:
-      package: the module that has it, and `name`, its class.
-      sizes: the classmethod of its `ModelConfig`.
-      kinds: of its layers, from the first to the last.
-      target: what has factors: every linear layer that flora can factor.
-      first_norm: the path of the scale in front of everything that is adapted.
-    """
-
-    package: str
-    name: str
-    sizes: str
-    kinds: tuple[str, ...]
-    target: tuple[str, ...]
-    first_norm: str
-
-
-MODELS = {
-    "gemma4-31b": Model(
-        "tunix.models.gemma4.model",
-        "Gemma4",
-        "gemma4_31b",
-        (*[LOCAL] * 5, GLOBAL) * 10,
-        ("attn/*_einsum/w", "mlp/*_proj/kernel"),
-        "layers/0/pre_attention_norm/scale",
-    ),
-    # On a mesh of TPUs Tunix's experts are a Pallas kernel, which has no factors.
-    "qwen3-30b-a3b": Model(
-        "tunix.models.qwen3.model",
-        "Qwen3",
-        "qwen3_30b_a3b",
-        ("experts",) * 48,
-        ("attn/*_proj/w", "router/kernel"),
-        "layers/0/input_layernorm/w",
-    ),
-    "llama3-70b": Model(
-        "tunix.models.llama3.model",
-        "Llama3",
-        "llama3_70b",
-        ("layer",) * 80,
-        ("attn/*_proj/w", "mlp/*_proj/kernel"),
-        "layers/0/input_layernorm/w",
-    ),
-}
-
-
-def built(model: Model, kinds: Sequence[str]) -> tuple[Callable, Any]:
-    """The loss of a model with these layers, and its state: shapes with metadata."""
-    module = importlib.import_module(model.package)
-    sizes = getattr(module.ModelConfig, model.sizes)()
-    known = {x.name for x in dataclasses.fields(sizes)}
+def of_tunix(
+    package: str, name: str, sizes: str, kinds: Sequence[str]
+) -> tuple[Callable, Any]:
+    """The loss of Tunix's model with these layers, and its state: shapes, metadata."""
+    module = importlib.import_module(f"tunix.models.{package}.model")
+    config = getattr(module.ModelConfig, sizes)()
+    known = {x.name for x in dataclasses.fields(config)}
     wanted = {
         "num_layers": len(kinds),
         "dtype": jnp.bfloat16,
@@ -108,9 +61,9 @@ def built(model: Model, kinds: Sequence[str]) -> tuple[Callable, Any]:
     }
     if "attention_pattern" in known:
         wanted["attention_pattern"] = tuple(module.AttentionType[x] for x in kinds)
-    sizes = dataclasses.replace(sizes, **{k: wanted[k] for k in known & {*wanted}})
-    make = getattr(module, model.name)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(sizes, rngs=nnx.Rngs(0))))
+    config = dataclasses.replace(config, **{k: wanted[k] for k in known & {*wanted}})
+    make = getattr(module, name)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0))))
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), state
     )  # Llama3's config has no dtype
@@ -120,6 +73,95 @@ def built(model: Model, kinds: Sequence[str]) -> tuple[Callable, Any]:
         return next_token_loss(logits, ids)
 
     return loss, state
+
+
+def of_deepmind(name: str, kinds: Sequence[str]) -> tuple[Callable, Any]:
+    """The loss of a Gemma 4 of the package gemma, and its parameters' shapes."""
+    make = getattr(importlib.import_module("gemma.gm").nn, name)
+    known = importlib.import_module("gemma.gm.nn.gemma4._modules").AttentionType
+    config = dataclasses.replace(
+        make().config, attention_types=tuple(known[x] for x in kinds)
+    )
+    model = make(config=config)
+
+    def loss(params: Any, ids: jax.Array, positions: jax.Array, mask: jax.Array) -> Any:
+        out = model.apply(params, ids, positions=positions, attention_mask=mask)
+        return next_token_loss(out.logits, ids)
+
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    key = jax.eval_shape(jax.random.key, 0)
+    return loss, jax.eval_shape(model.init, key, ids)
+
+
+def largest_axis(state: Any, mesh: Mesh) -> Any:
+    """The largest axis of each array over all chips: `kd.sharding.FSDPSharding`.
+
+    gemma's Linen modules say nothing of shardings; that is its trainer's rule.
+    """
+
+    def one(x: Any) -> NamedSharding:
+        divide = [i for i, n in enumerate(x.shape) if n % mesh.size == 0]
+        if x.size * x.dtype.itemsize <= 4 * 2**20 or not divide:
+            return NamedSharding(mesh, PartitionSpec())
+        axis = max(divide, key=lambda i: x.shape[i])
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
+
+    return jax.tree.map(one, state)
+
+
+def by_metadata(state: Any, mesh: Mesh) -> Any:
+    """What the model's own variables say."""
+    return flora.sharding.shardings(state, mesh=mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder of another package, as it is.
+
+    Attributes:
+      build: `(kinds of layers)` to its loss and the shapes of its weights.
+      kinds: of its layers, from the first to the last.
+      target: what has factors: every linear layer that flora can factor.
+      first_norm: the path of the scale in front of everything that is adapted.
+      places: `(weights, mesh)` to their shardings.
+    """
+
+    build: Callable[[Sequence[str]], tuple[Callable, Any]]
+    kinds: tuple[str, ...]
+    target: tuple[str, ...]
+    first_norm: str
+    places: Callable[[Any, Mesh], Any] = by_metadata
+
+
+GEMMA = (*[LOCAL] * 5, GLOBAL) * 10
+MODELS = {
+    "gemma4-31b": Model(
+        functools.partial(of_tunix, "gemma4", "Gemma4", "gemma4_31b"),
+        GEMMA,
+        ("attn/*_einsum/w", "mlp/*_proj/kernel"),
+        "layers/0/pre_attention_norm/scale",
+    ),
+    "gemma4-31b-linen": Model(
+        functools.partial(of_deepmind, "Gemma4_31B"),
+        GEMMA,
+        ("attn/*_einsum/w", "mlp/gating_einsum", "mlp/linear"),
+        "params/layer_0/pre_attention_norm/scale",
+        largest_axis,
+    ),
+    # On a mesh of TPUs Tunix's experts are a Pallas kernel, which has no factors.
+    "qwen3-30b-a3b": Model(
+        functools.partial(of_tunix, "qwen3", "Qwen3", "qwen3_30b_a3b"),
+        ("experts",) * 48,
+        ("attn/*_proj/w", "router/kernel"),
+        "layers/0/input_layernorm/w",
+    ),
+    "llama3-70b": Model(
+        functools.partial(of_tunix, "llama3", "Llama3", "llama3_70b"),
+        ("layer",) * 80,
+        ("attn/*_proj/w", "mlp/*_proj/kernel"),
+        "layers/0/input_layernorm/w",
+    ),
+}
 
 
 def next_token_loss(logits: jax.Array, ids: jax.Array) -> jax.Array:
@@ -165,11 +207,14 @@ class Case:
     tokens: int
     key: Any
 
+    def placed(self, kinds: Sequence[str]) -> tuple[Callable, Any]:
+        """The loss and the weights, each to lie where the model says."""
+        loss, state = self.model.build(kinds)
+        return loss, _plan.place(state, self.model.places(state, self.mesh))
+
     def adapted(self, kinds: Sequence[str]) -> tuple[Callable, Any]:
-        """The loss and the adapted state, each array where the metadata says."""
-        loss, state = built(self.model, kinds)
-        places = flora.sharding.shardings(state, mesh=self.mesh)
-        state = _plan.place(state, places)
+        """The loss and the adapted state: A and B lie as their weights do."""
+        loss, state = self.placed(kinds)
         config = flora.LoraConfig(rank=RANK, alpha=RANK, target=self.model.target)
         with as_on(self.mesh):
             args = arguments(self.batch, self.tokens, self.mesh)
@@ -188,20 +233,13 @@ class Case:
             step = _plan.train_step(flora.lora(loss))
             traced = _plan.traced(step, self.mesh, inputs)
             lowered = traced.lower()
-        found = _plan.compiled_costs(lowered)
-        return Plan(
-            f"{len(kinds)} layers",
-            time.perf_counter() - start,
-            flops=_plan.product_flops(traced.jaxpr) / self.mesh.size,
-            **_plan.argument_bytes(*inputs[:3]),
-            **found,
-        )
+        held = _plan.argument_bytes(*inputs[:3])
+        return self.compiled(f"{len(kinds)} layers", start, traced, lowered, **held)
 
     def frozen(self, kinds: Sequence[str]) -> Plan:
         """The costs of the model's own loss and a gradient through all of it."""
         start = time.perf_counter()
-        loss, state = built(self.model, kinds)
-        state = _plan.place(state, flora.sharding.shardings(state, mesh=self.mesh))
+        loss, state = self.placed(kinds)
         flat, treedef = jax.tree_util.tree_flatten_with_path(state)
         paths = [jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in flat]
         first = [x.startswith(self.model.first_norm) for x in paths].index(True)
@@ -217,21 +255,29 @@ class Case:
                 leaves[first], leaves, *args
             )
             lowered = traced.lower()
+        return self.compiled(f"{len(kinds)} frozen layers", start, traced, lowered)
+
+    def compiled(
+        self, title: str, start: float, traced: Any, lowered: Any, **held: Any
+    ) -> Plan:
+        """A plan of what was lowered; says so, since it takes a while."""
         found = _plan.compiled_costs(lowered)
         flops = _plan.product_flops(traced.jaxpr) / self.mesh.size
-        return Plan("frozen", time.perf_counter() - start, flops=flops, **found)
+        result = Plan(title, time.perf_counter() - start, flops=flops, **held, **found)
+        print(f"{title}: {result.seconds:.0f} s", flush=True)
+        return result
 
     def held(self, kinds: Sequence[str]) -> Plan:
         """What such a model's arrays take; the step is not compiled."""
         start = time.perf_counter()
         _, adapted = self.adapted(kinds)
-        sizes = _plan.argument_bytes(*_plan.inputs(adapted)[:3])
+        sizes: dict[str, Any] = _plan.argument_bytes(*_plan.inputs(adapted)[:3])
         return Plan("", time.perf_counter() - start, **sizes)
 
 
 def covered(model: Model, kinds: Sequence[str], mesh: Mesh, args: Any) -> Any:
     """What flora can factor of a model with these layers."""
-    loss, state = built(model, kinds)
+    loss, state = model.build(kinds)
     with as_on(mesh):
         return flora.coverage(loss, state, *arguments(args.batch, args.tokens, mesh))
 
@@ -248,16 +294,16 @@ def extrapolated(compiled: Callable, kinds: Sequence[str]) -> Plan:
     first, *rest = kinds
     one = compiled((first,))
     total = {name: getattr(one, name) for name in SUMMED}
-    moved, seconds = dict(one.collectives), one.seconds
+    moved, seconds, problem = dict(one.collectives), one.seconds, one.problem
     for kind in dict.fromkeys(rest):
         two, count = compiled((first, kind)), rest.count(kind)
-        seconds += two.seconds
+        seconds, problem = seconds + two.seconds, problem or two.problem
         for name in SUMMED:
             total[name] += count * (getattr(two, name) - getattr(one, name))
         for name in {*one.collectives, *two.collectives}:
             more = two.collectives.get(name, 0) - one.collectives.get(name, 0)
             moved[name] = moved.get(name, 0) + count * more
-    return Plan("", seconds, collectives=moved, **total)
+    return Plan("", seconds, collectives=moved, problem=problem, **total)
 
 
 def plan(case: Case, *, frozen: bool = False, check: int = 0) -> list[Plan]:
@@ -336,7 +382,8 @@ def main(argv: list[str] | None = None) -> list[Plan]:
     console.print(_report.versions("libtpu", "google-tunix"), highlight=False)
     console.print(_plan.table(title, plans, chip))
     console.print(
-        f"Planned in {time.perf_counter() - start:.0f} s, with "
+        f"Planned in {time.perf_counter() - start:.0f} s "
+        f"({time.process_time():.0f} s of one core), with "
         f"{_report.peak_bytes() / 2**30:.1f} GiB of this machine's memory.",
         highlight=False,
     )

@@ -1,5 +1,6 @@
 """Plans of other packages' decoders, and Gemma 4 of Tunix from HF's files and back."""
 
+import importlib
 import types
 
 import _tpu
@@ -78,7 +79,7 @@ LAYOUTS = {
 @third_party
 def test_every_weight_of_gemma_4_31b_is_read_right():
     kinds = (LOCAL, GLOBAL)
-    loss, state = plan_gemma4.built(MODELS["gemma4-31b"], kinds)
+    loss, state = MODELS["gemma4-31b"].build(kinds)
     args = plan_gemma4.arguments(2, 16)
     rows = {x.path: x for x in flora.coverage(loss, state, *args).rows}
     wide = {path for path, x in rows.items() if len(x.shape) > 1}
@@ -91,17 +92,40 @@ def test_every_weight_of_gemma_4_31b_is_read_right():
 
 
 @third_party
+def test_deepminds_own_is_read_the_same():
+    linen = MODELS["gemma4-31b-linen"]
+    loss, params = linen.build((LOCAL, GLOBAL))
+    rows = flora.coverage(loss, params, *plan_gemma4.arguments(2, 16)).rows
+    wide = {x.path.removeprefix("params/"): x for x in rows if len(x.shape) > 1}
+    assert {x.status for x in wide.values()} == {"factored"}
+    for path, x in wide.items():
+        if "attn" in path:
+            known = LAYOUTS[path.split("/", 1)[1]]
+            assert (x.layout.in_, x.layout.out) == known, path
+    gating = wide["layer_0/mlp/gating_einsum"].layout
+    assert (gating.in_, gating.out) == ((2,), (0, 1))
+    assert wide["layer_1/attn/k_einsum/w"].shape == (4, 5376, 512)
+
+
+@third_party
 @pytest.mark.parametrize("name", MODELS)
-def test_sizes_are_those_of_the_package(name):
+def test_norms_come_first_and_layers_are_as_many_as_the_package_has(name):
     model = MODELS[name]
-    module = __import__(model.package, fromlist=["ModelConfig"])
-    sizes = getattr(module.ModelConfig, model.sizes)()
-    assert len(model.kinds) == sizes.num_layers
-    if pattern := getattr(sizes, "attention_pattern", None):
-        assert model.kinds[: len(pattern)] == tuple(x.name for x in pattern)
-    _, state = plan_gemma4.built(model, model.kinds[:1])
-    paths = {"/".join(map(str, k)) for k, _ in nnx.to_flat_state(state)}
-    assert model.first_norm in paths
+    _, state = model.build(model.kinds[:1])
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    paths = [jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in flat]
+    assert [x for x in paths if x.startswith(model.first_norm)]
+    if name == "gemma4-31b-linen":
+        gm = importlib.import_module("gemma.gm")
+        kinds = [x.name for x in gm.nn.Gemma4_31B().config.attention_types]
+    else:
+        package, _, sizes = model.build.args
+        module = importlib.import_module(f"tunix.models.{package}.model")
+        config = getattr(module.ModelConfig, sizes)()
+        pattern = getattr(config, "attention_pattern", None)
+        one = [x.name for x in pattern] if pattern else [model.kinds[0]]
+        kinds = one * (config.num_layers // len(one))
+    assert [*model.kinds] == kinds
 
 
 @third_party
@@ -127,7 +151,7 @@ def test_factors_lie_as_the_metadata_of_the_weights_says(base):
 @pytest.mark.tpu_compiler
 def test_models_see_the_chips_that_they_are_planned_for():
     mesh = _tpu.mesh("v5e:2x2", fsdp=2, tp=2)
-    loss, state = plan_gemma4.built(MODELS["gemma4-31b"], (LOCAL,))
+    loss, state = MODELS["gemma4-31b"].build((LOCAL,))
     args = plan_gemma4.arguments(2, 32, mesh)
     here = str(jax.make_jaxpr(loss)(state, *args))
     with plan_gemma4.as_on(mesh):
@@ -142,9 +166,7 @@ def test_models_see_the_chips_that_they_are_planned_for():
 @pytest.mark.by_hand
 def test_a_plan_of_one_layer(monkeypatch, capsys):
     tiny = {"num_embed": 1024, "embed_dim": 256, "hidden_dim": 512, "head_dim": 128}
-    config = __import__(
-        "tunix.models.gemma4.model", fromlist=["ModelConfig"]
-    ).ModelConfig
+    config = importlib.import_module("tunix.models.gemma4.model").ModelConfig
     whole = config.gemma4_31b()
     small = {k: tiny.get(k, getattr(whole, k)) for k in whole.__slots__}
     monkeypatch.setattr(config, "gemma4_31b", lambda: config(**small))
@@ -163,8 +185,8 @@ SIZES = finetune_gemma4.TINY | {"num_layers": 2}
 
 
 def two_layers():
-    kinds = __import__("tunix.models.gemma4.model", fromlist=["AttentionType"])
-    pattern = (kinds.AttentionType.LOCAL_SLIDING, kinds.AttentionType.GLOBAL)
+    kinds = finetune_gemma4.tunix().AttentionType
+    pattern = (kinds.LOCAL_SLIDING, kinds.GLOBAL)
     return SIZES | {"attention_pattern": pattern}
 
 

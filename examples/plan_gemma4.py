@@ -205,7 +205,6 @@ class Case:
     base: str
     batch: int
     tokens: int
-    key: Any
 
     def placed(self, kinds: Sequence[str]) -> tuple[Callable, Any]:
         """The loss and the weights, each to lie where the model says."""
@@ -218,7 +217,8 @@ class Case:
         config = flora.LoraConfig(rank=RANK, alpha=RANK, target=self.model.target)
         with as_on(self.mesh):
             args = arguments(self.batch, self.tokens, self.mesh)
-            adapted = flora.init(self.key, config, loss, state, *args)
+            key = jax.eval_shape(jax.random.key, 0)  # nothing is drawn
+            adapted = flora.init(key, config, loss, state, *args)
         if self.base != "bf16":
             target = self.model.target
             adapted = flora.quantize.quantize(adapted, self.base, target=target)
@@ -360,7 +360,6 @@ def main(argv: list[str] | None = None) -> list[Plan]:
     """Parses the options, plans, prints the table."""
     args, console, start = parse(argv), Console(), time.perf_counter()
     model, chip = MODELS[args.model], args.topology.split(":")[0]
-    key = jax.random.key(0)  # before any mesh is set: on its chips nothing can be drawn
     fsdp, tp = map(int, args.mesh.split("x"))
     mesh = _tpu.mesh(args.topology, fsdp=fsdp, tp=tp)
     if args.coverage:
@@ -368,7 +367,7 @@ def main(argv: list[str] | None = None) -> list[Plan]:
         print(covered(model, each, mesh, args), "\n\nAll layers:")
         print(str(covered(model, model.kinds, mesh, args)).splitlines()[0])
         return []
-    case = Case(model, mesh, args.base, args.batch, args.tokens, key)
+    case = Case(model, mesh, args.base, args.batch, args.tokens)
     if args.quick:
         jax.config.update("jax_optimization_level", "O1")
     plans = plan(case, frozen=args.frozen, check=args.check)

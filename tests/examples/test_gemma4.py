@@ -17,6 +17,7 @@ from plan_gemma4 import GLOBAL, LOCAL, MODELS
 
 import flora
 import flora.hf
+import flora.nnx
 import flora.peft
 
 # The warnings of other packages are theirs.
@@ -132,8 +133,8 @@ def test_norms_come_first_and_layers_are_as_many_as_the_package_has(name):
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize("base", ["bf16", "int8"])
 def test_factors_lie_as_the_metadata_of_the_weights_says(base):
-    mesh, key = _tpu.mesh("v5e:2x2", fsdp=2, tp=2), jax.random.key(0)
-    case = plan_gemma4.Case(MODELS["gemma4-31b"], mesh, base, 2, 32, key)
+    mesh = _tpu.mesh("v5e:2x2", fsdp=2, tp=2)
+    case = plan_gemma4.Case(MODELS["gemma4-31b"], mesh, base, 2, 32)
     _, adapted = case.adapted((LOCAL, GLOBAL))
     kv = adapted["layers"][0]["attn"]["kv_einsum"]["w"].get_value()
     o = adapted["layers"][1]["attn"]["attn_vec_einsum"]["w"].get_value()
@@ -159,6 +160,25 @@ def test_models_see_the_chips_that_they_are_planned_for():
     assert "sharding_constraint" in there
     assert "sharding_constraint" not in here
     assert jax.devices()[0].platform == "cpu"
+
+
+@third_party
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_tunixs_module_adapts_on_chips_that_are_not_there(dropout):
+    mesh, key = _tpu.mesh("v5e:2x2", fsdp=2, tp=2), jax.random.key(0)
+    config = finetune_gemma4.tunix().ModelConfig(**two_layers())
+    target = finetune_gemma4.TARGET
+    settings = flora.LoraConfig(rank=2, target=target, dropout=dropout)
+    ids, positions, mask = plan_gemma4.arguments(2, 8, mesh)
+    with plan_gemma4.as_on(mesh):
+        model = nnx.eval_shape(
+            lambda: finetune_gemma4.tunix().Gemma4(config, rngs=nnx.Rngs(0))
+        )
+        model = flora.nnx.adapt(key, settings, model, ids, positions, None, mask)
+    kv = model.layers[0].attn.kv_einsum
+    assert (kv.w_lora_a.shape, kv.w_lora_b.shape) == ((32, 2), (2, 2, 4, 8))
+    assert isinstance(kv.w_lora_a.get_value(), jax.ShapeDtypeStruct)
 
 
 @third_party

@@ -241,6 +241,8 @@ def test_on_chips_that_are_not_there_nothing_is_evaluated(name):
         with pytest.raises(Exception, match="local_devices"):
             jax.random.split(key)
         tree = flora.init(key, config, meshed, params, x)
+        no_key = jax.eval_shape(jax.random.key, 0)
+        assert flora.init(no_key, config, meshed, params, x) == tree
         base, adapter = flora.split(tree)
         stored = flora.quantize.quantize(tree, "int8", target="*")
         rows = flora.coverage(meshed, params, x).rows

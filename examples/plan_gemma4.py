@@ -8,15 +8,15 @@ A and B, donated) is compiled by the TPU's compiler for chips that are not there
     pip install -e ".[examples,third-party,tpu-compiler]"
     python examples/plan_gemma4.py --coverage         # seconds: what is factored
     python examples/plan_gemma4.py --topology v5p:2x2x1 --mesh 4x1 --base int8
-    python examples/plan_gemma4.py --model llama3-70b --check 4
+    python examples/plan_gemma4.py --model llama3-70b --cycles
 
-These models are unrolled, and a layer takes the compiler half a minute, so the plan is
-made of a few: with one layer more of each kind the costs grow by that layer's, and the
-whole is the sum.  Memory of base, adapter and optimizer is exact, of all layers.
-`--check N` compiles N layers in one and prints them beside the sum for N.
-
-"frozen" in the table is the model's own loss and its gradient for the scale of its
-first norm, which goes through all layers as a gradient for A and B does.
+These models are unrolled, and the compiler takes its time for each layer.  So temporary
+memory and bytes between chips are those of one and of two periods of layers, at XLA's
+level O1, drawn on to all: f(n) = f(p) + (n/p - 1) (f(2p) - f(p)).  `--whole` compiles
+all layers in one, at O1 too.  What base, adapter and optimizer take is of all layers,
+exact.  `--cycles` compiles one layer and two, at the level that a run has, and sums
+what each kind of layer adds; it does the same for the frozen model: its own loss and
+the gradient for the scale of its first norm, which goes through all layers.
 """
 
 import argparse
@@ -123,6 +123,7 @@ class Model:
       kinds: of its layers, from the first to the last.
       target: what has factors: every linear layer that flora can factor.
       first_norm: the path of the scale in front of everything that is adapted.
+      period: how many layers the smaller of two stacks has.
       places: `(weights, mesh)` to their shardings.
     """
 
@@ -131,6 +132,7 @@ class Model:
     target: tuple[str, ...]
     first_norm: str
     places: Callable[[Any, Mesh], Any] = by_metadata
+    period: int = 4
 
 
 GEMMA = (*[LOCAL] * 5, GLOBAL) * 10
@@ -140,6 +142,7 @@ MODELS = {
         GEMMA,
         ("attn/*_einsum/w", "mlp/*_proj/kernel"),
         "layers/0/pre_attention_norm/scale",
+        period=6,
     ),
     "gemma4-31b-linen": Model(
         functools.partial(of_deepmind, "Gemma4_31B"),
@@ -147,6 +150,7 @@ MODELS = {
         ("attn/*_einsum/w", "mlp/gating_einsum", "mlp/linear"),
         "params/layer_0/pre_attention_norm/scale",
         largest_axis,
+        period=6,
     ),
     # On a mesh of TPUs Tunix's experts are a Pallas kernel, which has no factors.
     "qwen3-30b-a3b": Model(
@@ -224,8 +228,8 @@ class Case:
             adapted = flora.quantize.quantize(adapted, self.base, target=target)
         return loss, adapted
 
-    def layers(self, kinds: Sequence[str]) -> Plan:
-        """The costs of a model with these layers, compiled."""
+    def layers(self, kinds: Sequence[str], level: str = "UNKNOWN") -> Plan:
+        """The costs of a model with these layers, compiled at a level of XLA's."""
         start = time.perf_counter()
         loss, adapted = self.adapted(kinds)
         inputs = _plan.inputs(adapted, *arguments(self.batch, self.tokens, self.mesh))
@@ -234,7 +238,8 @@ class Case:
             traced = _plan.traced(step, self.mesh, inputs)
             lowered = traced.lower()
         held = _plan.argument_bytes(*inputs[:3])
-        return self.compiled(f"{len(kinds)} layers", start, traced, lowered, **held)
+        title = f"{len(kinds)} layers"
+        return self.compiled(title, start, traced, lowered, level, **held)
 
     def frozen(self, kinds: Sequence[str]) -> Plan:
         """The costs of the model's own loss and a gradient through all of it."""
@@ -255,12 +260,20 @@ class Case:
                 leaves[first], leaves, *args
             )
             lowered = traced.lower()
-        return self.compiled(f"{len(kinds)} frozen layers", start, traced, lowered)
+        title = f"{len(kinds)} layers, frozen"
+        return self.compiled(title, start, traced, lowered, "UNKNOWN")
 
     def compiled(
-        self, title: str, start: float, traced: Any, lowered: Any, **held: Any
+        self,
+        title: str,
+        start: float,
+        traced: Any,
+        lowered: Any,
+        level: str,
+        **held: Any,
     ) -> Plan:
         """A plan of what was lowered; says so, since it takes a while."""
+        jax.config.update("jax_optimization_level", level)
         found = _plan.compiled_costs(lowered)
         flops = _plan.product_flops(traced.jaxpr) / self.mesh.size
         result = Plan(title, time.perf_counter() - start, flops=flops, **held, **found)
@@ -282,57 +295,70 @@ def covered(model: Model, kinds: Sequence[str], mesh: Mesh, args: Any) -> Any:
         return flora.coverage(loss, state, *arguments(args.batch, args.tokens, mesh))
 
 
-SUMMED = ("temp", "flops", "cycles")
+def lengthened(short: Plan, long: Plan, times: float) -> Plan:
+    """Of `times` as many layers as `short` has; `long` has twice as many.
+
+    f(n) = f(p) + (n/p - 1) (f(2p) - f(p)).
+    """
+
+    def drawn_on(one: float, two: float) -> float:
+        return one + (times - 1) * (two - one)
+
+    moved = {*short.collectives, *long.collectives}
+    return Plan(
+        "",
+        short.seconds + long.seconds,
+        temp=drawn_on(short.temp, long.temp),
+        flops=drawn_on(short.flops, long.flops),
+        collectives={
+            k: int(drawn_on(short.collectives.get(k, 0), long.collectives.get(k, 0)))
+            for k in moved
+        },
+        problem=short.problem or long.problem,
+    )
 
 
-def extrapolated(compiled: Callable, kinds: Sequence[str]) -> Plan:
-    """The costs of a stack of layers, from those of one and two.
+def summed(compiled: Callable, kinds: Sequence[str]) -> tuple[float, float]:
+    """Cycles of a stack of layers, and the seconds to find them out.
 
     f(stack) = f(first) + the sum over each further layer's kind of
     f(first, kind) - f(first).
     """
     first, *rest = kinds
     one = compiled((first,))
-    total = {name: getattr(one, name) for name in SUMMED}
-    moved, seconds, problem = dict(one.collectives), one.seconds, one.problem
+    cycles, seconds = one.cycles, one.seconds
     for kind in dict.fromkeys(rest):
-        two, count = compiled((first, kind)), rest.count(kind)
-        seconds, problem = seconds + two.seconds, problem or two.problem
-        for name in SUMMED:
-            total[name] += count * (getattr(two, name) - getattr(one, name))
-        for name in {*one.collectives, *two.collectives}:
-            more = two.collectives.get(name, 0) - one.collectives.get(name, 0)
-            moved[name] = moved.get(name, 0) + count * more
-    return Plan("", seconds, collectives=moved, problem=problem, **total)
+        two = compiled((first, kind))
+        cycles += rest.count(kind) * (two.cycles - one.cycles)
+        seconds += two.seconds
+    return cycles, seconds
 
 
-def plan(case: Case, *, frozen: bool = False, check: int = 0) -> list[Plan]:
-    """The plan of the whole, the frozen model's, and a check of the sums."""
-    compiled = functools.cache(case.layers)
-
-    def summed(kinds: tuple[str, ...], title: str) -> Plan:
-        held, found = case.held(kinds), extrapolated(compiled, kinds)
-        seconds = held.seconds + found.seconds
-        peak = held.base + held.adapter + held.optimizer + found.temp
-        return dataclasses.replace(
-            found,
-            mesh=title,
-            seconds=seconds,
-            peak=peak,
-            base=held.base,
-            adapter=held.adapter,
-            optimizer=held.optimizer,
-        )
-
-    kinds = case.model.kinds
-    plans = [summed(kinds, f"{len(kinds)} layers")]
-    if frozen:
-        found = extrapolated(functools.cache(case.frozen), kinds)
-        plans.append(dataclasses.replace(found, mesh="frozen"))
-    if check:
-        plans.append(summed(kinds[:check], f"{check}, summed"))
-        whole = compiled(kinds[:check])
-        plans.append(dataclasses.replace(whole, mesh=f"{check}, compiled"))
+def plan(case: Case, *, cycles: bool = False, whole: bool = False) -> list[Plan]:
+    """The plan of all layers; those of the frozen model, and of all in one program."""
+    kinds, few = case.model.kinds, case.model.period
+    held = case.held(kinds)
+    short, long = (case.layers(kinds[:n], "O1") for n in (few, 2 * few))
+    found = lengthened(short, long, len(kinds) / few)
+    result = dataclasses.replace(
+        found,
+        mesh=f"{len(kinds)} layers",
+        seconds=held.seconds + found.seconds,
+        base=held.base,
+        adapter=held.adapter,
+        optimizer=held.optimizer,
+        peak=held.base + held.adapter + held.optimizer + found.temp,
+    )
+    plans = [result]
+    if cycles:
+        mine, seconds = summed(case.layers, kinds)
+        more = {"cycles": mine, "seconds": result.seconds + seconds}
+        plans = [dataclasses.replace(result, **more)]
+        theirs, seconds = summed(case.frozen, kinds)
+        plans.append(Plan("frozen", seconds, cycles=theirs))
+    if whole:
+        one = case.layers(kinds, "O1")
+        plans.append(dataclasses.replace(one, mesh="in one", cycles=0))
     return plans
 
 
@@ -347,11 +373,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", choices=("bf16", "int8", "int4"), default="bf16")
     parser.add_argument("--batch", type=int, default=8, help="sequences, of all chips")
     parser.add_argument("--tokens", type=int, default=2048, help="of each sequence")
-    parser.add_argument("--frozen", action="store_true", help="the model's own step")
-    parser.add_argument("--check", type=int, default=0, help="layers in one program")
-    parser.add_argument(
-        "--quick", action="store_true", help="no cycles, in a third of the time"
-    )
+    parser.add_argument("--cycles", action="store_true", help="and the frozen model's")
+    parser.add_argument("--whole", action="store_true", help="all layers in one, too")
     parser.add_argument("--coverage", action="store_true", help="no compiler")
     return parser.parse_args(argv)
 
@@ -368,11 +391,7 @@ def main(argv: list[str] | None = None) -> list[Plan]:
         print(str(covered(model, model.kinds, mesh, args)).splitlines()[0])
         return []
     case = Case(model, mesh, args.base, args.batch, args.tokens)
-    if args.quick:
-        jax.config.update("jax_optimization_level", "O1")
-    plans = plan(case, frozen=args.frozen, check=args.check)
-    if args.quick:
-        plans = [dataclasses.replace(x, cycles=0) for x in plans]
+    plans = plan(case, cycles=args.cycles, whole=args.whole)
     title = (
         f"{args.model} on {args.topology}, fsdp x tp {args.mesh}, {args.base} base, "
         f"{args.batch} x {args.tokens} tokens, rank {RANK}; per chip: GiB, of "

@@ -153,7 +153,9 @@ def table(title: str, plans: list[Plan], chip: str) -> Table:
 
     for kind in ("base", "adapter", "optimizer", "temp", "peak"):
         row(f"{kind}, GiB", lambda x, kind=kind: getattr(x, kind) / 2**30, ".2f")
-    result.add_row("fits", *("yes" if x.fits(chip) else "no" for x in plans))
+    known = [bool(x.peak or x.problem) for x in plans]
+    fits = (("yes" if x.fits(chip) else "no") * k for x, k in zip(plans, known))
+    result.add_row("fits", *fits)
     row("TFLOPs", lambda x: x.flops / 1e12, ".1f")
     row("Mcycles", lambda x: x.cycles / 1e6, ".0f")
     for kind in sorted({kind for x in plans for kind in x.collectives}):

@@ -153,9 +153,10 @@ def table(title: str, plans: list[Plan], chip: str) -> Table:
 
     for kind in ("base", "adapter", "optimizer", "temp", "peak"):
         row(f"{kind}, GiB", lambda x, kind=kind: getattr(x, kind) / 2**30, ".2f")
-    known = [bool(x.peak or x.problem) for x in plans]
-    fits = (("yes" if x.fits(chip) else "no") * k for x, k in zip(plans, known))
-    result.add_row("fits", *fits)
+    answers = {True: "yes", False: "no"}
+    result.add_row(
+        "fits", *(answers[x.fits(chip)] if x.peak or x.problem else "" for x in plans)
+    )
     row("TFLOPs", lambda x: x.flops / 1e12, ".1f")
     row("Mcycles", lambda x: x.cycles / 1e6, ".0f")
     for kind in sorted({kind for x in plans for kind in x.collectives}):

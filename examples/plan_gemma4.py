@@ -10,13 +10,13 @@ A and B, donated) is compiled by the TPU's compiler for chips that are not there
     python examples/plan_gemma4.py --topology v5p:2x2x1 --mesh 4x1 --base int8
     python examples/plan_gemma4.py --model llama3-70b --cycles
 
-These models are unrolled, and the compiler takes its time for each layer.  So temporary
-memory and bytes between chips are those of one and of two periods of layers, at XLA's
-level O1, drawn on to all: f(n) = f(p) + (n/p - 1) (f(2p) - f(p)).  `--whole` compiles
-all layers in one, at O1 too.  What base, adapter and optimizer take is of all layers,
-exact.  `--cycles` compiles one layer and two, at the level that a run has, and sums
-what each kind of layer adds; it does the same for the frozen model: its own loss and
-the gradient for the scale of its first norm, which goes through all layers.
+All layers are compiled in one program at XLA's level O1, which takes minutes for these
+unrolled models: memory and bytes between chips are of that.  `--layers 12` plans the
+first twelve alone.  `--cycles` compiles one layer and two at the level that a run has
+(O1's cycles are not those), and sums what each kind of layer adds:
+f(all) = f(first) + the sum over each further layer of f(first, its kind) - f(first);
+the same for the frozen model: its own loss and the gradient for the scale of its first
+norm, which goes through all layers as those for A and B do.
 """
 
 import argparse
@@ -123,7 +123,6 @@ class Model:
       kinds: of its layers, from the first to the last.
       target: what has factors: every linear layer that flora can factor.
       first_norm: the path of the scale in front of everything that is adapted.
-      period: how many layers the smaller of two stacks has.
       places: `(weights, mesh)` to their shardings.
     """
 
@@ -132,7 +131,6 @@ class Model:
     target: tuple[str, ...]
     first_norm: str
     places: Callable[[Any, Mesh], Any] = by_metadata
-    period: int = 4
 
 
 GEMMA = (*[LOCAL] * 5, GLOBAL) * 10
@@ -142,7 +140,6 @@ MODELS = {
         GEMMA,
         ("attn/*_einsum/w", "mlp/*_proj/kernel"),
         "layers/0/pre_attention_norm/scale",
-        period=6,
     ),
     "gemma4-31b-linen": Model(
         functools.partial(of_deepmind, "Gemma4_31B"),
@@ -150,7 +147,6 @@ MODELS = {
         ("attn/*_einsum/w", "mlp/gating_einsum", "mlp/linear"),
         "params/layer_0/pre_attention_norm/scale",
         largest_axis,
-        period=6,
     ),
     # On a mesh of TPUs Tunix's experts are a Pallas kernel, which has no factors.
     "qwen3-30b-a3b": Model(
@@ -280,42 +276,12 @@ class Case:
         print(f"{title}: {result.seconds:.0f} s", flush=True)
         return result
 
-    def held(self, kinds: Sequence[str]) -> Plan:
-        """What such a model's arrays take; the step is not compiled."""
-        start = time.perf_counter()
-        _, adapted = self.adapted(kinds)
-        sizes: dict[str, Any] = _plan.argument_bytes(*_plan.inputs(adapted)[:3])
-        return Plan("", time.perf_counter() - start, **sizes)
-
 
 def covered(model: Model, kinds: Sequence[str], mesh: Mesh, args: Any) -> Any:
     """What flora can factor of a model with these layers."""
     loss, state = model.build(kinds)
     with as_on(mesh):
         return flora.coverage(loss, state, *arguments(args.batch, args.tokens, mesh))
-
-
-def lengthened(short: Plan, long: Plan, times: float) -> Plan:
-    """Of `times` as many layers as `short` has; `long` has twice as many.
-
-    f(n) = f(p) + (n/p - 1) (f(2p) - f(p)).
-    """
-
-    def drawn_on(one: float, two: float) -> float:
-        return one + (times - 1) * (two - one)
-
-    moved = {*short.collectives, *long.collectives}
-    return Plan(
-        "",
-        short.seconds + long.seconds,
-        temp=drawn_on(short.temp, long.temp),
-        flops=drawn_on(short.flops, long.flops),
-        collectives={
-            k: int(drawn_on(short.collectives.get(k, 0), long.collectives.get(k, 0)))
-            for k in moved
-        },
-        problem=short.problem or long.problem,
-    )
 
 
 def summed(compiled: Callable, kinds: Sequence[str]) -> tuple[float, float]:
@@ -334,32 +300,15 @@ def summed(compiled: Callable, kinds: Sequence[str]) -> tuple[float, float]:
     return cycles, seconds
 
 
-def plan(case: Case, *, cycles: bool = False, whole: bool = False) -> list[Plan]:
-    """The plan of all layers; those of the frozen model, and of all in one program."""
-    kinds, few = case.model.kinds, case.model.period
-    held = case.held(kinds)
-    short, long = (case.layers(kinds[:n], "O1") for n in (few, 2 * few))
-    found = lengthened(short, long, len(kinds) / few)
-    result = dataclasses.replace(
-        found,
-        mesh=f"{len(kinds)} layers",
-        seconds=held.seconds + found.seconds,
-        base=held.base,
-        adapter=held.adapter,
-        optimizer=held.optimizer,
-        peak=held.base + held.adapter + held.optimizer + found.temp,
-    )
-    plans = [result]
-    if cycles:
-        mine, seconds = summed(case.layers, kinds)
-        more = {"cycles": mine, "seconds": result.seconds + seconds}
-        plans = [dataclasses.replace(result, **more)]
-        theirs, seconds = summed(case.frozen, kinds)
-        plans.append(Plan("frozen", seconds, cycles=theirs))
-    if whole:
-        one = case.layers(kinds, "O1")
-        plans.append(dataclasses.replace(one, mesh="in one", cycles=0))
-    return plans
+def plan(case: Case, kinds: tuple[str, ...], *, cycles: bool = False) -> list[Plan]:
+    """The plan of all layers, and the cycles of the frozen model's step."""
+    whole = case.layers(kinds, "O1")
+    if not cycles:
+        return [dataclasses.replace(whole, cycles=0)]
+    mine, seconds = summed(case.layers, kinds)
+    whole = dataclasses.replace(whole, cycles=mine, seconds=whole.seconds + seconds)
+    theirs, seconds = summed(case.frozen, kinds)
+    return [whole, Plan("frozen", seconds, cycles=theirs)]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -374,7 +323,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="sequences, of all chips")
     parser.add_argument("--tokens", type=int, default=2048, help="of each sequence")
     parser.add_argument("--cycles", action="store_true", help="and the frozen model's")
-    parser.add_argument("--whole", action="store_true", help="all layers in one, too")
+    parser.add_argument("--layers", type=int, help="the first ones; by default all")
     parser.add_argument("--coverage", action="store_true", help="no compiler")
     return parser.parse_args(argv)
 
@@ -391,7 +340,7 @@ def main(argv: list[str] | None = None) -> list[Plan]:
         print(str(covered(model, model.kinds, mesh, args)).splitlines()[0])
         return []
     case = Case(model, mesh, args.base, args.batch, args.tokens)
-    plans = plan(case, cycles=args.cycles, whole=args.whole)
+    plans = plan(case, model.kinds[: args.layers], cycles=args.cycles)
     title = (
         f"{args.model} on {args.topology}, fsdp x tp {args.mesh}, {args.base} base, "
         f"{args.batch} x {args.tokens} tokens, rank {RANK}; per chip: GiB, of "

@@ -1,6 +1,5 @@
 """Plans of other packages' decoders, and Gemma 4 of Tunix from HF's files and back."""
 
-import dataclasses
 import importlib
 import types
 
@@ -37,8 +36,7 @@ COSTS = {LOCAL: 3, GLOBAL: 7}
 
 def linear(kinds):
     n = 100 + sum(COSTS[kind] for kind in kinds)
-    moved = {"all-gather": 2 * n} | ({"all-to-all": 5} if len(kinds) > 6 else {})
-    return Plan("", 1.0, temp=n, flops=3 * n, cycles=4 * n, collectives=moved)
+    return Plan("", 1.0, temp=n, cycles=4 * n)
 
 
 KINDS = (*[LOCAL] * 5, GLOBAL) * 10
@@ -55,15 +53,6 @@ def test_cycles_of_a_stack_are_summed_from_one_layer_and_two():
     assert plan_gemma4.summed(compiled, KINDS) == (4 * ALL, 3.0)
     assert asked == [(LOCAL,), (LOCAL, LOCAL), (LOCAL, GLOBAL)]
     assert plan_gemma4.summed(linear, (LOCAL,)) == (4 * 103, 1.0)
-
-
-def test_memory_of_a_stack_is_drawn_on_from_one_period_and_two():
-    short, long = linear(KINDS[:6]), linear(KINDS[:12])
-    got = plan_gemma4.lengthened(short, long, 10)
-    assert (got.temp, got.flops, got.seconds) == (ALL, 3 * ALL, 2.0)
-    assert got.collectives == {"all-gather": 2 * ALL, "all-to-all": 9 * 5}
-    broken = dataclasses.replace(long, problem="no room")
-    assert plan_gemma4.lengthened(short, broken, 10).problem == "no room"
 
 
 def test_a_token_is_predicted_from_those_before_it():
@@ -200,17 +189,13 @@ def test_a_plan_of_three_layers(monkeypatch, capsys):
     whole = config.gemma4_31b()
     small = {k: tiny.get(k, getattr(whole, k)) for k in whole.__slots__}
     monkeypatch.setattr(config, "gemma4_31b", lambda: config(**small))
-    few = dataclasses.replace(MODELS["gemma4-31b"], kinds=(LOCAL,) * 3, period=1)
-    monkeypatch.setitem(MODELS, "gemma4-31b", few)
     options = ["--topology", "v5e:2x2", "--mesh", "4x1", "--tokens", "128"]
-    plan, frozen, whole = plan_gemma4.main([*options, "--cycles", "--whole"])
+    plan, frozen = plan_gemma4.main([*options, "--cycles", "--layers", "3"])
+    assert plan.mesh == "3 layers"
     assert plan.fits("v5e")
     assert plan.cycles > frozen.cycles > 0
-    assert plan.base == whole.base
-    assert plan.temp == pytest.approx(whole.temp, rel=0.1)
-    assert plan.collectives["all-gather"] == pytest.approx(
-        whole.collectives["all-gather"], rel=0.05
-    )
+    assert plan.base + plan.adapter + plan.optimizer + plan.temp <= 1.1 * plan.peak
+    assert sum(plan.collectives.values()) > 0
     assert "Planned in" in capsys.readouterr().out
 
 

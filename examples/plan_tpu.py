@@ -19,19 +19,17 @@ import argparse
 import dataclasses
 import functools
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from benchmarks import _report, _tpu
+from benchmarks import _plan, _report, _tpu
 from benchmarks._decoder import LIKE, Llama, Sizes, on_mesh, weight_spec
+from benchmarks._plan import Plan
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
-from rich.table import Table
 
 import flora
 import flora.quantize
@@ -57,72 +55,24 @@ for name, qtype, block in (
         flora.quantize.quantize, qtype=qtype, target=TARGET, block=block
     )
 
-OPTIMIZER = optax.adamw(1e-4)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The costs of a step on each chip, in bytes unless a field says otherwise."""
-
-    mesh: str
-    seconds: float
-    base: int = 0
-    adapter: int = 0
-    optimizer: int = 0
-    temp: float = 0
-    peak: float = 0
-    flops: float = 0
-    cycles: float = 0
-    collectives: dict[str, int] = dataclasses.field(default_factory=dict)
-    problem: str = ""
-
-    def fits(self, chip: str) -> bool:
-        """Whether a chip's memory holds the step."""
-        return not self.problem and self.peak <= _tpu.HBM[chip] * 2**30
-
-
-def place(tree: Any, shardings: Any) -> Any:
-    """`ShapeDtypeStruct`s with shardings."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )
-
 
 def inputs(
     model: Llama, mesh: Mesh, base: str, train_dtype: Any
 ) -> tuple[Callable, tuple[Any, ...]]:
-    """The step, and shapes of its adapter, optimizer state, base and tokens."""
+    """The model's loss, and shapes of adapter, optimizer state, base and tokens."""
     sizes, key = model.sizes, jax.random.key(0)
     by_batch = PartitionSpec(("data", "fsdp"))
-    ids = place(sizes.ids, NamedSharding(mesh, by_batch))
+    ids = _plan.place(sizes.ids, NamedSharding(mesh, by_batch))
     dense = jax.eval_shape(model.init, key, ids)
     like = jax.tree_util.tree_map_with_path(weight_spec, dense)
     params = BASES[base](dense)
-    params = place(params, flora.sharding.shardings(params, like, mesh=mesh))
+    params = _plan.place(params, flora.sharding.shardings(params, like, mesh=mesh))
     config = flora.LoraConfig(
         rank=sizes.rank, alpha=2 * sizes.rank, target=TARGET, dtype=train_dtype
     )
     adapted = flora.init(key, config, model.apply, params, ids)
-    adapted = place(adapted, flora.sharding.shardings(adapted, like, mesh=mesh))
-    frozen, adapter = flora.split(adapted)
-    state = jax.eval_shape(OPTIMIZER.init, adapter)
-    places = jax.tree.map(lambda x: x.sharding, adapter)
-    state = place(state, flora.sharding.of_state(state, adapter, places))
-    return flora.lora(model.apply), (adapter, state, frozen, ids)
-
-
-def train_step(run: Callable) -> Callable:
-    """`(adapter, state, base, ids)` to the new adapter and state, and the loss."""
-
-    def step(adapter: Any, state: Any, base: Any, ids: Any) -> tuple[Any, Any, Any]:
-        def loss(adapter: Any) -> jax.Array:
-            return run(flora.join(base, adapter), ids)
-
-        value, grads = jax.value_and_grad(loss)(adapter)
-        updates, state = OPTIMIZER.update(grads, state, adapter)
-        return optax.apply_updates(adapter, updates), state, value
-
-    return step
+    adapted = _plan.place(adapted, flora.sharding.shardings(adapted, like, mesh=mesh))
+    return flora.lora(model.apply), _plan.inputs(adapted, ids)
 
 
 def plan(sizes: Sizes, topology: str, axes: tuple[int, ...], **how: Any) -> Plan:
@@ -147,76 +97,14 @@ def plan(sizes: Sizes, topology: str, axes: tuple[int, ...], **how: Any) -> Plan
     model = Llama(
         sizes, "scan, remat", constrain, how["block"], head_block=how["block"]
     )
-    run, args = inputs(model, mesh, how["base"], how["train_dtype"])
-    kinds: dict[str, Any] = argument_bytes(*args[:3])
-    result, step = Plan(title, 0.0, **kinds), train_step(run)
-    with jax.set_mesh(mesh):  # the target, for flora's choice of a form
-        places = jax.tree.map(lambda x: x.sharding, args[:2])
-        places = *places, NamedSharding(mesh, PartitionSpec())
-        traced = jax.jit(step, donate_argnums=(0, 1), out_shardings=places).trace(*args)
-        found = compiled_costs(traced.lower())
-    flops = product_flops(traced.jaxpr) / mesh.size
+    loss, args = inputs(model, mesh, how["base"], how["train_dtype"])
+    kinds: dict[str, Any] = _plan.argument_bytes(*args[:3])
+    traced = _plan.traced(_plan.train_step(loss), mesh, args)
+    with jax.set_mesh(mesh):
+        found = _plan.compiled_costs(traced.lower())
+    flops = _plan.product_flops(traced.jaxpr) / mesh.size
     seconds = time.perf_counter() - start
-    return dataclasses.replace(result, seconds=seconds, flops=flops, **found)
-
-
-def compiled_costs(lowered: jax.stages.Lowered) -> dict[str, Any]:
-    """What the compiler says, or why it refuses for want of memory."""
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return {"problem": _reason(str(error))}
-    costs, text = _tpu.costs(compiled), compiled.as_text() or ""
-    return {
-        "temp": costs["temp_bytes"],
-        "peak": costs["peak_bytes"],
-        "cycles": costs["cycles"],
-        "collectives": _tpu.collectives(text),
-    }
-
-
-def _reason(error: str) -> str:
-    """The numbers in the compiler's message."""
-    found = re.search(r"(Ran out of memory|Used)[^\n]*?(\. |\n|$)", error)
-    return found[0].strip() if found else error.splitlines()[0]
-
-
-def argument_bytes(adapter: Any, state: Any, base: Any) -> dict[str, int]:
-    """What one chip holds of each kind, from shapes and shardings."""
-
-    def size(tree: Any) -> int:
-        return sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * _bits(x.dtype) // 8
-            for x in jax.tree.leaves(tree)
-        )
-
-    return {"base": size(base), "adapter": size(adapter), "optimizer": size(state)}
-
-
-def _bits(dtype: Any) -> int:
-    integer = jnp.issubdtype(dtype, jnp.integer)
-    return (jnp.iinfo if integer else jnp.finfo)(dtype).bits
-
-
-def product_flops(jaxpr: Any) -> float:
-    """FLOPs of all products of a jaxpr, loops times their trips, recomputation too."""
-    total = 0.0
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if eqn.primitive is jax.lax.dot_general_p:
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            lhs = eqn.invars[0].aval.shape
-            inner = math.prod(lhs[i] for i in contracted)
-            total += 2.0 * inner * math.prod(eqn.outvars[0].aval.shape)
-        trips = eqn.params.get("length", 1) if eqn.primitive is jax.lax.scan_p else 1
-        for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            total += trips * product_flops(x) if _is_jaxpr(x) else 0.0
-    return total
-
-
-def _is_jaxpr(x: Any) -> bool:
-    return hasattr(x, "eqns")
+    return Plan(title, seconds, flops=flops, **kinds, **found)
 
 
 def meshes(chips: int, wanted: str) -> Iterator[tuple[int, ...]]:
@@ -236,30 +124,6 @@ def meshes(chips: int, wanted: str) -> Iterator[tuple[int, ...]]:
 
 def _divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
-
-
-def table(title: str, plans: list[Plan], chip: str) -> Table:
-    """A column for each mesh, data x fsdp x tp."""
-    result = Table(title=title, title_justify="left", caption_justify="left")
-    result.add_column("", no_wrap=True)
-    for x in plans:
-        result.add_column(x.mesh, justify="right")
-
-    def row(name: str, shown: Callable[[Plan], float], form: str = "") -> None:
-        cells = (f"{shown(x):{form}}" if shown(x) else "" for x in plans)
-        result.add_row(name, *cells)
-
-    for kind in ("base", "adapter", "optimizer", "temp", "peak"):
-        row(f"{kind}, GiB", lambda x, kind=kind: getattr(x, kind) / 2**30, ".2f")
-    result.add_row("fits", *("yes" if x.fits(chip) else "no" for x in plans))
-    row("TFLOPs", lambda x: x.flops / 1e12, ".1f")
-    row("Mcycles", lambda x: x.cycles / 1e6, ".0f")
-    for kind in sorted({kind for x in plans for kind in x.collectives}):
-        row(f"{kind}, GiB", lambda x, k=kind: x.collectives.get(k, 0) / 2**30, ".2f")
-    row("planned in, s", lambda x: x.seconds, ".0f")
-    problems = [f"{x.mesh}: {x.problem}" for x in plans if x.problem]
-    result.caption = "\n".join(problems) or None
-    return result
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -307,7 +171,7 @@ def main(argv: list[str] | None = None) -> list[Plan]:
         f"{args.tokens} tokens, rank {args.rank}; per chip: GiB, of {_tpu.HBM[chip]}"
     )
     console.print(_report.versions("libtpu"), highlight=False)
-    console.print(table(title, plans, chip))
+    console.print(_plan.table(title, plans, chip))
     console.print(f"Planned in {time.perf_counter() - start:.0f} s.", highlight=False)
     return plans
 

@@ -49,22 +49,26 @@ _SHARD = re.compile(r"model-([0-9a-f]{8}-)?\d{5}-of-\d{5}\.safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a leaf's values lie: `tensor.transpose(axes).reshape(leaf)`.
+    """Where a leaf's values lie: `tensor.reshape(split).transpose(axes).reshape(leaf)`.
 
     Attributes:
       keys: the tensor's name; a tuple of names is stacked along a new first axis.
       axes: the order in which the leaf takes the tensor's axes; `None` for as they are.
       shape: the shape of the tensor, where the leaf splits or joins axes of it.
+      split: its axes once they are split, where they are to be split first; `axes` is
+        the order of these.
 
     Example:
       >>> kernel = Tensor("q_proj.weight", axes=(1, 0))  # (out, in) in PyTorch
       >>> heads = Tensor("q_proj.weight", (1, 0), shape=(64, 32))  # a leaf (32, 4, 16)
       >>> stack = Tensor(("layers.0.norm.weight", "layers.1.norm.weight"))
+      >>> first = Tensor("q.weight", (0, 2, 1), (64, 32), split=(4, 16, 32))
     """
 
     keys: str | tuple[str, ...]
     axes: tuple[int, ...] | None = None
     shape: tuple[int, ...] | None = None
+    split: tuple[int, ...] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,16 +88,19 @@ class Tensor:
 
     def given(self, tensor: np.ndarray, leaf: tuple[int, ...]) -> np.ndarray:
         """A leaf's values (one of its stack), `[...]`, of a tensor's."""
+        if self.split is not None:
+            tensor = tensor.reshape(self.split)
         order = range(tensor.ndim) if self.axes is None else self.axes
         return tensor.transpose(order).reshape(self.of_one(leaf))
 
     def taken(self, leaf: np.ndarray) -> np.ndarray:
         """A tensor's values of a leaf's (one of its stack): the inverse of `given`."""
-        if self.axes is None:
-            return leaf if self.shape is None else leaf.reshape(self.shape)
-        if self.shape is not None:
-            leaf = leaf.reshape([self.shape[i] for i in self.axes])
-        return leaf.transpose(np.argsort(self.axes))
+        before = self.shape if self.split is None else self.split
+        if self.axes is not None:
+            if before is not None:
+                leaf = leaf.reshape([before[i] for i in self.axes])
+            leaf = leaf.transpose(np.argsort(self.axes))
+        return leaf if self.shape is None else leaf.reshape(self.shape)
 
 
 def load(
@@ -343,13 +350,16 @@ def _entry_problems(path: str, leaf: Any, tensor: Tensor) -> Iterator[str]:
         )
         return
     one = tensor.of_one(shape)
-    ndim = len(one) if tensor.shape is None else len(tensor.shape)
+    given = [x for x in (tensor.split, tensor.shape) if x is not None]
+    ndim = len(given[0] if given else one)
     order = tensor.axes
-    fits = tensor.shape is None or math.prod(tensor.shape) == math.prod(one)
+    fits = all(math.prod(x) == math.prod(one) for x in given)
+    fits = fits and (tensor.split is None or tensor.shape is not None)
     if not fits or (order is not None and sorted(order) != list(range(ndim))):
         yield (
             f"tensors: '{path}' has shape {shape}; {tensor} cannot give it. Write "
-            "axes= as an order of the tensor's axes, and shape= of as many elements."
+            "axes= as an order of the tensor's axes (of split=, where that is given), "
+            "shape= of as many elements, and split= beside shape= alone."
         )
 
 

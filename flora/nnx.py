@@ -104,7 +104,8 @@ def adapt(
     fn.__qualname__ = fn.__name__ = type(model).__name__
     adapted = init(key, config, fn, params, rest, calls)
     # The same key as init's on purpose: what is folded into it is no leaf's path.
-    return _module(model, adapted, jax.random.clone(key), tuple(methods))
+    own = _cloned(key, params) if config.dropout else None
+    return _module(model, adapted, own, tuple(methods))
 
 
 def module(
@@ -198,9 +199,25 @@ def _module(model: Any, tree: Any, key: Any, methods: tuple[str, ...]) -> Any:
                 f"{_name(model)} has an attribute {DROPOUT!r} of its own, where the "
                 "adapter's dropout belongs. Rename it, or leave dropout out."
             )
-        own = jax.random.fold_in(consumed(key), path_salt(DROPOUT))
-        setattr(plain, DROPOUT, nnx.Dropout(rate, rngs=nnx.Rngs(dropout=own)))
+        setattr(plain, DROPOUT, _dropout(rate, key))
     return adapt_in_place(plain, methods)
+
+
+def _cloned(key: Any, params: Any) -> Any:
+    """The key, to be consumed once more; abstract where all parameters are."""
+    leaves = jax.tree.leaves(params)
+    if all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+        return jax.eval_shape(jax.random.clone, key)
+    return jax.random.clone(key)
+
+
+def _dropout(rate: float, key: Any) -> nnx.Dropout:
+    def made(key: Any) -> nnx.Dropout:
+        own = jax.random.fold_in(consumed(key), path_salt(DROPOUT))
+        return nnx.Dropout(rate, rngs=nnx.Rngs(dropout=own))
+
+    abstract = isinstance(key, jax.ShapeDtypeStruct)
+    return nnx.eval_shape(made, key) if abstract else made(key)
 
 
 def _fill(plain: Any, tree: Any, verb: str) -> float:

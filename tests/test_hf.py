@@ -38,12 +38,14 @@ def refused(folder, like, tensors, *parts, **options):
 SHAPES = {
     "embed.weight": (10, 6), "layers.0.q.weight": (8, 6), "layers.1.q.weight": (8, 6),
     "layers.0.norm": (6,), "layers.1.norm": (6,), "heads.weight": (8, 6),
+    "k.weight": (8, 6), "v.weight": (8, 6),
 }  # fmt: skip
 TENSORS = {
     "embed": Tensor("embed.weight"),
     "layers/q": Tensor(("layers.0.q.weight", "layers.1.q.weight"), axes=(1, 0)),
     "layers/norm": Tensor(("layers.0.norm", "layers.1.norm")),
     "heads": Tensor("heads.weight", axes=(1, 0), shape=(8, 6)),
+    "first": Tensor(("k.weight", "v.weight"), (0, 2, 1), (8, 6), split=(2, 4, 6)),
 }
 
 
@@ -58,6 +60,7 @@ def like(dtype=jnp.float32, sharding=None):
         "embed": one("embed", 10, 6),
         "layers": layers,
         "heads": one("heads", 6, 2, 4),
+        "first": one("first", 2, 2, 6, 4),
     }
 
 
@@ -68,7 +71,13 @@ def expected(x):
         "norm": np.stack([x["layers.0.norm"], x["layers.1.norm"]]),
     }
     heads = x["heads.weight"].T.reshape(6, 2, 4)
-    return {"embed": x["embed.weight"], "layers": layers, "heads": heads}
+    first = [x[k].reshape(2, 4, 6).swapaxes(1, 2) for k in ("k.weight", "v.weight")]
+    return {
+        "embed": x["embed.weight"],
+        "layers": layers,
+        "heads": heads,
+        "first": np.stack(first),
+    }
 
 
 @pytest.fixture
@@ -102,7 +111,7 @@ def test_every_leaf_gets_its_tensors(folder):
 
 def test_a_tree_that_is_written_comes_back(tmp_path):
     tree = jax.tree.map(jnp.asarray, expected(drawn(SHAPES, ml_dtypes.bfloat16)))
-    for shard_bytes, files in ((10**9, 1), (200, 3), (1, 6), (10**9, 1), (200, 3)):
+    for shard_bytes, files in ((10**9, 1), (200, 4), (1, 8), (10**9, 1), (200, 4)):
         flora.hf.save(tmp_path / "x", tree, TENSORS, shard_bytes=shard_bytes)
         found = sorted(p.name for p in (tmp_path / "x").glob("*.safetensors"))
         assert len(found) == files
@@ -121,6 +130,7 @@ def test_each_device_gets_its_part_and_no_more_is_read(folder, monkeypatch):
         "q": Spec(None, "model", "data"),
         "norm": Spec(),
         "heads": Spec(None, "model", "data"),
+        "first": Spec(None, "model", None, "data"),
     }
     sharding = {k: NamedSharding(devices, spec) for k, spec in places.items()}
     read = []
@@ -172,6 +182,11 @@ def test_tensors_that_make_no_sense_are_refused(folder):
         ),
         (TENSORS | {"embed": Tensor("embed.weight", axes=(0, 0))}, "axes= as an order"),
         (TENSORS | {"heads": Tensor("heads.weight", (1, 0), (8, 5))}, "cannot give it"),
+        (
+            TENSORS | {"heads": Tensor("heads.weight", (1, 0), (8, 6), (4, 2, 6))},
+            "order",
+        ),
+        (TENSORS | {"heads": Tensor("heads.weight", split=(2, 4, 6))}, "beside shape="),
         (
             TENSORS | {"heads": Tensor("embed.weight", (1, 0), (8, 6))},
             "are named 'embed.w",

@@ -1,6 +1,9 @@
 """Tables and options that the scripts share; they import it as a sibling module."""
 
 import argparse
+import pathlib
+import resource
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata, util
 
@@ -28,6 +31,19 @@ def run(
     args, console = parser.parse_args(), Console()
     console.print(f"{versions()}; {vars(args)}", highlight=False)
     console.print(table(measure(**vars(args))))
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had resident.
+
+    Linux tells it per program; `getrusage` would count the parent's too.
+    """
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def installed(*packages: str) -> bool:

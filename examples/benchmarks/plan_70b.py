@@ -9,9 +9,6 @@ call are `ShapeDtypeStruct`s.
 References: Grattafiori et al. 2024 (sizes). https://arxiv.org/abs/2407.21783
 """
 
-import pathlib
-import resource
-import sys
 import time
 from typing import Any
 
@@ -92,19 +89,6 @@ class Llama(nn.Module):
         return self.dense(self.vocab, "lm_head")(nn.RMSNorm(name="norm", **DTYPES)(x))
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has had resident.
-
-    Linux tells it per program; `getrusage` would count the parent's too.
-    """
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():
-        (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
 def measure(*, rank: int = 16, tokens: int = 4096, **sizes: Any) -> dict[str, float]:
     """Time and memory of planning, and what the plan says.
 
@@ -130,7 +114,7 @@ def measure(*, rank: int = 16, tokens: int = 4096, **sizes: Any) -> dict[str, fl
     return {
         "shapes_seconds": shaped - start,
         "init_seconds": planned - shaped,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": _report.peak_bytes(),
         "leaves": len(plan.rows),
         "targets": sum(row.role == "lora" for row in plan.rows),
         "parameters": plan.parameters,

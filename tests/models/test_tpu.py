@@ -12,12 +12,15 @@ import mixed
 import pytest
 import quantized
 import table
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flora
+import flora.nnx
 import flora.quantize
 import flora.sharding
+import flora.variants
 
 LIBTPU = "0.0.52"  # the compiler that gave these numbers; pyproject.toml pins it
 
@@ -224,3 +227,76 @@ def test_a_decoding_step_of_eight_adapters_costs_what_the_readme_says(chip):
     assert found["mixed, auto"][0] == pytest.approx(MIXED[chip], abs=0.005)
     assert found["one at a time"][0] > 6
     assert found["mixed, auto"][1] < 1 + 1.05 * 8 * 16 * (4096 + 14336) / (4096 * 14336)
+
+
+def meshed(params, x):
+    """Asks for its mesh while it is traced, as models of other packages do."""
+    assert jax.sharding.get_abstract_mesh().axis_names == ("fsdp", "tp")
+    y = jax.lax.with_sharding_constraint(x @ params["kernel"], P("fsdp", "tp"))
+    return jnp.einsum("bd,edh->ebh", jnp.tanh(y), params["experts"])
+
+
+# A, B and what else a variant has, of "experts" and of "kernel".
+EXPERTS, KERNEL = (
+    (P("tp", None), P(None, None, "fsdp")),
+    (P("fsdp", None), P(None, "tp")),
+)
+VARIANTS = {
+    "lora": (None, [*EXPERTS, *KERNEL]),
+    "dora": (
+        flora.variants.DoRA(),
+        [*EXPERTS, P(None, "fsdp"), *KERNEL, P("tp")],
+    ),
+}
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("name", VARIANTS)
+def test_on_chips_that_are_not_there_nothing_is_evaluated(name):
+    variant, places = VARIANTS[name]
+    mesh, key = _tpu.mesh("v5e:2x2", fsdp=2, tp=2), jax.random.key(0)
+
+    def struct(*shape, spec):
+        place = NamedSharding(mesh, P(*spec))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+
+    params = {
+        "experts": struct(4, 16, 8, spec=(None, "tp", "fsdp")),
+        "kernel": struct(8, 16, spec=("fsdp", "tp")),
+    }
+    x = struct(4, 8, spec=("fsdp",))
+    settings = {} if variant is None else {"variant": variant}
+    config = flora.LoraConfig(rank=2, target="*", **settings)
+    with jax.set_mesh(mesh):  # where to evaluate anything at all is an error
+        with pytest.raises(Exception, match="local_devices"):
+            jax.random.split(key)
+        tree = flora.init(key, config, meshed, params, x)
+        no_key = jax.eval_shape(jax.random.key, 0)
+        assert flora.init(no_key, config, meshed, params, x) == tree
+        base, adapter = flora.split(tree)
+        stored = flora.quantize.quantize(tree, "int8", target="*")
+        rows = flora.coverage(meshed, params, x).rows
+        for each in (tree, stored):
+            y = jax.eval_shape(flora.lora(meshed), each, x)
+            assert y.shape == (4, 4, 8)
+    assert [row.status for row in rows] == ["factored"] * 2
+    assert base == params
+    found = [x.sharding for x in jax.tree.leaves(adapter)]
+    assert found == [NamedSharding(mesh, spec) for spec in places]
+    assert stored["experts"].base.values.qvalue.sharding == params["experts"].sharding
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_modules_adapt_on_chips_that_are_not_there(dropout):
+    mesh, key = _tpu.mesh("v5e:2x2", fsdp=2, tp=2), jax.random.key(0)
+    config = flora.LoraConfig(rank=2, dropout=dropout)
+    x = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    with jax.set_mesh(mesh):
+        base = nnx.eval_shape(lambda: nnx.Linear(8, 6, rngs=nnx.Rngs(0)))
+        graphdef, state = nnx.split(flora.nnx.adapt(key, config, base, x))
+        y = jax.eval_shape(lambda s, x: nnx.merge(graphdef, s)(x), state, x)
+    assert y.shape == (4, 6)
+    assert hasattr(state, "lora_dropout") == bool(dropout)
+    shapes = [x.shape for x in jax.tree.leaves(nnx.filter_state(state, nnx.LoRAParam))]
+    assert shapes == [(8, 2), (2, 6)]

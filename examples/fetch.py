@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from flora import LoraError
 
@@ -64,20 +64,36 @@ def _kept(
     name: str, version: str, sha256: str, cache: Path | None, kind: str
 ) -> pathlib.Path:
     cache = cache_folder() if cache is None else pathlib.Path(cache)
+
+    def unpacked(work: pathlib.Path) -> pathlib.Path:
+        file = _downloaded(name, version, sha256, work / "file", kind)
+        return _unpack(file, work / "unpacked")
+
     # The hash is part of the name: a folder is of these bytes or is not there.
-    folder = cache / f"{name}-{version}-{sha256[:16]}"
+    return made(cache / f"{name}-{version}-{sha256[:16]}", unpacked)
+
+
+def made(
+    folder: pathlib.Path, make: Callable[[pathlib.Path], pathlib.Path]
+) -> pathlib.Path:
+    """The folder, made in one step and once, whatever is killed when.
+
+    Args:
+      folder: where it will lie; what lies there already is returned.
+      make: writes it inside the empty folder that it is given, and says where.
+    """
     if folder.is_dir():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with _alone(cache / f".{folder.name}.lock"):
-        if folder.is_dir():  # another process fetched it meanwhile
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder.parent / f".{folder.name}.lock"):
+        if folder.is_dir():  # another process made it meanwhile
             return folder
-        work = cache / f".{folder.name}.part"
-        if work.exists():  # of a fetch that was killed
+        work = folder.parent / f".{folder.name}.part"
+        if work.exists():  # of a process that was killed
             shutil.rmtree(work)
+        work.mkdir()
         try:
-            file = _downloaded(name, version, sha256, work / "file", kind)
-            _unpack(file, work / "unpacked").rename(folder)
+            make(work).rename(folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return folder

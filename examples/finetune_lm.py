@@ -4,8 +4,10 @@
 
 Reads config.json, safetensors and tokenizer.json, puts the weights straight onto all
 devices (FSDP), packs chats or texts into rows, trains A and B in bfloat16 with remat
-and scan, evaluates, saves checkpoints (`--resume` goes on), and writes the adapter for
-flora and, merged, for any server.  Without `--checkpoint` it first makes a tiny
+and scan, evaluates (nats a token, and the share of answers that are exact), saves
+checkpoints (`--resume` goes on), and writes the adapter for flora and, merged, for any
+server.  `--full` and `--train-whole` train leaves whole, `--quantize` keeps the base in
+fewer bits.  Without `--checkpoint` it first makes a tiny
 checkpoint itself, so that it needs no download.
 
 The run fails unless the loss has fallen, the base is still the checkpoint's bit for
@@ -15,8 +17,11 @@ bit, and the saved adapter gives the same logits when it is read back.
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
-import shutil
+import statistics
+import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,13 +34,21 @@ from language_models import hf_llama
 from language_models.generation import generator
 from language_models.llama import Llama
 from lm_data import Text, batch_of, pack, read_examples
-from lm_train import evaluation, optimizer, put, started, step_function
+from lm_export import export
+from lm_train import (
+    Scores,
+    evaluation,
+    most_trained,
+    optimizer,
+    put,
+    started,
+    step_function,
+)
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import flora
-import flora.hf
-import flora.peft
+import flora.quantize
 import flora.variants
 from flora.checkpoint import Checkpointer
 
@@ -49,10 +62,15 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpoint", help="a folder of HF's; without it a tiny one is made")
     add("--train", help="JSON lines: messages, prompt and completion, or text")
     add("--eval", help="likewise, held out; without it nothing is evaluated")
+    add("--choices", nargs="+", default=[], help="the answers that --eval is about")
+    add("--other", help="likewise; what it loses while the model learns something else")
     add("--out", default="finetune_lm", help="the folder for all that is written")
     add("--rank", type=int, default=16)
     add("--alpha", type=float, default=32)
-    add("--target", nargs="+", default=["self_attn/*/kernel", "mlp/*/kernel"])
+    add("--target", nargs="*", default=["self_attn/*/kernel", "mlp/*/kernel"])
+    add("--train-whole", nargs="+", default=[], help="leaves that train whole")
+    add("--full", action="store_true", help="every leaf trains whole, none has factors")
+    add("--quantize", choices=flora.quantize.QTYPES, help="frozen kernels (QLoRA)")
     add("--dora", action="store_true", help="magnitudes train on their own")
     add("--dropout", type=float, default=0.0)
     add("--learning-rate", type=float, default=2e-4)
@@ -65,9 +83,12 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--length", type=int, default=1024, help="tokens a row")
     add("--block", type=int, default=0, help="tokens a row with logits at a time")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add(
+        "--unroll", action="store_true", help="layers are leaves of their own: layers/3"
+    )
     add("--remat", default="full", choices=["none", "dots", "full"])
     add("--eval-every", type=int, default=50)
-    add("--save-every", type=int, default=50)
+    add("--save-every", type=int, default=50, help="0: no checkpoints")
     add("--seed", type=int, default=0)
     add("--prompt", action="append", help="asked before and after; may be repeated")
     add("--new-tokens", type=int, default=48, help="of each answer, at most")
@@ -90,6 +111,8 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if args.block and args.length % args.block:
         parser.error(f"--length {args.length} does not divide by --block {args.block}.")
+    if args.full and (args.quantize or args.dora or args.train_whole):
+        parser.error("--full trains all weights, and none has factors or fewer bits.")
     return args
 
 
@@ -122,6 +145,7 @@ class Job:
     base: Any
     rows: dict[str, np.ndarray]
     held_out: dict[str, np.ndarray]
+    other: dict[str, np.ndarray]
 
     @property
     def out(self) -> pathlib.Path:
@@ -130,30 +154,59 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """The results of a run: losses by step, in nats a token, and answers by prompt."""
+    """The results of a run.
+
+    Attributes:
+      losses: of each step, in nats a token.
+      train_loss: of some training rows, before and after.
+      held_out: what was held out, by step.
+      other: the loss of `--other`, before and after.
+      answers: before and after, by prompt.
+      seconds: of each step.
+      parameters: how many train.
+      bytes: of the adapter's file.
+      memory: the most that the process has held, in bytes.
+      adapted: the tree.
+    """
 
     losses: dict[int, float]
     train_loss: tuple[float, float]
-    held_out_losses: dict[int, float]
+    held_out: dict[int, Scores]
+    other: tuple[float, ...]
     answers: dict[str, tuple[str, str]]
+    seconds: dict[int, float]
+    parameters: int
+    bytes: int
+    memory: int
     adapted: Any
+
+    def write(self, path: pathlib.Path, args: argparse.Namespace) -> None:
+        """All but the tree, and the options, as JSON."""
+        told = {k: v for k, v in vars(self).items() if k != "adapted"}
+        told["held_out"] = {n: x._asdict() for n, x in self.held_out.items()}
+        path.write_text(json.dumps({"options": vars(args), **told}, indent=1))
 
 
 def start(args: argparse.Namespace) -> tuple[Job, Any]:
     """The job and the untrained adapter, from the checkpoint and the data."""
     mesh = Mesh(np.array(jax.devices()[: args.devices]), ("fsdp",))
     text = Text.read(args.checkpoint)
-    rows, held_out = (
+    rows, held_out, other = (
         pack(read_examples(path, text), args.length) if path else {}
-        for path in (args.train, args.eval)
+        for path in (args.train, args.eval, args.other)
     )
     config, dtype = hf_llama.read_config(args.checkpoint), jnp.dtype(args.dtype)
-    model = Llama(config, remat=args.remat, dtype=dtype, param_dtype=dtype)
+    sizes = {"scan": not args.unroll, "remat": args.remat}
+    model = Llama(config, dtype=dtype, param_dtype=dtype, **sizes)
     params = hf_llama.load(args.checkpoint, model, mesh)
+    if args.quantize:
+        settings = {"target": "*_proj/kernel", "donate": True}
+        params = flora.quantize.quantize(params, args.quantize, **settings)
     settings = flora.LoraConfig(
         rank=args.rank,
         alpha=args.alpha,
-        target=args.target,
+        target=() if args.full else args.target,
+        train="*" if args.full else args.train_whole,
         dropout=args.dropout,
         variant=flora.variants.DoRA() if args.dora else None,
     )
@@ -164,14 +217,14 @@ def start(args: argparse.Namespace) -> tuple[Job, Any]:
     full = (rows["segments"] > 0).mean()
     print(flora.summary(adapted))  # as wide as it is
     CONSOLE.print(f"{len(rows['ids'])} rows of {args.length} tokens, {full:.0%} full")
-    return Job(args, mesh, text, model, base, rows, held_out), adapter
+    return Job(args, mesh, text, model, base, rows, held_out, other), adapter
 
 
 # --- Training -------------------------------------------------------------------------
 
 
-def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, dict, dict]:
-    """The trained adapter, the loss of each step, and the held-out loss of some."""
+def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, Any]:
+    """The trained adapter; and by step: losses, held-out scores, seconds."""
     args = job.args
     tx, schedule = optimizer(
         peak=args.learning_rate,
@@ -183,8 +236,9 @@ def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, dict
     state, places = started(tx, adapter)
     shape, root = (args.accumulate, args.batch), jax.random.key(args.seed + 1)
     settings = {"dropout": args.dropout > 0, "block": args.block}
+    settings |= {"most": most_trained(job.rows)}
     step = step_function(job.model, tx, places, **settings)
-    losses, held_out, began = {}, {}, 0
+    losses, held_out, seconds, began = {}, {}, {}, 0
     last = min(args.steps, args.stop_after or args.steps)
     with Checkpointer(job.out / "checkpoints") as checkpointer:
         if checkpointer.latest() is not None:
@@ -194,17 +248,19 @@ def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, dict
         for n in range(began + 1, last + 1):
             batch = put(batch_of(job.rows, n - 1, shape, args.seed), job.mesh)
             key = jax.random.fold_in(root, n)
+            clock = time.perf_counter()
             adapter, state, loss, norm = step(job.base, adapter, state, batch, key)
             losses[n] = float(loss)
+            seconds[n] = time.perf_counter() - clock
             if not np.isfinite([losses[n], float(norm)]).all():
                 raise SystemExit(diverged(job, checkpointer, n, losses[n]))
             if job.held_out and (n % args.eval_every == 0 or n == last):
                 held_out[n] = evaluate(job.base, adapter, job.held_out, args.batch)
-            if n % args.save_every == 0 or n == last:
+            if args.save_every and (n % args.save_every == 0 or n == last):
                 tree = flora.join(job.base, adapter)
                 checkpointer.save(n, tree, state, metadata=_settings(args))
             report(n, losses[n], held_out, schedule(n - 1))
-    return adapter, losses, held_out
+    return adapter, (losses, held_out, seconds)
 
 
 def resumed(job: Job, checkpointer: Checkpointer, adapter: Any, state: Any) -> Any:
@@ -250,6 +306,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "checkpoint",
         "out",
         "eval",
+        "choices",
+        "other",
         "eval_every",
         "save_every",
         "prompt",
@@ -271,10 +329,10 @@ def progress(steps: int) -> tuple[Progress, Any]:
     bar = Progress(*columns, console=CONSOLE, disable=not CONSOLE.is_terminal)
     task = bar.add_task("", total=steps)
 
-    def report(step: int, loss: float, held_out: dict[int, float], rate: Any) -> None:
+    def report(step: int, loss: float, held_out: dict[int, Any], rate: Any) -> None:
         words = f"step {step}  loss {loss:.3f}  rate {float(rate):.1e}"
         if held_out:
-            words += f"  held out {[*held_out.values()][-1]:.3f}"
+            words += f"  held out {[*held_out.values()][-1]}"
         bar.update(task, completed=step, description=words)
         if not CONSOLE.is_terminal and (step in held_out or step == steps):
             print(words, flush=True)  # a log shows no bar
@@ -316,66 +374,75 @@ def prove(job: Job, evaluate: Any, before: float, after: float) -> None:
         )
 
 
-def export(job: Job, adapted: Any) -> None:
-    """Writes the adapter for flora and for PEFT, and the merged model."""
-    flora.save(job.out / "adapter.safetensors", adapted)
-    config = job.model.config
-    flora.peft.save(
-        job.out / "peft",
-        adapted,
-        names=hf_llama.peft_names(config),
-        base_model_name_or_path=job.args.checkpoint,
-        task_type="CAUSAL_LM",
-    )
-    if not job.args.merge:
-        return
-    folder, source = job.out / "merged", pathlib.Path(job.args.checkpoint)
-    beside = [  # config, tokenizer, template
-        path
-        for path in source.iterdir()
-        if path.suffix in (".json", ".jinja", ".txt") and "safetensors" not in path.name
-    ]
-    if not all(_same(path, folder / path.name) for path in beside):
-        (folder / "config.json").unlink(missing_ok=True)  # without it, no model
-    flora.hf.save(folder, flora.merge(adapted), hf_llama.tensors(config))
-    for path in sorted(beside, key=lambda path: path.name == "config.json"):
-        new = folder / f".{path.name}.new"
-        shutil.copy(path, new)
-        new.replace(folder / path.name)
-
-
-def _same(one: pathlib.Path, other: pathlib.Path) -> bool:
-    return other.is_file() and one.read_bytes() == other.read_bytes()
-
-
 def main(argv: Sequence[str] | None = None) -> Results:
     """Reads, asks, trains, asks again, proves, writes."""
     args = options(argv)
     job, adapter = start(args)
     adapted = flora.join(job.base, adapter)
     flora.save(job.out / "start.safetensors", adapted)
-    evaluate, answers = evaluation(job.model, args.block, job.mesh), answering(job)
-    some = {k: x[: 4 * args.batch] for k, x in job.rows.items()}
+    own = {"stop": job.text.stop, "choices": job.text.first_tokens(args.choices)}
+    evaluate = evaluation(job.model, args.block, job.mesh, **own)
+    answers, some = (
+        answering(job),
+        {k: x[: 4 * args.batch] for k, x in job.rows.items()},
+    )
 
     def on_some(adapter: Any) -> float:
-        return evaluate(job.base, adapter, some, args.batch)
+        return evaluate(job.base, adapter, some, args.batch).nats
 
-    before = on_some(adapter), answers(adapted)
+    def on_other(adapter: Any) -> tuple[float, ...]:
+        rows = job.other
+        return (evaluate(job.base, adapter, rows, args.batch).nats,) if rows else ()
+
+    before, other = (on_some(adapter), answers(adapted)), on_other(adapter)
     bar, report = progress(args.steps)
     with bar:
-        adapter, losses, held_out = train(job, adapter, evaluate, report)
+        adapter, (losses, held_out, seconds) = train(job, adapter, evaluate, report)
     adapted = flora.join(job.base, adapter)
-    after = on_some(adapter), answers(adapted)
-    export(job, adapted)
+    after, other = (on_some(adapter), answers(adapted)), other + on_other(adapter)
+    size = export(args, job.model, adapted)
     prove(job, on_some, before[0], after[0])
     said = {k: (before[1][k], after[1][k]) for k in before[1]}
-    CONSOLE.print(f"loss on training rows: {before[0]:.3f}, then {after[0]:.3f}")
-    if held_out:
-        CONSOLE.print(f"held out, by step: {json.dumps(held_out)}")
-    for prompt, (first, then) in said.items():
-        CONSOLE.print(f"{prompt}\n  before: {first!r}\n  after:  {then!r}")
-    CONSOLE.print(f"the base has not changed; wrote {job.out / 'adapter.safetensors'}")
-    return Results(losses, (before[0], after[0]), held_out, said, adapted)
+    trained = sum(x.size for x in jax.tree.leaves(adapter))
+    loss, memory = (before[0], after[0]), peak_memory()
+    rest = said, seconds, trained, size, memory, adapted
+    results = Results(losses, loss, held_out, other, *rest)
+    results.write(job.out / "results.json", args)
+    tell(results)
+    CONSOLE.print(f"wrote {job.out}")
+    return results
+
+
+def tell(results: Results) -> None:
+    """Prints what a run has come to."""
+    say = CONSOLE.print
+    say("loss on training rows: {:.3f}, then {:.3f}".format(*results.train_loss))
+    if results.held_out:
+        first, *_, last = [*results.held_out.values()] * 2
+        say(f"held out, before: {first}\nheld out, after:  {last}")
+    if results.other:
+        say(
+            "perplexity of other text: {:.2f}, then {:.2f}".format(
+                *np.exp(results.other)
+            )
+        )
+    for prompt, (first, then) in results.answers.items():
+        say(f"{prompt}\n  before: {first!r}\n  after:  {then!r}")
+    step = statistics.median(results.seconds.values() or [math.nan])
+    say(
+        f"{results.parameters:,} parameters trained, {results.bytes / 2**20:.1f} MiB; "
+        f"{step:.2f} s a step; {results.memory / 2**30:.1f} GiB at most"
+    )
+
+
+def peak_memory() -> int:
+    """The most that this process has held, in bytes; 0 where nothing says so."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

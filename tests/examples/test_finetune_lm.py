@@ -378,7 +378,7 @@ def test_a_run_in_small_and_one_that_was_interrupted(
 ):
     whole = run(checkpoint, tmp_path / "whole", "--merge", "--prompt", "Where is Rome?")
     assert whole.train_loss[1] < whole.train_loss[0]
-    assert [*whole.held_out_losses] == [0, 2, 4]
+    assert [*whole.held_out] == [0, 2, 4]
     assert [*whole.losses] == [1, 2, 3, 4]
     assert [*whole.answers] == ["Where is Rome?"]
 
@@ -446,7 +446,7 @@ def test_without_a_good_checkpoint_the_start_is_named():
 def test_the_whole_run_learns(tmp_path):
     results = finetune_lm.main(["--out", str(tmp_path / "run"), "--devices", "1"])
     assert results.train_loss[1] < 0.5 * results.train_loss[0]
-    first, *_, last = results.held_out_losses.values()
+    first, *_, last = results.held_out.values()
     assert last < first
     assert all("It is" in after for _, after in results.answers.values())
 

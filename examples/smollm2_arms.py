@@ -4,7 +4,7 @@
 
 Each run is `finetune_smollm2.py` in a process of its own, so that its peak of memory is
 its own; an arm is a combination of options.  Round 0 tries an arm's rates; later rounds
-repeat the best of these with other seeds: another order of the data, another start of A.
+repeat the best of these with other seeds: another order of the data, another A.
 The best rate is that of the lowest loss on training rows, most of which no run comes
 to; held-out answers choose nothing.
 
@@ -14,12 +14,10 @@ goes on.  The table and the plot are of what is there.
 
 import argparse
 import csv
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
@@ -43,6 +41,7 @@ ARMS: dict[str, tuple[list[str], tuple[float, ...]]] = {
     "QLoRA, int8": (["--quantize", "int8"], (2e-3,)),
     "QLoRA, nf4": (["--quantize", "nf4"], (2e-3,)),
 }
+STEPS = 12  # half of those of the script itself
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 Row = dict[str, Any]
 
@@ -96,14 +95,16 @@ def one(
     """The row of a run; before it that of the model as it is, if nothing has it yet."""
     with tempfile.TemporaryDirectory() as out:
         options = ["--out", out, "--learning-rate", str(rate), "--seed", str(seed)]
-        options += ["--eval-every", "1000" if base else "0", *ARMS[arm][0], *rest]
-        script = finetune_smollm2.__file__
+        options += ["--steps", str(STEPS), "--eval-every", "1000" if base else "0"]
+        options += [*ARMS[arm][0], *rest]
+        script, cache = finetune_smollm2.__file__, f"{tempfile.gettempdir()}/flora-jax"
+        path = {"PYTHONPATH": os.pathsep.join(x for x in sys.path if x)}
         print(f"{arm}, rate {rate}, seed {seed}", flush=True)
         subprocess.run(
             [sys.executable, script, *options],
             check=True,
             stdout=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(x for x in sys.path if x)},
+            env={"JAX_COMPILATION_CACHE_DIR": cache} | os.environ | path,
         )
         found = json.loads((pathlib.Path(out) / "results.json").read_text())
     scores = [*found["held_out"].values()]
@@ -122,7 +123,12 @@ def one(
 
 
 def _row(
-    arm: str, rate: float, seed: int, scores: Mapping[str, float], loss: float, other: float
+    arm: str,
+    rate: float,
+    seed: int,
+    scores: Mapping[str, float],
+    loss: float,
+    other: float,
 ) -> Row:
     return {
         "arm": arm,
@@ -165,7 +171,7 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def plot(rows: list[Row], table: list[Row]) -> Figure:
-    """Held-out answers by rate; and at the best rates what was learned and forgotten."""
+    """Held-out answers by rate; at the best rates, what was learned and forgotten."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors = dict(zip(ARMS, COLORS, strict=True))

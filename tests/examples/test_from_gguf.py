@@ -1,4 +1,4 @@
-"""examples/language_models/from_gguf.py: a GGUF read back is the model it was made of."""
+"""examples/language_models/from_gguf.py: what is read is what was written."""
 
 import importlib
 import json
@@ -104,7 +104,7 @@ def extra(writer):
          "llama.rope.scaling.type='yarn'"),
         ({"change": lambda w: w.add_expert_count(8)}, "llama.expert_count=8"),
         ({"change": extra}, "tensors not read: rope_freqs.weight"),
-        ({"change": lambda w: w.add_rope_dimension_count(8)}, "dimension_count=8 of 32"),
+        ({"change": lambda w: w.add_rope_dimension_count(8)}, "_count=8 of 32"),
         ({"change": lambda w: w.add_vocab_size(9)}, "expected 9"),
         ({"change": lambda w: w.add_head_count(5)}, "num_attention_heads=5"),
         ({"change": lambda w: w.add_embedding_length(128)},

@@ -1,4 +1,4 @@
-"""GGUF files of tiny Llamas, written by the gguf package as llama.cpp's converter does."""
+"""GGUF files of tiny Llamas, as llama.cpp's converter writes them."""
 
 import json
 

@@ -99,10 +99,8 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         args = _tiny(parser.parse_args(argv))
     if not args.train:
         parser.error("--checkpoint needs --train data.jsonl as well.")
-    if args.batch % jax.device_count():
-        parser.error(
-            f"--batch {args.batch} does not divide by {jax.device_count()} devices."
-        )
+    if args.batch % args.devices:
+        parser.error(f"--batch {args.batch} does not divide by {args.devices} devices.")
     if args.block and args.length % args.block:
         parser.error(f"--length {args.length} does not divide by --block {args.block}.")
     if args.full and (args.quantize or args.dora or args.train_whole):

@@ -41,6 +41,7 @@ ARMS: dict[str, tuple[list[str], tuple[float, ...]]] = {
     "QLoRA, int8": (["--quantize", "int8"], (2e-3,)),
     "QLoRA, nf4": (["--quantize", "nf4"], (2e-3,)),
 }
+BASE = "as it is"
 STEPS = 12  # half of those of the script itself
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 Row = dict[str, Any]
@@ -63,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = summary(rows)
     write(out / "smollm2.csv", table)
     plot(rows, table).savefig(out / "smollm2.png", dpi=120)
-    for row in table:
-        print(" | ".join(f"{k} {x}" for k, x in row.items()))
+    print("\n".join(markdown(table)))
 
 
 def wanted(
@@ -110,7 +110,7 @@ def one(
     scores = [*found["held_out"].values()]
     if base:
         loss, other = found["train_loss"][0], found["other"][0]
-        yield _row("as it is", 0.0, 0, scores[0], loss, other)
+        yield _row(BASE, 0.0, 0, scores[0], loss, other)
     loss, other = found["train_loss"][1], found["other"][1]
     clock = [x for _, x in found["seconds"].values()]
     cost = {
@@ -163,6 +163,33 @@ def summary(rows: list[Row]) -> list[Row]:
     return table
 
 
+def markdown(table: list[Row]) -> list[str]:
+    """The table as lines of Markdown; ± is half of a 95 % interval over seeds."""
+    lines = [
+        "| arm | rate | seeds | exact | likelier word | perplexity of other text "
+        "| trained | adapter | CPU seconds a step | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        rate, cost = "", ["", "", "", ""]
+        if row["arm"] != BASE:
+            rate, size = f"{row['rate']:g}", row["MiB"]
+            cost = [f"{row['trained'] / 1e6:.2f} M", f"{size:.1f} MiB"]
+            cost += [f"{row['cpu_seconds']:.1f}", f"{row['GiB']:.1f} GiB"]
+        told = [
+            _told(100 * row[name], 100 * row[f"{name}_half"], " %")
+            for name in ("exact", "choice")
+        ]
+        told.append(_told(row["other_perplexity"], row["other_perplexity_half"], ""))
+        cells = [row["arm"], rate, str(row["seeds"]), *told, *cost]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _told(mean: float, half: float, unit: str) -> str:
+    return f"{mean:.1f}{unit}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}{unit}"
+
+
 def half_width(values: Sequence[float]) -> float:
     """Half of the mean's 95 % interval (Student's t); NaN of a single value."""
     if len(values) < 2:
@@ -175,7 +202,7 @@ def plot(rows: list[Row], table: list[Row]) -> Figure:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors = dict(zip(ARMS, COLORS, strict=True))
-    base = next(x for x in rows if x["arm"] == "as it is")
+    base = next(x for x in rows if x["arm"] == BASE)
     left.axhline(float(base["choice"]), color="0.5", ls="--", lw=1)
     left.text(1, float(base["choice"]), "as it is, likelier of the two words ",
               transform=left.get_yaxis_transform(), ha="right", va="bottom",

@@ -42,7 +42,6 @@ ARMS: dict[str, tuple[list[str], tuple[float, ...]]] = {
     "QLoRA, nf4": (["--quantize", "nf4"], (2e-3,)),
 }
 BASE = "as it is"
-STEPS = 12  # half of those of the script itself
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 Row = dict[str, Any]
 
@@ -95,8 +94,7 @@ def one(
     """The row of a run; before it that of the model as it is, if nothing has it yet."""
     with tempfile.TemporaryDirectory() as out:
         options = ["--out", out, "--learning-rate", str(rate), "--seed", str(seed)]
-        options += ["--steps", str(STEPS), "--eval-every", "1000" if base else "0"]
-        options += [*ARMS[arm][0], *rest]
+        options += ["--eval-every", "1000" if base else "0", *ARMS[arm][0], *rest]
         script, cache = finetune_smollm2.__file__, f"{tempfile.gettempdir()}/flora-jax"
         path = {"PYTHONPATH": os.pathsep.join(x for x in sys.path if x)}
         print(f"{arm}, rate {rate}, seed {seed}", flush=True)

@@ -77,9 +77,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--length", type=int, default=1024, help="tokens a row")
     add("--block", type=int, default=0, help="tokens a row with logits at a time")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    add(
-        "--unroll", action="store_true", help="layers are leaves of their own: layers/3"
-    )
+    add("--unroll", action="store_true", help="each layer has leaves: layers/3/*")
     add("--remat", default="full", choices=["none", "dots", "full"])
     add("--eval-every", type=int, default=50, help="0: after the last step alone")
     add("--save-every", type=int, default=50, help="0: no checkpoints")
@@ -330,10 +328,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
     flora.save(job.out / "start.safetensors", adapted)
     own = {"stop": job.text.stop, "choices": job.text.first_tokens(args.choices)}
     evaluate = evaluation(job.model, args.block, job.mesh, **own)
-    answers, some = (
-        answering(job),
-        {k: x[: 4 * args.batch] for k, x in job.rows.items()},
-    )
+    answers = answering(job)
+    some = {k: x[: 4 * args.batch] for k, x in job.rows.items()}
 
     def on_some(adapter: Any) -> float:
         return evaluate(job.base, adapter, some, args.batch).nats

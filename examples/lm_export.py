@@ -5,6 +5,7 @@ import pathlib
 import shutil
 from typing import Any
 
+import jax
 from language_models import hf_llama
 from language_models.llama import Llama
 
@@ -14,10 +15,10 @@ import flora.peft
 
 
 def export(args: argparse.Namespace, model: Llama, adapted: Any) -> int:
-    """Writes the adapter for flora and for PEFT, and the merged model; its size.
+    """Writes the adapter for flora and, of factors, for PEFT, and the merged model.
 
     Args:
-      args: `out`, `checkpoint`, `merge` and `full` of `finetune_lm.py`.
+      args: `out`, `checkpoint` and `merge` of `finetune_lm.py`.
       model: the decoder.
       adapted: the tree.
 
@@ -27,7 +28,7 @@ def export(args: argparse.Namespace, model: Llama, adapted: Any) -> int:
     out, names = pathlib.Path(args.out), {"scan": model.scan}
     adapter = out / "adapter.safetensors"
     flora.save(adapter, adapted)
-    if not args.full:
+    if _has_factors(adapted):
         flora.peft.save(
             out / "peft",
             adapted,
@@ -39,6 +40,13 @@ def export(args: argparse.Namespace, model: Llama, adapted: Any) -> int:
         tensors = hf_llama.tensors(model.config, **names)
         _as_checkpoint(out / "merged", adapted, tensors, pathlib.Path(args.checkpoint))
     return adapter.stat().st_size
+
+
+def _has_factors(adapted: Any) -> bool:
+    def is_factored(x: Any) -> bool:
+        return isinstance(x, flora.LoraWeight)
+
+    return any(map(is_factored, jax.tree.leaves(adapted, is_leaf=is_factored)))
 
 
 def _as_checkpoint(

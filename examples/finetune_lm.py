@@ -304,7 +304,7 @@ def answering(job: Job) -> Any:
     return answers
 
 
-def prove(job: Job, evaluate: Any, before: float, after: float) -> None:
+def prove(job: Job, adapter: Any, evaluate: Any, before: float, after: float) -> None:
     """Raises RuntimeError unless the run did what it is for.
 
     before, after: the loss on some training rows; `evaluate` computes it of an adapter.
@@ -313,8 +313,9 @@ def prove(job: Job, evaluate: Any, before: float, after: float) -> None:
         raise RuntimeError(f"The loss has not fallen: {before:.4f}, then {after:.4f}.")
     # Its header holds the fingerprint of the base as it was before training.
     flora.load(job.out / "start.safetensors", job.base)
-    again = flora.load(job.out / "adapter.safetensors", job.base)
-    if (loss := evaluate(flora.split(again)[1])) != after:
+    again = flora.split(flora.load(job.out / "adapter.safetensors", job.base))[1]
+    places = jax.tree.map(lambda x: x.sharding, adapter)
+    if (loss := evaluate(jax.device_put(again, places))) != after:
         raise RuntimeError(
             f"The adapter that was read back has loss {loss}, not {after}."
         )
@@ -345,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     adapted = flora.join(job.base, adapter)
     after, other = (on_some(adapter), answers(adapted)), other + on_other(adapter)
     size = export(args, job.model, adapted)
-    prove(job, on_some, before[0], after[0])
+    prove(job, adapter, on_some, before[0], after[0])
     said = {k: (before[1][k], after[1][k]) for k in before[1]}
     trained = sum(x.size for x in jax.tree.leaves(adapter))
     loss, memory = (before[0], after[0]), peak_memory()

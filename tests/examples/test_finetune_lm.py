@@ -569,7 +569,7 @@ def test_the_whole_run_learns(tmp_path):
 
 def test_a_loss_that_rises_fails_the_run(checkpoint, tmp_path):
     with pytest.raises(RuntimeError, match="The loss has not fallen"):
-        finetune_lm.prove(None, None, 1.0, 1.0)
+        finetune_lm.prove(None, None, None, 1.0, 1.0)
     given = ["--checkpoint", str(checkpoint), "--train", "x"]
     for argv, message in (
         (["--checkpoint", str(checkpoint)], 2),

@@ -205,25 +205,29 @@ def plot(rows: list[Row], table: list[Row]) -> Figure:
     left.text(1, float(base["choice"]), "as it is, likelier of the two words ",
               transform=left.get_yaxis_transform(), ha="right", va="bottom",
               fontsize=8, color="0.4")  # fmt: skip
-    for arm, color in colors.items():
+    for row in table:
+        arm, color = row["arm"], colors.get(row["arm"])
+        if color is None:
+            continue
         mine = [x for x in rows if x["arm"] == arm]
-        rates = [float(x["rate"]) for x in mine]
-        exact = [float(x["exact"]) for x in mine]
-        left.plot(rates, exact, "o", color=color, label=arm, alpha=0.8, ms=5)
-        grid = sorted({*rates})
-        means = [
-            np.mean([y for x, y in zip(rates, exact, strict=True) if x == rate])
-            for rate in grid
-        ]
-        left.plot(grid, means, color=color, lw=1)
-        for row in (x for x in table if x["arm"] == arm):
-            error = [0 if math.isnan(row[k]) else row[k] for k in HALVES]
-            right.errorbar(row["exact"], row["other_perplexity"], xerr=error[0],
-                           yerr=error[1], fmt="o", color=color, capsize=2,
-                           label=arm)  # fmt: skip
+        rate, exact, other = (
+            np.array([float(x[name]) for x in mine])
+            for name in ("rate", "exact", "other_perplexity")
+        )
+        grid = np.unique(rate)
+        left.plot(rate, exact, "o", color=color, ms=5, label=arm)
+        left.plot(grid, [exact[rate == x].mean() for x in grid], color=color, lw=1)
+        right.plot(exact, other, "o", color=color, ms=4, alpha=0.4)
+        error = [0 if math.isnan(row[name]) else row[name] for name in HALVES]
+        where = row["exact"], row["other_perplexity"]
+        style = {"fmt": "D", "color": color, "capsize": 2, "label": arm}
+        right.errorbar(*where, xerr=error[0], yerr=error[1], **style)
     left.set(xscale="log", xlabel="learning rate", ylabel="exact held-out answers")
     right.axhline(float(base["other_perplexity"]), color="0.5", ls="--", lw=1)
-    right.set(xlabel="exact held-out answers, at the best rate",
+    right.text(0, float(base["other_perplexity"]), " as it is", fontsize=8,
+               transform=right.get_yaxis_transform(), ha="left", va="bottom",
+               color="0.4")  # fmt: skip
+    right.set(xlabel="exact held-out answers (diamonds: at the best rate)",
               ylabel="perplexity of Python's reference")  # fmt: skip
     left.legend(fontsize=8)
     for axes in (left, right):

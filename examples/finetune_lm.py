@@ -4,8 +4,10 @@
 
 Reads config.json, safetensors and tokenizer.json, puts the weights straight onto all
 devices (FSDP), packs chats or texts into rows, trains A and B in bfloat16 with remat
-and scan, evaluates, saves checkpoints (`--resume` goes on), and writes the adapter for
-flora and, merged, for any server.  Without `--checkpoint` it first makes a tiny
+and scan, evaluates (nats a token, and the share of answers that are exact), saves
+checkpoints (`--resume` goes on), and writes the adapter for flora and, merged, for any
+server.  `--full` and `--train-whole` train leaves whole, `--quantize` keeps the base in
+fewer bits.  Without `--checkpoint` it first makes a tiny
 checkpoint itself, so that it needs no download.
 
 The run fails unless the loss has fallen, the base is still the checkpoint's bit for
@@ -14,9 +16,9 @@ bit, and the saved adapter gives the same logits when it is read back.
 
 import argparse
 import dataclasses
-import json
+import math
 import pathlib
-import shutil
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,17 +31,21 @@ from language_models import hf_llama
 from language_models.generation import generator
 from language_models.llama import Llama
 from lm_data import Text, batch_of, pack, read_examples
-from lm_train import evaluation, optimizer, put, started, step_function
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from lm_export import export
+from lm_report import CONSOLE, Results, peak_memory, progress, tell
+from lm_train import (
+    evaluation,
+    most_trained,
+    optimizer,
+    put,
+    started,
+    step_function,
+)
 
 import flora
-import flora.hf
-import flora.peft
+import flora.quantize
 import flora.variants
 from flora.checkpoint import Checkpointer
-
-CONSOLE = Console(highlight=False)
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,10 +55,16 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpoint", help="a folder of HF's; without it a tiny one is made")
     add("--train", help="JSON lines: messages, prompt and completion, or text")
     add("--eval", help="likewise, held out; without it nothing is evaluated")
+    add("--choices", nargs="+", default=[], help="the answers that --eval is about")
+    add("--other", help="likewise; what it loses while the model learns something else")
     add("--out", default="finetune_lm", help="the folder for all that is written")
     add("--rank", type=int, default=16)
     add("--alpha", type=float, default=32)
-    add("--target", nargs="+", default=["self_attn/*/kernel", "mlp/*/kernel"])
+    add("--target", nargs="*", default=["self_attn/*/kernel", "mlp/*/kernel"])
+    add("--train-whole", nargs="+", default=[], help="leaves that train whole")
+    add("--full", action="store_true", help="every leaf trains whole, none has factors")
+    add("--quantize", choices=flora.quantize.QTYPES, help="frozen kernels (QLoRA)")
+    add("--form", default="auto", help="of the products; on CPUs 'concat' is faster")
     add("--dora", action="store_true", help="magnitudes train on their own")
     add("--dropout", type=float, default=0.0)
     add("--learning-rate", type=float, default=2e-4)
@@ -65,9 +77,10 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--length", type=int, default=1024, help="tokens a row")
     add("--block", type=int, default=0, help="tokens a row with logits at a time")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add("--unroll", action="store_true", help="each layer has leaves: layers/3/*")
     add("--remat", default="full", choices=["none", "dots", "full"])
-    add("--eval-every", type=int, default=50)
-    add("--save-every", type=int, default=50)
+    add("--eval-every", type=int, default=50, help="0: after the last step alone")
+    add("--save-every", type=int, default=50, help="0: no checkpoints")
     add("--seed", type=int, default=0)
     add("--prompt", action="append", help="asked before and after; may be repeated")
     add("--new-tokens", type=int, default=48, help="of each answer, at most")
@@ -84,12 +97,12 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         args = _tiny(parser.parse_args(argv))
     if not args.train:
         parser.error("--checkpoint needs --train data.jsonl as well.")
-    if args.batch % jax.device_count():
-        parser.error(
-            f"--batch {args.batch} does not divide by {jax.device_count()} devices."
-        )
+    if args.batch % args.devices:
+        parser.error(f"--batch {args.batch} does not divide by {args.devices} devices.")
     if args.block and args.length % args.block:
         parser.error(f"--length {args.length} does not divide by --block {args.block}.")
+    if args.full and (args.quantize or args.dora or args.train_whole):
+        parser.error("--full trains all weights, and none has factors or fewer bits.")
     return args
 
 
@@ -122,40 +135,36 @@ class Job:
     base: Any
     rows: dict[str, np.ndarray]
     held_out: dict[str, np.ndarray]
+    other: dict[str, np.ndarray]
 
     @property
     def out(self) -> pathlib.Path:
         return pathlib.Path(self.args.out)
 
 
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """The results of a run: losses by step, in nats a token, and answers by prompt."""
-
-    losses: dict[int, float]
-    train_loss: tuple[float, float]
-    held_out_losses: dict[int, float]
-    answers: dict[str, tuple[str, str]]
-    adapted: Any
-
-
 def start(args: argparse.Namespace) -> tuple[Job, Any]:
     """The job and the untrained adapter, from the checkpoint and the data."""
     mesh = Mesh(np.array(jax.devices()[: args.devices]), ("fsdp",))
     text = Text.read(args.checkpoint)
-    rows, held_out = (
+    rows, held_out, other = (
         pack(read_examples(path, text), args.length) if path else {}
-        for path in (args.train, args.eval)
+        for path in (args.train, args.eval, args.other)
     )
     config, dtype = hf_llama.read_config(args.checkpoint), jnp.dtype(args.dtype)
-    model = Llama(config, remat=args.remat, dtype=dtype, param_dtype=dtype)
+    sizes = {"scan": not args.unroll, "remat": args.remat}
+    model = Llama(config, dtype=dtype, param_dtype=dtype, **sizes)
     params = hf_llama.load(args.checkpoint, model, mesh)
+    if args.quantize:
+        settings = {"target": "*_proj/kernel", "donate": True}
+        params = flora.quantize.quantize(params, args.quantize, **settings)
     settings = flora.LoraConfig(
         rank=args.rank,
         alpha=args.alpha,
-        target=args.target,
+        target=() if args.full else args.target,
+        train="*" if args.full else args.train_whole,
         dropout=args.dropout,
         variant=flora.variants.DoRA() if args.dora else None,
+        form=args.form,
     )
     ids = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
     key = jax.random.key(args.seed)
@@ -164,14 +173,14 @@ def start(args: argparse.Namespace) -> tuple[Job, Any]:
     full = (rows["segments"] > 0).mean()
     print(flora.summary(adapted))  # as wide as it is
     CONSOLE.print(f"{len(rows['ids'])} rows of {args.length} tokens, {full:.0%} full")
-    return Job(args, mesh, text, model, base, rows, held_out), adapter
+    return Job(args, mesh, text, model, base, rows, held_out, other), adapter
 
 
 # --- Training -------------------------------------------------------------------------
 
 
-def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, dict, dict]:
-    """The trained adapter, the loss of each step, and the held-out loss of some."""
+def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, Any]:
+    """The trained adapter; and by step: losses, held-out scores, seconds."""
     args = job.args
     tx, schedule = optimizer(
         peak=args.learning_rate,
@@ -183,28 +192,37 @@ def train(job: Job, adapter: Any, evaluate: Any, report: Any) -> tuple[Any, dict
     state, places = started(tx, adapter)
     shape, root = (args.accumulate, args.batch), jax.random.key(args.seed + 1)
     settings = {"dropout": args.dropout > 0, "block": args.block}
+    settings |= {"most": most_trained(job.rows)}
     step = step_function(job.model, tx, places, **settings)
-    losses, held_out, began = {}, {}, 0
+    losses, held_out, seconds, began = {}, {}, {}, 0
     last = min(args.steps, args.stop_after or args.steps)
     with Checkpointer(job.out / "checkpoints") as checkpointer:
         if checkpointer.latest() is not None:
             adapter, state, began = resumed(job, checkpointer, adapter, state)
-        if job.held_out and not began:
+        if job.held_out and args.eval_every and not began:
             held_out[0] = evaluate(job.base, adapter, job.held_out, args.batch)
+            report(0, math.nan, held_out, schedule(0))
         for n in range(began + 1, last + 1):
             batch = put(batch_of(job.rows, n - 1, shape, args.seed), job.mesh)
             key = jax.random.fold_in(root, n)
+            clock = time.perf_counter(), time.process_time()
             adapter, state, loss, norm = step(job.base, adapter, state, batch, key)
             losses[n] = float(loss)
+            now = time.perf_counter(), time.process_time()
+            seconds[n] = now[0] - clock[0], now[1] - clock[1]
             if not np.isfinite([losses[n], float(norm)]).all():
                 raise SystemExit(diverged(job, checkpointer, n, losses[n]))
-            if job.held_out and (n % args.eval_every == 0 or n == last):
+            if job.held_out and _due(n, args.eval_every or last, last):
                 held_out[n] = evaluate(job.base, adapter, job.held_out, args.batch)
-            if n % args.save_every == 0 or n == last:
+            if args.save_every and _due(n, args.save_every, last):
                 tree = flora.join(job.base, adapter)
                 checkpointer.save(n, tree, state, metadata=_settings(args))
             report(n, losses[n], held_out, schedule(n - 1))
-    return adapter, losses, held_out
+    return adapter, (losses, held_out, seconds)
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step == last
 
 
 def resumed(job: Job, checkpointer: Checkpointer, adapter: Any, state: Any) -> Any:
@@ -250,6 +268,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "checkpoint",
         "out",
         "eval",
+        "choices",
+        "other",
         "eval_every",
         "save_every",
         "prompt",
@@ -261,25 +281,9 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "remat",
         "block",
         "devices",
+        "form",
     )
     return {k: v for k, v in vars(args).items() if k not in free}
-
-
-def progress(steps: int) -> tuple[Progress, Any]:
-    """A bar, and the function that moves it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=CONSOLE, disable=not CONSOLE.is_terminal)
-    task = bar.add_task("", total=steps)
-
-    def report(step: int, loss: float, held_out: dict[int, float], rate: Any) -> None:
-        words = f"step {step}  loss {loss:.3f}  rate {float(rate):.1e}"
-        if held_out:
-            words += f"  held out {[*held_out.values()][-1]:.3f}"
-        bar.update(task, completed=step, description=words)
-        if not CONSOLE.is_terminal and (step in held_out or step == steps):
-            print(words, flush=True)  # a log shows no bar
-
-    return bar, report
 
 
 # --- Before and after -----------------------------------------------------------------
@@ -300,7 +304,7 @@ def answering(job: Job) -> Any:
     return answers
 
 
-def prove(job: Job, evaluate: Any, before: float, after: float) -> None:
+def prove(job: Job, adapter: Any, evaluate: Any, before: float, after: float) -> None:
     """Raises RuntimeError unless the run did what it is for.
 
     before, after: the loss on some training rows; `evaluate` computes it of an adapter.
@@ -309,43 +313,12 @@ def prove(job: Job, evaluate: Any, before: float, after: float) -> None:
         raise RuntimeError(f"The loss has not fallen: {before:.4f}, then {after:.4f}.")
     # Its header holds the fingerprint of the base as it was before training.
     flora.load(job.out / "start.safetensors", job.base)
-    again = flora.load(job.out / "adapter.safetensors", job.base)
-    if (loss := evaluate(flora.split(again)[1])) != after:
+    again = flora.split(flora.load(job.out / "adapter.safetensors", job.base))[1]
+    places = jax.tree.map(lambda x: x.sharding, adapter)
+    if (loss := evaluate(jax.device_put(again, places))) != after:
         raise RuntimeError(
             f"The adapter that was read back has loss {loss}, not {after}."
         )
-
-
-def export(job: Job, adapted: Any) -> None:
-    """Writes the adapter for flora and for PEFT, and the merged model."""
-    flora.save(job.out / "adapter.safetensors", adapted)
-    config = job.model.config
-    flora.peft.save(
-        job.out / "peft",
-        adapted,
-        names=hf_llama.peft_names(config),
-        base_model_name_or_path=job.args.checkpoint,
-        task_type="CAUSAL_LM",
-    )
-    if not job.args.merge:
-        return
-    folder, source = job.out / "merged", pathlib.Path(job.args.checkpoint)
-    beside = [  # config, tokenizer, template
-        path
-        for path in source.iterdir()
-        if path.suffix in (".json", ".jinja", ".txt") and "safetensors" not in path.name
-    ]
-    if not all(_same(path, folder / path.name) for path in beside):
-        (folder / "config.json").unlink(missing_ok=True)  # without it, no model
-    flora.hf.save(folder, flora.merge(adapted), hf_llama.tensors(config))
-    for path in sorted(beside, key=lambda path: path.name == "config.json"):
-        new = folder / f".{path.name}.new"
-        shutil.copy(path, new)
-        new.replace(folder / path.name)
-
-
-def _same(one: pathlib.Path, other: pathlib.Path) -> bool:
-    return other.is_file() and one.read_bytes() == other.read_bytes()
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
@@ -354,28 +327,35 @@ def main(argv: Sequence[str] | None = None) -> Results:
     job, adapter = start(args)
     adapted = flora.join(job.base, adapter)
     flora.save(job.out / "start.safetensors", adapted)
-    evaluate, answers = evaluation(job.model, args.block, job.mesh), answering(job)
+    own = {"stop": job.text.stop, "choices": job.text.first_tokens(args.choices)}
+    evaluate = evaluation(job.model, args.block, job.mesh, **own)
+    answers = answering(job)
     some = {k: x[: 4 * args.batch] for k, x in job.rows.items()}
 
     def on_some(adapter: Any) -> float:
-        return evaluate(job.base, adapter, some, args.batch)
+        return evaluate(job.base, adapter, some, args.batch).nats
 
-    before = on_some(adapter), answers(adapted)
+    def on_other(adapter: Any) -> tuple[float, ...]:
+        rows = job.other
+        return (evaluate(job.base, adapter, rows, args.batch).nats,) if rows else ()
+
+    before, other = (on_some(adapter), answers(adapted)), on_other(adapter)
     bar, report = progress(args.steps)
     with bar:
-        adapter, losses, held_out = train(job, adapter, evaluate, report)
+        adapter, (losses, held_out, seconds) = train(job, adapter, evaluate, report)
     adapted = flora.join(job.base, adapter)
-    after = on_some(adapter), answers(adapted)
-    export(job, adapted)
-    prove(job, on_some, before[0], after[0])
+    after, other = (on_some(adapter), answers(adapted)), other + on_other(adapter)
+    size = export(args, job.model, adapted)
+    prove(job, adapter, on_some, before[0], after[0])
     said = {k: (before[1][k], after[1][k]) for k in before[1]}
-    CONSOLE.print(f"loss on training rows: {before[0]:.3f}, then {after[0]:.3f}")
-    if held_out:
-        CONSOLE.print(f"held out, by step: {json.dumps(held_out)}")
-    for prompt, (first, then) in said.items():
-        CONSOLE.print(f"{prompt}\n  before: {first!r}\n  after:  {then!r}")
-    CONSOLE.print(f"the base has not changed; wrote {job.out / 'adapter.safetensors'}")
-    return Results(losses, (before[0], after[0]), held_out, said, adapted)
+    trained = sum(x.size for x in jax.tree.leaves(adapter))
+    loss, memory = (before[0], after[0]), peak_memory()
+    rest = said, seconds, trained, size, memory, adapted
+    results = Results(losses, loss, held_out, other, *rest)
+    results.write(job.out / "results.json", args)
+    tell(results)
+    CONSOLE.print(f"wrote {job.out}")
+    return results
 
 
 if __name__ == "__main__":

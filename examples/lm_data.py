@@ -164,6 +164,20 @@ class Text:
         text = self.render(messages, prompt=True)
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def first_tokens(self, answers: Sequence[str]) -> list[int]:
+        """The token that each answer begins with; no two begin with the same."""
+        found = [
+            self.tokenizer.encode(x, add_special_tokens=False).ids[:1] for x in answers
+        ]
+        flat = [ids[0] for ids in found if ids]
+        if len({*flat}) != len(answers):
+            words = [self.tokenizer.id_to_token(i) for i in flat]
+            raise LoraError(
+                f"choices {[*answers]} begin with the tokens {words}. Each needs "
+                "one of its own: take other words."
+            )
+        return flat
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
         return self.tokenizer.decode(list(ids))

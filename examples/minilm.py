@@ -78,10 +78,15 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """BERT without its pooler: embeddings and layers; with `classes`, a head too."""
+    """BERT without its pooler: embeddings and layers; with `classes`, a head too.
+
+    With `first` above 0 it is the layers from there, and takes what the one before
+    gives in the place of ids.
+    """
 
     sizes: Sizes = Sizes()
     classes: int | None = None
+    first: int = 0
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -90,17 +95,22 @@ class Encoder(nn.Module):
         The logits are those of the mean over a sentence's tokens.
         """
         s = self.sizes
-        words = nn.Embed(s.vocab_size, s.hidden_size, name="words")(ids)
-        places = nn.Embed(s.max_position_embeddings, s.hidden_size, name="places")
-        types = nn.Embed(s.type_vocab_size, s.hidden_size, name="types")
-        x = words + places(jnp.arange(ids.shape[1])) + types(jnp.zeros_like(ids))
-        x = nn.LayerNorm(epsilon=s.layer_norm_eps, name="norm")(x)
-        for i in range(s.num_hidden_layers):
+        x = ids if self.first else self.embedded(ids)
+        for i in range(self.first, s.num_hidden_layers):
             x = Layer(s, name=f"layer_{i}")(x, mask)
         if self.classes is None:
             return x
         zeros = nn.initializers.zeros
         return nn.Dense(self.classes, name="head", kernel_init=zeros)(pooled(x, mask))
+
+    def embedded(self, ids: jax.Array) -> jax.Array:
+        """What the first layer takes."""
+        s = self.sizes
+        words = nn.Embed(s.vocab_size, s.hidden_size, name="words")(ids)
+        places = nn.Embed(s.max_position_embeddings, s.hidden_size, name="places")
+        types = nn.Embed(s.type_vocab_size, s.hidden_size, name="types")
+        x = words + places(jnp.arange(ids.shape[1])) + types(jnp.zeros_like(ids))
+        return nn.LayerNorm(epsilon=s.layer_norm_eps, name="norm")(x)
 
 
 def pooled(hidden: Any, mask: jax.Array) -> jax.Array:
@@ -223,8 +233,8 @@ def rated(
     source: str,
     folder: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
-) -> list[tuple[str, float]]:
-    """Sentences and their ratings, from -4 to 4.
+) -> list[tuple[str, float, str]]:
+    """Sentences, their ratings from -4 to 4, and their names, such as 3_1.
 
     Args:
       source: "movieReview", "amazonReview" or "nytEditorial".
@@ -244,7 +254,7 @@ def rated(
         assert file is not None
         lines = io.TextIOWrapper(file, "utf-8", errors="replace").read().splitlines()
     rows = [line.split("\t", 2) for line in lines if line.strip()]
-    return [(text, float(rating)) for _, rating, text in rows]
+    return [(text, float(rating), name) for name, rating, text in rows]
 
 
 def tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:

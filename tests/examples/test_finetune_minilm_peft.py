@@ -65,6 +65,10 @@ def test_transformers_reads_the_merged_model(tmp_path):
     theirs(sizes, tmp_path / "base")
     ids, mask = padded(sizes)
     model, variables = minilm.with_head(*minilm.load(tmp_path / "base"), 2)
+    rng = np.random.default_rng(1)
+    kernel, bias = rng.normal(size=(32, 2)), rng.normal(size=2)
+    head = {"kernel": jnp.float32(kernel), "bias": jnp.float32(bias)}
+    variables["params"]["head"] = head
     config = flora.LoraConfig(rank=2, target="layer_*/kernel", train=["head/*"])
     adapted = flora.init(
         jax.random.key(0),

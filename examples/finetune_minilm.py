@@ -53,6 +53,7 @@ COLORS = {"head": "#009E73", "LoRA": "#0072B2", "full": "#D55E00"}
 # instead. It computes the same.
 FORM = "concat"
 CHUNK = 200  # sentences at a time where nothing trains
+UNCHANGED = optax.identity()
 TOLERANCE = 1e-5  # of logits in float32, relative to max|y|
 
 
@@ -92,7 +93,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
 # --- Data -----------------------------------------------------------------------------
 
 
-def read_data(args: argparse.Namespace) -> tuple[list[str], list[int], list[str]]:
+def read_data(args: Any) -> tuple[list[str], list[int], list[str]]:
     """Texts, labels from 0, and what each label is called."""
     if args.data is None:
         rows = minilm.rated("movieReview", cache=args.cache)
@@ -133,7 +134,7 @@ class Split:
     test: Sentences
 
 
-def split(sentences: Sentences, args: argparse.Namespace, seed: int) -> Split:
+def split(sentences: Sentences, args: Any, seed: int) -> Split:
     """The test sentences are drawn once; of the rest each seed draws its own."""
     wanted = args.train + args.validation + args.test
     if len(sentences) < wanted:
@@ -162,6 +163,7 @@ class Arm:
       inputs: what it takes of sentences: their tokens, or the frozen encoder's output.
       epochs: over the training sentences.
       rate: the first learning rate to try, as `rate_of` counts them.
+      after: what happens to Adam's updates, such as `flora.recipes.lora_plus`.
     """
 
     name: str
@@ -170,6 +172,7 @@ class Arm:
     inputs: Callable[[Sentences], tuple[Any, ...]]
     epochs: int
     rate: int
+    after: optax.GradientTransformation = UNCHANGED
 
 
 def rate_of(i: int) -> float:
@@ -245,7 +248,7 @@ def trainer(arm: Arm) -> Callable[..., Any]:
     def run(frozen: Any, trained: Any, peak: Any, inputs: Any, labels: Any, rows: Any):
         steps = len(rows)
         rises = optax.warmup_cosine_decay_schedule(0, 1, -(-steps // 10), steps, 0.05)
-        adam = optax.scale_by_adam()
+        adam = optax.chain(optax.scale_by_adam(), arm.after)
 
         def step(carry: Any, now: Any) -> Any:
             def loss(trained: Any) -> jax.Array:
@@ -254,7 +257,7 @@ def trainer(arm: Arm) -> Callable[..., Any]:
 
             (trained, state), (i, chosen) = carry, now
             value, grads = jax.value_and_grad(loss)(trained)
-            updates, state = adam.update(grads, state)
+            updates, state = adam.update(grads, state, trained)
             updates = jax.tree.map(lambda u: -peak * rises(i + 1) * u, updates)
             return (optax.apply_updates(trained, updates), state), value
 
@@ -281,11 +284,12 @@ def by_chunks(fn: Callable, inputs: tuple[Any, ...]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One seed at one rate; what was trained is kept for the first seed alone."""
+    """One seed at one rate."""
 
     loss: float  # on validation sentences, in nats; infinite where it diverged
     test_logits: np.ndarray
     seconds: float  # a step; the first run of an arm compiles
+    frozen: Any
     trained: Any
 
 
@@ -316,7 +320,7 @@ def runner(arm: Arm, splits: Sequence[Split], batch: int) -> Callable[[int, int]
             f"{loss:.4f}; {1e3 * seconds:.1f} ms a step",
             soft_wrap=True,
         )
-        return Run(loss, logits(own.test), seconds, None if seed else trained)
+        return Run(loss, logits(own.test), seconds, frozen, trained)
 
     return run
 
@@ -381,8 +385,7 @@ def table(rows: Sequence[Row]) -> Table:
     title = "Test sentences, mean over seeds and 95 % intervals (Student's t)"
     out = Table(title=title, title_justify="left")
     for name in ("arm", "rate", "accuracy", "to head", "nats", "trained", "a step"):
-        side = "left" if name == "arm" else "right"
-        out.add_column(name, justify=side, no_wrap=True)
+        out.add_column(name, justify="left" if name == "arm" else "right")
     for row in rows:
         more = np.subtract(row.accuracy, rows[0].accuracy)
         out.add_row(
@@ -448,7 +451,7 @@ def write_csv(rows: Sequence[Row], path: pathlib.Path) -> None:
 
 def prove(facts: Mapping[str, bool]) -> None:
     """Prints the facts; raises RuntimeError if one does not hold."""
-    CONSOLE.print(*facts, sep="\n")
+    CONSOLE.print(*facts, sep="\n", soft_wrap=True)
     if broken := [fact for fact, holds in facts.items() if not holds]:
         raise RuntimeError(f"The proof fails. {'; '.join(broken)}.")
 
@@ -526,11 +529,11 @@ TELLING = [
 ]
 
 
-def write_random(folder: pathlib.Path) -> pathlib.Path:
+def write_random(folder: pathlib.Path, *, layers: int = 1) -> pathlib.Path:
     """Hugging Face's files of a small encoder with random weights."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     vocab = {word: i for i, word in enumerate([*special, *NEUTRAL, *TELLING])}
-    sizes = minilm.Sizes(len(vocab), 16, 1, 2, 32, 32)
+    sizes = minilm.Sizes(len(vocab), 16, layers, 2, 32, 32)
     variables = Encoder(sizes).init(
         jax.random.key(0), jnp.ones((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32)
     )
@@ -601,8 +604,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         rows.append(judged(arm, runs, best, test))
         tried[arm.name] = dict(sorted(losses.items()))
         if arm.name == "LoRA":
-            adapted = flora.join(arm.start(0)[0], runs[0].trained)
-    CONSOLE.print(table(rows), soft_wrap=True)
+            adapted = flora.join(runs[0].frozen, runs[0].trained)
+    CONSOLE.print(table(rows), width=96)  # in a narrow terminal too
     write_csv(rows, out / "results.csv")
     plot(rows, tried, out / "results.png")
     write(model, variables, adapted, test, args)

@@ -64,13 +64,13 @@ TEXT = Text(
     ([[best | arm=LoRA, rank 8 | to_full]], and the interval has 0 in it).
     Forgotten: at the chosen rates LoRA keeps a similarity of [[best | arm=LoRA,
     rank 8 | similarity]] and full fine-tuning [[best | arm=full | similarity]]:
-    less is forgotten, the other way than in the toy. Mostly that is less learned:
-    over all rates the two go along nearly one curve (right panel), until a rate
-    three times too high, which costs full fine-tuning's old behavior ([[rates |
-    arm=full; rate=0.0003 | similarity]]) and LoRA's hardly ([[rates | arm=LoRA,
-    rank 8; rate=0.003 | similarity]]). How often the nearest sentence is of the
-    same editorial tells nothing apart. In the toy the old task was classified by a
-    head, which a new one replaces; here it is the geometry of the embedding, so the
-    two experiments do not measure the same.
+    less is forgotten, the opposite of the toy. Mostly that is less learned: over
+    all rates the two go along nearly one curve (right panel), until a rate three
+    times too high, which costs full fine-tuning's old behavior ([[rates | arm=full;
+    rate=0.0003 | similarity]]) and LoRA's hardly ([[rates | arm=LoRA, rank 8;
+    rate=0.003 | similarity]]). How often the nearest sentence is of the same
+    editorial tells nothing apart. In the toy the old task was classified by a head,
+    which a new one replaces; here it is the geometry of the embedding, so the two
+    experiments do not measure the same.
     """,
 )

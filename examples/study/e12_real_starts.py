@@ -42,17 +42,17 @@ TEXT = Text(
     """,
     },
     verdict="""
-    The toy's order of losses is not seen at this width (384) with three seeds: reversed
-    ends [[best | arm=reversed | to_standard]] nats from standard and both random
-    [[best | arm=both random | to_standard]], and neither interval excludes 0. What the
-    toy said of rates is: the chosen one is [[best | arm=LoRA, rank 8 | rate]] for
-    standard and [[best | arm=reversed | rate]] for reversed, which at the same rate
-    has moved the encoder further. What the toy could not show is the old behavior.
-    Standard keeps a similarity of [[best | arm=LoRA, rank 8 | similarity]], reversed
-    [[best | arm=reversed | similarity]], both random [[best | arm=both random |
-    similarity]]: its first output is not the pretrained encoder's, and training on the
-    new task does not bring the old one back. So "unsuitable" is right of both random
-    where the pretrained behavior is wanted, though the loss on the new task does not
-    show it.
+    The toy's order of losses is not seen at this width (384) with three seeds:
+    reversed ends [[best | arm=reversed | to_standard]] nats from standard and both
+    random [[best | arm=both random | to_standard]], and neither interval excludes
+    0. What the toy said of rates holds: the chosen one is [[best | arm=LoRA, rank 8
+    | rate]] for standard and [[best | arm=reversed | rate]] for reversed, which at
+    the same rate has moved the encoder further. What the toy could not show is the
+    old behavior. Standard keeps a similarity of [[best | arm=LoRA, rank 8 |
+    similarity]], reversed [[best | arm=reversed | similarity]], both random [[best
+    | arm=both random | similarity]]: its first output is not the pretrained
+    encoder's, and training on the new task does not bring the old one back. So
+    "unsuitable" is right of both random where the pretrained behavior is wanted,
+    though the loss on the new task does not show it.
     """,
 )

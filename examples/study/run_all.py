@@ -40,6 +40,7 @@ NAMES = (
     "e11_real_full",
     "e12_real_starts",
     "e13_real_scale",
+    "e14_real_quantized",
 )
 HEAD = """
 # Claims about LoRA, tested

@@ -19,7 +19,7 @@ import argparse
 import importlib
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import fetch
@@ -86,7 +86,8 @@ def write_data(
 ) -> dict[str, pathlib.Path]:
     """train.jsonl, eval.jsonl and other.jsonl, by option of `finetune_lm.py`."""
     folder.mkdir(parents=True, exist_ok=True)
-    chats = [*_chats(rated("movieReview", sentences, cache))]
+    rows = rated("movieReview", sentences, cache)
+    chats = [*_chats({text: rating for text, rating, _ in rows})]  # each once
     order = np.random.default_rng(0).permutation(len(chats))
     chats = [chats[i] for i in order]
     parts = {
@@ -100,8 +101,8 @@ def write_data(
     return {name: folder / f"{name}.jsonl" for name in parts}
 
 
-def _chats(rows: Sequence[tuple[str, float]]) -> Iterator[dict[str, Any]]:
-    for text, rating in rows:
+def _chats(ratings: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    for text, rating in ratings.items():
         if abs(rating) < CLEAR or len(text.split()) > WORDS:
             continue
         said = {"system": QUESTION, "user": text, "assistant": ANSWERS[rating > 0]}

@@ -23,8 +23,8 @@ def rated(
     source: str,
     folder: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
-) -> list[tuple[str, float]]:
-    """Sentences and their mean ratings; each sentence once.
+) -> list[tuple[str, float, str]]:
+    """Sentences, their mean ratings and their names, such as 3_1 for one of text 3.
 
     Args:
       source: "movieReview", "amazonReview" or "nytEditorial".
@@ -44,4 +44,4 @@ def rated(
         assert file is not None
         lines = io.TextIOWrapper(file, "utf-8", errors="replace").read().split("\n")
     rows = [line.split("\t", 2) for line in lines if line.strip()]
-    return [*{text.strip(): float(rating) for _, rating, text in rows}.items()]
+    return [(text.strip(), float(rating), name) for name, rating, text in rows]

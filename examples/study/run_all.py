@@ -15,6 +15,7 @@ import importlib
 import os
 import pathlib
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -24,6 +25,7 @@ import _page
 import jax
 
 HERE = pathlib.Path(__file__).parent
+sys.path.append(str(HERE.parent))  # minilm, finetune_minilm and fetch lie there
 NAMES = (
     "e01_initialization",
     "e02_rank_exponents",
@@ -35,6 +37,10 @@ NAMES = (
     "e08_lora_plus",
     "e09_dora",
     "e10_merging",
+    "e11_real_full",
+    "e12_real_starts",
+    "e13_real_scale",
+    "e14_real_quantized",
 )
 HEAD = """
 # Claims about LoRA, tested
@@ -46,8 +52,20 @@ at its own best rate. Tables are the CSV files in `results/`, and so are the num
 the verdicts. What holds here need not hold for a language model; where a claim is about
 such a model, the verdict says what this can and cannot show.
 
+Experiments 1 to 10 are toys, or models trained within minutes. Those from 11 on ask the
+same of pretrained weights: MiniLM (22.6 million parameters; fetched once, see
+[encoders](../howto/encoders.md)) learns whether a film review's sentence is praise,
+from 384 sentences in 24 steps of Adam, three seeds, each with sentences of its own. The
+head starts as a probe of the frozen features. Rates are a factor of about 3 apart and
+chosen on validation loss; a grid grows until the best has a worse one on both sides, or
+is marked "edge". "Similarity" is what is not forgotten: the correlation of the cosine
+similarities of all pairs of 400 sentences of newspaper editorials, which nothing is
+trained on, with those of the pretrained encoder (1 before training); "same editorial"
+is how often the nearest sentence is of the same one.
+
     python examples/study/run_all.py            # everything: results/ and this page
     python examples/study/run_all.py e05        # one experiment
+    python examples/study/run_all.py e0 e10     # the toys, which fetch nothing
     python examples/study/run_all.py --smoke --out /tmp/study
 
 Everywhere y = x (W + s A B), s = alpha/rank, A `[in, rank]`, B `[rank, out]`.

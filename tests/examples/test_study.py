@@ -1,16 +1,19 @@
 """The study's arithmetic, its facts that are exact, and its page."""
 
 import csv
+import dataclasses
 import importlib
 import math
 import pathlib
 
+import _minilm
 import _page
 import _study as study
 import e04_invariance
 import e05_floors
 import e07_spectral
 import e10_merging
+import finetune_minilm as example
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,6 +142,53 @@ def test_intervals_exponents_and_best_rates():
     assert study.best(losses) == 2
     np.testing.assert_allclose(study.own_best(grid, losses), 10**-2.1, rtol=1e-4)
     assert study.best(np.array([[np.inf, 1.0], [2.0, 2.0], [1e-9, np.inf]])) == 1
+
+
+def test_what_an_encoder_keeps_of_other_text():
+    rng = np.random.default_rng(0)
+    found = rng.normal(size=(30, 8))
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    turn = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    assert _minilm.similarity(found, found @ turn) == pytest.approx(1)
+    other = np.roll(found, 1, axis=0)
+    pairs = [(i, j) for i in range(30) for j in range(i)]
+    ours, theirs = ([x[i] @ x[j] for i, j in pairs] for x in (found, other))
+    want = stats.pearsonr(ours, theirs).statistic
+    assert _minilm.similarity(found, other) == pytest.approx(want)
+    near = np.repeat(np.eye(5), 2, axis=0) + 0.01 * rng.normal(size=(10, 5))
+    groups = np.repeat(np.arange(5), 2)
+    assert _minilm.neighbors(near, groups) == 1
+    assert _minilm.neighbors(near, np.roll(groups, 1)) == 0
+
+
+def test_layers_that_do_not_train_are_computed_once():
+    sizes = dataclasses.replace(_minilm.SMOKE, first=0)
+    above, whole = _minilm.world(_minilm.SMOKE), _minilm.world(sizes)
+    assert set(above.variables["params"]) == {"layer_1", "head"}
+    assert set(whole.variables["params"]) > {"words", "layer_0", "head"}
+    one, two = (
+        x.model.apply(x.variables, *example.tokens(x.splits[0].test[:3]))
+        for x in (above, whole)
+    )
+    np.testing.assert_allclose(one, two, atol=1e-5)
+    kept = (_minilm.before_training(x) for x in (_minilm.SMOKE, sizes))
+    assert _minilm.similarity(*kept) == pytest.approx(1)
+
+
+def test_a_search_stops_at_its_bounds_and_says_so():
+    arm = example.Arm("arm", lambda seed: None, lambda *x: None, example.tokens, 1, 2)
+    sizes = dataclasses.replace(_minilm.SMOKE, steps_of_grid=2)
+
+    def run(best):
+        return lambda rate, seed: example.Run(abs(rate - best), None, 0, None, None)
+
+    best, tried = _minilm.searched(run(1), arm, sizes)
+    assert best == 1
+    assert list(tried) == [0, 1, 2, 3]
+    best, tried = _minilm.searched(run(9), arm, sizes)
+    assert best == max(tried) == 4
+    rates = tuple(map(example.rate_of, tried))
+    assert study.rate_cells(rates, list(tried).index(best))["edge"] == "edge"
 
 
 def test_the_verdicts_quote_the_tables():

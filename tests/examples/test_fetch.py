@@ -115,8 +115,10 @@ def test_without_pip_the_error_says_so(index, tmp_path, monkeypatch):
 
 
 SLOW = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
 import fetch
+# A job in the background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def half(file, folder):
     folder.mkdir()
     (folder / "model.bin").write_bytes(b"half")

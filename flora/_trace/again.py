@@ -9,7 +9,7 @@ the backward pass makes x again instead of keeping it.
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,6 +57,10 @@ class Recipe:
         """The value, of the sources'."""
         env = dict(zip(self.sources, values, strict=True))
         return compat.eval_eqns(self.eqns, [self.value], env)[0]
+
+    def read(self) -> Iterator[Any]:
+        """The variables that its equations read."""
+        return (v for eqn in self.eqns for v in variables(eqn.invars))
 
     def unnamed(self) -> "Recipe":
         """Named in profiles by what calls it."""

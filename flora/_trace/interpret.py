@@ -216,6 +216,7 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     last_use = schedule.last_uses(jaxpr, {v: x.sources for v, x in cheap.items()})
     touched = set(lazy)
     untouched: list[Any] = []
+    sources: dict[Any, Sequence[Any]] = {}  # of what can be made again
 
     def read(v: Any) -> Any:
         return v.val if isinstance(v, compat.Literal) else env[schedule.same.get(v, v)]
@@ -233,18 +234,20 @@ def interpret(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         held = any(v in touched for e in eqns for v in compat.variables(e.invars))
         if not (held or (own and any(map(compat.has_experts, eqns)))):
             value, *_ = [*eqns[0].outvars, None]
-            if value not in cheap:
+            recipe = cheap.get(value)
+            if recipe is None or any(v in touched for v in recipe.read()):
                 untouched += eqns
                 continue
             flush(at)
-            env[value] = made(cheap[value], *map(read, cheap[value].sources))
+            sources[value] = [*map(read, recipe.sources)]
+            env[value] = made(recipe, *sources[value])
             continue
         flush(at)
         again = {
-            v: (cheap[v], [*map(read, cheap[v].sources)])
+            v: (cheap[v], sources[v])
             for e in eqns
             for v in compat.variables(e.invars)
-            if v in cheap and not any(u in touched for u in cheap[v].sources)
+            if v in sources
         }
         with_them = dataclasses.replace(ctx, again=again) if again else ctx
         values = [[*map(read, e.invars)] for e in eqns]

@@ -249,6 +249,36 @@ def test_less_is_kept(again):
     assert again < 0.7 * direct
 
 
+class Tied(nn.Module):
+    """An embedding whose rows are scaled and normalized before a product."""
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(12, 8, name="embed")
+        x = embed(ids).astype(jnp.float32) * 8**0.5
+        x = x + nn.Dense(8, name="dense")(nn.RMSNorm()(x))
+        return embed.attend(jnp.tanh(x))
+
+
+@pytest.mark.parametrize(
+    "target", ["*/embedding", "*/kernel", ["*/embedding", "*/kernel"]], ids=str
+)
+def test_what_is_made_of_weights_is_kept(again, x64, target):
+    model, ids = Tied(), jnp.arange(10).reshape(2, 5)
+    params = jax.tree.map(jnp.float64, model.init(jax.random.key(0), ids))
+    tree = adapt(model.apply, params, ids, target=target)
+    base, adapter = flora.split(tree)
+    losses = [
+        jax.value_and_grad(
+            lambda a, f=f: scalar(
+                flora.lora(model.apply, form=f)(flora.join(base, a), ids)
+            )
+        )(adapter)
+        for f in ("thin_first", "direct")
+    ]
+    close(*losses)
+
+
 def test_operations_without_results_are_passed_over(again):
     def model(params, x):
         y = jnp.tanh(x @ params["up"])

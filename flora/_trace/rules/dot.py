@@ -279,7 +279,8 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     q = Named(widened(q.array, x) * w.settings.scale, q.names)
     x, base, p, q = (u.split(parts) for u in (met.x, base, p, q))
     how = form.together, form.by_platform
-    recipe, sources = ctx.again.get(eqn.invars[1 - side], (None, ()))
+    v, kept = eqn.invars[1 - side], (None, ())
+    recipe, sources = kept if isinstance(v, Literal) else ctx.again.get(v, kept)
     again = recipe and _Again(recipe, x.names, x.array.shape)
     return _InForm(spec, *how, x, base, p, q, out.shape, again, sources)
 

@@ -26,13 +26,14 @@ import jax
 import jax.numpy as jnp
 import lm_tiny
 import numpy as np
+from benchmarks import _report
 from jax.sharding import Mesh
 from language_models import hf_llama
 from language_models.generation import generator
 from language_models.llama import Llama
 from lm_data import Text, batch_of, pack, read_examples
 from lm_export import export
-from lm_report import CONSOLE, Results, peak_memory, progress, tell
+from lm_report import CONSOLE, Results, progress, tell
 from lm_train import (
     evaluation,
     most_trained,
@@ -349,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     prove(job, adapter, on_some, before[0], after[0])
     said = {k: (before[1][k], after[1][k]) for k in before[1]}
     trained = sum(x.size for x in jax.tree.leaves(adapter))
-    loss, memory = (before[0], after[0]), peak_memory()
+    loss, memory = (before[0], after[0]), _report.peak_bytes()
     rest = said, seconds, trained, size, memory, adapted
     results = Results(losses, loss, held_out, other, *rest)
     results.write(job.out / "results.json", args)

@@ -6,7 +6,6 @@ import json
 import math
 import pathlib
 import statistics
-import sys
 from typing import Any
 
 import numpy as np
@@ -91,13 +90,3 @@ def tell(results: Results) -> None:
         f"{results.parameters:,} parameters trained, {results.bytes / 2**20:.1f} MiB; "
         f"{step:.2f} s a step; {results.memory / 2**30:.1f} GiB at most"
     )
-
-
-def peak_memory() -> int:
-    """The most that this process has held, in bytes; 0 where nothing says so."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -2,7 +2,6 @@
 
 import argparse
 import pathlib
-import resource
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata, util
@@ -36,12 +35,17 @@ def run(
 def peak_bytes() -> int:
     """The most memory that this process has had resident.
 
-    Linux tells it per program; `getrusage` would count the parent's too.
+    Linux tells it per program; `getrusage` would count the parent's too.  0 where
+    nothing says so.
     """
     status = pathlib.Path("/proc/self/status")
     if status.exists():
         (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         return 1024 * int(line.split()[1])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

@@ -285,7 +285,8 @@ def _chooses(
         isinstance(x, Factored) and x.output_scale is None and x.key is None
         for x in lazy.values()
     )
-    if not (ctx.keeps and plain and may_make_again(forms, target())):
+    found = target()
+    if not (ctx.keeps and plain and may_make_again(forms, found)):
         return named or auto, {}
     widens = {
         v: eqn.outvars[0].aval.size >= v.aval.size
@@ -296,7 +297,7 @@ def _chooses(
     return True, {
         v: recipe
         for v, recipe in recipes(eqns).items()
-        if makes_again(target(), bytes_of(v), widens[v])
+        if makes_again(found, bytes_of(v), widens[v])
     }
 
 

@@ -305,9 +305,10 @@ def _computed(found: Sequence[_InForm]) -> list[Any]:
     """The products, all of one x."""
     each = tuple(one.spec for one in found)
     ws, ps, qs = zip(*((one.w, one.p, one.q) for one in found), strict=True)
-    first, ys = found[0], ()
+    first = found[0]
+    ys: Any
     if first.by_platform:
-        ys: Any = _by_platform(each, first.x, ws, ps, qs)
+        ys = _by_platform(each, first.x, ws, ps, qs)
     else:
         ys = _products(each, first.again, first.x, first.sources, ws, ps, qs)
     return [lax.reshape(y, one.shape) for y, one in zip(ys, found, strict=True)]

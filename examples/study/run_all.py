@@ -41,6 +41,8 @@ NAMES = (
     "e12_real_starts",
     "e13_real_scale",
     "e14_real_quantized",
+    "e15_real_variants",
+    "e16_real_language",
 )
 HEAD = """
 # Claims about LoRA, tested

@@ -13,6 +13,8 @@ import e04_invariance
 import e05_floors
 import e07_spectral
 import e10_merging
+import e15_real_variants
+import e16_real_language
 import finetune_minilm as example
 import jax
 import jax.numpy as jnp
@@ -189,6 +191,26 @@ def test_a_search_stops_at_its_bounds_and_says_so():
     assert best == max(tried) == 4
     rates = tuple(map(example.rate_of, tried))
     assert study.rate_cells(rates, list(tried).index(best))["edge"] == "edge"
+
+
+def test_arms_that_are_compared_train_as_many_numbers():
+    for group in e15_real_variants.arms(_minilm.SMOKE):
+        trained = [jax.tree.leaves(arm.start(0)[1]) for arm in group]
+        assert len({sum(x.size for x in leaves) for leaves in trained}) == 1
+
+
+def test_a_language_model_is_asked_for_the_word_after_a_chat():
+    sizes = e16_real_language.SMOKE
+    here = e16_real_language.world(sizes)
+    arm = e16_real_language.arm(sizes, "standard")
+    chats = here.splits[0].test[:3]
+    lengths = chats.mask.sum(1)
+    assert len({*lengths.tolist()}) > 1  # and so is the padding
+    whole = here.model.apply(here.params, chats.ids)
+    found = arm.logits(*arm.start(0), chats.ids, chats.mask)
+    wanted = [y[n - 1] for y, n in zip(whole, lengths, strict=True)]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert len({*here.splits[0].train.labels.tolist()}) == 2  # a token an answer
 
 
 def test_the_verdicts_quote_the_tables():

@@ -1,0 +1,222 @@
+"""Experiment 16: how A and B start, in a language model with pretrained weights."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import tempfile
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import _minilm as minilm
+import _study as study
+import finetune_minilm as example
+import finetune_smollm2 as smollm2
+import jax
+import jax.numpy as jnp
+import lm_data
+import lm_tiny
+import numpy as np
+from _page import COLORS, Result, Row, Text, label, panels
+from language_models import hf_llama
+from language_models.llama import Llama
+from minilm import Sentences
+
+import flora
+import flora.initializers as init
+
+FULL = minilm.Sizes(
+    train=96, validation=40, test=64, other=6, batch=8, epochs=1, length=36
+)
+SMOKE = dataclasses.replace(minilm.SMOKE, other=2, length=128)
+TARGET = ("self_attn/*/kernel", "mlp/*/kernel")
+# How they start, and where the search of the rate begins.
+STARTS = {
+    "standard": (init.gaussian(), 2),
+    "reversed": (init.a_zero(), 1),
+    "both random": (init.both_random(), 2),
+    "both random, 0.1 std": (init.both_random(1 / 300), 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The model, each seed's chats up to the answer, and rows of the other text."""
+
+    model: Llama
+    params: Any
+    splits: tuple[example.Split, ...]
+    other: Mapping[str, np.ndarray]
+
+
+@functools.cache
+def world(sizes: minilm.Sizes) -> World:
+    """Of a tiny random model and made-up sentences where asked."""
+    folder, data = pathlib.Path(tempfile.mkdtemp()), None
+    if sizes.random:
+        lm_tiny.write_checkpoint(folder, steps=0, layers=1)
+        data = str(example.write_sentences(folder / "sentences.jsonl"))
+    else:
+        folder = smollm2.pretrained()
+    texts, labels, _ = example.read_data(types.SimpleNamespace(data=data, cache=None))
+    coder = lm_data.Text.read(folder)
+    chats = prompts(coder, dict(zip(texts, labels, strict=True)), sizes.length)
+    splits = [example.split(chats, sizes, seed) for seed in range(sizes.seeds)]
+    others = [coder.example({"text": x}) for x in smollm2.documentation(sizes.other)]
+    dtypes = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+    model = Llama(hf_llama.read_config(folder), **dtypes)
+    params = hf_llama.load(folder, model)
+    return World(model, params, tuple(splits), lm_data.pack(others, 128))
+
+
+def prompts(coder: lm_data.Text, labels: Mapping[str, int], length: int) -> Sentences:
+    """Chats of at most `length` tokens; a label is the token of the answer's word."""
+    answers, rows = coder.first_tokens(smollm2.ANSWERS), []
+    for text, label_of in labels.items():
+        said = {"system": smollm2.QUESTION, "user": text}
+        ids = coder.chat_prompt([{"role": k, "content": x} for k, x in said.items()])
+        if (rest := length - len(ids)) >= 0:
+            mask = [1] * len(ids) + [0] * rest
+            rows.append((ids + [0] * rest, mask, answers[label_of]))
+    return Sentences(*(np.asarray(x, np.int32) for x in zip(*rows, strict=True)))
+
+
+def arm(sizes: minilm.Sizes, name: str) -> example.Arm:
+    """LoRA on all kernels of all layers, from one of the starts."""
+    (start_of, rate), here = STARTS[name], world(sizes)
+    config = flora.LoraConfig(rank=8, alpha=16, target=TARGET, init=start_of)
+
+    def answer(tree: Any, ids: Any, mask: Any) -> Any:
+        """The logits after a chat's last token, `[batch, vocab]`."""
+        at = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        batch = {"ids": ids, "positions": at, "segments": mask, "targets": ids}
+        batch["weights"] = at == mask.sum(1, keepdims=True) - 1
+        asked = (lambda x, _: x), batch, 0, 1
+        return here.model.apply(tree, *asked, method="of_logits")[0][:, 0]
+
+    apply = flora.lora(answer, form=example.FORM)
+
+    def start(seed: int) -> tuple[Any, Any]:
+        key, ids = jax.random.key(seed), here.splits[0].test.ids[:2]
+        return flora.split(flora.init(key, config, here.model.apply, here.params, ids))
+
+    def logits(frozen: Any, trained: Any, ids: Any, mask: Any) -> Any:
+        return apply(flora.join(frozen, trained), ids, mask)
+
+    return example.Arm(name, start, logits, example.tokens, sizes.epochs, rate)
+
+
+@functools.cache
+def perplexity_of(sizes: minilm.Sizes) -> Any:
+    """`(frozen, trained) -> the other text's perplexity`."""
+    here = world(sizes)
+
+    def summed(tree: Any, batch: Any) -> Any:
+        return here.model.apply(tree, batch, method="loss")
+
+    apply = flora.lora(summed, form=example.FORM)
+    nats = jax.jit(lambda frozen, trained: apply(flora.join(frozen, trained), batch))
+    batch, count = here.other, here.other["weights"].sum()
+    return lambda *parts: math.exp(min(float(nats(*parts)) / count, 100))
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A start at every rate with one seed, and at the best with all of them.
+
+    The numbers are the test loss, the share of right words and the perplexity of the
+    other text, `[3]` or `[3, seeds]`.
+    """
+
+    name: str
+    before: float
+    validation: Mapping[float, float]
+    best: int
+    rates: Mapping[float, np.ndarray]
+    seeds: np.ndarray
+
+    def row(self, standard: "Found") -> Row:
+        """At the rate that validation chose."""
+        loss, right, other = self.seeds
+        return (
+            {"start": self.name}
+            | study.rate_cells([*self.rates], self.best)
+            | study.cells("test_loss", loss)
+            | study.cells("to_standard", loss - standard.seeds[0])
+            | study.cells("right_words", right)
+            | {"perplexity_before": self.before}
+            | study.cells("perplexity_after", other, log=True)
+        )
+
+
+def fit(sizes: minilm.Sizes, name: str) -> Found:
+    """Searches the rate with the first seed, then trains with the others."""
+    here, own, perplexity = world(sizes), arm(sizes, name), perplexity_of(sizes)
+    run = example.runner(own, here.splits, sizes.batch)
+    best, tried = minilm.searched(run, own, dataclasses.replace(sizes, seeds=1))
+
+    def told(rate: int, seed: int) -> np.ndarray:
+        one = run(rate, seed)
+        tested = minilm.tested([one], here.splits[0].test.labels)
+        return np.array([*tested, [perplexity(one.frozen, one.trained)]])[:, 0]
+
+    rates = {example.rate_of(i): told(i, 0) for i in tried}
+    seeds = [rates[example.rate_of(best)]]
+    seeds += [told(best, seed) for seed in range(1, sizes.seeds)]
+    validation = {example.rate_of(i): losses[0] for i, losses in tried.items()}
+    before, k = perplexity(*own.start(0)), [*tried].index(best)
+    return Found(name, before, validation, k, rates, np.stack(seeds, axis=1))
+
+
+def run(sizes: minilm.Sizes) -> Result:
+    """The tables and the picture."""
+    founds = [fit(sizes, name) for name in STARTS]
+    rates = [
+        {"start": f.name, "rate": rate, "validation_loss": f.validation[rate]}
+        | dict(zip(("test_loss", "right_words", "perplexity"), numbers, strict=True))
+        for f in founds
+        for rate, numbers in f.rates.items()
+    ]
+    tables = {"best": [f.row(founds[0]) for f in founds], "rates": rates}
+    return Result(tables, picture(founds))
+
+
+def picture(founds: list[Found]) -> Any:
+    """Loss over the rate; what the other text costs over what is learned."""
+    figure, (losses, kept) = panels(2, width=4.2, height=3.4)
+    for found, color in zip(founds, COLORS, strict=False):
+        rates = [*found.rates]
+        loss, _, other = np.stack([*found.rates.values()], axis=1)
+        losses.plot(rates, loss, ".-", color=color, label=found.name)
+        kept.plot(loss, other, ".-", color=color, lw=0.7)
+        own = {"color": color, "ms": 7, "mfc": "none"}
+        seeds, _, others = found.seeds
+        losses.plot([rates[found.best]] * len(seeds), seeds, "o", **own)
+        kept.plot(seeds, others, "o", **own)
+    label(losses, "film reviews (rings: chosen, all seeds)", "peak rate", "test loss")
+    losses.legend(fontsize=7)
+    label(kept, "one point a rate", "test loss", "perplexity of other text")
+    return figure
+
+
+TEXT = Text(
+    title="16. How A and B start, a language model",
+    claim="""
+    Those of experiments 1 and 12, in a model of 30 layers.
+    """,
+    setup="""
+    SmolLM2-135M-Instruct, LoRA of rank 8, alpha 16 on every kernel of every layer.
+    """,
+    captions={
+        "best": """
+    At the rate that validation chose.
+    """,
+        "rates": """
+    Every rate.
+    """,
+    },
+    verdict="""
+    Not run at full size yet: no verdict.
+    """,
+)

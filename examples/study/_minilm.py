@@ -270,8 +270,9 @@ def neighbors(found: np.ndarray, groups: np.ndarray) -> float:
     return float((groups[cosines.argmax(1)] == groups).mean())
 
 
-def tested(runs: Sequence[Run], labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def tested(runs: Sequence[Run], sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
     """Loss and accuracy on the test sentences, by seed."""
+    labels = world(sizes).splits[0].test.labels
     losses = [float(example.cross_entropy(r.test_logits, labels)) for r in runs]
     hits = [float((r.test_logits.argmax(1) == labels).mean()) for r in runs]
     return np.asarray(losses), np.asarray(hits)
@@ -283,7 +284,6 @@ def fit(arm: Arm, sizes: Sizes) -> Found:
     here = world(sizes)
     run, embed = example.runner(arm, here.splits, sizes.batch), embedding(sizes)
     best, tried = searched(run, arm, sizes)
-    labels = here.splits[0].test.labels
     before, rows = before_training(sizes), []
     for rate in tried:
         runs = [run(rate, seed) for seed in range(sizes.seeds)]
@@ -294,7 +294,7 @@ def fit(arm: Arm, sizes: Sizes) -> Found:
         found = [embed(tree) for tree in trees]
         kept = [similarity(before, x) for x in found]
         near = [neighbors(x, here.other.labels) for x in found]
-        rows.append((tried[rate], *tested(runs, labels), kept, near))
+        rows.append((tried[rate], *tested(runs, sizes), kept, near))
     trained = sum(x.size for x in jax.tree.leaves(run(best, 0).trained))
     rates = tuple(rate_of(i) for i in tried)
     arrays = (np.asarray(x) for x in zip(*rows, strict=True))
@@ -303,8 +303,7 @@ def fit(arm: Arm, sizes: Sizes) -> Found:
 
 def frozen_row(sizes: Sizes) -> Row:
     """The head on frozen features: nothing is forgotten."""
-    here = world(sizes)
-    loss, hits = tested(heads(sizes), here.splits[0].test.labels)
+    here, (loss, hits) = world(sizes), tested(heads(sizes), sizes)
     near = neighbors(before_training(sizes), here.other.labels)
     trained = sum(x.size for x in jax.tree.leaves(heads(sizes)[0].trained))
     blank = {"rate": float("nan"), "edge": ""}

@@ -71,6 +71,7 @@ TEXT = Text(
     rate=0.003 | similarity]]). How often the nearest sentence is of the same
     editorial tells nothing apart. In the toy the old task was classified by a head,
     which a new one replaces; here it is the geometry of the embedding, so the two
-    experiments do not measure the same.
+    experiments do not measure the same. The same two in a language model, SmolLM2:
+    [language models](../howto/language_models.md).
     """,
 )

@@ -88,7 +88,7 @@ TEXT = Text(
     arm=PiSSA; rate=0.003 | similarity]] against [[rates | arm=LoRA, rank 8; rate=0.003
     | similarity]]): its factors start large, so the same step moves the weight further.
     The toy's PiSSA won by far where the shift lies inside the top of W and lost by far
-    on random ones, after long training of one layer on exact gradients; here neither is
-    seen, and where this task's shift lies is not known.
+    on random ones, in one linear layer with exact gradients; here neither is seen, and
+    where this task's shift lies is not known.
     """,
 )

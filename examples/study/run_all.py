@@ -63,7 +63,9 @@ chosen on validation loss; a grid grows until the best has a worse one on both s
 is marked "edge". "Similarity" is what is not forgotten: the correlation of the cosine
 similarities of all pairs of 400 sentences of newspaper editorials, which nothing is
 trained on, with those of the pretrained encoder (1 before training); "same editorial"
-is how often the nearest sentence is of the same one.
+is how often the nearest sentence is of the same one. Experiment 16 is about a language
+model, SmolLM2-135M-Instruct (fetched once, see
+[language models](../howto/language_models.md)).
 
     python examples/study/run_all.py            # everything: results/ and this page
     python examples/study/run_all.py e05        # one experiment

@@ -123,8 +123,15 @@ class Stored:
         return Stored(self.base, scale, names, lengths)
 
     def opened(self) -> Named:
-        """W or C as an array."""
-        return Named(lax.reshape(dequantized(self.base), self.sizes), self.names)
+        """W or C as an array.
+
+        Scales of blocks are multiplied in W's own shape: in that of its pieces, such as
+        heads, TPUs would lay out every step anew.
+        """
+        w = dequantized(self.base)
+        if self.scale is None and w.shape != self.sizes:
+            w = lax.optimization_barrier(w)
+        return Named(lax.reshape(w, self.sizes), self.names)
 
     def dense(self) -> Named:
         """W as an array."""

@@ -32,10 +32,10 @@ from scipy import stats
 HERE = pathlib.Path(__file__).parent
 ARMS: dict[str, tuple[list[str], tuple[float, ...]]] = {
     "LoRA": ([], (7e-4, 2e-3, 6e-3)),
-    "full": (["--full"], (3e-5, 1e-4, 3e-4)),
+    "full": (["--full"], (1e-5, 3e-5, 1e-4, 3e-4)),
     "last layer": (
         ["--unroll", "--target", "--train-whole", "layers/29/*"],
-        (3e-4, 1e-3),
+        (3e-4, 1e-3, 3e-3),
     ),
     "DoRA": (["--dora"], (2e-3,)),
     "QLoRA, int8": (["--quantize", "int8"], (2e-3,)),
@@ -228,7 +228,8 @@ def plot(rows: list[Row], table: list[Row]) -> Figure:
                transform=right.get_yaxis_transform(), ha="left", va="bottom",
                color="0.4")  # fmt: skip
     right.set(xlabel="exact held-out answers (diamonds: at the best rate)",
-              ylabel="perplexity of Python's reference")  # fmt: skip
+              ylabel="perplexity of Python's reference", xlim=(None, 1),
+              yscale="log")  # fmt: skip
     left.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -108,6 +108,32 @@ def test_collectives_in_a_loop_count_each_trip(step, trips):
     assert found == {"collective-permute": trips * 16, "all-gather": 32}
 
 
+BRANCH = """
+    %body (t: (pred[], f32[4])) -> (pred[], f32[4]) {
+      %t = (pred[], f32[4]{0}) parameter(0)
+      %flag = pred[] get-tuple-element(%t), index=0
+      %x = f32[4]{0} get-tuple-element(%t), index=1
+      %permute = f32[4]{0} collective-permute(%x), channel_id=1, \
+          source_target_pairs={{0,1}}
+      %flipped = pred[] not(%flag)
+      ROOT %tuple = (pred[], f32[4]{0}) tuple(%flipped, %permute)
+    }
+
+    %condition (t: (pred[], f32[4])) -> pred[] {
+      %t.1 = (pred[], f32[4]{0}) parameter(0)
+      ROOT %flag.1 = pred[] get-tuple-element(%t.1), index=0
+    }
+
+    ENTRY %main (p: f32[4]) -> f32[4] {
+      ROOT %while = (pred[], f32[4]{0}) while(%init), condition=%condition, body=%body
+    }
+"""
+
+
+def test_a_branch_that_is_not_taken_counts_for_nothing():
+    assert _tpu.collectives(hlo(BRANCH)) == {"collective-permute": 0}
+
+
 def test_flops_count_loops_and_what_is_computed_again():
     w = jnp.ones((3, 8, 8))
 

@@ -229,9 +229,9 @@ def _trip_count(line: str, computations: dict[str, str]) -> int:
     (name,) = re.findall(r"condition=%?([\w.\-]+)", line)
     (body,) = re.findall(r"body=%?([\w.\-]+)", line)
     condition = computations[name]
-    if re.search(r"ROOT .* get-tuple-element\(.*index=0\b", condition):
-        if " not(" in computations[body]:
-            return 0
+    is_flag = re.search(r"ROOT .* get-tuple-element\(.*index=0\b", condition)
+    if is_flag and " not(" in computations[body]:
+        return 0
     limits = re.findall(r"constant\((\d+)\)", condition)
     indices = re.findall(r"index=(\d+)(?!\d*\*/)", condition)
     if len(limits) != 1 or len(indices) != 1 or "direction=LT" not in condition:

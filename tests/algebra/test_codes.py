@@ -332,3 +332,18 @@ def test_an_open_platform_keeps_nothing_dense(block):
     of_w = [y.dtype for y in kept if y.shape == (1024, 1024)]
     assert {*of_w} <= {jnp.dtype("int8")}
     assert any(y.shape == (1100, 1024) for y in kept)
+
+
+@pytest.mark.parametrize(("block", "fences"), [(None, []), (4, [(8, 12)])])
+def test_blocks_are_opened_in_the_weights_own_shape(x64, block, fences):
+    w, _ = operand(block)
+    heads = w.split({"1": (("h", 3), ("d", 4))})
+    found = {
+        split: [
+            eqn.outvars[0].aval.shape
+            for eqn in equations(jax.make_jaxpr(Stored.opened)(x))
+            if eqn.primitive.name == "optimization_barrier"
+        ]
+        for split, x in ((False, w), (True, heads))
+    }
+    assert found == {False: [], True: fences}

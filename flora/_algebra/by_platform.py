@@ -79,7 +79,7 @@ def _sums(
     for spec, w, z_, q in zip(each, ws, parts(z, qs), qs, strict=True):
         with spec.scoped():
             y = spec.base(x, w)
-            ys.append(_added(y, _term(spec, z_, q)).array)
+            ys.append(_added(y, spec.change(z_, q)).array)
     return tuple(ys), tuple(parts(z, qs))
 
 

@@ -75,9 +75,29 @@ class Spec:
         y = self.times(c, x, self.y, self.dtype)
         return scaled(y, by) if by and self.scales_y(by) else y
 
+    def change(self, z: Named, q: Named) -> Named:
+        """Z Q, which policies of `jax.checkpoint` that save products do not save.
+
+        They save x W, as of the frozen model, and z; of these y is soon made again.
+        """
+        times = functools.partial(self.times, out=self.y, dtype=self.dtype)
+        with jax.named_scope(SCOPE):
+            return _no_product(times, z, q.astype(z.dtype))
+
     def scales_y(self, by: Named) -> bool:
         """Whether a scale of codes meets the result, not x."""
         return {*by.names} <= {*self.y}
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _no_product(fn: Callable, *args: Any) -> Any:
+    """`fn(*args)`, in a jaxpr as one equation that is no product."""
+    return fn(*args)
+
+
+@_no_product.defjvp
+def _jvp(fn: Callable, args: Any, tangents: Any) -> Any:
+    return jax.jvp(fn, args, tangents)
 
 
 class Sum(NamedTuple):
@@ -101,9 +121,7 @@ class Sum(NamedTuple):
 
     def change(self) -> Any:
         """Z Q."""
-        q = self.q.astype(self.z.array.dtype)
-        with jax.named_scope(SCOPE):
-            return self.spec.times(self.z, q, self.spec.y, self.spec.dtype).array
+        return self.spec.change(self.z, self.q).array
 
     def weight(self) -> Any:
         """W + P Q, in float32 or wider."""

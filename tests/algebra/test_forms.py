@@ -295,3 +295,23 @@ def test_both_passes_of_products_of_one_x(x64, forward, backward, kernel):
         return [jax.grad(f, (0, 1, 2))(x, ps, qs) for f in (run, direct)]
 
     close(*jax.jit(slopes)(x, ps, qs))
+
+
+@pytest.mark.parametrize("form", ["auto", "thin_first", "thin_last", "concat"])
+def test_a_policy_that_saves_products_saves_one_array_a_layer(form):
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    p = {"w": jnp.ones((1024, 2048)), "v": jnp.ones((2048, 1024))}
+
+    def fn(p, x):
+        layers = jax.checkpoint(
+            lambda x: jnp.tanh(jnp.tanh(x @ p["w"]) @ p["v"]), policy=policy
+        )
+        return jnp.sum(jnp.sin(layers(x)))
+
+    config = flora.LoraConfig(rank=4, target="*", form=form)
+    x = jnp.ones((1025, 1024))
+    base, adapter = flora.split(flora.init(jax.random.key(0), config, fn, p, x))
+    step = lambda a, x: flora.lora(fn)(flora.join(base, a), x)  # noqa: E731
+    saved = [y.shape for y in jax.tree.leaves(jax.vjp(step, adapter, x)[1])]
+    assert saved.count((1025, 2048)) == 1  # x W
+    assert saved.count((1025, 1024)) <= 3  # h W, x and the last layer's

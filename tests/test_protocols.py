@@ -12,7 +12,7 @@ from jax import lax
 
 import flora
 import flora.quantize
-from tests.support.contract import P, array, equations
+from tests.support.contract import P, array, named_equations
 
 X = array(2, 8, dtype=jnp.float32)
 MATRIX = {"w": array(8, 8, seed=1, dtype=jnp.float32) / 3}
@@ -108,10 +108,10 @@ def test_profiles_name_the_low_rank_products(form):
     config, x = flora.LoraConfig(rank=2, target="w", form=form), jnp.ones((3, 8))
     tree = flora.init(jax.random.key(0), config, fn, MATRIX, x)
     jaxpr = jax.make_jaxpr(flora.value_and_grad(loss))(tree, x)
-    products = [e for e in equations(jaxpr) if e.primitive is P.dot_general]
     found = []
-    for e in products:
-        name = str(e.source_info.name_stack)
+    for name, e in named_equations(jaxpr):
+        if e.primitive is not P.dot_general:
+            continue
         shapes = [v.aval.shape for v in (*e.invars, *e.outvars)]
         assert "head" in name
         assert ("lora" in name) == any(2 in shape for shape in shapes)

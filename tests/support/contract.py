@@ -218,6 +218,15 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
+def named_equations(jaxpr, outer=""):
+    """`(name, equation)` of all, by the name that a profile has: those around in it."""
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        name = f"{outer}/{eqn.source_info.name_stack}"
+        yield name, eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from named_equations(inner, name)
+
+
 def dense_arrays(fn, shapes, *args, views=()):
     """Equations that make an array of one of the shapes, and are no mere views.
 

@@ -15,6 +15,7 @@ from tests.support.contract import (
     close,
     close_to_merged,
     equations,
+    named_equations,
     randomized,
 )
 
@@ -118,8 +119,8 @@ def test_casts_and_names_of_linen_layers():
     run = flora.lora(Block().apply)
     jaxpr = jax.make_jaxpr(run)(adapted, x)
     assert products_with(jaxpr, 6) == 2 + 1
-    products = [e for e in equations(jaxpr) if e.primitive is P.dot_general]
-    names = [str(eqn.source_info.name_stack) for eqn in products]
+    each = named_equations(jaxpr)
+    names = [name for name, eqn in each if eqn.primitive is P.dot_general]
     for name in ("query", "key"):
         assert sum(name in x for x in names) == 2, names  # x W and z Q
     close(run(adapted, x), Block().apply(flora.merge(adapted), x), {"bfloat16": 3e-2})

@@ -6,10 +6,10 @@
 Each row is a line of Markdown that begins with its name.  Cells are cycles of flora to
 those of the frozen model, and in brackets the temporary memory of the two; rows of
 quantized bases are to flora's step on bfloat16.  A loop's body counts once, but as
-often as it runs where there is work outside of it: a head, DoRA's norms.  One step is compiled after the other, which takes
-about a minute each on an idle core (attention written out: four), and a row is written
-as soon as its cells are there.  The tests hold what the page says
-(`tests/models/test_tpu.py`).
+often as it runs where there is work outside of it: a head, DoRA's norms.  One step is
+compiled after the other, which takes about a minute each on an idle core (attention
+written out: four), and a row is written as soon as its cells are there.  The tests hold
+what the page says (`tests/models/test_tpu.py`).
 """
 
 import argparse

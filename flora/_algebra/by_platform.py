@@ -116,10 +116,7 @@ def _hidden_term(each: Each, x: Named, p: Named, qs: Arrays) -> Named:
 
 def _term(spec: Spec, z: Named | None, q: Named | None) -> Named | None:
     """Z Q."""
-    if z is None or q is None:
-        return None
-    with jax.named_scope(SCOPE):
-        return spec.times(z, q.astype(z.dtype), spec.y, spec.dtype)
+    return None if z is None or q is None else spec.term(z, q)
 
 
 def _cast(factors: Arrays, x: Named) -> list[Named]:

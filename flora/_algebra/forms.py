@@ -75,14 +75,17 @@ class Spec:
         y = self.times(c, x, self.y, self.dtype)
         return scaled(y, by) if by and self.scales_y(by) else y
 
+    def term(self, z: Named, q: Named) -> Named:
+        """Z Q."""
+        with jax.named_scope(SCOPE):
+            return self.times(z, q.astype(z.dtype), self.y, self.dtype)
+
     def change(self, z: Named, q: Named) -> Named:
         """Z Q, which policies of `jax.checkpoint` that save products do not save.
 
         They save x W, as of the frozen model, and z; of these y is soon made again.
         """
-        times = functools.partial(self.times, out=self.y, dtype=self.dtype)
-        with jax.named_scope(SCOPE):
-            return _no_product(times, z, q.astype(z.dtype))
+        return _no_product(self.term, z, q)
 
     def scales_y(self, by: Named) -> bool:
         """Whether a scale of codes meets the result, not x."""

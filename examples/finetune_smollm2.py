@@ -105,8 +105,14 @@ def _chats(ratings: Mapping[str, float]) -> Iterator[dict[str, Any]]:
     for text, rating in ratings.items():
         if abs(rating) < CLEAR or len(text.split()) > WORDS:
             continue
-        said = {"system": QUESTION, "user": text, "assistant": ANSWERS[rating > 0]}
-        yield {"messages": [{"role": k, "content": x} for k, x in said.items()]}
+        answer = {"role": "assistant", "content": ANSWERS[rating > 0]}
+        yield {"messages": [*asked(text), answer]}
+
+
+def asked(text: str) -> list[dict[str, str]]:
+    """The messages of a chat about a sentence, up to the answer."""
+    said = {"system": QUESTION, "user": text}
+    return [{"role": k, "content": x} for k, x in said.items()]
 
 
 def documentation(count: int, size: int = 400) -> list[str]:

@@ -346,16 +346,8 @@ def picture(founds: Sequence[Found]) -> Any:
     """Loss over the rate; what is kept of the old over what is learned."""
     figure, (losses, kept) = panels(2, width=4.2, height=3.4)
     for found, color in zip(founds, COLORS, strict=False):
-        middle = found.loss.mean(axis=1)
-        losses.plot(found.rates, middle, ".-", color=color, label=found.name)
-        for own in found.loss.T:
-            losses.plot(found.rates, own, color=color, lw=0.5, alpha=0.5)
-        kept.plot(middle, found.similarity.mean(axis=1), ".-", color=color, lw=0.7)
-        k = found.best
-        losses.plot(found.rates[k], middle[k], "o", color=color, ms=8, mfc="none")
-        kept.plot(
-            middle[k], found.similarity[k].mean(), "o", color=color, ms=8, mfc="none"
-        )
+        arm = found.name, found.rates, found.best
+        draw((losses, kept), arm, found.loss, found.similarity.mean(axis=1), color)
     lowest = min(f.loss.mean(axis=1).min() for f in founds)
     for set_to in (losses.set_ylim, kept.set_xlim):
         set_to(0.97 * lowest, min(1.9 * lowest, 1.05 * _top(founds)))
@@ -364,6 +356,30 @@ def picture(founds: Sequence[Found]) -> Any:
     losses.legend(fontsize=7)
     label(kept, "one point a rate", "test loss", "similarity kept", "linear")
     return figure
+
+
+def draw(
+    axes: tuple[Any, Any],
+    arm: tuple[str, Sequence[float], int],
+    loss: np.ndarray,
+    old: np.ndarray,
+    color: str,
+) -> None:
+    """An arm's loss `[rates, seeds]` over the rate, and what is old over the loss.
+
+    Args:
+      axes: for the two.
+      arm: its name, its rates, and which was chosen; a ring marks it.
+      loss: of every rate and seed.
+      old: what is kept or lost at each rate.
+      color: of the arm.
+    """
+    (losses, kept), (name, rates, k), middle = axes, arm, loss.mean(axis=1)
+    losses.plot(rates, middle, ".-", color=color, label=name)
+    losses.plot(rates, loss, color=color, lw=0.5, alpha=0.5)
+    kept.plot(middle, old, ".-", color=color, lw=0.7)
+    losses.plot(rates[k], middle[k], "o", color=color, ms=8, mfc="none")
+    kept.plot(middle[k], old[k], "o", color=color, ms=8, mfc="none")
 
 
 def _top(founds: Sequence[Found]) -> float:

@@ -73,8 +73,7 @@ def prompts(coder: lm_data.Text, labels: Mapping[str, int], length: int) -> Sent
     """Chats of at most `length` tokens; a label is the token of the answer's word."""
     answers, rows = coder.first_tokens(smollm2.ANSWERS), []
     for text, label_of in labels.items():
-        said = {"system": smollm2.QUESTION, "user": text}
-        ids = coder.chat_prompt([{"role": k, "content": x} for k, x in said.items()])
+        ids = coder.chat_prompt(smollm2.asked(text))
         if (rest := length - len(ids)) >= 0:
             mask = [1] * len(ids) + [0] * rest
             rows.append((ids + [0] * rest, mask, answers[label_of]))
@@ -204,14 +203,9 @@ def picture(founds: list[Found]) -> Any:
     """Loss over the rate; what the other text costs over what is learned."""
     figure, (losses, kept) = panels(2, width=4.2, height=3.4)
     for found, color in zip(founds, COLORS, strict=False):
-        loss, other = found.after[:, 0], found.after[:, 2]
-        losses.plot(found.rates, loss.mean(1), ".-", color=color, label=found.name)
-        losses.plot(found.rates, loss, color=color, lw=0.5, alpha=0.5)
-        middle, k = np.exp(np.log(other).mean(1)), found.best
-        kept.plot(loss.mean(1), middle, ".-", color=color, lw=0.7)
-        ring = {"color": color, "ms": 8, "mfc": "none"}
-        losses.plot(found.rates[k], loss[k].mean(), "o", **ring)
-        kept.plot(loss[k].mean(), middle[k], "o", **ring)
+        loss, other = found.after[:, 0], np.exp(np.log(found.after[:, 2]).mean(1))
+        arm = found.name, found.rates, found.best
+        minilm.draw((losses, kept), arm, loss, other, color)
     label(losses, "film reviews (ring: chosen)", "peak learning rate", "test loss")
     losses.set_yscale("linear")
     losses.legend(fontsize=7)

@@ -63,8 +63,8 @@ def world(sizes: minilm.Sizes) -> World:
     chats = prompts(coder, dict(zip(texts, labels, strict=True)), sizes.length)
     splits = [example.split(chats, sizes, seed) for seed in range(sizes.seeds)]
     others = [coder.example({"text": x}) for x in smollm2.documentation(sizes.other)]
-    dtypes = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-    model = Llama(hf_llama.read_config(folder), **dtypes)
+    read, wide = hf_llama.read_config(folder), jnp.float32
+    model = Llama(read, dtype=wide, param_dtype=wide)
     params = hf_llama.load(folder, model)
     return World(model, params, tuple(splits), lm_data.pack(others, 128))
 

@@ -43,6 +43,7 @@ NAMES = (
     "e14_real_quantized",
     "e15_real_variants",
     "e16_real_language",
+    "e17_real_language_scale",
 )
 HEAD = """
 # Claims about LoRA, tested
@@ -63,8 +64,8 @@ chosen on validation loss; a grid grows until the best has a worse one on both s
 is marked "edge". "Similarity" is what is not forgotten: the correlation of the cosine
 similarities of all pairs of 400 sentences of newspaper editorials, which nothing is
 trained on, with those of the pretrained encoder (1 before training); "same editorial"
-is how often the nearest sentence is of the same one. Experiment 16 is about a language
-model, SmolLM2-135M-Instruct (fetched once, see
+is how often the nearest sentence is of the same one. Experiments 16 and 17 are about a
+language model, SmolLM2-135M-Instruct (fetched once, see
 [language models](../howto/language_models.md)).
 
     python examples/study/run_all.py            # everything: results/ and this page

@@ -8,13 +8,13 @@ import pathlib
 
 import _minilm
 import _page
+import _smollm2
 import _study as study
 import e04_invariance
 import e05_floors
 import e07_spectral
 import e10_merging
 import e15_real_variants
-import e16_real_language
 import finetune_minilm as example
 import jax
 import jax.numpy as jnp
@@ -200,9 +200,9 @@ def test_arms_that_are_compared_train_as_many_numbers():
 
 
 def test_a_language_model_is_asked_for_the_word_after_a_chat():
-    sizes = e16_real_language.SMOKE
-    here = e16_real_language.world(sizes)
-    arm = e16_real_language.arm(sizes, "standard")
+    sizes = _smollm2.SMOKE
+    here = _smollm2.world(sizes)
+    arm = _smollm2.arm(sizes, "standard")
     chats = here.splits[0].test[:3]
     lengths = chats.mask.sum(1)
     assert len({*lengths.tolist()}) > 1  # and so is the padding

@@ -17,6 +17,7 @@ class Form:
       together: whether products of one x share their low-rank terms.
       in_heads: whether axes that a reshape beside the product divides, into heads, are
         divided within.
+      written: whether x goes to memory for all that read it.
       kernel: the mesh axes that outputs are sharded over, if one kernel is to read dy
         for both dy Qᵀ and zᵀ dy.
       by_platform: whether it is what several TPUs take, but for fences where the
@@ -27,6 +28,7 @@ class Form:
     backward: str
     together: bool = True
     in_heads: bool = False
+    written: bool = True
     kernel: tuple[str, ...] | None = None
     by_platform: bool = False
 
@@ -63,7 +65,7 @@ def with_kernel(form: Form | None, axes: tuple[str, ...]) -> Form:
 # Narrower products have little to gain.
 _MIN_TOKENS, _MIN_WIDTH, _MAX_RANK, _MAX_RANK_IN_A_LOOP = 1024, 1024, 64, 256
 _ON_CHIP = 64 * 2**20  # bytes that can stay in a TPU core's vector memory
-_V5E = ("v5 lite", "v5e")
+_V5E, _V5P = ("v5 lite", "v5e"), ("v5", "v5p")
 _WIDE = 4096  # inputs of a layer whose weight a loop's product reads by itself
 _HEAD = 7  # outputs to inputs; above it a product gives logits of a vocabulary
 
@@ -98,12 +100,15 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
       more than the pass; on v5p it pays in narrow layers, if dx is not joined.  In
       layers of 4096 inputs and more a loop's product reads its weight out of the stack
       by itself, as long as XLA may not order the sum: x W goes to memory first, and so
-      does dx.  But for y of a product that widens on v6e, whose order XLA finds better.
+      does dx.  But on v6e XLA finds a better order for a product that widens, be it y
+      or dx; and where in = out, dx is a sum that the kernel of dy Wᵀ adds up.
     - In such layers a reshape beside the product, which makes heads or joins them,
       would lay its result out anew: there heads are axes of the product.
     - A head's logits are dearer to write and read again than a copy of W is, and their
       gradient is slow to come by: longer operands forward, XLA's own order backward.
     - dy and x are written once instead of being computed anew by each of their readers.
+      But in such layers a norm, which q, k and v read, costs less when it is made anew;
+      on v5p, which is fast for its memory, so does that which gate and up read.
     - A weight in fewer bits is cast on the product's own way in, and joining keeps it
       from that: it is never joined.
     - Arrays that may be sharded are never joined: two shards side by side are no shard
@@ -163,9 +168,15 @@ def _is_of_a_wide_layer(sizes: Sizes) -> bool:
 
 def _in_a_loop(sizes: Sizes, generation: str) -> Form:
     """The form of a product whose weight is the slice of a stack."""
-    widens = sizes.in_ < sizes.out
-    first = "direct" if widens and generation.startswith("v6") else "thin_last"
-    return Form(first, "thin_last", together=not widens, in_heads=True)
+    in_, out = sizes.in_, sizes.out
+    widens, narrows = in_ < out, in_ > out >= _WIDE
+    first = last = "thin_last"
+    if in_ == out:
+        last = "thin_first"
+    elif generation.startswith("v6"):
+        first, last = "direct" if widens else first, "direct" if narrows else last
+    written = narrows or (widens and generation not in _V5P)
+    return Form(first, last, together=not widens, in_heads=True, written=written)
 
 
 def may_make_again(forms: Collection[str], target: Target) -> bool:

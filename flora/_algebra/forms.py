@@ -49,6 +49,7 @@ class Spec:
       scope: the name of the product within that of what it is computed with.
       kernel: the mesh axes that outputs are sharded over, if one kernel is to read dy
         for both g and dQ.
+      written: whether x goes to memory for all that read it.
     """
 
     forward: str
@@ -58,6 +59,7 @@ class Spec:
     precision: Any = None
     scope: str = ""
     kernel: tuple[str, ...] | None = None
+    written: bool = True
 
     def scoped(self) -> contextlib.AbstractContextManager:
         """Names the product in profiles."""
@@ -290,7 +292,8 @@ def _forward(
     ps: Arrays,
     qs: Arrays,
 ) -> tuple[Sequence[Any], Any]:
-    x = lax.optimization_barrier(x)  # written once: W, P and dP read it
+    if any(spec.written for spec in each):  # once: W, P and dP read it
+        x = lax.optimization_barrier(x)
     p = joined([p.astype(x.array.dtype) for p in ps])
     with jax.named_scope(SCOPE):
         z = each[0].times(x, p, hidden(x, p, qs))

@@ -271,7 +271,7 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     (p, q), precision = ends, eqn.params["precision"]
     parts = _divided(ctx, eqn, met, side) if form.in_heads else {}
     y = [n for name in met.y for n, _ in parts.get(name, [(name, 0)])]
-    how = {"precision": precision, "kernel": form.kernel}
+    how = {"precision": precision, "kernel": form.kernel, "written": form.written}
     spec = Spec(form.forward, form.backward, tuple(y), out.dtype, **how)
     base = stored(met.w if scales_apart(eqn) else with_scale(met.w), met.x.names, met.y)
     if parts:  # or a loop's whole stack is laid out anew before it starts

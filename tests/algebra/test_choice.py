@@ -68,14 +68,19 @@ def test_slices_of_a_stack_are_told_from_whole_weights():
         return cheapest(dataclasses.replace(sizes, sliced=True), chip)
 
     last = Form("thin_last", "thin_last", in_heads=True)
+    read = dataclasses.replace(last, written=False)
     apart = dataclasses.replace(last, together=False)
-    for chip in (v5e, v5p, v6e):
-        assert sliced(narrow, chip) == last
-        assert sliced(dataclasses.replace(narrow, stored=True), chip) == last
-    assert sliced(wide, v5e) == sliced(wide, v5p) == apart
+    for sizes in (narrow, dataclasses.replace(narrow, stored=True)):
+        assert sliced(sizes, v5e) == sliced(sizes, v5p) == last
+        # XLA's own order, where a product or its dx widens.
+        assert sliced(sizes, v6e) == dataclasses.replace(last, backward="direct")
+    assert sliced(wide, v5e) == apart
+    assert sliced(wide, v5p) == dataclasses.replace(apart, written=False)
     assert sliced(wide, v6e) == dataclasses.replace(apart, forward="direct")
-    square = Sizes(8192, 4096, 4096, 16)  # does not widen
-    assert sliced(square, v5p) == sliced(square, v6e) == last
+    square, few = Sizes(8192, 4096, 4096, 16), Sizes(8192, 4096, 1024, 16)
+    for chip in (v5e, v5p, v6e):
+        assert sliced(square, chip) == dataclasses.replace(read, backward="thin_first")
+        assert sliced(few, chip) == read
     for kind in ("TPU v5", "cpu"):  # what may be sharded or lowered for another
         several = Target(kind, 4, certain=kind == "TPU v5")
         assert sliced(wide, several) == cheapest(wide, several)
@@ -110,7 +115,7 @@ def test_limits_in_a_loop():
 CHOSEN = {
     cheapest(Sizes(4096, in_, out, 16, sliced), Target(kind, devices))
     for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite")
-    for in_, out in itertools.product((2048, 14336), (2048, 14336, 32000))
+    for in_, out in itertools.product((2048, 4096, 14336), (2048, 4096, 14336, 32000))
     for sliced, devices in itertools.product((False, True), (1, 4))
 }
 
@@ -135,6 +140,24 @@ def test_every_choice_computes_the_product(x64, form, monkeypatch):
     x = array(7, 6, seed=2)
     adapted = adapt(layers, params, x, dtype=x.dtype)
     close_to_merged(layers, randomized(adapted), x, start=adapted)
+
+
+def test_what_is_not_written_has_no_fence(monkeypatch):
+    monkeypatch.setattr(dot, "is_large", lambda *shapes: True)
+    w, x = {"kernel": jnp.ones((4, 4))}, jnp.ones((2, 4))
+    adapted = adapt(lambda w, x: jnp.tanh(x) @ w["kernel"], w, x)
+
+    def fences(form):
+        monkeypatch.setattr(dot, "cheapest", lambda *_: form)
+        step = flora.lora(lambda w, x: jnp.tanh(x) @ w["kernel"], form="auto")
+        with monkeypatch.context() as patch:
+            patch.setattr(_interpreter, "may_differ", lambda name: True)
+            patch.setattr(dot, "may_differ", lambda name: True)
+            text = str(jax.make_jaxpr(step)(adapted, x))
+        return text.count("optimization_barrier")
+
+    form = Form("direct", "direct")
+    assert fences(form) == 1 + fences(dataclasses.replace(form, written=False)) == 1
 
 
 @pytest.mark.parametrize("scanned", [False, True])

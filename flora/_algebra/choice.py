@@ -175,7 +175,8 @@ def _in_a_loop(sizes: Sizes, generation: str) -> Form:
         last = "thin_first"
     elif generation.startswith("v6"):
         first, last = "direct" if widens else first, "direct" if narrows else last
-    written = narrows or (widens and generation not in _V5P)
+    is_down, is_up = in_ >= 2 * out >= 2 * _WIDE, 2 * in_ <= out
+    written = is_down or (is_up and generation not in _V5P)
     return Form(first, last, together=not widens, in_heads=True, written=written)
 
 

@@ -3,38 +3,28 @@
 import math
 
 import _minilm as minilm
-import _study as study
-import numpy as np
+import _scale as scale
 from _page import Result, Text
 
 FULL, SMOKE = minilm.Sizes(), minilm.SMOKE
-RANKS = (1, 8, 64)
-# The scale is 2 at rank 8 under both.
-RULES = {"alpha/rank": 1.0, "alpha/√rank": 0.5}
 
 
 def run(sizes: minilm.Sizes) -> Result:
     """The tables and the picture."""
     founds = {}
-    for rule, power in RULES.items():
-        for rank in RANKS:
-            scale = 2 * (8 / rank) ** power
-            name = f"rank {rank}, {rule}"
+    for rule in scale.RULES:
+        for rank in scale.RANKS:
             if rank == 8:  # the same for both
-                founds[rule, rank] = minilm.fit(minilm.standard(sizes), sizes)
-                continue
-            arm = minilm.lora_arm(sizes, name, rank=rank, alpha=scale * rank)
+                arm = minilm.standard(sizes)
+            else:
+                name, alpha = f"rank {rank}, {rule}", scale.alpha(rule, rank)
+                arm = minilm.lora_arm(sizes, name, rank=rank, alpha=alpha)
             founds[rule, rank] = minilm.fit(arm, sizes)
-    rows = []
-    for rule in RULES:
-        own = np.stack([minilm.own_best(founds[rule, rank]) for rank in RANKS])
-        slope = study.exponent(RANKS, own)
-        rows.append({"rule": rule} | study.cells("best_rate_exponent", slope))
     each = list({id(f): f for f in founds.values()}.values())
     order = sorted(each, key=lambda f: not math.isclose(f.trained, each[1].trained))
     tables = {
         "best": minilm.rows_of(order, first="rank_8"),
-        "exponents": rows,
+        "exponents": scale.exponents(lambda *key: minilm.own_best(founds[key])),
         "rates": minilm.rate_rows(each),
     }
     return Result(tables, minilm.picture(each))
@@ -50,19 +40,7 @@ TEXT = Text(
     The last two layers, Adam. The scale is 2 at rank 8 and follows one rule or the
     other to rank 1 (16 or 5.7) and 64 (0.25 or 0.71).
     """,
-    captions={
-        "best": """
-    At the rate that validation chose. "to rank 8": test loss less that of rank 8, seed
-    by seed.
-    """,
-        "exponents": """
-    p of rank^p for each seed's own best rate, between grid points; 0 lets a rate carry
-    over.
-    """,
-        "rates": """
-    Every rate.
-    """,
-    },
+    captions=scale.CAPTIONS,
     verdict="""
     With Adam it is alpha/rank, as in the toy (its exponents are 0.118 and -0.16):
     under alpha/rank the best rate goes as rank^[[exponents | rule=alpha/rank |

@@ -1,34 +1,37 @@
 """Experiment 17: alpha/rank against alpha/√rank, in a language model."""
 
+from typing import Any
+
 import _minilm as minilm
+import _scale as scale
 import _smollm2 as smollm2
 import _study as study
 from _page import Result, Text
 
 FULL, SMOKE = smollm2.FULL, smollm2.SMOKE
-RANKS = (1, 8, 64)
-# The scale is 2 at rank 8 under both.  Where the search of the rate begins, by rank.
-RULES = {"alpha/rank": (1.0, (2, 2, 2)), "alpha/√rank": (0.5, (2, 2, 1))}
+BEGIN = {("alpha/√rank", 64): 1}  # where the search of the rate begins, if not at 2
 
 
 def run(sizes: minilm.Sizes) -> Result:
     """The tables and the picture."""
     eight = smollm2.fit(smollm2.arm(sizes, "rank 8"), sizes)  # the same for both
-    founds, rows = [eight], []
-    for rule, (power, begin) in RULES.items():
-        own = []
-        for rank, rate in zip(RANKS, begin, strict=True):
-            found = eight
+    founds = {(rule, 8): eight for rule in scale.RULES}
+    for rule in scale.RULES:
+        for rank in scale.RANKS:
             if rank != 8:
-                name, alpha = f"rank {rank}, {rule}", 2 * (8 / rank) ** power * rank
-                arm = smollm2.arm(sizes, name, rank=rank, alpha=alpha, rate=rate)
-                found = smollm2.fit(arm, sizes)
-                founds.append(found)
-            own.append(study.own_best(found.rates, found.validation))
-        slope = study.exponent(RANKS, own)
-        rows.append({"rule": rule} | study.cells("best_rate_exponent", slope))
-    tables = smollm2.rows_of(founds, "arm") | {"exponents": rows}
-    return Result(tables, smollm2.picture(founds))
+                more = {
+                    "alpha": scale.alpha(rule, rank),
+                    "rate": BEGIN.get((rule, rank), 2),
+                }
+                arm = smollm2.arm(sizes, f"rank {rank}, {rule}", rank=rank, **more)
+                founds[rule, rank] = smollm2.fit(arm, sizes)
+
+    def own_best(*key: Any) -> Any:
+        return study.own_best(founds[key].rates, founds[key].validation)
+
+    each = [eight, *(found for found in founds.values() if found is not eight)]
+    tables = smollm2.rows_of(each, "arm") | {"exponents": scale.exponents(own_best)}
+    return Result(tables, smollm2.picture(each))
 
 
 TEXT = Text(
@@ -43,19 +46,7 @@ TEXT = Text(
     at rank 8 and follows one rule or the other to rank 1 (16 or 5.7) and 64 (0.25 or
     0.71).
     """,
-    captions={
-        "best": """
-    At the rate that validation chose. "to rank 8": test loss less that of rank 8, seed
-    by seed.
-    """,
-        "exponents": """
-    p of rank^p for each seed's own best rate, between grid points; 0 lets a rate carry
-    over.
-    """,
-        "rates": """
-    Every rate.
-    """,
-    },
+    captions=scale.CAPTIONS,
     verdict="""
     alpha/rank, as in experiments 2 and 13: the best rate goes as rank^[[exponents |
     rule=alpha/rank | best_rate_exponent]] under alpha/rank, whose interval is narrow

@@ -149,6 +149,7 @@ def calls(
     """
     torch = importlib.import_module("torch")
     torch.set_num_threads(os.cpu_count() or 1)
+    torch.compiler.reset()  # past some models it would silently stop compiling
     found, refused, names = {}, {}, TORCH_ARMS
     if _report.installed("bitsandbytes"):
         names = *names, *QUANTIZED

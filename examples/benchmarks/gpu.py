@@ -1,20 +1,24 @@
-"""Wall-clock of the ways to train one MLP on a GPU: flora, qwix and others, and PEFT.
+"""Wall-clock of the ways to train on a GPU: flora, qwix and others, and PEFT.
 
-The model, the arms and their checks are those of `compare.py`, in bfloat16.  A round is
-one call of each arm in random order, each waited for; a ratio is the median over rounds
-of the ratios within a round, to the frozen model of the same library (PyTorch compiled
-to PyTorch compiled).  JAX's steps are compiled; PyTorch's are eager and compiled.
-Widths are those of a Llama of 1 and of 8 billion parameters, and the weights are
-bfloat16, int8 or nf4.
+The model is one gated MLP, in bfloat16; it, the arms and their checks are those of
+`compare.py`.  With `--like` it is four layers of a Llama, scanned and rematted, in the
+arms of `llama.py`.  A round is one call of each arm in random order, each waited for; a
+ratio is the median over rounds of the ratios within a round, to the frozen model of the
+same library (PyTorch compiled to PyTorch compiled).  JAX's steps are compiled;
+PyTorch's are eager and compiled.  Widths are those of a Llama of 1 and of 8 billion
+parameters, and the weights are bfloat16, int8 or nf4.
 
     pip install "jax[cuda13]" qwix quax torch peft bitsandbytes
     python examples/benchmarks/gpu.py --shapes 8192x2048x8192,8192x4096x14336
+    python examples/benchmarks/gpu.py --like 8b --attention none cudnn
     python examples/benchmarks/gpu.py --device cpu --shapes 256x128x256 --rounds 5
 """
 
 import argparse
+import dataclasses
 import os
 import subprocess
+from collections.abc import Sequence
 
 import _arms
 import _peft
@@ -22,6 +26,7 @@ import _report
 import _timing
 import jax
 import jax.numpy as jnp
+import llama
 from rich.console import Console
 
 SHAPES = "8192x2048x8192,8192x4096x14336"  # of 1B and of 8B
@@ -49,6 +54,32 @@ def measure(
     return _timing.summary(calls, rounds, baselines) | refused
 
 
+def measure_decoder(
+    sizes: llama.Sizes, how: llama.How, *, rounds: int = 50, only: Sequence[str] = ()
+) -> _report.Results:
+    """As `measure`, of the arms of `llama.py`, and of its flora in the direct form."""
+    calls, refused = {}, {}
+    for form in ("auto", "direct"):
+        now, key = dataclasses.replace(how, form=form), jax.random.key(0)
+        for name, step, (trained, *others) in llama.steps(sizes, now, key):
+            if name in calls or (only and name not in {*only, "frozen"}):
+                continue
+            inputs = jax.tree.map(moved, trained), *others
+            try:
+                call = _timing.blocking(jax.jit(step), *inputs)
+                call()
+            except Exception as error:  # what stops an arm is a result
+                refused[name] = f"{type(error).__name__}: {error}"[:200]
+            else:
+                calls[name] = call
+    return _timing.summary(calls, rounds, dict.fromkeys(calls, "frozen")) | refused
+
+
+def moved(x: jax.Array) -> jax.Array:
+    """What trains, a little off its start: a product with zeros takes less power."""
+    return x + jax.random.normal(jax.random.key(1), x.shape, x.dtype) / 64
+
+
 def described(device: str) -> str:
     """The device that JAX runs on, and for a GPU its driver and clocks."""
     name = jax.devices(device)[0].device_kind
@@ -72,6 +103,11 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--arms", default="", help="JAX arms, comma-separated")
+    parser.add_argument("--like", default="", choices=("", *llama.LIKE))
+    parser.add_argument(
+        "--attention", nargs="+", default=["none"], choices=llama.ATTENTION
+    )
+    parser.add_argument("--base", default="bfloat16", help="of --like, as of llama.py")
     args, console = parser.parse_args(), Console()
     # PyTorch needs memory beside JAX; the backend reads this when it starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -80,6 +116,14 @@ def main() -> None:
     console.print(_report.versions(*others), highlight=False)
     console.print(described(args.device), highlight=False)
     only = [x for x in args.arms.split(",") if x]
+    if args.like:
+        sizes = dataclasses.replace(llama.LIKE[args.like], layers=4, tokens=8192)
+        for attention in args.attention:
+            how = llama.How(attention=attention, head="none", base=args.base)
+            found = measure_decoder(sizes, how, rounds=args.rounds, only=only)
+            title = f"{args.rounds} rounds: {sizes}, attention {attention}"
+            console.print(_report.time_table(title, found))
+        return
     for shape in args.shapes.split(","):
         tokens, d, ff = (int(x) for x in shape.split("x"))
         sizes = _arms.Sizes(tokens, d, ff, args.rank, jnp.dtype(args.dtype))

@@ -109,8 +109,16 @@ class How:
         )
 
 
-def steps(sizes: Sizes, how: How) -> Iterator[tuple[str, Any, Any]]:
-    """`(arm, step, inputs)` of the arms; x is the embedded tokens."""
+def steps(
+    sizes: Sizes, how: How, key: jax.Array | None = None
+) -> Iterator[tuple[str, Any, Any]]:
+    """`(arm, step, inputs)` of the arms; x is the embedded tokens.
+
+    Args:
+      sizes: of the model.
+      how: what is computed.
+      key: what inputs are drawn with; without it they are `ShapeDtypeStruct`s.
+    """
     has_head = how.head != "none"
     model = Llama(
         sizes,
@@ -121,15 +129,15 @@ def steps(sizes: Sizes, how: How) -> Iterator[tuple[str, Any, Any]]:
         policy=POLICIES[how.policy],
         packed=how.packed,
     )
-    x = jax.ShapeDtypeStruct((*sizes.ids.shape, sizes.d), jnp.bfloat16)
+    x, ids = jax.ShapeDtypeStruct((*sizes.ids.shape, sizes.d), jnp.bfloat16), sizes.ids
 
     def loss(params: Any, x: jax.Array, ids: jax.Array) -> jax.Array:
         value: Any = model.apply(params, x, ids, method=Llama.loss)
         return value
 
     def with_factors(params: Any) -> tuple[Any, ...]:
-        config, key = how.config(sizes), jax.random.key(0)
-        adapted = flora.init(key, config, loss, params, x, sizes.ids)
+        config = how.config(sizes)
+        adapted = flora.init(jax.random.key(0), config, loss, params, x, ids)
         base, adapter = flora.split(adapted)
         run = flora.lora(loss)
 
@@ -144,7 +152,12 @@ def steps(sizes: Sizes, how: How) -> Iterator[tuple[str, Any, Any]]:
     def init(x: jax.Array, ids: jax.Array) -> Any:
         return model.init(jax.random.key(0), x, ids, method=Llama.loss)
 
-    params = jax.eval_shape(init, x, sizes.ids)
+    if key is None:
+        params = jax.eval_shape(init, x, ids)
+    else:
+        x = jax.random.normal(key, x.shape, x.dtype)
+        ids = jax.random.randint(key, ids.shape, 0, sizes.vocab)
+        params = jax.jit(init)(x, ids)
     arms = {
         "frozen": (without(loss), (), params),
         f"flora {how.form}": with_factors(params),
@@ -157,7 +170,7 @@ def steps(sizes: Sizes, how: How) -> Iterator[tuple[str, Any, Any]]:
         arms[f"frozen, {how.base}"] = without(flora.lora(loss)), (), stored
         arms[f"flora {how.form}, {how.base}"] = with_factors(stored)
     for name, (fn, trained, base) in arms.items():
-        yield name, accumulated(fn, how.accumulate), (trained, x, base, sizes.ids)
+        yield name, accumulated(fn, how.accumulate), (trained, x, base, ids)
 
 
 def accumulated(fn: Any, count: int) -> Any:

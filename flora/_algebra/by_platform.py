@@ -3,9 +3,9 @@
     y = x W + z Q,   z = x [P₁ P₂ …] for all products of one x
 
 What is traced on a CPU or a GPU may be lowered for a TPU, alone or as one platform of
-several.  There the form is `forms.products`' direct one, which differs from what is
-best elsewhere by its fences alone: they are left to `lax.platform_dependent`.  The
-backward pass is the transpose, which JAX takes, of
+several.  There the form is `forms.products`' direct one, on a GPU it may be thin_last,
+elsewhere what JAX derives.  The three differ by their fences alone, which are left to
+`lax.platform_dependent`.  The backward pass is the transpose, which JAX takes, of
 
     dy = dx W + dz Q + z dQ,   dz = dx [P₁ P₂ …] + x [dP₁ dP₂ …]
 
@@ -35,7 +35,7 @@ def products(
     """X W + (x P) Q for each W; see `forms.products`.
 
     Args:
-      each: what is static; both passes are direct.
+      each: what is static; the form is a GPU's, thin_last or direct.
       x: activations.
       ws: the frozen weights, some may be `Stored`; they get no gradient.
       ps: the factors that x meets.
@@ -78,7 +78,7 @@ def _sums(
     ys = []
     for spec, w, z_, q in zip(each, ws, parts(z, qs), qs, strict=True):
         with spec.scoped():
-            y = spec.base(x, w)
+            y = _written(spec, spec.base(x, w))
             ys.append(_added(y, spec.change(z_, q)).array)
     return tuple(ys), tuple(parts(z, qs))
 
@@ -95,6 +95,8 @@ def _changes(each: Each, known: Any, moves: Any) -> Sequence[Any]:
     dqs = none if dqs is None else _cast(dqs, x)
     dzs = none if dz is None else parts(dz, qs)
     dys = []
+    if dx is not None:  # in the transpose, what all base products sum up
+        dx = _written(each[0], dx)
     for spec, w, z, q, dz, dq in zip(each, ws, zs, qs, dzs, dqs, strict=True):
         with spec.scoped():
             y = None if dx is None else spec.base(dx, w)
@@ -106,6 +108,16 @@ def _changes(each: Each, known: Any, moves: Any) -> Sequence[Any]:
 def _fenced(x: Any) -> Any:
     """What a TPU is to write once, instead of computing it anew for each reader."""
     return lax.platform_dependent(x, tpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def _written(spec: Spec, u: Named) -> Named:
+    """What a GPU is to write before the low-rank term is added, where that pays."""
+    if spec.forward == "direct":
+        return u
+    fence = lax.optimization_barrier
+    gpu = {"cuda": fence, "rocm": fence}
+    y = lax.platform_dependent(u.array, **gpu, default=lambda x: x)
+    return Named(y, u.names)
 
 
 def _hidden_term(each: Each, x: Named, p: Named, qs: Arrays) -> Named:

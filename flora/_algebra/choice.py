@@ -20,8 +20,8 @@ class Form:
       written: whether x goes to memory for all that read it.
       kernel: the mesh axes that outputs are sharded over, if one kernel is to read dy
         for both dy Qᵀ and zᵀ dy.
-      by_platform: whether it is what several TPUs take, but for fences where the
-        program is lowered for something else.
+      by_platform: whether it is a GPU's, where the program is lowered for one; a TPU
+        then takes what several TPUs take, a CPU what JAX derives.
     """
 
     forward: str
@@ -115,9 +115,11 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
       of the whole, and moving them costs more than all else.
 
     How much each weighs differs between generations of TPU.  The rule was read off the
-    TPU compiler's estimates (`examples/benchmarks/compare.py`), not off clocks.  On CPU
-    and GPU the direct form is taken.  Where a program may still be lowered for either,
-    it is what several TPUs of any generation take, with fences for TPUs only.
+    TPU compiler's estimates (`examples/benchmarks/compare.py`), not off clocks.  On a
+    CPU the direct form is taken.  One GPU writes x W and adds z Q in a later pass: by
+    its clock (`examples/benchmarks/gpu.py`) no order is much better than another.
+    Where a program may still be lowered for a TPU, it takes what several TPUs of any
+    generation do.
 
     Args:
       sizes: of the product.
@@ -130,7 +132,9 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     if not may_be_tpu(target) or narrow or sizes.rank > most:
         return None
     if not is_tpu(kind):
-        return Form("direct", "direct", by_platform=True)
+        one_gpu = kind != "cpu" and target.devices == 1
+        form = "thin_last" if one_gpu else "direct"
+        return Form(form, form, by_platform=True)
     if target.devices > 1:
         return Form("direct", "direct")
     generation = _generation(kind)

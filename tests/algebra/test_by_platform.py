@@ -38,6 +38,12 @@ def loops(params, x):
     return jax.lax.scan(lambda x, w: (mlp(w, x), None), x, params)[0]
 
 
+def trace_for(monkeypatch, kind):
+    """As in a process with one device of this kind; a GPU has fences of its own."""
+    target = choice.Target(kind, 1, certain=False)
+    monkeypatch.setattr("flora._trace.rules.dot.target", lambda: target)
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Sizes for which a form is chosen, small."""
@@ -78,6 +84,7 @@ def test_the_open_form_keeps_the_contract(x64, small, spec):
 
 
 DERIVATIVES = {
+    "reverse": lambda f, a: jax.grad(f)(a),
     "jvp": lambda f, a: jax.jvp(f, (a,), (a,)),
     "linearize": lambda f, a: jax.linearize(f, a)[1](a),
     "forward over reverse": lambda f, a: jax.jvp(jax.grad(f), (a,), (a,)),
@@ -93,9 +100,11 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100"])
 @pytest.mark.parametrize("model", [mlp, layers])
 @pytest.mark.parametrize("name", DERIVATIVES)
-def test_forward_mode_works(x64, small, model, name):
+def test_forward_mode_works(x64, small, monkeypatch, kind, model, name):
+    trace_for(monkeypatch, kind)
     _, x, adapted = case(model)
     base, adapter = flora.split(randomized(adapted))
 
@@ -120,6 +129,16 @@ def test_fences_are_for_tpus(small, model):
     for platform in ("cpu", "cuda"):
         assert BARRIER not in lowered_text(model, (platform,))
     assert BARRIER not in lowered_text(model, ("tpu",), "direct")
+
+
+@pytest.mark.parametrize("model", [mlp, layers])
+def test_one_gpu_has_fences_of_its_own(small, monkeypatch, model):
+    trace_for(monkeypatch, "NVIDIA H100")
+    fences = lowered_text(model, ("cuda",)).count(BARRIER)
+    assert fences == lowered_text(model, ("rocm",)).count(BARRIER)
+    # Each y, in remat once more, and the sums of dx for gate and up, and for down.
+    assert fences == (3 + 2 if model is mlp else 3 + 2 + 2)
+    assert BARRIER not in lowered_text(model, ("cpu",))
 
 
 def test_an_exported_program_has_the_form_of_each_platform(small):

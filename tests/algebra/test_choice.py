@@ -235,6 +235,14 @@ def test_an_open_platform_gets_the_form_of_several_tpus():
     )
 
 
+def test_one_gpu_writes_the_base_first():
+    sizes, here = Sizes(8192, 4096, 14336, 16), Target("NVIDIA H100", certain=False)
+    assert cheapest(sizes, here) == Form("thin_last", "thin_last", by_platform=True)
+    for other in (Target("cpu", certain=False), dataclasses.replace(here, devices=2)):
+        assert cheapest(sizes, other) == Form("direct", "direct", by_platform=True)
+    assert cheapest(sizes, dataclasses.replace(here, certain=True)) is None
+
+
 def test_what_is_large():
     assert is_large((1024, 1024), (1024, 1024))
     assert is_large((2, 512, 1024), (1024, 8, 128))

@@ -1,6 +1,8 @@
 """Forms: every one computes the same product, low-rank in both passes."""
 
+import dataclasses
 import functools
+from unittest import mock
 
 import chex
 import jax
@@ -9,7 +11,11 @@ import numpy as np
 import pytest
 
 import flora
+import flora.quantize
+import flora.variants
+from flora._algebra import choice
 from flora._algebra.axes import Named
+from flora._algebra.choice import Form
 from flora._algebra.forms import (
     SUMS,
     Spec,
@@ -18,6 +24,7 @@ from flora._algebra.forms import (
     stochastically_rounded,
 )
 from flora._trace.compat import P
+from flora._trace.rules import dot
 from flora._tree.config import COPIES, FORMS
 from tests.support.contract import (
     adapt,
@@ -66,6 +73,81 @@ def test_every_form_keeps_the_contract(x64, form, name):
         views = {P.add, P.mul, P.dot_general, P.concatenate}
     settings = {"form": form, "dtype": jnp.float64}
     check(fn, params, other, views=views, **settings)
+
+
+def spread(tree):
+    """With magnitudes that are not what they start as."""
+
+    def one(x):
+        m = x.extra["magnitude"]
+        return dataclasses.replace(
+            x, extra={"magnitude": m * (1 + 0.5 * array(*m.shape, seed=3, dtype=m.dtype))}
+        )
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, flora.LoraWeight))
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if f != "direct"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_every_form_scales_its_outputs_for_dora(x64, form, name):
+    spec, first, second = PRODUCTS[name]
+    left = name == "weight first"
+    shape, other = (first, second) if left else (second, first)
+    params, x = {"w": array(*shape, seed=1)}, array(*other)
+
+    def fn(params, x):
+        return jnp.einsum(spec, *((params["w"], x) if left else (x, params["w"])))
+
+    settings = {"form": form, "dtype": jnp.float64, "variant": flora.variants.DoRA()}
+    adapted = spread(randomized(adapt(fn, params, x, **settings)))
+
+    def step(form):
+        run = flora.lora(fn, form=form)
+        return jax.value_and_grad(lambda t, x: scalar(run(t, x)), (0, 1))(adapted, x)
+
+    close(step(None), step("direct"), 1e-12)
+
+
+@pytest.mark.parametrize("base", ["float32", "int8"])
+def test_layers_of_dora_in_forms(monkeypatch, base):
+    """Heads as axes, products of one x together, in a loop with remat."""
+    monkeypatch.setattr(choice, "_MIN_TOKENS", 1)
+    monkeypatch.setattr(choice, "_MIN_WIDTH", 1)
+
+    def layer(x, w):
+        q, k = ((x @ w[n]).reshape(*x.shape[:-1], 2, 3) for n in ("q", "k"))
+        y = (jax.nn.silu(q) * k).reshape(x.shape) @ w["o"]
+        return x + y, None
+
+    def fn(params, x):
+        body = jax.checkpoint(layer, prevent_cse=False)
+        return jax.lax.scan(body, x, params)[0]
+
+    params = {n: array(2, 6, 6, seed=i, dtype=jnp.float32) for i, n in enumerate("qko")}
+    x = array(2, 5, 6, seed=9, dtype=jnp.float32)
+    if base != "float32":
+        params = flora.quantize.quantize(params, base, target="*")
+    adapted = adapt(fn, params, x, variant=flora.variants.DoRA(), dtype=jnp.float32)
+    adapted = spread(randomized(adapted))
+    _, adapter = flora.split(adapted)
+
+    def step(form, chosen=None):
+        run = flora.lora(fn, form=form)
+
+        def loss(adapter, x):
+            return scalar(run(flora.join(flora.split(adapted)[0], adapter), x))
+
+        cheapest = mock.Mock(return_value=chosen)
+        monkeypatch.setattr(dot, "cheapest", cheapest)
+        out = jax.value_and_grad(loss, (0, 1))(adapter, x)
+        assert cheapest.called == (form == "auto")
+        return out
+
+    direct = step("direct")
+    for pair in zip(EXACT_SUMS, [*EXACT_SUMS[1:], EXACT_SUMS[0]], strict=True):
+        form = Form(*pair, in_heads=True, written=False)
+        close(step("auto", form), direct, 1e-4)
+    close(step("auto", Form("direct", "direct", by_platform=True)), direct, 1e-4)
 
 
 def mlp(params, x):

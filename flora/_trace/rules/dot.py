@@ -39,6 +39,7 @@ from flora._algebra.low_rank import (
     sizes_of,
     sum_dtype,
     widened,
+    with_output_scale,
 )
 from flora._trace.again import Recipe
 from flora._trace.compat import INLINE, Eqn, Literal, eval_eqn, relative_scopes
@@ -209,6 +210,7 @@ class _InForm:
       together: whether it may be computed with others.
       by_platform: whether it is taken on a TPU only.
       x, w, p, q: the operands; w may be quantized.
+      by: what scales the result's outputs, if anything.
       shape: of the result.
       again: how x is made again.
       sources: of what.
@@ -221,9 +223,17 @@ class _InForm:
     w: Any
     p: Named
     q: Named
+    by: Named | None
     shape: tuple[int, ...]
     again: "_Again | None"
     sources: Sequence[Any]
+
+    def result(self, y: Any) -> Any:
+        """The product as the equation has it, of what was computed."""
+        if self.by is not None:
+            sizes = [*zip(self.spec.y, y.shape, strict=True)]
+            y = with_output_scale(y, self.by, sizes)
+        return lax.reshape(y, self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,14 +258,16 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     # Dropout acts on the low-rank term alone.
     if w.base is None or w.key or not w.factors or not may_differ(asked):
         return None
-    if w.output_scale is not None or w.settings.between is not None:
+    if w.settings.between is not None:
         return None
     axes = kernel_axes(asked)
     auto = asked == "auto" or axes is not None
     if asked == "auto" and not is_large(x.shape, w.shape):
         return None
     met = _meeting(eqn, x, w, side)
-    ends, mesh = _ends(met), jax.sharding.get_abstract_mesh()
+    ends, mesh, by = _ends(met), jax.sharding.get_abstract_mesh(), met.w.output_scale
+    if by is not None and not {*by.names} <= {*met.y} - {*met.x.names}:
+        return None
     if (
         ends is None
         or x.dtype != compute_dtype_of(x.dtype, out.dtype)
@@ -279,10 +291,11 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     q = Named(widened(q.array, x) * w.settings.scale, q.names)
     x, base, p, q = (u.split(parts) for u in (met.x, base, p, q))
     how = form.together, form.by_platform
+    by = None if by is None else by.split(parts)
     v, kept = eqn.invars[1 - side], (None, ())
     recipe, sources = kept if isinstance(v, Literal) else ctx.again.get(v, kept)
     again = recipe and _Again(recipe, x.names, x.array.shape)
-    return _InForm(spec, *how, x, base, p, q, out.shape, again, sources)
+    return _InForm(spec, *how, x, base, p, q, by, out.shape, again, sources)
 
 
 def _divided(ctx: Context, eqn: Eqn, met: _Meeting, side: int) -> dict[Name, Sizes]:
@@ -311,7 +324,7 @@ def _computed(found: Sequence[_InForm]) -> list[Any]:
         ys = _by_platform(each, first.x, ws, ps, qs)
     else:
         ys = _products(each, first.again, first.x, first.sources, ws, ps, qs)
-    return [lax.reshape(y, one.shape) for y, one in zip(ys, found, strict=True)]
+    return [one.result(y) for y, one in zip(ys, found, strict=True)]
 
 
 def together(ctx: Context, eqns: Sequence[Eqn], values: Sequence[Any]) -> list[Any]:

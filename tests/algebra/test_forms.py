@@ -80,9 +80,8 @@ def spread(tree):
 
     def one(x):
         m = x.extra["magnitude"]
-        return dataclasses.replace(
-            x, extra={"magnitude": m * (1 + 0.5 * array(*m.shape, seed=3, dtype=m.dtype))}
-        )
+        by = 1 + 0.5 * array(*m.shape, seed=3, dtype=m.dtype)
+        return dataclasses.replace(x, extra={"magnitude": m * by})
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, flora.LoraWeight))
 

@@ -97,19 +97,21 @@ class _OfCast:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A quantized weight with named axes, in the place of a `Named`.
+    """A weight in fewer bits or scaled, with named axes, in the place of a `Named`.
 
     Attributes:
       base: W; or C, where there is a scale.
       names: of its pieces.
       sizes: of its pieces.
       scale: s, or `None`.
+      in_blocks: whether no product can be of codes, so that each dequantizes them.
     """
 
-    base: Quantized
+    base: Any
     scale: Named | None
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    in_blocks: bool = dataclasses.field(metadata={"static": True})
 
     def split(self, pieces: Mapping[str, Sizes]) -> "Stored":
         """With axes in the place of some, as `Named.split` has them."""
@@ -120,7 +122,7 @@ class Stored:
         ]
         names, lengths = zip(*sizes, strict=True)
         scale = None if self.scale is None else self.scale.split(pieces)
-        return Stored(self.base, scale, names, lengths)
+        return dataclasses.replace(self, scale=scale, names=names, sizes=lengths)
 
     def opened(self) -> Named:
         """W or C as an array.
@@ -129,7 +131,7 @@ class Stored:
         heads, TPUs would lay out every step anew.
         """
         w = dequantized(self.base)
-        if self.scale is None and w.shape != self.sizes:
+        if self.in_blocks and w.shape != self.sizes:
             w = lax.optimization_barrier(w)
         return Named(lax.reshape(w, self.sizes), self.names)
 
@@ -153,7 +155,18 @@ def stored(w: Factored, *ends: tuple[str, ...]) -> Any:
     by = w.base_scale
     if by is not None and not any({*by.names} <= {*names} for names in ends):
         w = with_scale(w)
-    return Stored(w.base, w.base_scale, w.names, sizes)
+    return Stored(w.base, w.base_scale, w.names, sizes, w.base_scale is None)
+
+
+def with_scaled_outputs(base: Any, by: Named) -> Stored | None:
+    """The base of `stored` with its outputs scaled; `None` if its inputs are."""
+    if isinstance(base, Named):
+        return Stored(base.array, by, base.names, base.array.shape, False)
+    if base.scale is None:
+        return dataclasses.replace(base, scale=by)
+    if not {*base.scale.names} <= {*by.names}:
+        return None
+    return dataclasses.replace(base, scale=by.times(base.scale))
 
 
 def scaled(u: Named, scale: Named, apply: Callable = lax.mul) -> Named:

@@ -317,7 +317,7 @@ def _backward(
     if again is not None:  # fenced, or XLA keeps what it made of them
         nothing, x = [None] * len(x), again(lax.optimization_barrier(x))
     dtype = x.array.dtype
-    opened = any(isinstance(w, Stored) and w.scale is None for w in ws)
+    opened = any(isinstance(w, Stored) and w.in_blocks for w in ws)
     if opened or any(spec.backward in COPIES for spec in each):
         # or XLA keeps the forward pass's copy of W until here
         ws, ps, qs = lax.optimization_barrier((ws, ps, qs))

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from flora._algebra.axes import (
@@ -247,6 +248,37 @@ def with_output_scale(y: Any, scale: Named, sizes: Sizes) -> Any:
     apart = lax.reshape(y, [size for _, size in sizes])
     scaled = jax.checkpoint(times, prevent_cse=False)(apart, scale.aligned(names))
     return lax.reshape(scaled, y.shape)
+
+
+def nonzero(scale: Any) -> Any:
+    """A scale without gradient, 1e-30 where it is nearer to zero: to divide by."""
+    scale = lax.stop_gradient(scale)
+    tiny = jnp.copysign(jnp.asarray(1e-30, scale.dtype), scale)
+    return jnp.where(jnp.abs(scale) < 1e-30, tiny, scale)
+
+
+@jax.custom_jvp
+def with_gradient_of_scale(y: Any, scale: Any) -> Any:
+    """Y = y₀ ⊙ `nonzero(scale)`, as it is, with the gradient of the scale.
+
+    That is Σ dy ⊙ y₀ = Σ dy ⊙ y / scale: nothing but y is kept for it.
+
+    Args:
+      y: of bfloat16's range or a wider one.
+      scale: broadcasts against y.
+    """
+    return y
+
+
+@functools.partial(with_gradient_of_scale.defjvp, symbolic_zeros=True)
+def _with_gradient_of_scale(primals: Any, tangents: Any) -> Any:
+    (y, scale), (dy, change) = primals, tangents
+    dy = None if isinstance(dy, SymbolicZero) else dy
+    if not isinstance(change, SymbolicZero):
+        wide = jnp.result_type(y.dtype, scale.dtype, jnp.float32)
+        more = (y.astype(wide) * (change.astype(wide) / nonzero(scale))).astype(y.dtype)
+        dy = more if dy is None else dy + more
+    return y, jnp.zeros_like(y) if dy is None else dy
 
 
 def drop(x: Any, w: Factored, salt: int) -> Any:

@@ -107,7 +107,29 @@ def test_every_form_scales_its_outputs_for_dora(x64, form, name):
     close(step(None), step("direct"), 1e-12)
 
 
-@pytest.mark.parametrize("base", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_a_magnitude_of_zero_trains_in_every_form(x64, dtype):
+    fn, params, x = linear, {"w": array(6, 4, dtype=dtype)}, array(5, 6, dtype=dtype)
+    settings = {"form": "thin_last", "variant": flora.variants.DoRA()}
+    adapted = randomized(adapt(fn, params, x, dtype=dtype, **settings))
+    m = adapted["w"].extra["magnitude"].at[1].set(0).at[2].set(-1e-40)
+    adapted["w"] = dataclasses.replace(adapted["w"], extra={"magnitude": m})
+
+    def step(form):
+        run = flora.lora(fn, form=form)
+        y, back = jax.vjp(lambda t: run(t, x), adapted)
+        return y, back(jnp.ones_like(y))[0]["w"].extra["magnitude"]
+
+    (y, dm), (other, direct) = step(None), step("direct")
+    close((y, dm), (other, direct), 1e-2 if dtype == "bfloat16" else 1e-5)
+    assert float(abs(y[:, 1]).max()) < 1e-28 < float(abs(dm[1]))
+
+
+def linear(params, x):
+    return x @ params["w"]
+
+
+@pytest.mark.parametrize("base", ["float32", "int8", "nf4"])
 def test_layers_of_dora_in_forms(monkeypatch, base):
     """Heads as axes, products of one x together, in a loop with remat."""
     monkeypatch.setattr(choice, "_MIN_TOKENS", 1)
@@ -125,7 +147,8 @@ def test_layers_of_dora_in_forms(monkeypatch, base):
     params = {n: array(2, 6, 6, seed=i, dtype=jnp.float32) for i, n in enumerate("qko")}
     x = array(2, 5, 6, seed=9, dtype=jnp.float32)
     if base != "float32":
-        params = flora.quantize.quantize(params, base, target="*")
+        block = 2 if base == "nf4" else None
+        params = flora.quantize.quantize(params, base, target="*", block=block)
     adapted = adapt(fn, params, x, variant=flora.variants.DoRA(), dtype=jnp.float32)
     adapted = spread(randomized(adapted))
     _, adapter = flora.split(adapted)

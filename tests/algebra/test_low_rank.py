@@ -19,6 +19,7 @@ from flora._algebra.low_rank import (
     on_hidden,
     sizes_of,
     widened,
+    with_gradient_of_scale,
     with_output_scale,
 )
 from flora._tree.errors import LoraError, Unfactorable
@@ -403,3 +404,16 @@ def test_dropout(x64):
     assert drop(jnp.ones((3, 4), jnp.int32), w, 5).dtype == jnp.float32
     assert drop(jnp.ones((3, 4), jnp.bfloat16), w, 5).dtype == jnp.bfloat16
     assert drop(w, w, 5) is w
+
+
+def test_the_gradient_of_a_scale_that_is_already_in_y(x64):
+    x, dy, change = (random(5, 3, seed=i) for i in range(3))
+    scale, change = 1 + random(3, seed=4) ** 2, change[0]
+    y = x * scale
+    for moves in ((dy, change), (dy, 0 * change), (0 * dy, change)):
+        _, got = jax.jvp(with_gradient_of_scale, (y, scale), moves)
+        np.testing.assert_allclose(got, moves[0] + x * moves[1], 1e-13)
+    _, back = jax.vjp(lambda s: with_gradient_of_scale(y, s), scale)
+    np.testing.assert_allclose(back(dy)[0], (dy * x).sum(0), 1e-13)
+    _, back = jax.vjp(lambda y: with_gradient_of_scale(y, scale), y)
+    np.testing.assert_array_equal(back(dy)[0], dy)

@@ -30,15 +30,17 @@ from flora._algebra.choice import (
     target,
     with_kernel,
 )
-from flora._algebra.codes import stored, with_scale
+from flora._algebra.codes import stored, with_scale, with_scaled_outputs
 from flora._algebra.forms import Spec, alike, products
 from flora._algebra.low_rank import (
     compute_dtype_of,
     low_rank,
     named,
+    nonzero,
     sizes_of,
     sum_dtype,
     widened,
+    with_gradient_of_scale,
     with_output_scale,
 )
 from flora._trace.again import Recipe
@@ -210,7 +212,8 @@ class _InForm:
       together: whether it may be computed with others.
       by_platform: whether it is taken on a TPU only.
       x, w, p, q: the operands; w may be quantized.
-      by: what scales the result's outputs, if anything.
+      by: what scales the result's outputs, if anything: w and q hold it too, but for
+        its gradient, unless the form is by platform.
       shape: of the result.
       again: how x is made again.
       sources: of what.
@@ -230,9 +233,11 @@ class _InForm:
 
     def result(self, y: Any) -> Any:
         """The product as the equation has it, of what was computed."""
-        if self.by is not None:
+        if self.by is not None and self.by_platform:
             sizes = [*zip(self.spec.y, y.shape, strict=True)]
             y = with_output_scale(y, self.by, sizes)
+        elif self.by is not None:
+            y = with_gradient_of_scale(y, self.by.aligned(self.spec.y))
         return lax.reshape(y, self.shape)
 
 
@@ -266,7 +271,7 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
         return None
     met = _meeting(eqn, x, w, side)
     ends, mesh, by = _ends(met), jax.sharding.get_abstract_mesh(), met.w.output_scale
-    if by is not None and not {*by.names} <= {*met.y} - {*met.x.names}:
+    if by is not None and not _can_scale(by, met, out.dtype):
         return None
     if (
         ends is None
@@ -285,10 +290,16 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     y = [n for name in met.y for n, _ in parts.get(name, [(name, 0)])]
     how = {"precision": precision, "kernel": form.kernel, "written": form.written}
     spec = Spec(form.forward, form.backward, tuple(y), out.dtype, **how)
-    base = stored(met.w if scales_apart(eqn) else with_scale(met.w), met.x.names, met.y)
+    w = met.w if scales_apart(eqn) else with_scale(met.w)
+    base: Any = stored(w, met.x.names, met.y)
     if parts:  # or a loop's whole stack is laid out anew before it starts
         base = lax.optimization_barrier(base)
     q = Named(widened(q.array, x) * w.settings.scale, q.names)
+    if by is not None and not form.by_platform:
+        fixed = Named(nonzero(by.array), by.names)
+        if (base := with_scaled_outputs(base, fixed)) is None:
+            return None
+        q = q.times(fixed)
     x, base, p, q = (u.split(parts) for u in (met.x, base, p, q))
     how = form.together, form.by_platform
     by = None if by is None else by.split(parts)
@@ -296,6 +307,12 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     recipe, sources = kept if isinstance(v, Literal) else ctx.again.get(v, kept)
     again = recipe and _Again(recipe, x.names, x.array.shape)
     return _InForm(spec, *how, x, base, p, q, by, out.shape, again, sources)
+
+
+def _can_scale(by: Named, met: _Meeting, dtype: Any) -> bool:
+    """Whether an output scale meets the result, and the result can hold it."""
+    meets_y = {*by.names} <= {*met.y} and not {*by.names} <= {*met.x.names}
+    return meets_y and float(jnp.finfo(dtype).tiny) < 1e-37
 
 
 def _divided(ctx: Context, eqn: Eqn, met: _Meeting, side: int) -> dict[Name, Sizes]:

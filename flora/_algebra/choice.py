@@ -110,7 +110,8 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
       But in such layers a norm, which q, k and v read, costs less when it is made anew;
       on v5p, which is fast for its memory, so does that which gate and up read.
     - A weight in fewer bits is cast on the product's own way in, and joining keeps it
-      from that: it is never joined.
+      from that: it is never joined.  In a loop on v5e, its product adds z Q where it
+      widens.
     - Arrays that may be sharded are never joined: two shards side by side are no shard
       of the whole, and moving them costs more than all else.
 
@@ -179,6 +180,8 @@ def _in_a_loop(sizes: Sizes, generation: str) -> Form:
         last = "thin_first"
     elif generation.startswith("v6"):
         first, last = "direct" if widens else first, "direct" if narrows else last
+    if widens and sizes.stored and generation in _V5E:
+        first = "thin_first"
     is_down, is_up = in_ >= 2 * out >= 2 * _WIDE, 2 * in_ <= out
     written = is_down or (is_up and generation not in _V5P)
     return Form(first, last, together=not widens, in_heads=True, written=written)

@@ -41,6 +41,7 @@ class Sizes:
       tokens, in_, out, rank: lengths.
       sliced: whether W is the slice of a stack that a step of a loop takes.
       stored: whether W is stored in fewer bits.
+      scaled: whether its outputs are, as DoRA's.
     """
 
     tokens: int
@@ -49,6 +50,7 @@ class Sizes:
     rank: int
     sliced: bool = False
     stored: bool = False
+    scaled: bool = False
 
 
 def named_form(name: str) -> Form | None:
@@ -111,7 +113,7 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
       on v5p, which is fast for its memory, so does that which gate and up read.
     - A weight in fewer bits is cast on the product's own way in, and joining keeps it
       from that: it is never joined.  In a loop on v5e, its product adds z Q where it
-      widens.
+      widens; so does that of a weight whose outputs are scaled.
     - Arrays that may be sharded are never joined: two shards side by side are no shard
       of the whole, and moving them costs more than all else.
 
@@ -180,7 +182,7 @@ def _in_a_loop(sizes: Sizes, generation: str) -> Form:
         last = "thin_first"
     elif generation.startswith("v6"):
         first, last = "direct" if widens else first, "direct" if narrows else last
-    if widens and sizes.stored and generation in _V5E:
+    if widens and (sizes.stored or sizes.scaled) and generation in _V5E:
         first = "thin_first"
     is_down, is_up = in_ >= 2 * out >= 2 * _WIDE, 2 * in_ <= out
     written = is_down or (is_up and generation not in _V5P)

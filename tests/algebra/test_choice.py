@@ -75,6 +75,11 @@ def test_slices_of_a_stack_are_told_from_whole_weights():
         # XLA's own order, where a product or its dx widens.
         assert sliced(sizes, v6e) == dataclasses.replace(last, backward="direct")
     assert sliced(wide, v5e) == apart
+    for what in ("stored", "scaled"):  # its product is scaled, and adds z Q with that
+        other = dataclasses.replace(wide, **{what: True})
+        assert sliced(other, v5e) == dataclasses.replace(apart, forward="thin_first")
+        assert sliced(other, v5p) == sliced(wide, v5p)
+        assert sliced(other, v6e) == sliced(wide, v6e)
     assert sliced(wide, v5p) == dataclasses.replace(apart, written=False)
     assert sliced(wide, v6e) == dataclasses.replace(apart, forward="direct")
     square, few = Sizes(8192, 4096, 4096, 16), Sizes(8192, 4096, 1024, 16)
@@ -113,10 +118,11 @@ def test_limits_in_a_loop():
 
 
 CHOSEN = {
-    cheapest(Sizes(4096, in_, out, 16, sliced), Target(kind, devices))
+    cheapest(Sizes(4096, in_, out, 16, sliced, stored), Target(kind, devices))
     for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite")
     for in_, out in itertools.product((2048, 4096, 14336), (2048, 4096, 14336, 32000))
     for sliced, devices in itertools.product((False, True), (1, 4))
+    for stored in (False, True)
 }
 
 

@@ -200,6 +200,7 @@ def _counts(met: _Meeting) -> Counts:
         rank=met.w.rank,
         sliced=met.w.settings.sliced,
         stored=is_quantized(met.w.base),
+        scaled=met.w.output_scale is not None,
     )
 
 

@@ -78,6 +78,7 @@ class How:
       policy: what remat keeps, of `POLICIES`.
       packed: whether several examples share a sequence (attention is masked).
       accumulate: over how many batches of x the gradients of what trains are summed.
+      dropout: the rate of dropout on the low-rank paths.
     """
 
     layers: str = "scan, remat"
@@ -92,6 +93,7 @@ class How:
     policy: str = "nothing"
     packed: bool = False
     accumulate: int = 1
+    dropout: float = 0.0
 
     def config(self, sizes: Sizes) -> flora.LoraConfig:
         """LoRA of the model's rank on what is selected."""
@@ -106,6 +108,7 @@ class How:
             dtype=jnp.bfloat16,
             form=self.form,
             variant=ADAPTERS[self.variant],
+            dropout=self.dropout,
         )
 
 
@@ -142,7 +145,10 @@ def steps(
         run = flora.lora(loss)
 
         def lora(adapter: Any, x: jax.Array, base: Any, ids: jax.Array) -> jax.Array:
-            return run(flora.join(base, adapter), x, ids)
+            tree = flora.join(base, adapter)
+            if how.dropout:
+                tree = flora.with_dropout(tree, jax.random.key(0))
+            return run(tree, x, ids)
 
         return lora, adapter, base
 
@@ -273,6 +279,7 @@ def parse() -> tuple[Sizes, How, argparse.Namespace]:
     parser.add_argument("--policy", default="nothing", choices=POLICIES)
     parser.add_argument("--packed", action="store_true")
     parser.add_argument("--accumulate", type=int, default=1, help="batches")
+    parser.add_argument("--dropout", type=float, default=0.0, help="its rate")
     parser.add_argument("--chips", default=",".join(_tpu.CHIPS))
     parser.add_argument("--cycles", default="once", choices=("once", "trips"))
     parser.add_argument("--arms", nargs="+", default=[], help="beside frozen")
@@ -300,6 +307,7 @@ def parse() -> tuple[Sizes, How, argparse.Namespace]:
         policy=args.policy,
         packed=args.packed,
         accumulate=args.accumulate,
+        dropout=args.dropout,
     )
     return sizes, how, args
 

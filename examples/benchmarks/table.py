@@ -63,7 +63,9 @@ class Row:
         """What the costs depend on: a frozen model has neither rank nor form."""
         how = dataclasses.replace(self.how, base="bfloat16", block=64)
         head = how.head if how.head == "none" else "frozen"
-        plain = dataclasses.replace(how, form="", variant="", target="", head=head)
+        plain = dataclasses.replace(
+            how, form="", variant="", target="", head=head, dropout=0.0
+        )
         own = () if self.full else (self.sizes, how)
         return {
             "frozen": (chip, dataclasses.replace(self.sizes, rank=0), plain),
@@ -85,6 +87,7 @@ ROWS = {
     "8B, rank 64": Row(sizes_like("8b", rank=64)),
     "8B, rank 256": Row(sizes_like("8b", rank=256)),
     "8B, DoRA": eight(variant="dora"),
+    "8B, dropout of 0.1": eight(dropout=0.1),
     "8B, 2048 tokens": Row(sizes_like("8b", tokens=2048)),
     "8B, 32768 tokens": Row(sizes_like("8b", tokens=32768, sequences=8)),
     "70B, linear layers": Row(sizes_like("70b")),

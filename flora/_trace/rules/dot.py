@@ -211,7 +211,7 @@ class _InForm:
     Attributes:
       spec: what is static.
       together: whether it may be computed with others.
-      by_platform: whether it is taken on a TPU only.
+      by_platform: whether its fences depend on what the program is lowered for.
       x, w, p, q: the operands; w may be quantized.
       by: what scales the result's outputs, if anything: w and q hold it too, but for
         its gradient, unless the form is by platform.
@@ -272,13 +272,12 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
         return None
     met = _meeting(eqn, x, w, side)
     ends, mesh, by = _ends(met), jax.sharding.get_abstract_mesh(), met.w.output_scale
-    if by is not None and not _can_scale(by, met, out.dtype):
-        return None
     if (
         ends is None
         or x.dtype != compute_dtype_of(x.dtype, out.dtype)
         or jnp.issubdtype(out.dtype, jnp.complexfloating)
         or (not mesh.empty and (mesh.manual_axes or mesh.explicit_axes))
+        or (by is not None and not _can_scale(by, met, out.dtype))
     ):
         return None
     form = cheapest(_counts(met), target()) if auto else named_form(asked)

@@ -108,6 +108,8 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
       would lay its result out anew: there heads are axes of the product.
     - A head's logits are dearer to write and read again than a copy of W is, and their
       gradient is slow to come by: longer operands forward, XLA's own order backward.
+      In blocks of fewer tokens than inputs the copy is the larger one, and is made but
+      where it is free.
     - dy and x are written once instead of being computed anew by each of their readers.
       But in such layers a norm, which q, k and v read, costs less when it is made anew;
       on v5p, which is fast for its memory, so does that which gate and up read.
@@ -152,7 +154,8 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
     if sizes.stored:
         return Form(first, last, together=False)
     if not fits and sizes.out > _HEAD * sizes.in_:
-        return Form("concat", "direct")
+        few = sizes.tokens < sizes.in_ and generation not in _V5E
+        return Form("thin_last" if few else "concat", "direct")
     if generation in _V5E:
         return Form("concat", "concat" if widens and fits else "thin_last")
     if generation.startswith("v6"):

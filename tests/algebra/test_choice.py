@@ -41,6 +41,10 @@ def test_device_and_sizes_decide():
     assert cheapest(narrow, v5e) == Form("concat", "thin_last")
     for chip in (v5e, v5p, v6e):
         assert cheapest(Sizes(4096, 2048, 32000, 16), chip) == Form("concat", "direct")
+    block = Sizes(1024, 4096, 128256, 16)  # fewer tokens than inputs
+    assert cheapest(block, v5e) == Form("concat", "direct")
+    for chip in (v5p, v6e):
+        assert cheapest(block, chip) == Form("thin_last", "direct")
     assert cheapest(Sizes(4096, 2048, 16384, 16), v5e) == Form("concat", "concat")
     for kind in ("cpu", "NVIDIA H100"):
         assert cheapest(wide, Target(kind)) is None

@@ -100,8 +100,9 @@ DERIVATIVES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100"])
-@pytest.mark.parametrize("model", [mlp, layers])
+@pytest.mark.parametrize(
+    ("kind", "model"), [("cpu", mlp), ("cpu", layers), ("NVIDIA H100", layers)]
+)
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_forward_mode_works(x64, small, monkeypatch, kind, model, name):
     trace_for(monkeypatch, kind)

@@ -86,8 +86,8 @@ def spread(tree):
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, flora.LoraWeight))
 
 
-@pytest.mark.parametrize("form", [f for f in FORMS if f != "direct"])
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("form", [f for f in FORMS if f not in ("auto", "direct")])
+@pytest.mark.parametrize("name", ["heads out", "stack", "weight first"])
 def test_every_form_scales_its_outputs_for_dora(x64, form, name):
     spec, first, second = PRODUCTS[name]
     left = name == "weight first"
@@ -104,7 +104,7 @@ def test_every_form_scales_its_outputs_for_dora(x64, form, name):
         run = flora.lora(fn, form=form)
         return jax.value_and_grad(lambda t, x: scalar(run(t, x)), (0, 1))(adapted, x)
 
-    close(step(None), step("direct"), 1e-12)
+    close(*(jax.jit(step, static_argnums=0)(f) for f in (None, "direct")), 1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
@@ -129,7 +129,7 @@ def linear(params, x):
     return x @ params["w"]
 
 
-@pytest.mark.parametrize("base", ["float32", "int8", "nf4"])
+@pytest.mark.parametrize("base", ["int8", "nf4"])
 def test_layers_of_dora_in_forms(monkeypatch, base):
     """Heads as axes, products of one x together, in a loop with remat."""
     monkeypatch.setattr(choice, "_MIN_TOKENS", 1)
@@ -161,7 +161,7 @@ def test_layers_of_dora_in_forms(monkeypatch, base):
 
         cheapest = mock.Mock(return_value=chosen)
         monkeypatch.setattr(dot, "cheapest", cheapest)
-        out = jax.value_and_grad(loss, (0, 1))(adapter, x)
+        out = jax.jit(jax.value_and_grad(loss, (0, 1)))(adapter, x)
         assert cheapest.called == (form == "auto")
         return out
 

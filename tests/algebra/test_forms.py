@@ -129,7 +129,7 @@ def linear(params, x):
     return x @ params["w"]
 
 
-@pytest.mark.parametrize("base", ["int8", "nf4"])
+@pytest.mark.parametrize("base", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_layers_of_dora_in_forms(monkeypatch, base):
     """Heads as axes, products of one x together, in a loop with remat."""
     monkeypatch.setattr(choice, "_MIN_TOKENS", 1)

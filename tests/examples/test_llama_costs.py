@@ -31,7 +31,10 @@ SMALL = Sizes(
         How(attention="none", head="none"),
         How(head="frozen", head_block=8),
         How(target=("q_proj/kernel",), head="frozen", variant="dora"),
-        How(layers="unrolled", target="all", head="none", base="nf4", block=32),
+        pytest.param(
+            How(layers="unrolled", target="all", head="none", base="nf4", block=32),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_all_arms_have_one_loss_at_init(how):
@@ -157,6 +160,7 @@ def test_every_row_has_a_line_on_the_page():
         assert sum(line.startswith(f"| {name} |") for line in lines) == 1, name
 
 
+@pytest.mark.slow
 def test_quality_finds_what_rounding_does():
     config = LlamaConfig(
         vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2,

@@ -41,6 +41,7 @@ def test_adam_without_eps_does_not_see_how_the_scale_is_split():
     assert worst["SGD, the rates of Adam"] >= 0.1
 
 
+@pytest.mark.slow
 def test_regression_comes_down_to_its_floors():
     sizes = e05_floors.Sizes(
         (2,), samples=8, inputs=6, outputs=4, steps=900, seeds=2, rates=(0.05,)
@@ -163,6 +164,7 @@ def test_what_an_encoder_keeps_of_other_text():
     assert _minilm.neighbors(near, np.roll(groups, 1)) == 0
 
 
+@pytest.mark.slow
 def test_layers_that_do_not_train_are_computed_once():
     sizes = dataclasses.replace(_minilm.SMOKE, first=0)
     above, whole = _minilm.world(_minilm.SMOKE), _minilm.world(sizes)

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from flora._algebra.axes import (
@@ -251,34 +250,45 @@ def with_output_scale(y: Any, scale: Named, sizes: Sizes) -> Any:
 
 
 def nonzero(scale: Any) -> Any:
-    """A scale without gradient, 1e-30 where it is nearer to zero: to divide by."""
-    scale = lax.stop_gradient(scale)
+    """A scale, 1e-30 where it is nearer to zero: to divide by."""
     tiny = jnp.copysign(jnp.asarray(1e-30, scale.dtype), scale)
-    return jnp.where(jnp.abs(scale) < 1e-30, tiny, scale)
+    return scale + lax.stop_gradient(jnp.where(jnp.abs(scale) < 1e-30, tiny - scale, 0))
 
 
-@jax.custom_jvp
+@jax.custom_vjp
+def without_gradient(x: Any) -> Any:
+    """X, as a constant to the first derivative; others go through it."""
+    return x
+
+
+without_gradient.defvjp(lambda x: (x, None), lambda _, dx: (jnp.zeros_like(dx),))
+
+
+@jax.custom_vjp
 def with_gradient_of_scale(y: Any, scale: Any) -> Any:
-    """Y = y₀ ⊙ `nonzero(scale)`, as it is, with the gradient of the scale.
+    """Y = y₀ ⊙ scale, as it is, with the gradient of the scale.  Reverse mode only.
 
     That is Σ dy ⊙ y₀ = Σ dy ⊙ y / scale: nothing but y is kept for it.
 
     Args:
-      y: of bfloat16's range or a wider one.
-      scale: broadcasts against y.
+      y: of bfloat16's range or a wider one; made with the scale `without_gradient`.
+      scale: of as many axes as y, of length 1 where it is constant; nowhere zero.
     """
     return y
 
 
-@functools.partial(with_gradient_of_scale.defjvp, symbolic_zeros=True)
-def _with_gradient_of_scale(primals: Any, tangents: Any) -> Any:
-    (y, scale), (dy, change) = primals, tangents
-    dy = None if isinstance(dy, SymbolicZero) else dy
-    if not isinstance(change, SymbolicZero):
-        wide = jnp.result_type(y.dtype, scale.dtype, jnp.float32)
-        more = (y.astype(wide) * (change.astype(wide) / nonzero(scale))).astype(y.dtype)
-        dy = more if dy is None else dy + more
-    return y, jnp.zeros_like(y) if dy is None else dy
+def _back_to_scale(saved: Any, dy: Any) -> tuple[Any, Any]:
+    y, scale = saved
+    wide = jnp.result_type(y.dtype, scale.dtype, jnp.float32)
+    over = [i for i, size in enumerate(scale.shape) if size != y.shape[i]]
+    total = jnp.sum(dy.astype(wide) * y.astype(wide), over, keepdims=True)
+    return dy, (total / scale).astype(scale.dtype)
+
+
+with_gradient_of_scale.defvjp(
+    lambda y, scale: (y, (y, scale)),
+    _back_to_scale,
+)
 
 
 def drop(x: Any, w: Factored, salt: int) -> Any:

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import flora
@@ -34,6 +35,7 @@ from tests.support.contract import (
     close_to_merged,
     dense_arrays_of_step,
     equations,
+    is_weight,
     randomized,
     scalar,
 )
@@ -83,7 +85,7 @@ def spread(tree):
         by = 1 + 0.5 * array(*m.shape, seed=3, dtype=m.dtype)
         return dataclasses.replace(x, extra={"magnitude": m * by})
 
-    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, flora.LoraWeight))
+    return jax.tree.map(one, tree, is_leaf=is_weight)
 
 
 @pytest.mark.parametrize("form", [f for f in FORMS if f not in ("auto", "direct")])
@@ -108,7 +110,7 @@ def test_every_form_scales_its_outputs_for_dora(x64, form, name):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-def test_a_magnitude_of_zero_trains_in_every_form(x64, dtype):
+def test_a_magnitude_of_zero_trains_in_a_form(x64, dtype):
     fn, params, x = linear, {"w": array(6, 4, dtype=dtype)}, array(5, 6, dtype=dtype)
     settings = {"form": "thin_last", "variant": flora.variants.DoRA()}
     adapted = randomized(adapt(fn, params, x, dtype=dtype, **settings))
@@ -123,6 +125,26 @@ def test_a_magnitude_of_zero_trains_in_every_form(x64, dtype):
     (y, dm), (other, direct) = step(None), step("direct")
     close((y, dm), (other, direct), 1e-2 if dtype == "bfloat16" else 1e-5)
     assert float(abs(y[:, 1]).max()) < 1e-28 < float(abs(dm[1]))
+
+
+@pytest.mark.parametrize("form", ["thin_first", "concat"])
+def test_second_derivatives_of_dora_in_a_form(x64, form):
+    params, x = {"w": array(6, 4)}, array(5, 6)
+    settings = {"variant": flora.variants.DoRA(), "dtype": jnp.float64}
+    adapted = spread(randomized(adapt(linear, params, x, **settings)))
+    base, adapter = flora.split(adapted)
+
+    def products(form):
+        run = flora.lora(linear, form=form)
+        loss = jax.jit(lambda a: scalar(run(flora.join(base, a), x) ** 3))
+        moved = jax.jvp(jax.grad(loss), (adapter,), (adapter,))[1]
+
+        def inner(a):
+            return optax.tree.vdot(jax.grad(loss)(a), adapter)
+
+        return moved, jax.grad(inner)(adapter)
+
+    close(products(form), products("direct"), 1e-10)
 
 
 def linear(params, x):
@@ -146,18 +168,17 @@ def test_layers_of_dora_in_forms(monkeypatch, base):
 
     params = {n: array(2, 6, 6, seed=i, dtype=jnp.float32) for i, n in enumerate("qko")}
     x = array(2, 5, 6, seed=9, dtype=jnp.float32)
-    if base != "float32":
-        block = 2 if base == "nf4" else None
-        params = flora.quantize.quantize(params, base, target="*", block=block)
+    block = 2 if base == "nf4" else None
+    params = flora.quantize.quantize(params, base, target="*", block=block)
     adapted = adapt(fn, params, x, variant=flora.variants.DoRA(), dtype=jnp.float32)
     adapted = spread(randomized(adapted))
-    _, adapter = flora.split(adapted)
+    frozen, adapter = flora.split(adapted)
 
     def step(form, chosen=None):
         run = flora.lora(fn, form=form)
 
         def loss(adapter, x):
-            return scalar(run(flora.join(flora.split(adapted)[0], adapter), x))
+            return scalar(run(flora.join(frozen, adapter), x))
 
         cheapest = mock.Mock(return_value=chosen)
         monkeypatch.setattr(dot, "cheapest", cheapest)

@@ -407,13 +407,10 @@ def test_dropout(x64):
 
 
 def test_the_gradient_of_a_scale_that_is_already_in_y(x64):
-    x, dy, change = (random(5, 3, seed=i) for i in range(3))
-    scale, change = 1 + random(3, seed=4) ** 2, change[0]
-    y = x * scale
-    for moves in ((dy, change), (dy, 0 * change), (0 * dy, change)):
-        _, got = jax.jvp(with_gradient_of_scale, (y, scale), moves)
-        np.testing.assert_allclose(got, moves[0] + x * moves[1], 1e-13)
-    _, back = jax.vjp(lambda s: with_gradient_of_scale(y, s), scale)
-    np.testing.assert_allclose(back(dy)[0], (dy * x).sum(0), 1e-13)
-    _, back = jax.vjp(lambda y: with_gradient_of_scale(y, scale), y)
-    np.testing.assert_array_equal(back(dy)[0], dy)
+    x, dy = (random(5, 3, seed=i) for i in range(2))
+    scale = 1 + random(1, 3, seed=4) ** 2
+    y, back = jax.vjp(with_gradient_of_scale, x * scale, scale)
+    np.testing.assert_array_equal(y, x * scale)
+    found = back(dy)
+    np.testing.assert_array_equal(found[0], dy)
+    np.testing.assert_allclose(found[1], (dy * x).sum(0, keepdims=True), 1e-13)

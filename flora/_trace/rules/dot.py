@@ -42,6 +42,7 @@ from flora._algebra.low_rank import (
     widened,
     with_gradient_of_scale,
     with_output_scale,
+    without_gradient,
 )
 from flora._trace.again import Recipe
 from flora._trace.compat import INLINE, Eqn, Literal, eval_eqn, relative_scopes
@@ -296,7 +297,8 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
         base = lax.optimization_barrier(base)
     q = Named(widened(q.array, x) * w.settings.scale, q.names)
     if by is not None and not form.by_platform:
-        fixed = Named(nonzero(by.array), by.names)
+        by = Named(nonzero(by.array), by.names)
+        fixed = Named(without_gradient(by.array), by.names)
         if (base := with_scaled_outputs(base, fixed)) is None:
             return None
         q = q.times(fixed)

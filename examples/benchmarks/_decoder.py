@@ -66,6 +66,11 @@ LIKE = {
 }
 
 
+def sizes_like(name: str, **more: Any) -> Sizes:
+    """Four layers of that width on 2 x 4096 tokens."""
+    return dataclasses.replace(LIKE[name], **{"layers": 4, "tokens": 8192, **more})
+
+
 def anywhere(x: jax.Array, kind: str) -> jax.Array:
     """Leaves the sharding of an array to the compiler."""
     return x

@@ -117,7 +117,7 @@ def main() -> None:
     console.print(described(args.device), highlight=False)
     only = [x for x in args.arms.split(",") if x]
     if args.like:
-        sizes = dataclasses.replace(llama.LIKE[args.like], layers=4, tokens=8192)
+        sizes = llama.sizes_like(args.like)
         for attention in args.attention:
             how = llama.How(attention=attention, head="none", base=args.base)
             found = measure_decoder(sizes, how, rounds=args.rounds, only=only)

@@ -37,7 +37,7 @@ import _report
 import _tpu
 import jax
 import jax.numpy as jnp
-from _decoder import ATTENTION, LIKE, Llama, Sizes
+from _decoder import ATTENTION, LIKE, Llama, Sizes, sizes_like
 from rich.console import Console
 from rich.table import Table
 
@@ -288,9 +288,7 @@ def parse() -> tuple[Sizes, How, argparse.Namespace]:
     )
     args = parser.parse_args()
     given = {x.name: getattr(args, x.name) for x in dataclasses.fields(Sizes)}
-    sizes = Sizes()
-    if args.like:
-        sizes = dataclasses.replace(LIKE[args.like], layers=4, tokens=8192)
+    sizes = sizes_like(args.like) if args.like else Sizes()
     sizes = dataclasses.replace(
         sizes, **{k: v for k, v in given.items() if v is not None}
     )

@@ -22,15 +22,10 @@ from typing import Any
 
 import _tpu
 import llama
-from _decoder import LIKE, Sizes
+from _decoder import Sizes, sizes_like
 from llama import How
 
 PAGE = pathlib.Path(__file__).with_name("README.md")
-
-
-def sizes_like(name: str, **more: Any) -> Sizes:
-    """Four layers of that width on 2 x 4096 tokens."""
-    return dataclasses.replace(LIKE[name], **{"layers": 4, "tokens": 8192, **more})
 
 
 LINEAR = How(attention="none", head="none")

@@ -6,7 +6,6 @@ import pathlib
 import resource
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import pytest
 import flora
 from flora._files import safetensors
 from flora._files.safetensors import read, write
+from tests.support.promptly import promptly
 
 KILLS = """
 import os, random, signal, sys, time, warnings
@@ -191,10 +191,10 @@ def test_headers_of_any_length_are_refused_at_once(tmp_path, claimed):
     with path.open("wb") as file:
         file.write(claimed.to_bytes(8, "little") + b"{")
         file.truncate(16 if claimed in (9, 2**63) else 8 + claimed)
-    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF)
-    with pytest.raises(flora.LoraError, match=r"its header (would end|has \d)"):
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    refused = pytest.raises(flora.LoraError, match=r"its header (would end|has \d)")
+    with promptly(), refused:
         read(path)
-    assert time.process_time() - began < 2
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert after.ru_maxrss - before.ru_maxrss < 10_000  # KiB
 
@@ -202,10 +202,8 @@ def test_headers_of_any_length_are_refused_at_once(tmp_path, claimed):
 @pytest.mark.parametrize("piece", [b"[],", b'"a":{},', b"[[1]],"])
 def test_headers_full_of_brackets_are_not_parsed(tmp_path, piece):
     path = written(tmp_path / "x", b'{"x":[' + piece * (20_000_000 // len(piece)))
-    began = time.process_time()
-    with pytest.raises(flora.LoraError, match="no JSON of tensors"):
+    with promptly(), pytest.raises(flora.LoraError, match="no JSON of tensors"):
         read(path)
-    assert time.process_time() - began < 5
 
 
 def test_a_header_of_many_tensors_is_read(tmp_path):

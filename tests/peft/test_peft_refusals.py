@@ -1,7 +1,6 @@
 """What PEFT lets pass, and damaged files: each an error that says where and what."""
 
 import json
-import time
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import flora
 import flora.peft
 from tests.support import peft_files as files
 from tests.support.peft_files import PREFIX, D, F, linear, params, up_adapters, values
+from tests.support.promptly import promptly
 
 A0 = f"{PREFIX}layers.0.up.lora_A.weight"
 B0 = f"{PREFIX}layers.0.up.lora_B.weight"
@@ -567,10 +567,8 @@ BOMBS = {
 def test_no_config_takes_long_or_says_much(tmp_path, name):
     config, fragment = BOMBS[name]
     folder = files.write(tmp_path / "x", tensors(), **config)
-    began = time.process_time()
-    with pytest.raises(flora.LoraError) as caught:
+    with promptly(), pytest.raises(flora.LoraError) as caught:
         flora.peft.load(folder, params())
-    assert time.process_time() - began < 2
     assert fragment in str(caught.value), str(caught.value)
     assert len(str(caught.value)) <= 4_000
 
@@ -606,10 +604,9 @@ def test_other_numbers_are_no_layers(tmp_path, name, stacked):
     if stacked:
         both = tree["layers"].values()
         tree["layers"] = jax.tree.map(lambda *x: jnp.stack(x), *both)
-    began = time.process_time()
-    with pytest.raises(flora.LoraError, match=r"which none of|is (a|no) name"):
+    refused = pytest.raises(flora.LoraError, match=r"which none of|is (a|no) name")
+    with promptly(), refused:
         flora.peft.load(folder, tree)
-    assert time.process_time() - began < 2
 
 
 def test_thousands_of_modules_with_ranks_of_their_own_load_in_time(tmp_path):
@@ -619,7 +616,6 @@ def test_thousands_of_modules_with_ranks_of_their_own_load_in_time(tmp_path):
     tree = {"layers": {str(i): params()["layers"]["0"] for i in range(400)}}
     patterns = dict.fromkeys(names, 2) | {r"layers\.9\d*\.up": 3}
     folder = files.write(tmp_path / "x", held, r=4, rank_pattern=patterns)
-    began = time.process_time()
-    loaded = flora.peft.load(folder, tree)
-    assert time.process_time() - began < 10
+    with promptly():
+        loaded = flora.peft.load(folder, tree)
     assert {loaded["layers"][str(i)]["up"]["kernel"].rank for i in range(400)} == {2}

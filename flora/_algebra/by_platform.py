@@ -22,15 +22,14 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from flora._algebra.axes import Named
-from flora._algebra.forms import Arrays, Spec, hidden, joined, parts
-from flora._algebra.low_rank import SCOPE
+from flora._algebra.forms import Arrays, Seeds, Spec, apart, hidden_terms
 
 Each = tuple[Spec, ...]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def products(
-    each: Each, x: Named, ws: Sequence[Any], ps: Arrays, qs: Arrays
+    each: Each, x: Named, ws: Sequence[Any], ps: Arrays, qs: Arrays, seeds: Seeds
 ) -> Sequence[Any]:
     """X W + (x P) Q for each W; see `forms.products`.
 
@@ -40,18 +39,19 @@ def products(
       ws: the frozen weights, some may be `Stored`; they get no gradient.
       ps: the factors that x meets.
       qs: the other ones, with the scale in them.
+      seeds: of the masks of dropout, as there.
     """
-    return _sums(each, x, ws, ps, qs)[0]
+    return _sums(each, x, ws, ps, qs, seeds)[0]
 
 
 @functools.partial(products.defjvp, symbolic_zeros=True)
 def _jvp(each: Each, primals: Any, tangents: Any) -> Any:
-    x, ws, ps, qs = primals
-    ys, zs = _sums(each, x, ws, ps, qs)
-    dx, _, dps, dqs = map(_arrays, tangents)
+    x, ws, ps, qs, seeds = primals
+    ys, zs = _sums(each, x, ws, ps, qs, seeds)
+    dx, _, dps, dqs, _ = map(_arrays, tangents)
     # What is made of P and Q alone is not kept, but made again.
     changes = jax.checkpoint(functools.partial(_changes, each), prevent_cse=False)
-    return ys, changes((x, ws, zs, ps, qs), (dx, dps, dqs))
+    return ys, changes((x, ws, zs, ps, qs, seeds), (dx, dps, dqs))
 
 
 def _arrays(tangents: Any) -> Any:
@@ -70,30 +70,29 @@ def _is_zero(x: Any) -> bool:
 
 
 def _sums(
-    each: Each, x: Named, ws: Sequence[Any], ps: Arrays, qs: Arrays
+    each: Each, x: Named, ws: Sequence[Any], ps: Arrays, qs: Arrays, seeds: Seeds
 ) -> tuple[Sequence[Any], Arrays]:
     """Each y and each z."""
     x = Named(_fenced(x.array), x.names)  # W, P and dP read it
-    z = _hidden_term(each, x, joined(_cast(ps, x)), qs)
+    zs = apart(hidden_terms(each, x, _cast(ps, x), qs, seeds), qs)
     ys = []
-    for spec, w, z_, q in zip(each, ws, parts(z, qs), qs, strict=True):
+    for spec, w, z, q in zip(each, ws, zs, qs, strict=True):
         with spec.scoped():
             y = _written(spec, spec.base(x, w))
-            ys.append(_added(y, spec.change(z_, q)).array)
-    return tuple(ys), tuple(parts(z, qs))
+            ys.append(_added(y, spec.change(z, q)).array)
+    return tuple(ys), tuple(zs)
 
 
 def _changes(each: Each, known: Any, moves: Any) -> Sequence[Any]:
     """Each dy; the products of dx stand in the order in which dx is to be summed."""
-    x, ws, zs, ps, qs = known
+    x, ws, zs, ps, qs, seeds = known
     dx, dps, dqs = moves
     ps, qs, none = _cast(ps, x), _cast(qs, x), [None] * len(each)
-    dz = _added(
-        None if dx is None else _hidden_term(each, dx, joined(ps), qs),
-        None if dps is None else _hidden_term(each, x, joined(_cast(dps, x)), qs),
-    )
+    moved = none if dx is None else hidden_terms(each, dx, ps, qs, seeds)
+    turned = none if dps is None else hidden_terms(each, x, _cast(dps, x), qs, seeds)
+    dz = [_added(u, v) for u, v in zip(moved, turned, strict=False)]
     dqs = none if dqs is None else _cast(dqs, x)
-    dzs = none if dz is None else parts(dz, qs)
+    dzs = none if dz[0] is None else apart(dz, qs)
     dys = []
     if dx is not None:  # in the transpose, what all base products sum up
         dx = _written(each[0], dx)
@@ -118,12 +117,6 @@ def _written(spec: Spec, u: Named) -> Named:
     gpu = {"cuda": fence, "rocm": fence}
     y = lax.platform_dependent(u.array, **gpu, default=lambda x: x)
     return Named(y, u.names)
-
-
-def _hidden_term(each: Each, x: Named, p: Named, qs: Arrays) -> Named:
-    """X P."""
-    with jax.named_scope(SCOPE):
-        return each[0].times(x, p, hidden(x, p, qs))
 
 
 def _term(spec: Spec, z: Named | None, q: Named | None) -> Named | None:

@@ -10,6 +10,7 @@ is low-rank in every form:
     g = dy Qᵀ,   dx = dy Wᵀ + g Pᵀ,   dP = xᵀ g,   dQ = zᵀ dy
 
 so dx is the same kind of sum as y with other letters, and it has a form of its own.
+With dropout z, dP and what g Pᵀ adds to dx meet the mask of each P (`dropout`).
 Nothing of W's shape is saved: fences (`lax.optimization_barrier`) keep XLA from sharing
 one copy between both passes.
 
@@ -20,7 +21,7 @@ by what is written to memory between the two, and that is what the forms fix.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,11 +30,14 @@ from jax import lax
 
 from flora._algebra.axes import RANK, Name, Named
 from flora._algebra.codes import Stored, scaled
+from flora._algebra.dropout import Seed, masked
+from flora._algebra.hashes import hashed
 from flora._algebra.kernels import by_kernel
 from flora._algebra.low_rank import SCOPE, Names, contract
 from flora._tree.config import COPIES
 
 Arrays = Sequence[Named]
+Seeds = Sequence[Seed | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Spec:
       kernel: the mesh axes that outputs are sharded over, if one kernel is to read dy
         for both g and dQ.
       written: whether x goes to memory for all that read it.
+      rate: of dropout on the low-rank term; what is kept is scaled in Q.
+      columns: elements of x that a row of a mask has.
     """
 
     forward: str
@@ -60,6 +66,8 @@ class Spec:
     scope: str = ""
     kernel: tuple[str, ...] | None = None
     written: bool = True
+    rate: float = 0.0
+    columns: int = 1
 
     def scoped(self) -> contextlib.AbstractContextManager:
         """Names the product in profiles."""
@@ -89,6 +97,12 @@ class Spec:
         """
         return _no_product(self.term, z, q)
 
+    def dropped(self, x: Named, seed: Seed | None) -> Named:
+        """What the low-rank term sees of x; of what it gives back to x, too."""
+        if seed is None:
+            return x
+        return Named(masked(x.array, seed, self.rate, self.columns), x.names)
+
     def scales_y(self, by: Named) -> bool:
         """Whether a scale of codes meets the result, not x."""
         return {*by.names} <= {*self.y}
@@ -106,7 +120,10 @@ def _jvp(fn: Callable, args: Any, tangents: Any) -> Any:
 
 
 class Sum(NamedTuple):
-    """The operands of x W + z Q with z = x P; W may be `Stored`."""
+    """The operands of x W + z Q with z = x P; W may be `Stored`.
+
+    With a seed, z Q meets the mask of it.
+    """
 
     spec: Spec
     x: Named
@@ -114,6 +131,7 @@ class Sum(NamedTuple):
     z: Named
     p: Named
     q: Named
+    seed: Seed | None = None
 
     def base(self, x: Named | None = None, w: Any = None) -> Any:
         """X W, or of what stands for x and W."""
@@ -126,7 +144,8 @@ class Sum(NamedTuple):
 
     def change(self) -> Any:
         """Z Q."""
-        return self.spec.change(self.z, self.q).array
+        change = self.spec.change(self.z, self.q)
+        return self.spec.dropped(change, self.seed).array
 
     def weight(self) -> Any:
         """W + P Q, in float32 or wider."""
@@ -157,7 +176,7 @@ def _concat(s: Sum) -> Any:
     Of codes that scale the result, [x | z] [C ; Q ⊘ s] ⊙ s.
     """
     summed = [n for n in s.x.names if n not in s.spec.y]
-    if len(summed) != 1:
+    if len(summed) != 1 or s.seed is not None:
         return _thin_last(s)
     (axis,) = summed
 
@@ -213,21 +232,10 @@ def stochastically_rounded(x: Any, dtype: Any) -> Any:
     position = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
         index = lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        position = _hashed(position + index)
-    noise = _hashed(bits ^ position) >> 16
+        position = hashed(position + index)
+    noise = hashed(bits ^ position) >> 16
     cut = lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), x.dtype)
     return jnp.where(jnp.isfinite(x), cut, x).astype(dtype)
-
-
-def _hashed(bits: Any) -> Any:
-    """A hash of 32 bits in which each bit of the input changes half of the output's.
-
-    References: Wellons 2018, "Prospecting for hash functions".
-      https://nullprogram.com/blog/2018/07/31/
-    """
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return bits ^ (bits >> 16)
 
 
 SUMS: Mapping[str, Callable[..., Any]] = {
@@ -252,11 +260,13 @@ def products(
     ws: Sequence[Any],
     ps: Arrays,
     qs: Arrays,
+    seeds: Seeds,
 ) -> Sequence[Any]:
     """X W + (x P) Q for each W, with the axes `spec.y`.  Reverse mode only.
 
     What products of one x share is computed once: z = x [P₁ P₂ …], xᵀ [g₁ g₂ …], and
-    [g₁ g₂ …] [P₁ P₂ …]ᵀ, which is added to the first product's dy Wᵀ.
+    [g₁ g₂ …] [P₁ P₂ …]ᵀ, which is added to the first product's dy Wᵀ.  With dropout
+    each of them sees another x.
 
     Args:
       each: forms, dtype and precision of each product.  All are `alike`.
@@ -266,15 +276,17 @@ def products(
       ws: the frozen weights, some may be `Stored`; they get no gradient.
       ps: the factors that x meets.
       qs: the other ones, with the scale in them.
+      seeds: of the masks of dropout; `None` for none, of all or of no product.
     """
-    return _forward(each, again, x, sources, ws, ps, qs)[0]
+    return _forward(each, again, x, sources, ws, ps, qs, seeds)[0]
 
 
 def alike(one: tuple[Spec, Named], other: tuple[Spec, Named]) -> bool:
     """Whether two products of one x, each with its P, can be computed together."""
     if {one[0].forward, one[0].backward} & {"merged", "dithered"}:
         return False
-    same = one[0].dtype == other[0].dtype and one[0].precision == other[0].precision
+    like = [(spec.dtype, spec.precision, spec.rate) for spec, _ in (one, other)]
+    same = like[0] == like[1]
     p, other_p = one[1], other[1]
     return (
         same
@@ -291,17 +303,45 @@ def _forward(
     ws: Sequence[Any],
     ps: Arrays,
     qs: Arrays,
+    seeds: Seeds,
 ) -> tuple[Sequence[Any], Any]:
     if any(spec.written for spec in each):  # once: W, P and dP read it
         x = lax.optimization_barrier(x)
-    p = joined([p.astype(x.array.dtype) for p in ps])
-    with jax.named_scope(SCOPE):
-        z = each[0].times(x, p, hidden(x, p, qs))
+    z = hidden_terms(each, x, [p.astype(x.array.dtype) for p in ps], qs, seeds)
     ys = []
-    for spec, w, part, own, q in zip(each, ws, parts(z, qs), ps, qs, strict=True):
+    for spec, w, part, own, q in zip(each, ws, apart(z, qs), ps, qs, strict=True):
         with spec.scoped():
             ys.append(SUMS[spec.forward](Sum(spec, x, w, part, own, q)))
-    return tuple(ys), (x if again is None else sources, ws, z, ps, qs)
+    return tuple(ys), (x if again is None else sources, ws, z, ps, qs, seeds)
+
+
+def hidden_terms(
+    each: Sequence[Spec], x: Named, ps: Arrays, qs: Arrays, seeds: Seeds
+) -> Arrays:
+    """X P, `shared` by all products or of each."""
+    seen = _seen(each, x, seeds)
+    with jax.named_scope(SCOPE):
+        return [
+            each[0].times(own, p, hidden(own, p, qs))
+            for own, p in zip(seen, shared(ps, seeds), strict=True)
+        ]
+
+
+def _seen(each: Sequence[Spec], x: Named, seeds: Seeds) -> Arrays:
+    """The x that all low-rank terms see, or each."""
+    if seeds[0] is None:
+        return [x]
+    return [spec.dropped(x, seed) for spec, seed in zip(each, seeds, strict=True)]
+
+
+def shared(factors: Arrays, seeds: Seeds) -> Arrays:
+    """One array of all products, side by side along the rank; with dropout each."""
+    return [joined(factors)] if seeds[0] is None else factors
+
+
+def apart(found: Arrays, qs: Arrays) -> Arrays:
+    """What `shared` may have joined; each product's rank is that of its Q."""
+    return parts(found[0], qs) if len(found) == 1 else found
 
 
 def hidden(x: Named, p: Named, qs: Arrays) -> Names:
@@ -312,7 +352,7 @@ def hidden(x: Named, p: Named, qs: Arrays) -> Names:
 def _backward(
     each: tuple[Spec, ...], again: Again, saved: Any, dys: Sequence[Any]
 ) -> tuple[Any, ...]:
-    x, ws, z, ps, qs = saved
+    x, ws, z, ps, qs, seeds = saved
     nothing = None
     if again is not None:  # fenced, or XLA keeps what it made of them
         nothing, x = [None] * len(x), again(lax.optimization_barrier(x))
@@ -328,15 +368,21 @@ def _backward(
     with jax.named_scope(SCOPE):
         thin = [
             _of_dy(spec, part, dy, q, hidden(dy, q, ps))
-            for spec, part, dy, q in zip(each, parts(z, qs), dys, qs, strict=True)
+            for spec, part, dy, q in zip(each, apart(z, qs), dys, qs, strict=True)
         ]
-    g, p = joined([g for g, _ in thin]), joined(ps)
+    gs, own = shared([g for g, _ in thin], seeds), shared(ps, seeds)
     backs = [dataclasses.replace(one, y=x.names, dtype=dtype) for one in each]
-    dx = _summed(backs, dys, ws, g, qs[0], p)
+    held = zip(backs, dys, ws, gs, qs, own, seeds, strict=False)
+    more = zip(dys[len(gs) :], ws[len(gs) :], strict=True)
+    dx = _summed([Sum(*one) for one in held], more)
+    seen = _seen(each, x, seeds)
     with jax.named_scope(SCOPE):
-        dp = each[0].times(x, g, p.names, ps[0].array.dtype)
+        dps = [
+            each[0].times(u, g, p.names, ps[0].array.dtype)
+            for u, g, p in zip(seen, gs, own, strict=True)
+        ]
         dqs = tuple(dq() for _, dq in thin)
-    return Named(dx, x.names), nothing, None, tuple(parts(dp, qs)), dqs
+    return Named(dx, x.names), nothing, None, tuple(apart(dps, qs)), dqs, None
 
 
 products.defvjp(_forward, _backward)
@@ -360,19 +406,24 @@ def _of_dy(
     return g, lambda: spec.times(z, dy, q.names, dtype)
 
 
-def _summed(
-    backs: Sequence[Spec], dys: Arrays, ws: Sequence[Any], g: Named, q: Named, p: Named
-) -> Any:
-    """Σ dy Wᵀ + g Pᵀ, the low-rank term with the first product, in its form.
+def _summed(sums: Sequence[Sum], more: Iterable[tuple[Named, Any]]) -> Any:
+    """Σ dy Wᵀ + g Pᵀ, the first with its low-rank term in its form.
 
-    In the direct form it comes last: on a mesh XLA then reduces the rest in one go.
+    In the direct form these terms come last: on a mesh XLA then reduces the rest in one
+    go.
+
+    Args:
+      sums: those that have a low-rank term.
+      more: dy and W of others.
     """
-    sums = [Sum(b, dy, w, g, q, p) for b, dy, w in zip(backs, dys, ws, strict=True)]
-    first, direct = sums[0], backs[0].backward == "direct"
-    dx = first.base() if direct else SUMS[backs[0].backward](first)
-    for each in sums[1:]:
-        dx = dx + each.base()
-    return dx + first.change() if direct else dx
+    (first, *rest), base = sums, sums[0].base
+    direct = first.spec.backward == "direct"
+    dx = base() if direct else SUMS[first.spec.backward](first)
+    for dy, w in [*((s.x, s.w) for s in rest), *more]:
+        dx = dx + base(dy, w)
+    for s in sums if direct else rest:
+        dx = dx + s.change()
+    return dx
 
 
 def joined(factors: Arrays) -> Named:
@@ -384,7 +435,7 @@ def joined(factors: Arrays) -> Named:
 
 
 def parts(whole: Named, qs: Arrays) -> Arrays:
-    """What `joined` had joined; each product's rank is that of its Q."""
+    """What was joined."""
     if len(qs) == 1:
         return (whole,)
     ranks = [q.sizes[RANK] for q in qs]

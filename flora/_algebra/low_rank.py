@@ -27,6 +27,7 @@ from flora._algebra.axes import (
     reshaped,
 )
 from flora._algebra.codes import with_scale
+from flora._algebra.dropout import masked, seed
 from flora._tree.arrays import compute_dtype
 from flora._tree.errors import LoraError, Unfactorable
 from flora._tree.quantized import dequantized
@@ -295,8 +296,11 @@ def drop(x: Any, w: Factored, salt: int) -> Any:
     """Dropout on the input of the low-rank path; x itself without keys."""
     if w.key is None or isinstance(x, Factored):
         return x
-    x = x.astype(compute_dtype_of(x.dtype, jnp.float32))
-    key = jax.random.fold_in(w.key.array.reshape(-1)[0], salt)
-    rate = w.settings.dropout
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), 0)
+    rate, dtype = w.settings.dropout, compute_dtype_of(x.dtype, jnp.float32)
+    kept = masked(x.astype(dtype), seed_of(w, salt), rate, math.prod(x.shape[-1:]))
+    return (widened(kept) / (1 - rate)).astype(dtype)
+
+
+def seed_of(w: Factored, salt: int) -> Any:
+    """That of the mask of a weight with keys."""
+    return seed(w.key.array.reshape(-1)[0], salt)

@@ -282,8 +282,7 @@ def _chooses(
     named = any(map(may_differ, forms - {"auto"}))
     auto = "auto" in forms and may_differ("auto") and any(map(_is_large, eqns))
     plain = all(  # others keep x, whatever can be made again
-        isinstance(x, Factored) and x.output_scale is None and x.key is None
-        for x in lazy.values()
+        isinstance(x, Factored) and x.output_scale is None for x in lazy.values()
     )
     found = target()
     if not (ctx.keeps and plain and may_make_again(forms, found)):
@@ -313,18 +312,23 @@ def _results(
 ) -> list[Sequence[Any]]:
     """The outputs of equations that are taken together, of each its own."""
     joint: list[Any] = [None] * len(eqns)
+    each = [_at(ctx, i, eqn) for i, eqn in zip(step, eqns, strict=True)]
     if ctx.together and len(eqns) > 1:
         with compat.common_scope(eqns):
-            joint = ctx.together(ctx, eqns, values)
+            joint = ctx.together(each, eqns, values)
     return [
-        _apply_rule(ctx, i, eqn, args) if y is None else [y]
-        for i, eqn, args, y in zip(step, eqns, values, joint, strict=True)
+        _apply_rule(own, eqn, args) if y is None else [y]
+        for own, eqn, args, y in zip(each, eqns, values, joint, strict=True)
     ]
 
 
-def _apply_rule(ctx: Context, i: int, eqn: Eqn, values: list[Any]) -> Sequence[Any]:
+def _at(ctx: Context, i: int, eqn: Eqn) -> Context:
+    """The context of an equation's rule."""
     salt = zlib.crc32(f"{ctx.salt}/{i}".encode())
-    ctx = dataclasses.replace(ctx, salt=salt, within=(eqn, ctx.within))
+    return dataclasses.replace(ctx, salt=salt, within=(eqn, ctx.within))
+
+
+def _apply_rule(ctx: Context, eqn: Eqn, values: list[Any]) -> Sequence[Any]:
     with compat.eqn_scope(eqn):
         squares = any(isinstance(x, Squared) for x in values)
         rule = (ctx.rules_for_squares if squares else ctx.rules).get(eqn.primitive)

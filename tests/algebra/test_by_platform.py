@@ -51,11 +51,11 @@ def small(monkeypatch):
     monkeypatch.setattr(choice, "_MIN_WIDTH", 1)
 
 
-def case(model, dtype=jnp.float64):
+def case(model, dtype=jnp.float64, **config):
     stack = () if model is mlp else (2,)
     params = {k: array(*stack, *s, dtype=dtype) for k, s in SHAPES.items()}
     x = array(7, 6, seed=2, dtype=dtype)
-    return params, x, adapt(model, params, x, dtype=dtype)
+    return params, x, adapt(model, params, x, dtype=dtype, **config)
 
 
 def step_of(model, form=None):
@@ -115,6 +115,25 @@ def test_forward_mode_works(x64, small, monkeypatch, kind, model, name):
         return DERIVATIVES[name](loss, adapter)
 
     close(derivative("auto"), derivative("direct"))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100"])
+@pytest.mark.parametrize("name", ["reverse", "jvp", "reverse over forward"])
+def test_dropout_has_one_mask_in_all_forms(x64, small, monkeypatch, kind, name):
+    trace_for(monkeypatch, kind)
+    _, x, adapted = case(layers, dropout=0.4)
+    base, adapter = flora.split(randomized(adapted))
+
+    def derivative(form):
+        run = flora.lora(layers, form=form)
+
+        def loss(a):
+            tree = flora.with_dropout(flora.join(base, a), jax.random.key(0))
+            return scalar(run(tree, x))
+
+        return DERIVATIVES[name](jax.jit(loss), adapter)
+
+    close(derivative("auto"), derivative("direct"), 1e-12)
 
 
 def lowered_text(model, platforms, form=None):

@@ -270,14 +270,70 @@ def test_a_form_per_leaf_and_per_call(x64):
     assert concatenations(flora.lora(mlp, form="thin_last")) == 0
 
 
-@pytest.mark.parametrize("form", ["concat", "merged", "dithered"])
-def test_dropout_takes_the_direct_form(form):
-    params, x = mlp_case(jnp.float32)
-    adapted = randomized(adapt(mlp, params, x, form=form, dropout=0.5))
-    dropped = flora.with_dropout(adapted, jax.random.key(3))
-    got = flora.lora(mlp)(dropped, x)
-    close(got, flora.lora(mlp, form="direct")(dropped, x))
-    assert not np.array_equal(got, flora.lora(mlp)(adapted, x))
+OTHERS = [f for f in FORMS if f not in ("auto", "direct")]
+
+
+def close_with_dropout(fn, adapted, x, form):
+    """Value and gradients in the form are those of the direct one, with one mask."""
+
+    def step(form):
+        run = flora.lora(fn, form=form)
+
+        def loss(tree, x):
+            return scalar(run(flora.with_dropout(tree, jax.random.key(3)), x))
+
+        return jax.value_and_grad(loss, (0, 1))
+
+    close(*(jax.jit(step(f))(adapted, x) for f in (form, "direct")), 1e-12)
+    jaxpr = jax.make_jaxpr(step(form))(adapted, x)
+    return sum(e.primitive is P.optimization_barrier for e in equations(jaxpr))
+
+
+@pytest.mark.parametrize("form", OTHERS)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_every_form_drops_what_the_direct_one_drops(x64, form, name):
+    spec, first, second = PRODUCTS[name]
+    left = name == "weight first"
+    shape, other = (first, second) if left else (second, first)
+    params, x = {"w": array(*shape, seed=1)}, array(*other)
+
+    def fn(params, x):
+        return jnp.einsum(spec, *((params["w"], x) if left else (x, params["w"])))
+
+    settings = {"dropout": 0.4, "dtype": jnp.float64}
+    adapted = randomized(adapt(fn, params, x, **settings))
+    fences = close_with_dropout(fn, adapted, x, form)
+    assert (fences > close_with_dropout(fn, adapted, x, "direct")) == (
+        form not in COPIES
+    )
+
+
+@pytest.mark.parametrize("form", OTHERS)
+@pytest.mark.parametrize("loop", [False, True])
+def test_products_of_one_x_drop_apart(x64, form, loop):
+    params, x = mlp_case()
+    if loop:
+        params = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), params)
+
+    def fn(params, x):
+        if not loop:
+            return mlp(params, x)
+        layer = jax.checkpoint(lambda x, p: (jnp.tanh(mlp(p, x)), None))
+        return jax.lax.scan(layer, x, params)[0]
+
+    adapted = randomized(adapt(fn, params, x, dropout=0.4, dtype=jnp.float64))
+    close_with_dropout(fn, adapted, x, form)
+
+
+@pytest.mark.parametrize("form", ["thin_first", "kernel"])
+@pytest.mark.parametrize("variant", [None, flora.variants.DoRA()])
+def test_dropout_of_other_rates_and_of_dora(x64, form, variant):
+    """Products of other rates are apart; DoRA's x W has another x, too."""
+    params, x = mlp_case()
+    settings = {"dropout": 0.4, "dtype": jnp.float64, "variant": variant}
+    adapted = randomized(adapt(mlp, params, x, **settings))
+    adapted["up"] = dataclasses.replace(adapted["up"], dropout=0.1)
+    close_with_dropout(mlp, adapted, x, form)
 
 
 @pytest.mark.parametrize("bad", ["fast", "", None, 3])

@@ -164,6 +164,24 @@ def test_under_vmap_on_a_quantized_base(parts, block):
     assert lengths(parts) == {(2, 6), (2, 5)}
 
 
+@pytest.mark.parametrize("name", ["both", "attention", "scan of remat"])
+def test_masks_of_dropout_are_those_without_heads(x64, parts, name):
+    fn, params, x = case(name)
+    settings = {"dropout": 0.4, "dtype": jnp.float64, **of(params)}
+    tree = randomized(adapt(fn, params, x, **settings))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def slopes(form, tree):
+        def loss(tree, x):
+            dropped = flora.with_dropout(tree, jax.random.key(0))
+            return scalar(flora.lora(fn, form=form)(dropped, x))
+
+        return jax.value_and_grad(loss, (0, 1))(tree, x)
+
+    close(slopes("auto", tree), slopes("direct", tree), 1e-9)
+    assert lengths(parts) == MODELS[name][2]
+
+
 def test_results_have_heads_as_axes_and_need_no_other_layout(parts):
     """Between a product and its reshape nothing of the result's size is transposed."""
     fn, params, x = case("made", jnp.float32)

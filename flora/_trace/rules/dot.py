@@ -21,8 +21,8 @@ from flora._algebra.axes import (
     fused,
     renamed,
 )
-from flora._algebra.choice import Sizes as Counts
 from flora._algebra.choice import (
+    Form,
     cheapest,
     is_large,
     may_differ,
@@ -30,13 +30,16 @@ from flora._algebra.choice import (
     target,
     with_kernel,
 )
+from flora._algebra.choice import Sizes as Counts
 from flora._algebra.codes import stored, with_scale, with_scaled_outputs
+from flora._algebra.dropout import Seed
 from flora._algebra.forms import Spec, alike, products
 from flora._algebra.low_rank import (
     compute_dtype_of,
     low_rank,
     named,
     nonzero,
+    seed_of,
     sizes_of,
     sum_dtype,
     widened,
@@ -55,7 +58,7 @@ from flora._trace.rules.product import (
     plain,
     scales_apart,
 )
-from flora._tree.config import kernel_axes
+from flora._tree.config import COPIES, kernel_axes
 from flora._tree.errors import Unfactorable
 from flora._tree.quantized import is_quantized
 
@@ -216,6 +219,7 @@ class _InForm:
       x, w, p, q: the operands; w may be quantized.
       by: what scales the result's outputs, if anything: w and q hold it too, but for
         its gradient, unless the form is by platform.
+      seed: of the mask of dropout.
       shape: of the result.
       again: how x is made again.
       sources: of what.
@@ -229,6 +233,7 @@ class _InForm:
     p: Named
     q: Named
     by: Named | None
+    seed: Seed | None
     shape: tuple[int, ...]
     again: "_Again | None"
     sources: Sequence[Any]
@@ -262,8 +267,7 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     `None` where that is the plain direct one, or no other applies.
     """
     out, asked = eqn.outvars[0].aval, w.settings.form
-    # Dropout acts on the low-rank term alone.
-    if w.base is None or w.key or not w.factors or not may_differ(asked):
+    if w.base is None or not w.factors or not may_differ(asked):
         return None
     if w.settings.between is not None:
         return None
@@ -284,18 +288,20 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     form = cheapest(_counts(met), target()) if auto else named_form(asked)
     if axes is not None:
         form = with_kernel(form, axes)
-    if form is None:
+    if form is None or (w.key and not _can_drop(form, met)):
         return None
     (p, q), precision = ends, eqn.params["precision"]
     parts = _divided(ctx, eqn, met, side) if form.in_heads else {}
     y = [n for name in met.y for n, _ in parts.get(name, [(name, 0)])]
     how = {"precision": precision, "kernel": form.kernel, "written": form.written}
+    rate = w.settings.dropout if w.key else 0.0
+    how |= {"rate": rate, "columns": math.prod(x.shape[-1:])}
     spec = Spec(form.forward, form.backward, tuple(y), out.dtype, **how)
     w = met.w if scales_apart(eqn) else with_scale(met.w)
     base: Any = stored(w, met.x.names, met.y)
     if parts:  # or a loop's whole stack is laid out anew before it starts
         base = lax.optimization_barrier(base)
-    q = Named(widened(q.array, x) * w.settings.scale, q.names)
+    q = Named(widened(q.array, x) * w.settings.scale / (1 - rate), q.names)
     if by is not None and not form.by_platform:
         by = Named(nonzero(by.array), by.names)
         fixed = Named(without_gradient(by.array), by.names)
@@ -308,7 +314,14 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     v, kept = eqn.invars[1 - side], (None, ())
     recipe, sources = kept if isinstance(v, Literal) else ctx.again.get(v, kept)
     again = recipe and _Again(recipe, x.names, x.array.shape)
-    return _InForm(spec, *how, x, base, p, q, by, out.shape, again, sources)
+    seed = seed_of(w, ctx.salt) if w.key else None
+    return _InForm(spec, *how, x, base, p, q, by, seed, out.shape, again, sources)
+
+
+def _can_drop(form: Form, met: _Meeting) -> bool:
+    """Whether a form can have another x for the low-rank term."""
+    copies = {form.forward, form.backward} & {*COPIES}
+    return not copies and met.w.output_scale is None
 
 
 def _can_scale(by: Named, met: _Meeting, dtype: Any) -> bool:
@@ -336,21 +349,24 @@ _by_platform = jax.jit(by_platform.products, static_argnums=0, inline=INLINE)
 def _computed(found: Sequence[_InForm]) -> list[Any]:
     """The products, all of one x."""
     each = tuple(one.spec for one in found)
-    ws, ps, qs = zip(*((one.w, one.p, one.q) for one in found), strict=True)
+    fields = ((one.w, one.p, one.q, one.seed) for one in found)
+    ws, ps, qs, seeds = zip(*fields, strict=True)
     first = found[0]
     ys: Any
     if first.by_platform:
-        ys = _by_platform(each, first.x, ws, ps, qs)
+        ys = _by_platform(each, first.x, ws, ps, qs, seeds)
     else:
-        ys = _products(each, first.again, first.x, first.sources, ws, ps, qs)
+        ys = _products(each, first.again, first.x, first.sources, ws, ps, qs, seeds)
     return [one.result(y) for y, one in zip(ys, found, strict=True)]
 
 
-def together(ctx: Context, eqns: Sequence[Eqn], values: Sequence[Any]) -> list[Any]:
+def together(
+    each: Sequence[Context], eqns: Sequence[Eqn], values: Sequence[Any]
+) -> list[Any]:
     """Products of the same activations, as far as they can be computed at once.
 
     Args:
-      ctx: the context.
+      each: the contexts.
       eqns: the equations.
       values: `(lhs, rhs)` of each.
 
@@ -358,7 +374,8 @@ def together(ctx: Context, eqns: Sequence[Eqn], values: Sequence[Any]) -> list[A
       The results; `None` for each product that is to be computed alone.
     """
     found: dict[int, _InForm] = {}
-    for i, (eqn, (lhs, rhs)) in enumerate(zip(eqns, values, strict=True)):
+    given = zip(each, eqns, values, strict=True)
+    for i, (ctx, eqn, (lhs, rhs)) in enumerate(given):
         side = int(isinstance(rhs, Factored))
         w, x = ((lhs, rhs), (rhs, lhs))[side]
         if isinstance(w, Factored) and not isinstance(x, Factored):

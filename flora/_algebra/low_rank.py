@@ -297,8 +297,13 @@ def drop(x: Any, w: Factored, salt: int) -> Any:
     if w.key is None or isinstance(x, Factored):
         return x
     rate, dtype = w.settings.dropout, compute_dtype_of(x.dtype, jnp.float32)
-    kept = masked(x.astype(dtype), seed_of(w, salt), rate, math.prod(x.shape[-1:]))
-    return (widened(kept) / (1 - rate)).astype(dtype)
+
+    def scaled(x: Any, seed: Any) -> Any:
+        kept = masked(x, seed, rate, math.prod(x.shape[-1:]))
+        return (widened(kept) / (1 - rate)).astype(dtype)
+
+    # What is saved of it is the seed, no mask.
+    return jax.checkpoint(scaled, prevent_cse=False)(x.astype(dtype), seed_of(w, salt))
 
 
 def seed_of(w: Factored, salt: int) -> Any:

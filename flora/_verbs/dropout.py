@@ -16,10 +16,11 @@ def with_dropout(adapted: Any, key: Any) -> Any:
     """The same tree with dropout keys attached, for one training step.
 
     y = x W + scale (dropout(x) A) B.  Masks differ per leaf, per stacked layer, per
-    step of an inner loop and per use; each is a hash of the key and of an element's
-    place, the same in every form, and is made again where it is read, not kept.  Rows that an embedding looks up are not dropped.
-    Without keys a call is evaluation; its gradients for A and B are an error, as a step
-    that forgot its keys would train without dropout.
+    step of an inner loop and per use.  They are hashes of the key and of an element's
+    place: the same in every form, made again where they are read, and not kept.  Rows
+    that an embedding looks up are not dropped.  Without keys a call is evaluation; its
+    gradients for A and B are an error, as a step that forgot its keys would train
+    without dropout.
 
     Args:
       adapted: an adapted tree whose config has `dropout > 0`.

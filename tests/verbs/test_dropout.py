@@ -302,3 +302,17 @@ def test_all_leaves_without_keys_are_counted():
     adapted = contract.adapt(fn, params, x, dropout=0.25)
     with pytest.raises(flora.LoraError, match="'u' and 1 more trains without its"):
         jax.grad(lambda t: flora.lora(fn)(t, x).sum())(adapted)
+
+
+def test_no_mask_is_saved():
+    params, x = {"w": array(70, 5, dtype=jnp.float32)}, array(9, 70, dtype=jnp.float32)
+    base, adapter = flora.split(adapted_with_dropout(dense, params, x))
+
+    def loss(adapter, x):
+        tree = flora.with_dropout(flora.join(base, adapter), jax.random.key(0))
+        return contract.scalar(flora.lora(dense, form="direct")(tree, x))
+
+    _, pull = jax.vjp(loss, adapter, x)
+    saved = [y for y in jax.tree.leaves(pull) if hasattr(y, "dtype")]
+    assert sum(y.shape == x.shape for y in saved) == 1  # what A has seen
+    assert not any(y.dtype == bool for y in saved)

@@ -1,16 +1,19 @@
 """Masks of dropout: as independent as coins, and the same however they are made."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flora._algebra.dropout import masked, seed
 
 ROWS, WIDTH = 2048, 1024
+AUTO = (AxisType.Auto, AxisType.Auto)
 
 
 def mask(rate, key=0, shape=(ROWS, WIDTH), width=WIDTH):
@@ -82,3 +85,17 @@ def test_lengths_may_be_symbols():
     there = export.export(jax.jit(lambda x: masked(x, own, 0.5, 8)))(x)
     here = masked(jnp.ones((5, 8)), own, 0.5, 8)
     np.testing.assert_array_equal(there.call(jnp.ones((5, 8))), here)
+
+
+def test_shards_of_a_mask_are_made_where_they_are():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=AUTO)
+    own, x = seed(jax.random.key(0), 0), jnp.ones((8, 4, 64))
+
+    def fn(x):
+        return masked(x, own, 0.5, 64)
+
+    placed = NamedSharding(mesh, PartitionSpec("data", None, "model"))
+    program = jax.jit(fn, out_shardings=placed).lower(jax.device_put(x, placed))
+    compiled = program.compile()
+    assert not re.search("all-|collective|reduce-scatter", compiled.as_text())
+    np.testing.assert_array_equal(compiled(jax.device_put(x, placed)), fn(x))

@@ -115,7 +115,8 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
       on v5p, which is fast for its memory, so does that which gate and up read.
     - A weight in fewer bits is cast on the product's own way in, and joining keeps it
       from that: it is never joined.  In a loop on v5e, its product adds z Q where it
-      widens; so does that of a weight whose outputs are scaled.
+      widens; so does that of a weight whose outputs are scaled.  On other chips x W is
+      written first where W is too large to stay on the chip.
     - Arrays that may be sharded are never joined: two shards side by side are no shard
       of the whole, and moving them costs more than all else.
 
@@ -147,12 +148,12 @@ def cheapest(sizes: Sizes, target: Target) -> Form | None:
         return _in_a_loop(sizes, generation)
     widens, fits = sizes.in_ < sizes.out, sizes.in_ * sizes.out * 2 <= _ON_CHIP
     first, last = ("thin_first", "thin_last")[:: 1 if widens else -1]
-    if sizes.stored and not generation.startswith("v6"):
-        return Form(first, last)
-    if sizes.stored and fits:
+    if sizes.stored and not fits and generation not in _V5E:
+        return Form("thin_last", "thin_last" if widens else "direct")
+    if sizes.stored and generation.startswith("v6"):
         return Form("direct", "direct")
     if sizes.stored:
-        return Form(first, last, together=False)
+        return Form(first, last)
     if not fits and sizes.out > _HEAD * sizes.in_:
         few = sizes.tokens < sizes.in_ and generation not in _V5E
         return Form("thin_last" if few else "concat", "direct")

@@ -135,6 +135,17 @@ class Stored:
             w = lax.optimization_barrier(w)
         return Named(lax.reshape(w, self.sizes), self.names)
 
+    def after(self, u: Any) -> tuple["Stored", Any]:
+        """The weight, not opened before u is there, and u.
+
+        What waits is the smallest array, such as scales: the codes, which may be a
+        slice of a stack, are read where they lie.
+        """
+        leaves, treedef = jax.tree.flatten(self.base)
+        least = min(range(len(leaves)), key=lambda i: leaves[i].size)
+        leaves[least], u = lax.optimization_barrier((leaves[least], u))
+        return dataclasses.replace(self, base=treedef.unflatten(leaves)), u
+
     def dense(self) -> Named:
         """W as an array."""
         w = self.opened()

@@ -54,6 +54,7 @@ class Spec:
       kernel: the mesh axes that outputs are sharded over, if one kernel is to read dy
         for both g and dQ.
       written: whether x goes to memory for all that read it.
+      sliced: whether W is the slice of a stack that a step of a loop takes.
       rate: of dropout on the low-rank term; what is kept is scaled in Q.
       columns: elements of x that a row of a mask has.
     """
@@ -66,6 +67,7 @@ class Spec:
     scope: str = ""
     kernel: tuple[str, ...] | None = None
     written: bool = True
+    sliced: bool = False
     rate: float = 0.0
     columns: int = 1
 
@@ -238,6 +240,7 @@ def stochastically_rounded(x: Any, dtype: Any) -> Any:
     return jnp.where(jnp.isfinite(x), cut, x).astype(dtype)
 
 
+ROUNDED = frozenset({"merged", "dithered"})  # W and the low-rank term are one array
 SUMS: Mapping[str, Callable[..., Any]] = {
     "direct": _direct,
     "thin_first": _thin_first,
@@ -283,7 +286,7 @@ def products(
 
 def alike(one: tuple[Spec, Named], other: tuple[Spec, Named]) -> bool:
     """Whether two products of one x, each with its P, can be computed together."""
-    if {one[0].forward, one[0].backward} & {"merged", "dithered"}:
+    if {one[0].forward, one[0].backward} & ROUNDED:
         return False
     like = [(spec.dtype, spec.precision, spec.rate) for spec, _ in (one, other)]
     same = like[0] == like[1]
@@ -357,14 +360,19 @@ def _backward(
     if again is not None:  # fenced, or XLA keeps what it made of them
         nothing, x = [None] * len(x), again(lax.optimization_barrier(x))
     dtype = x.array.dtype
-    opened = any(isinstance(w, Stored) and w.in_blocks for w in ws)
-    if opened or any(spec.backward in COPIES for spec in each):
+    copied = any(spec.backward in COPIES for spec in each)
+    opened = [isinstance(w, Stored) and w.in_blocks for w in ws]
+    from_stack = [own and spec.sliced for spec, own in zip(each, opened, strict=True)]
+    if copied or opened != from_stack:
         # or XLA keeps the forward pass's copy of W until here
         ws, ps, qs = lax.optimization_barrier((ws, ps, qs))
-    dys = [  # written once: W, Q, dQ read it
-        Named(lax.optimization_barrier(dy), spec.y)
-        for spec, dy in zip(each, dys, strict=True)
-    ]
+    ws, dys = list(ws), list(dys)
+    for i, dy in enumerate(dys):
+        if from_stack[i]:  # or it keeps the slice of the stack
+            ws[i], dys[i] = ws[i].after(dy)
+        else:  # written once: W, Q, dQ read it
+            dys[i] = lax.optimization_barrier(dy)
+    dys = [Named(dy, spec.y) for spec, dy in zip(each, dys, strict=True)]
     with jax.named_scope(SCOPE):
         thin = [
             _of_dy(spec, part, dy, q, hidden(dy, q, ps))

@@ -345,3 +345,38 @@ def test_blocks_are_opened_in_the_weights_own_shape(x64, block, fences):
         return [e.outvars[0].aval.shape for e in barriers]
 
     assert (fenced(w), fenced(heads)) == ([], fences)
+
+
+@pytest.mark.parametrize("form", ["direct", "thin_last", "concat", "merged"])
+@pytest.mark.parametrize("qtype", ["int8", "nf4"])
+def test_in_a_loop_blocks_are_opened_out_of_the_stack(x64, qtype, form):
+    """A fence around the slice that a step takes would have it written to memory.
+
+    Longer operands and copies of W are written in any case, and W with them.
+    """
+    params = {k: array(2, 8, 8, seed=i) for i, k in enumerate("gud")}
+
+    def fn(p, x):
+        def layer(x, p):
+            hidden = jnp.tanh(x @ p["g"]) * (x @ p["u"])
+            return jnp.tanh(x + hidden @ p["d"]), None
+
+        return lax.scan(jax.checkpoint(layer), x, p)[0]
+
+    x = array(5, 8, seed=9)
+    tree = randomized(adapt(fn, params, x, dtype=jnp.float64, form=form))
+    stored = quantize(tree, qtype, target="*", block=4)
+    close(jax.jit(step(fn))(stored, x), jax.jit(step(fn))(dequantize(stored), x))
+
+    def of_codes(fn, *args):
+        each = equations(jax.make_jaxpr(fn)(*args))
+        fenced = [e for e in each if e.primitive is P.optimization_barrier]
+        found = [v.aval for e in fenced for v in e.outvars]
+        return any(v.shape == (8, 8) and v.dtype.itemsize < 2 for v in found)
+
+    assert of_codes(step(fn), stored, x) == (form in ("concat", "merged"))
+    one = jax.tree.map(lambda y: y[0], params)
+    whole = adapt(lambda p, x: x @ p["g"], {"g": one["g"]}, x, form=form)
+    whole = quantize(whole, qtype, target="*", block=4)
+    expected = form != "direct"
+    assert of_codes(step(lambda p, x: x @ p["g"]), whole, x) == expected

@@ -33,7 +33,7 @@ from flora._algebra.choice import (
 from flora._algebra.choice import Sizes as Counts
 from flora._algebra.codes import stored, with_scale, with_scaled_outputs
 from flora._algebra.dropout import Seed
-from flora._algebra.forms import Spec, alike, products
+from flora._algebra.forms import ROUNDED, Spec, alike, products
 from flora._algebra.low_rank import (
     compute_dtype_of,
     low_rank,
@@ -58,7 +58,7 @@ from flora._trace.rules.product import (
     plain,
     scales_apart,
 )
-from flora._tree.config import COPIES, kernel_axes
+from flora._tree.config import kernel_axes
 from flora._tree.errors import Unfactorable
 from flora._tree.quantized import is_quantized
 
@@ -295,7 +295,11 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     y = [n for name in met.y for n, _ in parts.get(name, [(name, 0)])]
     how = {"precision": precision, "kernel": form.kernel, "written": form.written}
     rate = w.settings.dropout if w.key else 0.0
-    how |= {"rate": rate, "columns": math.prod(x.shape[-1:])}
+    how |= {
+        "sliced": w.settings.sliced,
+        "rate": rate,
+        "columns": math.prod(x.shape[-1:]),
+    }
     spec = Spec(form.forward, form.backward, tuple(y), out.dtype, **how)
     w = met.w if scales_apart(eqn) else with_scale(met.w)
     base: Any = stored(w, met.x.names, met.y)
@@ -320,8 +324,8 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
 
 def _can_drop(form: Form, met: _Meeting) -> bool:
     """Whether a form can have another x for the low-rank term."""
-    copies = {form.forward, form.backward} & {*COPIES}
-    return not copies and met.w.output_scale is None
+    rounded = {form.forward, form.backward} & ROUNDED
+    return not rounded and met.w.output_scale is None
 
 
 def _can_scale(by: Named, met: _Meeting, dtype: Any) -> bool:

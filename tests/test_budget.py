@@ -239,6 +239,7 @@ def test_bfloat16_factors_are_observed_in_float32():
     assert budget.compacted(adapted, kept)["stack"].b.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_sharded_trees_stay_where_they_lie():
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tp"))
     whole, _ = tree()

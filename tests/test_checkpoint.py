@@ -76,7 +76,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path):
     assert step_of._cache_size() == compiled, "what was restored recompiles"
 
 
-@pytest.mark.parametrize("then", [(2, 4), (1, 1)])
+@pytest.mark.parametrize("then", [pytest.param((2, 4), marks=pytest.mark.slow), (1, 1)])
 def test_other_meshes(saver, then):
     adapted = place(adapt(), mesh(4, 2))
     state = optimizer(adapted).init(adapted)

@@ -154,6 +154,7 @@ def interrupt(start, tmp_path, count, victim, then, after=7):
     return done | losses
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_survive_a_kill(start, tmp_path, one_process):
     expected = finish(start(2, tmp_path / "uninterrupted"))
     close(expected, one_process)

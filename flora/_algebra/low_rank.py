@@ -294,18 +294,18 @@ with_gradient_of_scale.defvjp(
 
 def drop(x: Any, w: Factored, salt: int) -> Any:
     """Dropout on the input of the low-rank path; x itself without keys."""
-    if w.key is None or isinstance(x, Factored):
+    if isinstance(x, Factored) or (own := seed_of(w, salt)) is None:
         return x
     rate, dtype = w.settings.dropout, compute_dtype_of(x.dtype, jnp.float32)
 
-    def scaled(x: Any, seed: Any) -> Any:
-        kept = masked(x, seed, rate, math.prod(x.shape[-1:]))
+    def scaled(x: Any, own: Any) -> Any:
+        kept = masked(x, own, rate, math.prod(x.shape[-1:]))
         return (widened(kept) / (1 - rate)).astype(dtype)
 
     # What is saved of it is the seed, no mask.
-    return jax.checkpoint(scaled, prevent_cse=False)(x.astype(dtype), seed_of(w, salt))
+    return jax.checkpoint(scaled, prevent_cse=False)(x.astype(dtype), own)
 
 
 def seed_of(w: Factored, salt: int) -> Any:
-    """That of the mask of a weight with keys."""
-    return seed(w.key.array.reshape(-1)[0], salt)
+    """That of a weight's mask; `None` without keys."""
+    return None if w.key is None else seed(w.key.array.reshape(-1)[0], salt)

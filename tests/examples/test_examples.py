@@ -30,6 +30,7 @@ from tests.support.contract import close, randomized
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_finetune_digits_in_small(tmp_path):
     picture = tmp_path / "out.png"
     results = finetune_digits.main(["--smoke", "--out", str(picture)])
@@ -116,6 +117,7 @@ def test_the_same_operations_as_in_the_formula_by_hand():
     assert operations(apply, adapted) == operations(formula, *split)
 
 
+@pytest.mark.slow
 def test_every_arm_of_the_comparison_trains_and_is_timed():
     names = [name for name in _arms.makers() if name not in _arms.OTHERS]
     sizes = _arms.Sizes(tokens=16, d=16, ff=32, rank=2, dtype=jnp.float32, block=8)

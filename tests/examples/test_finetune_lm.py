@@ -444,6 +444,7 @@ def run(checkpoint, out, *more, **sizes):
     return finetune_lm.main([*argv, *more])
 
 
+@pytest.mark.slow
 def test_a_run_in_small_and_one_that_was_interrupted(
     checkpoint, tmp_path, compiled_once
 ):
@@ -477,6 +478,7 @@ def test_a_run_in_small_and_one_that_was_interrupted(
         assert checkpointer.steps() == (2, 4)
 
 
+@pytest.mark.slow
 def test_a_run_whose_loss_is_no_number_stops(checkpoint, tmp_path, monkeypatch, capsys):
     """The adapter before a loss of NaN gives it: the one before that is kept."""
     real, before = finetune_lm.step_function, {}
@@ -520,7 +522,9 @@ ARMS = {
 }
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(
+    "arm", ["full", "one layer", pytest.param("quantized", marks=pytest.mark.slow)]
+)
 def test_arms(checkpoint, tmp_path, arm):
     other = tmp_path / "other.jsonl"
     other.write_text(

@@ -24,6 +24,7 @@ def folder(tmp_path_factory):
     return example.write_random(tmp_path_factory.mktemp("random"))
 
 
+@pytest.mark.slow
 def test_the_whole_of_it_in_small(tmp_path):
     rows = example.main(["--smoke", "--out", str(tmp_path)])
     assert [row.arm for row in rows] == ["head", "LoRA", "full"]

@@ -93,6 +93,7 @@ def test_a_wheel_in_the_place_of_the_source_is_named(tmp_path):
         rated_sentences.rated("movieReview", tmp_path)
 
 
+@pytest.mark.slow
 def test_from_the_index_to_an_adapter(index, sentences, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     argv = ["--sentences", str(sentences), "--cache", str(cache)]

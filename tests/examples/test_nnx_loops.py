@@ -33,7 +33,9 @@ def run(source, steps):
     return module, module.main(steps)
 
 
-@pytest.mark.parametrize("name", ["nnx_digits", "nnx_decoder"])
+@pytest.mark.parametrize(
+    "name", ["nnx_digits", pytest.param("nnx_decoder", marks=pytest.mark.slow)]
+)
 def test_three_lines_make_a_loop_lora(name):
     source = (EXAMPLES / f"{name}.py").read_text()
     text, count = changed(source, DIFFS[name])

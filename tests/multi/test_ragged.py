@@ -11,7 +11,7 @@ import flora.multi
 import flora.variants
 from flora._multi.ragged import ragged_dot
 from tests.support.contract import array, close, equations
-from tests.support.many_adapters import METHODS
+from tests.support.many_adapters import GATHER_IS_SLOW
 
 EXPERTS, IN, HIDDEN, OUT, TOKENS, ROWS, RANK = 3, 6, 8, 5, 7, 4, 2
 
@@ -60,7 +60,7 @@ def adapter(params, x, choice, seed, **options):
     return treedef.unflatten([a + 0.2 * array(*a.shape, seed=seed) for a in leaves])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", GATHER_IS_SLOW)
 def test_rows_and_gradients(x64, method):
     params, x, choice = case()
     made = [

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 import flora
 import flora.multi
@@ -12,6 +13,10 @@ from tests.support import contract
 from tests.support.contract import adapt, array
 
 METHODS = ("gather", "masked", "auto")
+# It is the first to compile, and the longest.
+GATHER_IS_SLOW = [
+    pytest.param(x, marks=pytest.mark.slow) if x == "gather" else x for x in METHODS
+]
 LAYOUTS = [
     (flora.Layout(), (5, 7)),
     (flora.Layout((0,), (1,), (2,)), (3, 5, 7)),

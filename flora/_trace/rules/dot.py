@@ -318,7 +318,7 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     v, kept = eqn.invars[1 - side], (None, ())
     recipe, sources = kept if isinstance(v, Literal) else ctx.again.get(v, kept)
     again = recipe and _Again(recipe, x.names, x.array.shape)
-    seed = seed_of(w, ctx.salt) if w.key else None
+    seed = seed_of(w, ctx.salt)
     return _InForm(spec, *how, x, base, p, q, by, seed, out.shape, again, sources)
 
 

@@ -54,6 +54,35 @@ def test_the_step_costs_what_the_readme_says(chip, shape):
     assert step["temp_bytes"] <= frozen["temp_bytes"] + thin + copy + sources
 
 
+# The same on a base in blocks of 64, to the frozen model in bfloat16; MiB.
+ON_BLOCKS = {
+    ("v5e", "int8"): (0.988, 1186),
+    ("v5e", "nf4"): (1.001, 1250),
+    ("v5p", "int8"): (1.027, 1073),
+    ("v5p", "nf4"): (1.037, 1073),
+    ("v6e", "int8"): (1.226, 897),
+    ("v6e", "nf4"): (1.607, 898),
+}
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize(
+    ("chip", "qtype"),
+    [
+        case
+        if case == ("v5p", "int8")
+        else pytest.param(*case, marks=pytest.mark.by_hand)
+        for case in ON_BLOCKS
+    ],
+)
+def test_on_blocks_the_step_costs_what_the_page_says(chip, qtype):
+    assert metadata.version("libtpu") == LIBTPU, "measure anew: compare.py --on tpu"
+    arm = f"flora auto on {qtype}"
+    found = compare.measure_tpu(chip, compare._arms.Sizes(*LARGE), ["frozen", arm])
+    got = found[arm]["to_frozen"], found[arm]["temp_bytes"] / 2**20
+    assert got == pytest.approx(ON_BLOCKS[chip, qtype], abs=0.005, rel=0.002)
+
+
 # Temporary memory of residual gated MLPs of a Llama-3-8B without remat, to the frozen
 # model's, and cycles.
 MEMORY = {

@@ -305,7 +305,7 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     base: Any = stored(w, met.x.names, met.y)
     if parts:  # or a loop's whole stack is laid out anew before it starts
         base = lax.optimization_barrier(base)
-    q = Named(widened(q.array, x) * w.settings.scale / (1 - rate), q.names)
+    q = Named(widened(q.array, x) * (w.settings.scale / (1 - rate)), q.names)
     if by is not None and not form.by_platform:
         by = Named(nonzero(by.array), by.names)
         fixed = Named(without_gradient(by.array), by.names)

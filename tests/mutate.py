@@ -271,9 +271,9 @@ def retraced():
         ORIGINALS[:] = product._once.__wrapped__, forms.products.__wrapped__
     once, products = map(fresh, ORIGINALS)
     product._once = jax.jit(once, static_argnums=0, inline=INLINE)
-    products = jax.custom_vjp(products, nondiff_argnums=(0,))
+    products = jax.custom_vjp(products, nondiff_argnums=(0, 1))
     products.defvjp(forms._forward, forms._backward)
-    dot._products = jax.jit(products, static_argnums=0, inline=INLINE)
+    dot._products = jax.jit(products, static_argnums=(0, 1), inline=INLINE)
 
 
 def run_pytest(tests, work):

@@ -94,6 +94,7 @@ def test_kills_leave_what_was_saved(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_many_kills_leave_what_was_saved(tmp_path, seed):
     assert killed(tmp_path, seed, trials=40) > 10

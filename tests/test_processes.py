@@ -170,7 +170,14 @@ def test_processes_train_as_one(start, count, one_process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "victim", "then"), [(2, 0, 2), (4, 3, 4), (4, 1, 2), (2, 1, 1), (1, 0, 4)]
+    ("count", "victim", "then"),
+    [
+        (4, 1, 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.by_hand)
+            for case in ((2, 0, 2), (4, 3, 4), (2, 1, 1), (1, 0, 4))
+        ),
+    ],
 )
 def test_a_killed_job_goes_on(start, tmp_path, one_process, count, victim, then):
     """The first process too, and with more or fewer processes than before."""

@@ -28,6 +28,7 @@ def test_kills_and_reads():
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_many_kills_and_reads():
     text = figures(kills=20, reads=100)
     assert text.count(" 0 mix") == 7

@@ -17,6 +17,7 @@ import flora.variants
 from flora._algebra import choice
 from flora._algebra.axes import Named
 from flora._algebra.choice import Form
+from flora._algebra.dropout import seed
 from flora._algebra.forms import (
     ROUNDED,
     SUMS,
@@ -449,28 +450,38 @@ def test_fences_stand_where_the_forms_say():
         assert both == forward + backward
 
 
-@pytest.mark.parametrize("kernel", [None, ()])
+@pytest.mark.parametrize("how", ["", "by a kernel", "with dropout"])
 @pytest.mark.parametrize("backward", EXACT_SUMS)
 @pytest.mark.parametrize("forward", EXACT_SUMS)
-def test_both_passes_of_products_of_one_x(x64, forward, backward, kernel):
+def test_both_passes_of_products_of_one_x(x64, forward, backward, how):
     """Each pass in a form of its own, as `cheapest` chooses on TPUs."""
     x = Named(array(3, 5), ("t", "i"))
     ws, ps, qs = (
-        tuple(Named(array(*s, seed=seed + k), names) for k, s in enumerate(shapes))
-        for seed, names, shapes in (
+        tuple(Named(array(*s, seed=start + k), names) for k, s in enumerate(shapes))
+        for start, names, shapes in (
             (1, ("i", "o"), [(5, 4), (5, 4)]),
             (3, ("i", "rank"), [(5, 2), (5, 3)]),
             (5, ("rank", "o"), [(2, 4), (3, 4)]),
         )
     )
-    each = (Spec(forward, backward, ("t", "o"), x.array.dtype, kernel=kernel),) * 2
+    spec = Spec(forward, backward, ("t", "o"), x.array.dtype, rate=0.4, columns=5)
+    if how == "by a kernel":
+        spec = dataclasses.replace(spec, kernel=())
+    seeds = [seed(jax.random.key(i), 0) for i in range(2)]
+    if how != "with dropout":
+        seeds = [None, None]
 
     def run(x, ps, qs):
-        return scalar(products(each, None, x, (), ws, ps, qs))
+        return scalar(products((spec, spec), None, x, (), ws, ps, qs, seeds))
 
     def direct(x, ps, qs):
-        trios = zip(ws, ps, qs, strict=True)
-        return scalar([x.array @ (w.array + p.array @ q.array) for w, p, q in trios])
+        each = zip(ws, ps, qs, seeds, strict=True)
+        return scalar(
+            [
+                x.array @ w.array + spec.dropped(x, own).array @ p.array @ q.array
+                for w, p, q, own in each
+            ]
+        )
 
     def slopes(x, ps, qs):
         return [jax.grad(f, (0, 1, 2))(x, ps, qs) for f in (run, direct)]

@@ -292,7 +292,7 @@ def close_with_dropout(fn, adapted, x, form):
 
 
 @pytest.mark.parametrize("form", OTHERS)
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", ["heads out", "stack", "weight first"])
 def test_every_form_drops_what_the_direct_one_drops(x64, form, name):
     spec, first, second = PRODUCTS[name]
     left = name == "weight first"

@@ -249,8 +249,17 @@ def test_the_committed_page_is_made_of_the_committed_results():
         assert [row["experiment"] for row in csv.DictReader(file)] == list(run.NAMES)
 
 
+LONGEST = ("e06_full", "e09_dora", "e17_real_language_scale")  # about 35 s each
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", run.NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.by_hand) if n in LONGEST else n
+        for n in run.NAMES
+    ],
+)
 def test_every_experiment_runs_in_small(name, tmp_path):
     module = importlib.import_module(name)
     _page.save(tmp_path, name, module.run(module.SMOKE))

@@ -79,6 +79,19 @@ def test_every_form_keeps_the_contract(x64, form, name):
     check(fn, params, other, views=views, **settings)
 
 
+def product(name):
+    """One of `PRODUCTS`, its weight and x."""
+    spec, first, second = PRODUCTS[name]
+    left = name == "weight first"
+    shape, other = (first, second) if left else (second, first)
+    params, x = {"w": array(*shape, seed=1)}, array(*other)
+
+    def fn(params, x):
+        return jnp.einsum(spec, *((params["w"], x) if left else (x, params["w"])))
+
+    return fn, params, x
+
+
 def spread(tree):
     """With magnitudes that are not what they start as."""
 
@@ -93,14 +106,7 @@ def spread(tree):
 @pytest.mark.parametrize("form", [f for f in FORMS if f not in ("auto", "direct")])
 @pytest.mark.parametrize("name", ["heads out", "stack", "weight first"])
 def test_every_form_scales_its_outputs_for_dora(x64, form, name):
-    spec, first, second = PRODUCTS[name]
-    left = name == "weight first"
-    shape, other = (first, second) if left else (second, first)
-    params, x = {"w": array(*shape, seed=1)}, array(*other)
-
-    def fn(params, x):
-        return jnp.einsum(spec, *((params["w"], x) if left else (x, params["w"])))
-
+    fn, params, x = product(name)
     settings = {"form": form, "dtype": jnp.float64, "variant": flora.variants.DoRA()}
     adapted = spread(randomized(adapt(fn, params, x, **settings)))
 
@@ -294,14 +300,7 @@ def close_with_dropout(fn, adapted, x, form):
 @pytest.mark.parametrize("form", OTHERS)
 @pytest.mark.parametrize("name", ["heads out", "stack", "weight first"])
 def test_every_form_drops_what_the_direct_one_drops(x64, form, name):
-    spec, first, second = PRODUCTS[name]
-    left = name == "weight first"
-    shape, other = (first, second) if left else (second, first)
-    params, x = {"w": array(*shape, seed=1)}, array(*other)
-
-    def fn(params, x):
-        return jnp.einsum(spec, *((params["w"], x) if left else (x, params["w"])))
-
+    fn, params, x = product(name)
     settings = {"dropout": 0.4, "dtype": jnp.float64}
     adapted = randomized(adapt(fn, params, x, **settings))
     fences = close_with_dropout(fn, adapted, x, form)

@@ -16,7 +16,10 @@ def hashed(bits: Any) -> Any:
 
 
 def stirred(bits: Any, others: Any = None) -> Any:
-    """Its two products, with others' bits mixed in between: the high bits are good."""
+    """The hash's two products, others' bits mixed in between.
+
+    Both are hashes already, and of the result the high bits are used.
+    """
     bits = bits * jnp.uint32(0x7FEB352D)
     bits = bits if others is None else bits ^ others
     return (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)

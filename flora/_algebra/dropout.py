@@ -17,9 +17,9 @@ from flora._algebra.hashes import hashed, stirred
 Seed = Any  # uint32[2], of one mask
 
 
-def seed(key: Any, salt: int) -> Seed:
-    """The seed of one of a key's masks."""
-    return jax.random.bits(jax.random.fold_in(key, salt), (2,), "uint32")
+def seed(key: Any) -> Seed:
+    """The seed of a key's mask."""
+    return jax.random.bits(key, (2,), "uint32")
 
 
 def masked(x: Any, seed: Seed, rate: float, width: int) -> Any:

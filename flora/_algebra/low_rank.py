@@ -308,4 +308,9 @@ def drop(x: Any, w: Factored, salt: int) -> Any:
 
 def seed_of(w: Factored, salt: int) -> Any:
     """That of a weight's mask; `None` without keys."""
-    return None if w.key is None else seed(w.key.array.reshape(-1)[0], salt)
+    return None if w.key is None else seed(key_of(w.key, salt))
+
+
+def key_of(keys: Named, salt: int) -> Any:
+    """The key of one use of a weight."""
+    return jax.random.fold_in(keys.array.reshape(-1)[0], salt)

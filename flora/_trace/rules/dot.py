@@ -293,14 +293,19 @@ def _in_form(ctx: Context, eqn: Eqn, x: Any, w: Factored, side: int) -> _InForm 
     (p, q), precision = ends, eqn.params["precision"]
     parts = _divided(ctx, eqn, met, side) if form.in_heads else {}
     y = [n for name in met.y for n, _ in parts.get(name, [(name, 0)])]
-    how = {"precision": precision, "kernel": form.kernel, "written": form.written}
     rate = w.settings.dropout if w.key else 0.0
-    how |= {
-        "sliced": w.settings.sliced,
-        "rate": rate,
-        "columns": math.prod(x.shape[-1:]),
-    }
-    spec = Spec(form.forward, form.backward, tuple(y), out.dtype, **how)
+    spec = Spec(
+        form.forward,
+        form.backward,
+        tuple(y),
+        out.dtype,
+        precision,
+        kernel=form.kernel,
+        written=form.written,
+        sliced=w.settings.sliced,
+        rate=rate,
+        columns=math.prod(x.shape[-1:]),
+    )
     w = met.w if scales_apart(eqn) else with_scale(met.w)
     base: Any = stored(w, met.x.names, met.y)
     if parts:  # or a loop's whole stack is laid out anew before it starts

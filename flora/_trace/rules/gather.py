@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -13,6 +12,7 @@ from flora._algebra.axes import RANK, Axis, Factored, Name, Named, fused, requir
 from flora._algebra.codes import is_codes
 from flora._algebra.low_rank import (
     contract,
+    key_of,
     on_hidden,
     sum_dtype,
     widened,
@@ -265,7 +265,7 @@ def _restacked(
         raise Unfactorable("an index that repeats the weight")
     new = dataclasses.replace(new, factors=factors)
     if w.key is not None:
-        key = jax.random.fold_in(w.key.array.reshape(-1)[0], ctx.salt)
+        key = key_of(w.key, ctx.salt)
         sizes = {x.name: x.size for x in new.pieces if new.role(x.name) == "stack"}
         key = Named(jnp.broadcast_to(key, [*sizes.values()]), tuple(sizes))
         new = dataclasses.replace(new, factors={**new.factors, "key": key})

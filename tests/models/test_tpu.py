@@ -24,6 +24,15 @@ import flora.variants
 
 LIBTPU = "0.0.52"  # the compiler that gave these numbers; pyproject.toml pins it
 
+
+def by_hand_but(kept, cases):
+    """The cases; most take a minute or more, and are run by hand."""
+    return [
+        case if case in kept else pytest.param(*case, marks=pytest.mark.by_hand)
+        for case in cases
+    ]
+
+
 LARGE, SMALL = (8192, 4096, 14336), (4096, 2048, 5632)
 
 # Cycles of the step in the form that flora chooses, to the frozen model's.
@@ -68,12 +77,7 @@ ON_BLOCKS = {
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize(
     ("chip", "qtype"),
-    [
-        case
-        if case == ("v5p", "int8")
-        else pytest.param(*case, marks=pytest.mark.by_hand)
-        for case in ON_BLOCKS
-    ],
+    by_hand_but([("v5p", "int8")], ON_BLOCKS),
 )
 def test_on_blocks_the_step_costs_what_the_page_says(chip, qtype):
     assert metadata.version("libtpu") == LIBTPU, "measure anew: compare.py --on tpu"
@@ -98,10 +102,7 @@ MEMORY = {
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize(
     ("chip", "layers"),
-    [
-        case if case == ("v5p", 2) else pytest.param(*case, marks=pytest.mark.by_hand)
-        for case in MEMORY
-    ],
+    by_hand_but([("v5p", 2)], MEMORY),
 )
 def test_memory_without_remat_is_what_the_page_says(chip, layers):
     assert metadata.version("libtpu") == LIBTPU, "measure anew: memory.py"
@@ -117,10 +118,7 @@ CHEAP = [("8B, linear layers", chip) for chip in ("v5e", "v5p", "v6e")]
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize(
     ("name", "chip"),
-    [
-        case if case in CHEAP else pytest.param(*case, marks=pytest.mark.by_hand)
-        for case in ROWS
-    ],
+    by_hand_but(CHEAP, ROWS),
 )
 def test_a_row_costs_what_the_page_says(name, chip):
     assert metadata.version("libtpu") == LIBTPU, "measure anew: table.py --write"
@@ -158,12 +156,7 @@ def test_a_head_costs_what_the_readme_says(chip):
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize(
     ("chip", "variant"),
-    [
-        case
-        if case == ("v6e", "scan, remat")
-        else pytest.param(*case, marks=pytest.mark.by_hand)  # minutes each
-        for case in DECODER
-    ],
+    by_hand_but([("v6e", "scan, remat")], DECODER),
 )
 def test_a_decoder_costs_what_the_readme_says(chip, variant):
     close_to_the_readme(chip, llama.Sizes(), variant, DECODER[chip, variant])
